@@ -1,0 +1,197 @@
+// Batch norm: what is done per value, and the drivers that put reduction, per-channel math and application together.
+
+// (x - pivot) * scale + shift
+template <class T_>
+struct NormalizeOp {
+  using T = T_;
+  using S = compute_t<T>;
+  static constexpr int64_t kCoefficients = 3;
+
+  const T* input;
+  T* output;
+
+  template <class Width>
+  NF_INLINE Vec<S> operator()(int64_t offset, Width width, const Coefficients<NormalizeOp>& c) const {
+    return (load<S>(input + offset, width) - c.k[0]) * c.k[1] + c.k[2];
+  }
+};
+
+// Sums of grad_output and of grad_output * (x - pivot), where pivot is the mean rounded to S.
+template <class T>
+struct GradSumsOp {
+  using S = compute_t<T>;
+  static constexpr int64_t kSums = 2;
+  static constexpr bool kSeeksPivot = false;
+
+  const T* grad_output;
+  const T* input;
+  const double* mean;
+
+  static NF_INLINE S empty(int64_t) { return 0; }
+  template <class V>
+  static NF_INLINE V join(int64_t, V a, V b) {
+    return a + b;
+  }
+
+  template <class Width>
+  NF_INLINE void accumulate(Sums<GradSumsOp>& sums, int64_t offset, Width width, Vec<S> pivot) const {
+    const Vec<S> grad = load<S>(grad_output + offset, width, Vec<S>{});
+    const Vec<S> deviation = load<S>(input + offset, width, pivot) - pivot;
+    sums.k[0] += grad;
+    sums.k[1] += grad * deviation;
+  }
+
+  NF_INLINE S first_pivot(int64_t c, int64_t) const { return static_cast<S>(mean[c]); }
+
+  NF_INLINE S fold(const Results& results, int64_t c, int64_t done, int64_t, S pivot,
+                   const Totals<GradSumsOp>& totals) const {
+    for (int64_t k = 0; k < kSums; ++k) results(k, c) = (done == 0 ? 0 : results(k, c)) + totals.k[k];
+    return pivot;
+  }
+};
+
+// grad_output * scale + (x - pivot) * slope + shift
+template <class T_>
+struct GradInputOp {
+  using T = T_;
+  using S = compute_t<T>;
+  static constexpr int64_t kCoefficients = 4;
+
+  const T* grad_output;
+  const T* input;
+  T* output;
+
+  template <class Width>
+  NF_INLINE Vec<S> operator()(int64_t offset, Width width, const Coefficients<GradInputOp>& c) const {
+    const Vec<S> deviation = load<S>(input + offset, width) - c.k[0];
+    return load<S>(grad_output + offset, width) * c.k[1] + (deviation * c.k[2] + c.k[3]);
+  }
+};
+
+// Inference: grad_output * scale
+template <class T_>
+struct ScaleOp {
+  using T = T_;
+  using S = compute_t<T>;
+  static constexpr int64_t kCoefficients = 1;
+
+  const T* input;
+  T* output;
+
+  template <class Width>
+  NF_INLINE Vec<S> operator()(int64_t offset, Width width, const Coefficients<ScaleOp>& c) const {
+    return load<S>(input + offset, width) * c.k[0];
+  }
+};
+
+// Writes channel c's entries of the table that NormalizeOp applies.
+template <class S>
+NF_FN void set_forward_coefficients(const BatchNormForward& args, S* table, int64_t c) {
+  const double weight = args.weight ? get(args.weight, c) : 1;
+  const double bias = args.bias ? get(args.bias, c) : 0;
+  const auto k = forward_coefficients<S>(args.mean[c], args.invstd[c], weight, bias);
+  table[c] = k.pivot;
+  table[args.view.channels + c] = k.scale;
+  table[2 * args.view.channels + c] = k.shift;
+}
+
+template <class T>
+void batch_norm_training(const BatchNormForward& args, const Parallel& parallel) {
+  using S = compute_t<T>;
+  using Reduce = MomentsOp<T, false>;
+  const ChannelView& view = args.view;
+  const Reduce moments{static_cast<const T*>(args.input)};
+  const NormalizeOp<T> normalize{moments.input, static_cast<T*>(args.output)};
+  const Plan plan = plan_reduction(view, sizeof(T), 1);
+  const bool streaming = worth_streaming(normalize, view);
+  const Workspace workspace(plan.position_units * Reduce::kSums * view.channels, 3 * view.channels * sizeof(S));
+  const Results results{workspace.results, view.channels};
+  S* const table = static_cast<S*>(workspace.table);
+  const double factor = update_factor(args.momentum, args.num_batches_tracked ? ++*args.num_batches_tracked : 1);
+
+  sweep(
+      moments, view, plan, parallel, results,
+      [&](int64_t c0, int64_t c1) {
+        merge_moments(moments, view, plan, results, c0, c1);
+        for (int64_t c = c0; c < c1; ++c) {
+          const double mean = results(0, c);
+          const double variance = biased_variance({view.positions(), mean, results(1, c)});
+          args.mean[c] = mean;
+          args.invstd[c] = invstd_of(variance, args.eps);
+          set_forward_coefficients(args, table, c);
+          if (args.running_mean)
+            set(args.running_mean, c, running_average(get(args.running_mean, c), mean, factor));
+          if (args.running_var)
+            set(args.running_var, c,
+                running_average(get(args.running_var, c), unbiased(variance, view.positions()), factor));
+        }
+      },
+      [&](const Unit& unit) { apply(normalize, view, unit, table, streaming); });
+}
+
+template <class T>
+void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel) {
+  using S = compute_t<T>;
+  const ChannelView& view = args.view;
+  const NormalizeOp<T> normalize{static_cast<const T*>(args.input), static_cast<T*>(args.output)};
+  const Plan plan = plan_elementwise(view, sizeof(T), 2);
+  const bool streaming = worth_streaming(normalize, view);
+  const Workspace workspace(0, 3 * view.channels * sizeof(S));
+  S* const table = static_cast<S*>(workspace.table);
+  for (int64_t c = 0; c < view.channels; ++c) {
+    args.mean[c] = get(args.running_mean, c);
+    args.invstd[c] = invstd_of(get(args.running_var, c), args.eps);
+    set_forward_coefficients(args, table, c);
+  }
+  parallel(plan.units(), grain(plan),
+           [&](int64_t index) { apply(normalize, view, unit_of(plan, view, index), table, streaming); });
+}
+
+template <class T>
+void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel) {
+  using S = compute_t<T>;
+  using Reduce = GradSumsOp<T>;
+  const ChannelView& view = args.view;
+  const Reduce sums{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.input), args.mean};
+  T* const grad_input = static_cast<T*>(args.grad_input);
+
+  if (!args.training && !args.grad_weight && !args.grad_bias) {
+    const ScaleOp<T> scale{sums.grad_output, grad_input};
+    const Plan plan = plan_elementwise(view, sizeof(T), 2);
+    const bool streaming = worth_streaming(scale, view);
+    const Workspace workspace(0, view.channels * sizeof(S));
+    S* const table = static_cast<S*>(workspace.table);
+    for (int64_t c = 0; c < view.channels; ++c)
+      table[c] = static_cast<S>((args.weight ? get(args.weight, c) : 1) * args.invstd[c]);
+    parallel(plan.units(), grain(plan),
+             [&](int64_t index) { apply(scale, view, unit_of(plan, view, index), table, streaming); });
+    return;
+  }
+
+  const GradInputOp<T> normalize{sums.grad_output, sums.input, grad_input};
+  const Plan plan = plan_reduction(view, sizeof(T), 2);
+  const bool streaming = worth_streaming(normalize, view);
+  const Workspace workspace(plan.position_units * Reduce::kSums * view.channels, 4 * view.channels * sizeof(S));
+  const Results results{workspace.results, view.channels};
+  S* const table = static_cast<S*>(workspace.table);
+
+  sweep(
+      sums, view, plan, parallel, results,
+      [&](int64_t c0, int64_t c1) {
+        merge_sums<Reduce>(plan, results, c0, c1);
+        for (int64_t c = c0; c < c1; ++c) {
+          const double weight = args.weight ? get(args.weight, c) : 1;
+          const auto k = backward_coefficients<S>(args.mean[c], args.invstd[c], weight, args.training,
+                                                  view.positions(), results(0, c), results(1, c));
+          table[c] = k.pivot;
+          table[view.channels + c] = k.scale;
+          table[2 * view.channels + c] = k.slope;
+          table[3 * view.channels + c] = k.shift;
+          if (args.grad_weight) set(args.grad_weight, c, k.grad_weight);
+          if (args.grad_bias) set(args.grad_bias, c, k.grad_bias);
+        }
+      },
+      [&](const Unit& unit) {
+        if (grad_input) apply(normalize, view, unit, table, streaming);
+      });
+}

@@ -1,0 +1,167 @@
+// Moments and sums per channel.
+
+// Mean and M2 by deviations from a pivot; with kExtremes also the least and the greatest value.
+template <class T, bool kExtremes>
+struct MomentsOp {
+  using S = compute_t<T>;
+  static constexpr int64_t kSums = kExtremes ? 4 : 2;
+  static constexpr bool kSeeksPivot = true;
+
+  const T* input;
+
+  static NF_INLINE S empty(int64_t k) {
+    constexpr S kInfinity = std::numeric_limits<S>::infinity();
+    return k == 2 ? kInfinity : k == 3 ? -kInfinity : S(0);
+  }
+
+  // A NaN does not survive the comparisons, but it makes M2 NaN, and such channels are done again.
+  template <class V>
+  static NF_INLINE V join(int64_t k, V a, V b) {
+    return k == 2 ? (b < a ? b : a) : k == 3 ? (b > a ? b : a) : a + b;
+  }
+
+  template <class Width>
+  NF_INLINE void accumulate(Sums<MomentsOp>& sums, int64_t offset, Width width, Vec<S> pivot) const {
+    const Vec<S> value = load<S>(input + offset, width, pivot);
+    const Vec<S> deviation = value - pivot;
+    sums.k[0] += deviation;
+    sums.k[1] += deviation * deviation;
+    if constexpr (kExtremes) {
+      sums.k[2] = join(2, sums.k[2], value);
+      sums.k[3] = join(3, sums.k[3], value);
+    }
+  }
+
+  NF_INLINE S first_pivot(int64_t, int64_t offset) const { return load<S>(input + offset, Part{1})[0]; }
+
+  NF_INLINE S next_pivot(S pivot, int64_t tile, const Totals<MomentsOp>& totals) const {
+    return static_cast<S>(moments_about(static_cast<double>(pivot), tile, totals.k[0], totals.k[1]).mean);
+  }
+
+  NF_INLINE S fold(const Results& results, int64_t c, int64_t done, int64_t tile, S pivot,
+                   const Totals<MomentsOp>& totals) const {
+    const Moments merged = merge({done, results(0, c), results(1, c)},
+                                 moments_about(static_cast<double>(pivot), tile, totals.k[0], totals.k[1]));
+    results(0, c) = merged.mean;
+    results(1, c) = merged.m2;
+    if constexpr (kExtremes)
+      for (int64_t k = 2; k < 4; ++k) results(k, c) = done == 0 ? totals.k[k] : join(k, results(k, c), totals.k[k]);
+    return static_cast<S>(merged.mean);
+  }
+};
+
+// Sum and sum of squares in double; the pivot is not used.
+template <class T>
+struct SumsOp {
+  using S = double;
+  static constexpr int64_t kSums = 2;
+  static constexpr bool kSeeksPivot = false;
+
+  const T* input;
+
+  static NF_INLINE S empty(int64_t) { return 0; }
+  template <class V>
+  static NF_INLINE V join(int64_t, V a, V b) {
+    return a + b;
+  }
+
+  template <class Width>
+  NF_INLINE void accumulate(Sums<SumsOp>& sums, int64_t offset, Width width, Vec<S>) const {
+    const Vec<S> value = load<S>(input + offset, width, Vec<S>{});
+    sums.k[0] += value;
+    sums.k[1] += value * value;
+  }
+
+  NF_INLINE S first_pivot(int64_t, int64_t) const { return 0; }
+
+  NF_INLINE S fold(const Results& results, int64_t c, int64_t done, int64_t, S, const Totals<SumsOp>& totals) const {
+    for (int64_t k = 0; k < kSums; ++k) results(k, c) = (done == 0 ? 0 : results(k, c)) + totals.k[k];
+    return 0;
+  }
+};
+
+// Moments of one channel in plain double, for what the fast way cannot hold: NaN and infinity, which then come out as
+// the definition gives them, and magnitudes whose squares overflow S.
+template <class T>
+Moments moments_in_double(const T* input, const ChannelView& view, int64_t c) {
+  const int64_t count = view.positions();
+  const auto value = [&](int64_t m) {
+    return static_cast<double>(load<compute_t<T>>(input + offset_of(view, c, m), Part{1})[0]);
+  };
+  double sum = 0;
+  for (int64_t m = 0; m < count; ++m) {
+    sum += value(m);
+    if (sum != sum) return {count, sum, sum};
+  }
+  const double mean = sum / static_cast<double>(count);
+  double m2 = 0;
+  for (int64_t m = 0; m < count; ++m) m2 += (value(m) - mean) * (value(m) - mean);
+  return {count, mean, m2};
+}
+
+// The partial results of all ranges of positions made one, in their order, in the place of the first: those of the
+// range `part` are the rows from part * kSums on.
+template <class T, bool kExtremes>
+void merge_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, const Plan& plan,
+                   const Results& results, int64_t c0, int64_t c1) {
+  using Op = MomentsOp<T, kExtremes>;
+  for (int64_t part = 1; part < plan.position_units; ++part) {
+    const Results other{&results(part * Op::kSums, 0), view.channels};
+    const int64_t done = part * plan.position_block;
+    const int64_t count = least(plan.position_block, view.positions() - done);
+    for (int64_t c = c0; c < c1; ++c) {
+      const Moments merged = merge({done, results(0, c), results(1, c)}, {count, other(0, c), other(1, c)});
+      results(0, c) = merged.mean;
+      results(1, c) = merged.m2;
+      for (int64_t k = 2; k < Op::kSums; ++k) results(k, c) = Op::join(k, results(k, c), other(k, c));
+    }
+  }
+  for (int64_t c = c0; c < c1; ++c) {
+    if (results(1, c) <= std::numeric_limits<double>::max()) continue;
+    const Moments moments = moments_in_double(op.input, view, c);
+    results(0, c) = moments.mean;
+    results(1, c) = moments.m2;
+    if (moments.mean != moments.mean)
+      for (int64_t k = 2; k < Op::kSums; ++k) results(k, c) = moments.mean;
+  }
+}
+
+template <class Op>
+void merge_sums(const Plan& plan, const Results& results, int64_t c0, int64_t c1) {
+  for (int64_t part = 1; part < plan.position_units; ++part)
+    for (int64_t k = 0; k < Op::kSums; ++k)
+      for (int64_t c = c0; c < c1; ++c) results(k, c) += results(part * Op::kSums + k, c);
+}
+
+// Reduces all of a tensor and writes row k of the results to args.results[k].
+template <class Op, class Merge>
+void channel_stats(const Op& op, const ChannelStats& args, int64_t itemsize, const Parallel& parallel,
+                   const Merge& merge_parts) {
+  const ChannelView& view = args.view;
+  const Plan plan = plan_reduction(view, itemsize, 1);
+  const Workspace workspace(plan.position_units * Op::kSums * view.channels, 0);
+  const Results results{workspace.results, view.channels};
+  sweep(
+      op, view, plan, parallel, results,
+      [&](int64_t c0, int64_t c1) {
+        merge_parts(plan, results, c0, c1);
+        for (int64_t k = 0; k < Op::kSums; ++k)
+          for (int64_t c = c0; c < c1; ++c) args.results[k][c] = results(k, c);
+      },
+      [](const Unit&) {});
+}
+
+template <class T>
+void channel_moments(const ChannelStats& args, const Parallel& parallel) {
+  const MomentsOp<T, true> op{static_cast<const T*>(args.input)};
+  channel_stats(op, args, sizeof(T), parallel,
+                [&](const Plan& plan, const Results& results, int64_t c0, int64_t c1) {
+                  merge_moments(op, args.view, plan, results, c0, c1);
+                });
+}
+
+template <class T>
+void channel_sums(const ChannelStats& args, const Parallel& parallel) {
+  const SumsOp<T> op{static_cast<const T*>(args.input)};
+  channel_stats(op, args, sizeof(T), parallel, merge_sums<SumsOp<T>>);
+}

@@ -1,0 +1,29 @@
+// The CPU kernels as the rest of the library sees them; each picks its instruction set at run time.
+#pragma once
+
+#include "kernels/cpu/parallel.h"
+#include "kernels/types.h"
+
+namespace normfused::cpu {
+
+// Normalizes with the batch's own statistics, writes them to mean and invstd, updates running buffers and counter.
+// Needs at least two values per channel.
+void batch_norm_training(const BatchNormForward& args, const Parallel& parallel);
+
+// Normalizes with running_mean and running_var, which must be there.
+void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel);
+
+// Writes those gradients that are asked for.
+void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel);
+
+// Per channel, in one read: mean, sum of squared deviations, least and greatest value.
+void channel_moments(const ChannelStats& args, const Parallel& parallel);
+
+// Per channel, in one read: sum and sum of squares, accumulated in double.
+void channel_sums(const ChannelStats& args, const Parallel& parallel);
+
+// "avx512", "avx2" or "baseline": the widest that machine and library have, or the narrower one named by the environment
+// variable NORMFUSED_CPU_CAPABILITY.
+const char* capability();
+
+}  // namespace normfused::cpu

@@ -1,0 +1,33 @@
+// All CPU kernels for one instruction set: define NF_ISA, its namespace, and NF_VECTOR_BYTES, and include this.
+#define NF_INLINE inline __attribute__((always_inline))
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
+#include "kernels/cpu/vec.inl"
+
+#include "kernels/cpu/channel_vector.inl"
+
+#include "kernels/cpu/reduce.inl"
+
+#include "kernels/cpu/apply.inl"
+
+#include "kernels/cpu/channel_stats.inl"
+
+#include "kernels/cpu/batch_norm.inl"
+
+template <class T>
+constexpr KernelsOf make_kernels() {
+  return {batch_norm_training<T>, batch_norm_inference<T>, batch_norm_backward<T>, channel_moments<T>,
+          channel_sums<T>};
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+  static constexpr KernelTable table{make_kernels<float>(), make_kernels<double>(), make_kernels<Half>(),
+                                     make_kernels<BFloat16>()};
+  return table;
+}
+
+}  // namespace normfused::cpu::NF_ISA

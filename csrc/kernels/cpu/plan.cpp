@@ -1,0 +1,63 @@
+#include "kernels/cpu/plan.h"
+
+#include <algorithm>
+
+namespace normfused::cpu {
+
+namespace {
+
+// Half of a 1.25 MiB L2: what a unit reduces is then still there when it applies.
+constexpr int64_t kCacheBytes = 512 << 10;
+// Enough units to share among many threads evenly, few enough to merge cheaply.
+constexpr int64_t kUnits = 64;
+// A unit smaller than this is dominated by its own bookkeeping.
+constexpr int64_t kLeastUnitBytes = 16 << 10;
+constexpr int64_t kLeastSplitBytes = 64 << 10;
+// A cache line's worth of channels in every dtype.
+constexpr int64_t kChannelMultiple = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Plan make_plan(const ChannelView& view, int64_t channel_block, int64_t position_block, int64_t item_bytes) {
+  return {channel_block, ceil_div(view.channels, channel_block), position_block,
+          ceil_div(view.positions(), position_block), channel_block * position_block * item_bytes};
+}
+
+}  // namespace
+
+Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands) {
+  const int64_t item_bytes = itemsize * operands;
+  const int64_t positions = view.positions();
+  const int64_t channel_bytes = std::max<int64_t>(1, positions * item_bytes);
+  const int64_t bytes = channel_bytes * view.channels;
+  if (view.inner > 1) {
+    const int64_t splits = std::min(ceil_div(kUnits, view.channels), channel_bytes / kLeastSplitBytes);
+    if (view.channels < kUnits / 2 && splits > 1) return make_plan(view, 1, ceil_div(positions, splits), item_bytes);
+    const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
+    const int64_t block = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsFirst});
+    return make_plan(view, std::clamp<int64_t>(block, 1, view.channels), positions, item_bytes);
+  }
+  if (kChannelMultiple * channel_bytes <= kCacheBytes / 2) {
+    const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
+    const int64_t wide = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsLast});
+    const int64_t block = std::max(kChannelMultiple, wide / kChannelMultiple * kChannelMultiple);
+    return make_plan(view, std::min(block, view.channels), positions, item_bytes);
+  }
+  const int64_t splits = std::clamp<int64_t>(bytes / kCacheBytes, 1, kUnits);
+  return make_plan(view, std::min(view.channels, kMaxChannelsLast), ceil_div(positions, splits), item_bytes);
+}
+
+Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operands) {
+  const int64_t item_bytes = itemsize * operands;
+  const int64_t bytes = view.numel() * item_bytes;
+  const int64_t splits = std::clamp<int64_t>(bytes / kLeastSplitBytes, 1, view.positions());
+  int64_t block = ceil_div(view.positions(), splits);
+  if (block > view.inner) block = ceil_div(block, view.inner) * view.inner;
+  return make_plan(view, view.channels, block, item_bytes);
+}
+
+int64_t grain(const Plan& plan) {
+  return std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, plan.unit_bytes));
+}
+
+}  // namespace normfused::cpu

@@ -1,0 +1,226 @@
+// Walks a unit of the tensor and reduces it per channel. What is reduced is the Op's business; an Op has
+//   S, kSums            type of its arithmetic and number of accumulators
+//   empty(k)            what accumulator k starts from
+//   join(k, a, b)       two partial accumulators made one
+//   accumulate(sums, offset, width, pivot)       takes in the values at an offset of the tensor
+//   first_pivot(c, offset)                       a pivot for channel c, whose first value lies at the offset
+//   kSeeksPivot, next_pivot(pivot, tile, totals) whether, and how, a trial over the first values improves on it
+//   fold(results, c, done, tile, pivot, totals)  folds a tile into the channel's results, returns the next pivot
+// Tiles accumulate in S about a pivot, results are double: single precision never has to hold more than a tile.
+
+// Values behind a pivot sought by trial. An outlier among them costs precision in proportion to tile length over their
+// number.
+inline constexpr int64_t kTrial = 64;
+// Channels first: a tile spreads over all lanes of up to four accumulators.
+inline constexpr int64_t kTile = 4096;
+// Channels last: each lane is a channel, so S holds no more than the rows that advance together, which are as many
+// sequential streams as hardware prefetchers follow. A tile is as long as its pivot may serve.
+inline constexpr int64_t kRowsTogether = 16;
+inline constexpr int64_t kTileRows = 1024;
+// Channels that one task merges after a split reduction.
+inline constexpr int64_t kMergeBlock = 256;
+
+// A range of channels and a range of positions.
+struct Unit {
+  int64_t c0, c1;
+  int64_t m0, m1;
+};
+
+NF_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+NF_FN int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+NF_FN Unit unit_of(const Plan& plan, const ChannelView& view, int64_t index) {
+  const int64_t c0 = index % plan.channel_units * plan.channel_block;
+  const int64_t m0 = index / plan.channel_units * plan.position_block;
+  return {c0, least(c0 + plan.channel_block, view.channels), m0, least(m0 + plan.position_block, view.positions())};
+}
+
+// Offset of position m of channel c.
+NF_FN int64_t offset_of(const ChannelView& view, int64_t c, int64_t m) {
+  return (m / view.inner * view.channels + c) * view.inner + m % view.inner;
+}
+
+// kSums doubles per channel, as rows of C.
+struct Results {
+  double* data;
+  int64_t channels;
+
+  double& operator()(int64_t k, int64_t c) const { return data[k * channels + c]; }
+};
+
+template <class Op>
+struct Sums {
+  Vec<typename Op::S> k[Op::kSums];
+
+  NF_INLINE void clear() {
+    for (int64_t i = 0; i < Op::kSums; ++i) k[i] = broadcast<typename Op::S>(Op::empty(i));
+  }
+  NF_INLINE void join(const Sums& other) {
+    for (int64_t i = 0; i < Op::kSums; ++i) k[i] = Op::join(i, k[i], other.k[i]);
+  }
+};
+
+template <class Op>
+struct Totals {
+  double k[Op::kSums];
+};
+
+template <class Op>
+NF_FN Totals<Op> totals_of(const Sums<Op>& sums) {
+  Totals<Op> totals;
+  for (int64_t i = 0; i < Op::kSums; ++i) {
+    double total = static_cast<double>(sums.k[i][0]);
+    for (int64_t lane = 1; lane < kLanes<typename Op::S>; ++lane)
+      total = Op::join(i, total, static_cast<double>(sums.k[i][lane]));
+    totals.k[i] = total;
+  }
+  return totals;
+}
+
+template <class Op>
+NF_FN void accumulate_row(const Op& op, Sums<Op>& sums, int64_t offset, int64_t n, Vec<typename Op::S> pivot) {
+  constexpr int64_t kLane = kLanes<typename Op::S>;
+  constexpr int64_t kUnroll = 4;  // covers the latency of an addition on two ports
+  int64_t i = 0;
+  if (n >= 2 * kUnroll * kLane) {
+    Sums<Op> part[kUnroll];
+    for (auto& p : part) p.clear();
+    for (; i + kUnroll * kLane <= n; i += kUnroll * kLane)
+      for (int64_t u = 0; u < kUnroll; ++u) op.accumulate(part[u], offset + i + u * kLane, Whole{}, pivot);
+    part[0].join(part[1]);
+    part[2].join(part[3]);
+    part[0].join(part[2]);
+    sums.join(part[0]);
+  }
+  for_each_vector<typename Op::S>(
+      n - i, [&](int64_t j, auto width) { op.accumulate(sums, offset + i + j, width, pivot); });
+}
+
+template <class Op>
+void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& unit, const Results& results) {
+  using S = typename Op::S;
+  const int64_t channels = unit.c1 - unit.c0;
+  Sums<Op> sums[kMaxChannelsFirst];
+  S pivots[kMaxChannelsFirst];
+  for (int64_t c = 0; c < channels; ++c) pivots[c] = op.first_pivot(unit.c0 + c, offset_of(view, unit.c0 + c, unit.m0));
+
+  const auto accumulate_tile = [&](int64_t m, int64_t end) {
+    for (int64_t c = 0; c < channels; ++c) sums[c].clear();
+    for (int64_t n; m < end; m += n) {
+      n = least(view.inner - m % view.inner, end - m);
+      const int64_t offset = offset_of(view, unit.c0, m);
+      for (int64_t c = 0; c < channels; ++c)
+        accumulate_row(op, sums[c], offset + c * view.inner, n, broadcast<S>(pivots[c]));
+    }
+  };
+
+  if constexpr (Op::kSeeksPivot) {
+    const int64_t trial = least(kTrial, unit.m1 - unit.m0);
+    accumulate_tile(unit.m0, unit.m0 + trial);
+    for (int64_t c = 0; c < channels; ++c) pivots[c] = op.next_pivot(pivots[c], trial, totals_of(sums[c]));
+  }
+  for (int64_t m = unit.m0; m < unit.m1; m += kTile) {
+    const int64_t tile = least(kTile, unit.m1 - m);
+    accumulate_tile(m, m + tile);
+    for (int64_t c = 0; c < channels; ++c)
+      pivots[c] = op.fold(results, unit.c0 + c, m - unit.m0, tile, pivots[c], totals_of(sums[c]));
+  }
+}
+
+// A few vectors of channels over a few rows: sums in registers meanwhile, then joined to the tile's, which are double.
+template <int64_t kVectors, class Op, class Width>
+NF_FN void accumulate_rows(const Op& op, const ChannelView& view, int64_t c, int64_t m0, int64_t m1, Width width,
+                           const typename Op::S* pivots, double* sums) {
+  using S = typename Op::S;
+  Sums<Op> part[kVectors];
+  Vec<S> pivot[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) {
+    pivot[v] = load<S>(pivots + v * kLanes<S>, Whole{});
+    part[v].clear();
+  }
+  for (int64_t m = m0; m < m1; ++m)
+    for (int64_t v = 0; v < kVectors; ++v)
+      op.accumulate(part[v], m * view.channels + c + v * kLanes<S>, width, pivot[v]);
+  for (int64_t i = 0; i < Op::kSums; ++i)
+    for (int64_t v = 0; v < kVectors; ++v)
+      for (int64_t lane = 0; lane < kLanes<S>; ++lane) {
+        double& sum = sums[i * kMaxChannelsLast + v * kLanes<S> + lane];
+        sum = Op::join(i, sum, static_cast<double>(part[v].k[i][lane]));
+      }
+}
+
+template <class Op>
+void reduce_channels_last(const Op& op, const ChannelView& view, const Unit& unit, const Results& results) {
+  using S = typename Op::S;
+  constexpr int64_t kLane = kLanes<S>;
+  constexpr int64_t kVectors = 4;
+  const int64_t channels = unit.c1 - unit.c0;
+  const int64_t padded = (channels + kLane - 1) / kLane * kLane;  // the last vector may use all of its lanes
+  alignas(64) double sums[Op::kSums * kMaxChannelsLast];
+  alignas(64) S pivots[kMaxChannelsLast];
+  for (int64_t c = 0; c < padded; ++c)
+    pivots[c] = c < channels ? op.first_pivot(unit.c0 + c, unit.m0 * view.channels + unit.c0 + c) : S(0);
+
+  const auto accumulate_tile = [&](int64_t m, int64_t end) {
+    for (int64_t i = 0; i < Op::kSums; ++i)
+      for (int64_t c = 0; c < padded; ++c) sums[i * kMaxChannelsLast + c] = static_cast<double>(Op::empty(i));
+    for (; m < end; m += kRowsTogether) {
+      const int64_t stop = least(m + kRowsTogether, end);
+      int64_t c = 0;
+      for (; c + kVectors * kLane <= channels; c += kVectors * kLane)
+        accumulate_rows<kVectors>(op, view, unit.c0 + c, m, stop, Whole{}, pivots + c, sums + c);
+      for_each_vector<S>(channels - c, [&](int64_t j, auto width) {
+        accumulate_rows<1>(op, view, unit.c0 + c + j, m, stop, width, pivots + c + j, sums + c + j);
+      });
+    }
+  };
+  const auto totals = [&](int64_t c) {
+    Totals<Op> result;
+    for (int64_t i = 0; i < Op::kSums; ++i) result.k[i] = sums[i * kMaxChannelsLast + c];
+    return result;
+  };
+
+  if constexpr (Op::kSeeksPivot) {
+    const int64_t trial = least(kRowsTogether, unit.m1 - unit.m0);
+    accumulate_tile(unit.m0, unit.m0 + trial);
+    for (int64_t c = 0; c < channels; ++c) pivots[c] = op.next_pivot(pivots[c], trial, totals(c));
+  }
+  for (int64_t m = unit.m0; m < unit.m1; m += kTileRows) {
+    const int64_t tile = least(kTileRows, unit.m1 - m);
+    accumulate_tile(m, m + tile);
+    for (int64_t c = 0; c < channels; ++c)
+      pivots[c] = op.fold(results, unit.c0 + c, m - unit.m0, tile, pivots[c], totals(c));
+  }
+}
+
+template <class Op>
+void reduce(const Op& op, const ChannelView& view, const Unit& unit, const Results& results) {
+  if (view.inner > 1)
+    reduce_channels_first(op, view, unit, results);
+  else
+    reduce_channels_last(op, view, unit, results);
+}
+
+// Reduces a whole tensor, has finalize(c0, c1) turn the parts' results into what apply(unit) needs, and applies. Parts
+// lie behind each other in `results`. A unit that owns its channels goes through all three at once, in its cache.
+template <class Op, class Finalize, class Apply>
+void sweep(const Op& op, const ChannelView& view, const Plan& plan, const Parallel& parallel, const Results& results,
+           const Finalize& finalize, const Apply& apply) {
+  const auto reduce_unit = [&](const Unit& unit) {
+    reduce(op, view, unit, {&results(unit.m0 / plan.position_block * Op::kSums, 0), view.channels});
+  };
+  if (plan.position_units == 1) {
+    parallel(plan.units(), grain(plan), [&](int64_t index) {
+      const Unit unit = unit_of(plan, view, index);
+      reduce_unit(unit);
+      finalize(unit.c0, unit.c1);
+      apply(unit);
+    });
+    return;
+  }
+  parallel(plan.units(), grain(plan), [&](int64_t index) { reduce_unit(unit_of(plan, view, index)); });
+  parallel((view.channels + kMergeBlock - 1) / kMergeBlock, 1, [&](int64_t block) {
+    finalize(block * kMergeBlock, least((block + 1) * kMergeBlock, view.channels));
+  });
+  parallel.backwards(plan.units(), grain(plan), [&](int64_t index) { apply(unit_of(plan, view, index)); });
+}

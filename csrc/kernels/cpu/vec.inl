@@ -1,0 +1,217 @@
+// Vectors of the instruction set being compiled, NF_VECTOR_BYTES wide: loads and stores with conversion, whole or
+// partial. Arithmetic is the compiler's own on vector types.
+inline constexpr int64_t kVectorBytes = NF_VECTOR_BYTES;
+
+// Type of the arithmetic done on values stored as T.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using compute_t = typename ComputeOf<T>::type;
+
+template <class S, int64_t bytes = kVectorBytes>
+struct VecOf {
+  typedef S type __attribute__((vector_size(bytes)));
+};
+template <class S>
+using Vec = typename VecOf<S>::type;
+
+template <class S>
+inline constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(S));
+
+template <class S>
+using lane_index_t = std::conditional_t<sizeof(S) == 4, int32_t, int64_t>;
+
+template <class S>
+NF_FN Vec<lane_index_t<S>> lane_index() {
+  Vec<lane_index_t<S>> index{};
+  for (int64_t lane = 0; lane < kLanes<S>; ++lane) index[lane] = static_cast<lane_index_t<S>>(lane);
+  return index;
+}
+
+// How much of a vector a load or store touches.
+struct Whole {};
+struct Part {
+  int64_t lanes;
+};
+
+// Calls body(i, Whole or Part) for i = 0, lanes, 2 * lanes, … up to n.
+template <class S, class Body>
+NF_FN void for_each_vector(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes<S> <= n; i += kLanes<S>) body(i, Whole{});
+  if (i < n) body(i, Part{n - i});
+}
+
+template <class S>
+NF_FN Vec<S> broadcast(S value) {
+  return value - Vec<S>{};
+}
+
+template <class V, class P>
+NF_FN V read_as(const P* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+// ---- conversions of 16-bit storage -------------------------------------------------------------------------------
+
+using U16 = VecOf<uint16_t, kVectorBytes / 2>::type;  // as many lanes as Vec<float>
+using U32 = Vec<uint32_t>;
+
+NF_FN Vec<float> widen(BFloat16, U16 raw) {
+  return read_as<Vec<float>>(&static_cast<const U32&>(__builtin_convertvector(raw, U32) << 16));
+}
+
+// To nearest, ties to even; NaN stays NaN (rounding its payload could carry it over to infinity).
+NF_FN U16 narrow(BFloat16, Vec<float> value) {
+  const U32 bits = read_as<U32>(&value);
+  const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U32 quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector(value == value ? rounded : quiet, U16);
+}
+
+NF_FN Vec<float> widen(Half, U16 raw) {
+#if NF_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_cvtph_ps((__m256i)raw);
+#elif NF_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)raw);
+#else
+  // The exponent is rebased by one multiplication, which also normalizes subnormals; infinity and NaN keep theirs.
+  const U32 h = __builtin_convertvector(raw, U32);
+  const U32 magnitude = (h & 0x7fff) << 13;
+  const Vec<float> scaled = read_as<Vec<float>>(&magnitude) * 0x1p112f;
+  const U32 finite = read_as<U32>(&scaled);
+  const U32 bits = (magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000) : finite) | ((h & 0x8000) << 16);
+  return read_as<Vec<float>>(&bits);
+#endif
+}
+
+NF_FN U16 narrow(Half, Vec<float> value) {
+#if NF_VECTOR_BYTES == 64
+  return (U16)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#elif NF_VECTOR_BYTES == 32
+  return (U16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const U32 bits = read_as<U32>(&value);
+  const U32 magnitude = bits & 0x7fffffff;
+  const Vec<float> absolute = read_as<Vec<float>>(&magnitude);
+  // Subnormal halves: adding 0.5 aligns the last kept bit with float's last bit, and the hardware rounds to even.
+  const Vec<float> aligned = absolute + 0.5f;
+  const U32 subnormal = read_as<U32>(&aligned) - 0x3f000000;
+  const U32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const U32 overflow = magnitude > 0x7f800000 ? ((magnitude >> 13) & 0x3ff) | 0x7e00 : U32{} + 0x7c00;
+  const U32 half = magnitude >= 0x477ff000 ? overflow : (magnitude < 0x38800000 ? subnormal : normal);
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000), U16);
+#endif
+}
+
+// ---- loads -------------------------------------------------------------------------------------------------------
+
+template <class S, class T>
+NF_FN Vec<S> load(const T* p, Whole) {
+  if constexpr (std::is_same_v<S, T>) {
+    return read_as<Vec<S>>(p);
+  } else if constexpr (std::is_same_v<S, float>) {
+    return widen(T{}, read_as<U16>(p));
+  } else if constexpr (std::is_same_v<T, float>) {
+    return __builtin_convertvector(read_as<typename VecOf<float, kVectorBytes / 2>::type>(p), Vec<double>);
+  } else {
+    // Half and bfloat16 to double, exactly, by way of float.
+    T buffer[kLanes<float>] = {};
+    std::memcpy(buffer, p, kLanes<double> * sizeof(T));
+    const Vec<float> wide = load<float>(buffer, Whole{});
+    return __builtin_convertvector(read_as<typename VecOf<float, kVectorBytes / 2>::type>(&wide), Vec<double>);
+  }
+}
+
+// The lanes beyond the part hold `fill`; memory beyond it is not touched.
+template <class S, class T>
+NF_FN Vec<S> load(const T* p, Part part, Vec<S> fill = Vec<S>{}) {
+#if NF_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, T> && sizeof(S) == 4) {
+    return (Vec<S>)_mm512_mask_loadu_ps((__m512)fill, static_cast<__mmask16>((1u << part.lanes) - 1), p);
+  } else if constexpr (std::is_same_v<S, T>) {
+    return (Vec<S>)_mm512_mask_loadu_pd((__m512d)fill, static_cast<__mmask8>((1u << part.lanes) - 1), p);
+  } else if constexpr (std::is_same_v<S, float>) {
+    const auto mask = static_cast<__mmask16>((1u << part.lanes) - 1);
+    const Vec<float> value = widen(T{}, (U16)_mm256_maskz_loadu_epi16(mask, p));
+    return (Vec<S>)_mm512_mask_blend_ps(mask, (__m512)fill, (__m512)value);
+  } else
+#endif
+  {
+    T buffer[kLanes<S>] = {};
+    std::memcpy(buffer, p, static_cast<size_t>(part.lanes) * sizeof(T));
+    const Vec<S> value = load<S>(static_cast<const T*>(buffer), Whole{});
+    return lane_index<S>() < static_cast<lane_index_t<S>>(part.lanes) ? value : fill;
+  }
+}
+
+template <class S, class T>
+NF_FN Vec<S> load(const T* p, Whole, Vec<S>) {
+  return load<S>(p, Whole{});
+}
+
+// ---- stores ------------------------------------------------------------------------------------------------------
+
+template <class T>
+NF_FN auto stored(Vec<compute_t<T>> value) {
+  if constexpr (std::is_same_v<compute_t<T>, T>)
+    return value;
+  else
+    return narrow(T{}, value);
+}
+
+template <class T>
+NF_FN void store(T* p, Vec<compute_t<T>> value, Whole) {
+  const auto raw = stored<T>(value);
+  std::memcpy(p, &raw, sizeof(raw));
+}
+
+template <class T>
+NF_FN void store(T* p, Vec<compute_t<T>> value, Part part) {
+#if NF_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << part.lanes) - 1), (__m512)value);
+  } else if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << part.lanes) - 1), (__m512d)value);
+  } else {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << part.lanes) - 1), (__m256i)stored<T>(value));
+  }
+#else
+  const auto raw = stored<T>(value);
+  std::memcpy(p, &raw, static_cast<size_t>(part.lanes) * sizeof(T));
+#endif
+}
+
+// Past the caches; p must be aligned to the size of the stored vector.
+template <class T>
+NF_FN void stream(T* p, Vec<compute_t<T>> value) {
+  const auto raw = stored<T>(value);
+#if NF_VECTOR_BYTES == 64
+  if constexpr (sizeof(raw) == 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)raw);
+  else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)raw);
+#elif NF_VECTOR_BYTES == 32
+  if constexpr (sizeof(raw) == 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)raw);
+  else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)raw);
+#else
+  std::memcpy(p, &raw, sizeof(raw));
+#endif
+}
+
+// Makes streamed stores visible before the task ends.
+NF_FN void finish_streams() {
+#if NF_VECTOR_BYTES > 16
+  _mm_sfence();
+#endif
+}

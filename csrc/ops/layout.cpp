@@ -1,0 +1,105 @@
+#include "ops/layout.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace normfused::ops {
+
+namespace {
+
+// The channels of a channels-last tensor are dense, and the rest is dense around them in its own order.
+bool is_channels_last(const at::Tensor& tensor) {
+  if (tensor.size(1) != 1 && tensor.stride(1) != 1) return false;
+  int64_t expected = tensor.size(1);
+  for (int64_t dim = tensor.dim() - 1; dim >= 0; --dim) {
+    if (dim == 1) continue;
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
+    expected *= tensor.size(dim);
+  }
+  return true;
+}
+
+void use_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kWorthwhile = 4 << 20;
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < kWorthwhile) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+  // Only advice: where the system does not take it, pages stay small.
+  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+}  // namespace
+
+DType dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected float32, float64, float16 or bfloat16, got ", type);
+  }
+}
+
+std::optional<ChannelView> view_of(const at::Tensor& tensor) {
+  const int64_t channels = tensor.size(1);
+  if (tensor.is_contiguous()) {
+    const int64_t outer = tensor.size(0);
+    const int64_t rows = outer * channels;
+    const int64_t inner = rows == 0 ? 0 : tensor.numel() / rows;
+    // A single channel is one row, whatever the tensor's shape.
+    if (channels == 1 && outer * inner > 1) return ChannelView{1, 1, outer * inner};
+    return ChannelView{outer, channels, inner};
+  }
+  if (is_channels_last(tensor)) return ChannelView{tensor.numel() / channels, channels, 1};
+  return std::nullopt;
+}
+
+at::Tensor with_view(const at::Tensor& tensor) {
+  return view_of(tensor) ? tensor : tensor.contiguous(tensor.suggest_memory_format());
+}
+
+at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like) {
+  if (tensor.strides() == like.strides()) return tensor;
+  if (like.is_contiguous()) return tensor.contiguous();
+  if (is_channels_last(tensor)) return tensor;
+  return at::empty_like(like, tensor.options()).copy_(tensor);
+}
+
+at::Tensor empty_output_like(const at::Tensor& like) {
+  at::Tensor output = at::empty_like(like);
+  use_huge_pages(output.data_ptr(), output.nbytes());
+  return output;
+}
+
+ChannelVector channel_vector(const at::Tensor& tensor) {
+  return {tensor.data_ptr(), dtype_of(tensor.scalar_type())};
+}
+
+ChannelVector channel_vector(const std::optional<at::Tensor>& tensor) {
+  return tensor ? channel_vector(*tensor) : ChannelVector{};
+}
+
+const cpu::Parallel& parallel() {
+  static constexpr cpu::Parallel instance{
+      [](int64_t tasks, int64_t grain, cpu::Parallel::Body body, const void* context) {
+        at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+      }};
+  return instance;
+}
+
+}  // namespace normfused::ops
