@@ -47,4 +47,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &cpu::capability);
+  m.def("has_cuda", [] {
+#if defined(NORMFUSED_WITH_CUDA)
+    return true;
+#else
+    return false;
+#endif
+  });
 }

@@ -39,7 +39,7 @@ variable_list batch_norm_double_backward(const Tensor& u_in, const Tensor& v_in,
   const at::NoGradGuard no_grad;
   const auto type = at::toOpMathType(x_in.scalar_type());
   at::DimVector axes, shape(x_in.dim(), 1);
-  shape[1] = x_in.size(1);
+  shape[1] = -1;
   for (int64_t dim = 0; dim < x_in.dim(); ++dim)
     if (dim != 1) axes.push_back(dim);
   const auto per_channel = [&](const Tensor& t) { return t.defined() ? t.to(type).view(shape) : Tensor(); };
@@ -50,8 +50,8 @@ variable_list batch_norm_double_backward(const Tensor& u_in, const Tensor& v_in,
   const Tensor g = g_in.to(type), x = x_in.to(type);
   const Tensor u = u_in.defined() ? u_in.to(type) : Tensor();
   const Tensor v = per_channel(v_in), w = per_channel(w_in);
-  const Tensor weight = weight_in.defined() ? per_channel(weight_in) : at::ones(shape, x.options());
   const Tensor invstd = per_channel(statistics[1]);
+  const Tensor weight = weight_in.defined() ? per_channel(weight_in) : at::ones_like(invstd);
   const Tensor d = (x.to(at::kDouble) - statistics[0].view(shape)).to(type) * invstd;
   const auto project = [&](const Tensor& a) { return training ? a - avg(a) - d * avg(a * d) : a; };
 
@@ -59,13 +59,12 @@ variable_list batch_norm_double_backward(const Tensor& u_in, const Tensor& v_in,
   Tensor grad_d;  // how the three depend on x by way of d
   if (u.defined()) {
     const Tensor projected = project(u);
-    const Tensor inner = sum(projected * g);
     grad_g = weight * invstd * projected;
-    grad_weight = (invstd * inner).view(-1);
+    grad_weight = (invstd * sum(projected * g)).view(-1);
     if (training) {
       grad_d = -weight * invstd * (u * avg(g * d) + g * avg(u * d));
       // … and by way of invstd, whose derivative is -invstd² d / M.
-      grad_x = -weight * inner * invstd * invstd * d / (x.numel() / x.size(1));
+      grad_x = -weight * invstd * invstd * avg(projected * g) * d;
     }
   }
   if (v.defined()) {
@@ -91,18 +90,19 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
     ctx->save_for_backward({grad_output, input, weight.value_or(Tensor()), statistics});
     ctx->saved_data["training"] = training;
     ctx->set_materialize_grads(false);
-    return {grad_input, grad_weight, grad_bias};
+    const variable_list results{grad_input, grad_weight, grad_bias};
+    variable_list unwanted;
+    for (size_t i = 0; i < results.size(); ++i)
+      if (!output_mask[i]) unwanted.push_back(results[i]);
+    ctx->mark_non_differentiable(unwanted);
+    return results;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &grad_output = saved[0], &input = saved[1], &weight = saved[2];
-    variable_list results =
-        input.numel() == 0
-            ? variable_list{at::zeros_like(grad_output), at::zeros_like(input),
-                            weight.defined() ? at::zeros_like(weight) : Tensor()}
-            : batch_norm_double_backward(grads[0], grads[1], grads[2], grad_output, input, weight, saved[3],
-                                         ctx->saved_data["training"].toBool());
+    variable_list results = batch_norm_double_backward(grads[0], grads[1], grads[2], grad_output, input, weight,
+                                                       saved[3], ctx->saved_data["training"].toBool());
     if (at::GradMode::is_enabled())
       for (Tensor& result : results)
         if (result.defined()) result = ThirdOrder::apply(result, grad_output, input, optional(weight));

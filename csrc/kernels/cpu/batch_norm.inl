@@ -41,6 +41,7 @@ struct GradSumsOp {
     sums.k[1] += grad * deviation;
   }
 
+  NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); prefetch_row(grad_output + offset, n); }
   NF_INLINE S first_pivot(int64_t c, int64_t) const { return static_cast<S>(mean[c]); }
 
   NF_INLINE S fold(const Results& results, int64_t c, int64_t done, int64_t, S pivot,

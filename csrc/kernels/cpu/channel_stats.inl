@@ -17,7 +17,7 @@ struct MomentsOp {
   // A NaN does not survive the comparisons, but it makes M2 NaN, and such channels are done again.
   template <class V>
   static NF_INLINE V join(int64_t k, V a, V b) {
-    return k == 2 ? (b < a ? b : a) : k == 3 ? (b > a ? b : a) : a + b;
+    return k == 2 ? minimum(a, b) : k == 3 ? maximum(a, b) : a + b;
   }
 
   template <class Width>
@@ -32,6 +32,7 @@ struct MomentsOp {
     }
   }
 
+  NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); }
   NF_INLINE S first_pivot(int64_t, int64_t offset) const { return load<S>(input + offset, Part{1})[0]; }
 
   NF_INLINE S next_pivot(S pivot, int64_t tile, const Totals<MomentsOp>& totals) const {
@@ -72,6 +73,7 @@ struct SumsOp {
     sums.k[1] += value * value;
   }
 
+  NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); }
   NF_INLINE S first_pivot(int64_t, int64_t) const { return 0; }
 
   NF_INLINE S fold(const Results& results, int64_t c, int64_t done, int64_t, S, const Totals<SumsOp>& totals) const {

@@ -49,11 +49,14 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
 
 Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operands) {
   const int64_t item_bytes = itemsize * operands;
-  const int64_t bytes = view.numel() * item_bytes;
-  const int64_t splits = std::clamp<int64_t>(bytes / kLeastSplitBytes, 1, view.positions());
-  int64_t block = ceil_div(view.positions(), splits);
-  if (block > view.inner) block = ceil_div(block, view.inner) * view.inner;
-  return make_plan(view, view.channels, block, item_bytes);
+  const auto fitting = [&](int64_t bytes) { return std::max<int64_t>(1, kLeastSplitBytes / bytes); };
+  const int64_t row_bytes = view.inner * item_bytes;
+  // As many whole positions of the outer extent, else as many rows, else as much of a row as make a unit.
+  if (view.channels * row_bytes <= kLeastSplitBytes)
+    return make_plan(view, view.channels, fitting(view.channels * row_bytes) * view.inner, item_bytes);
+  if (view.inner == 1 || row_bytes <= kLeastSplitBytes)
+    return make_plan(view, std::min(view.channels, fitting(row_bytes)), view.inner, item_bytes);
+  return make_plan(view, 1, fitting(item_bytes), item_bytes);
 }
 
 int64_t grain(const Plan& plan) {

@@ -109,8 +109,10 @@ void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& un
     for (int64_t n; m < end; m += n) {
       n = least(view.inner - m % view.inner, end - m);
       const int64_t offset = offset_of(view, unit.c0, m);
-      for (int64_t c = 0; c < channels; ++c)
+      for (int64_t c = 0; c < channels; ++c) {
+        op.prefetch(offset + (view.channels + c) * view.inner, view.inner);
         accumulate_row(op, sums[c], offset + c * view.inner, n, broadcast<S>(pivots[c]));
+      }
     }
   };
 

@@ -24,6 +24,26 @@ using Vec = typename VecOf<S>::type;
 template <class S>
 inline constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(S));
 
+// Where either is NaN, b.
+NF_FN double minimum(double a, double b) { return a < b ? a : b; }
+NF_FN double maximum(double a, double b) { return a > b ? a : b; }
+NF_FN Vec<float> minimum(Vec<float> a, Vec<float> b) {
+#if NF_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+NF_FN Vec<float> maximum(Vec<float> a, Vec<float> b) {
+#if NF_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+NF_FN Vec<double> minimum(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
+NF_FN Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+
 template <class S>
 using lane_index_t = std::conditional_t<sizeof(S) == 4, int32_t, int64_t>;
 
@@ -65,8 +85,28 @@ NF_FN V read_as(const P* p) {
 using U16 = VecOf<uint16_t, kVectorBytes / 2>::type;  // as many lanes as Vec<float>
 using U32 = Vec<uint32_t>;
 
+// GCC 12 splits a conversion between vectors of different width; these keep it one instruction.
+NF_FN U32 to_u32(U16 raw) {
+#if NF_VECTOR_BYTES == 64
+  return (U32)_mm512_cvtepu16_epi32((__m256i)raw);
+#elif NF_VECTOR_BYTES == 32
+  return (U32)_mm256_cvtepu16_epi32((__m128i)raw);
+#else
+  return __builtin_convertvector(raw, U32);
+#endif
+}
+
+NF_FN U16 to_u16(U32 wide) {
+#if NF_VECTOR_BYTES == 64
+  return (U16)_mm512_cvtepi32_epi16((__m512i)wide);
+#else
+  return __builtin_convertvector(wide, U16);
+#endif
+}
+
 NF_FN Vec<float> widen(BFloat16, U16 raw) {
-  return read_as<Vec<float>>(&static_cast<const U32&>(__builtin_convertvector(raw, U32) << 16));
+  const U32 bits = to_u32(raw) << 16;
+  return read_as<Vec<float>>(&bits);
 }
 
 // To nearest, ties to even; NaN stays NaN (rounding its payload could carry it over to infinity).
@@ -74,7 +114,7 @@ NF_FN U16 narrow(BFloat16, Vec<float> value) {
   const U32 bits = read_as<U32>(&value);
   const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const U32 quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(value == value ? rounded : quiet, U16);
+  return to_u16(value == value ? rounded : quiet);
 }
 
 NF_FN Vec<float> widen(Half, U16 raw) {
@@ -84,7 +124,7 @@ NF_FN Vec<float> widen(Half, U16 raw) {
   return (Vec<float>)_mm256_cvtph_ps((__m128i)raw);
 #else
   // The exponent is rebased by one multiplication, which also normalizes subnormals; infinity and NaN keep theirs.
-  const U32 h = __builtin_convertvector(raw, U32);
+  const U32 h = to_u32(raw);
   const U32 magnitude = (h & 0x7fff) << 13;
   const Vec<float> scaled = read_as<Vec<float>>(&magnitude) * 0x1p112f;
   const U32 finite = read_as<U32>(&scaled);
@@ -108,7 +148,7 @@ NF_FN U16 narrow(Half, Vec<float> value) {
   const U32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const U32 overflow = magnitude > 0x7f800000 ? ((magnitude >> 13) & 0x3ff) | 0x7e00 : U32{} + 0x7c00;
   const U32 half = magnitude >= 0x477ff000 ? overflow : (magnitude < 0x38800000 ? subnormal : normal);
-  return __builtin_convertvector(half | ((bits >> 16) & 0x8000), U16);
+  return to_u16(half | ((bits >> 16) & 0x8000));
 #endif
 }
 
@@ -191,22 +231,40 @@ NF_FN void store(T* p, Vec<compute_t<T>> value, Part part) {
 }
 
 // Past the caches; p must be aligned to the size of the stored vector.
+template <class V>
+NF_FN void stream_raw(void* p, V raw) {
+#if NF_VECTOR_BYTES == 64
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)raw);
+#endif
+#if NF_VECTOR_BYTES >= 32
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)raw);
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)raw);
+#endif
+  std::memcpy(p, &raw, sizeof(V));
+}
+
 template <class T>
 NF_FN void stream(T* p, Vec<compute_t<T>> value) {
-  const auto raw = stored<T>(value);
-#if NF_VECTOR_BYTES == 64
-  if constexpr (sizeof(raw) == 64)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)raw);
-  else
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)raw);
-#elif NF_VECTOR_BYTES == 32
-  if constexpr (sizeof(raw) == 32)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)raw);
-  else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)raw);
-#else
-  std::memcpy(p, &raw, sizeof(raw));
-#endif
+  stream_raw(p, stored<T>(value));
+}
+
+NF_FN int64_t bytes_to_alignment(const void* p, int64_t alignment) {
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(alignment));
+}
+
+// A copy whose destination bypasses the caches.
+template <class T>
+NF_FN void stream_copy(T* destination, const T* source, int64_t n) {
+  auto* to = reinterpret_cast<char*>(destination);
+  auto* from = reinterpret_cast<const char*>(source);
+  int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+  int64_t head = bytes_to_alignment(to, kVectorBytes);
+  if (head > bytes) head = bytes;
+  std::memcpy(to, from, static_cast<size_t>(head));
+  for (to += head, from += head, bytes -= head; bytes >= kVectorBytes;
+       to += kVectorBytes, from += kVectorBytes, bytes -= kVectorBytes)
+    stream_raw(to, read_as<Vec<uint32_t>>(from));
+  std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
 // Makes streamed stores visible before the task ends.
@@ -214,4 +272,13 @@ NF_FN void finish_streams() {
 #if NF_VECTOR_BYTES > 16
   _mm_sfence();
 #endif
+}
+
+// Short rows of one channel lie far apart, and hardware prefetchers do not cross pages: this asks for the next one.
+template <class T>
+NF_FN void prefetch_row(const T* row, int64_t n) {
+  if (n * static_cast<int64_t>(sizeof(T)) > 2048) return;
+  const char* const begin = reinterpret_cast<const char*>(row);
+  const char* const end = reinterpret_cast<const char*>(row + n);
+  for (const char* line = begin; line < end; line += 64) __builtin_prefetch(line);
 }

@@ -1,0 +1,21 @@
+"""Fast normalization for PyTorch: batch norm and per-channel statistics in hand-written C++."""
+
+from normfused import functional, reference
+from normfused._extension import info
+from normfused._version import __version__
+from normfused.functional import ChannelMoments, ChannelSums, channel_moments, channel_sums
+from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "ChannelMoments",
+    "ChannelSums",
+    "__version__",
+    "channel_moments",
+    "channel_sums",
+    "functional",
+    "info",
+    "reference",
+]

@@ -1,0 +1,77 @@
+"""Loads the compiled extension, or says why it is not in use."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from normfused._version import __version__
+
+
+def _read_build_info() -> dict[str, Any]:
+    """What setup.py wrote down beside the extension; empty where there is no build."""
+    try:
+        info: dict[str, Any] = json.loads(Path(__file__).with_name("_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info
+
+
+def _series(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension, or why there is none."""
+    built_for = _build_info.get("torch", "unknown")
+    if "torch" in _build_info and _series(built_for) != _series(torch.__version__):
+        # Not even tried: another series' binary interface can crash instead of raising.
+        return None, f"it was built for torch {built_for}, this is torch {torch.__version__}"
+    try:
+        return importlib.import_module("normfused._C"), None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return None, f"{reason} (built for torch {built_for}, this is torch {torch.__version__})"
+
+
+_build_info = _read_build_info()
+C, why_fallback = _load()
+
+if why_fallback is not None:
+    message = f"normfused runs on its slower fallback in plain torch, its extension did not load: {why_fallback}"
+    if os.environ.get("NORMFUSED_STRICT") == "1":
+        raise ImportError(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+else:
+    from normfused import _ops as _ops  # the operators' fake kernels
+
+
+def no_cuda_message() -> str:
+    """Why this build has no CUDA kernels, and how to get them."""
+    reason = _build_info.get("cuda_reason", "unknown reason")
+    how = _build_info.get("cuda_how", "reinstall where torch has CUDA and nvcc is on the PATH")
+    return f"normfused was built without CUDA ({reason}); to get it: {how}"
+
+
+def info() -> dict[str, Any]:
+    """What this installation is: versions, what the extension was built for, what it runs on, why a fallback is in use."""
+    return {
+        "normfused": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "extension": "loaded" if C is not None else "fallback",
+        "why_fallback": why_fallback,
+        "cpu_capability": C.cpu_capability() if C is not None else None,
+        "threads": torch.get_num_threads(),
+        "cuda": C is not None and bool(C.has_cuda()),
+        **{f"built_{key}": value for key, value in _build_info.items()},
+    }

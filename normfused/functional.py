@@ -1,0 +1,283 @@
+"""Batch norm and per-channel statistics as functions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from normfused import _extension, reference
+from normfused.reference import ChannelMoments, ChannelSums, values_per_channel
+
+__all__ = ["ChannelMoments", "ChannelSums", "batch_norm", "channel_moments", "channel_sums"]
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Normalize each channel of ``input`` over all its other dimensions.
+
+    ``(input - mean) / sqrt(var + eps) * weight + bias``, where mean and (biased) variance are the batch's own in
+    training and the running ones otherwise. Drop-in for :func:`torch.nn.functional.batch_norm`.
+
+    Args:
+        input: shape ``(N, C, ...)``, float32, float64, float16 or bfloat16, any strides. Not written.
+        running_mean, running_var: shape ``(C,)``, given together or not at all; needed unless ``training``. In
+            training they are updated in place: ``(1 - momentum) * running + momentum * batch``, with the unbiased
+            variance. Never saved for backward.
+        weight, bias: shape ``(C,)``; default 1 and 0. Parameters and buffers have ``input``'s dtype, or float32 where
+            that is float16 or bfloat16; all arithmetic is in float32 or wider.
+        training: whether the batch's own statistics are used.
+        momentum: share of the batch in the running statistics. ``None``: cumulative average, which needs
+            ``num_batches_tracked``.
+        eps: added to the variance; finite, not negative.
+        num_batches_tracked: 0-d int64 tensor, counted up in place in training.
+
+    Returns:
+        Shape, dtype and memory format of ``input``. First and second derivatives are exact; the third raises
+        ``NotImplementedError``. An empty batch gives an empty output and changes no buffer.
+
+    Raises:
+        ValueError: a shape, device or value that does not fit, or one value per channel in training.
+        TypeError: a dtype that is not supported.
+        RuntimeError: a CUDA tensor where the extension was built without CUDA.
+
+    Source: Ioffe and Szegedy, 2015, arXiv:1502.03167;
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.batch_norm.html
+    """
+    return named_batch_norm(
+        "batch_norm",
+        None,
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked,
+    )
+
+
+def named_batch_norm(
+    name: str,
+    ranks: tuple[int, ...] | None,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """:func:`batch_norm` for a caller of that name, whose input must have one of these ranks (``None``: any).
+
+    The ranks are looked at here because only here is ``input`` surely a tensor: ``torch.fx`` traces this call whole.
+    """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            named_batch_norm,
+            (input, running_mean, running_var, weight, bias),
+            name,
+            ranks,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked,
+        )
+    _check_shape(name, ranks, input, training)
+    arguments = (weight, bias, running_mean, running_var)
+    if torch.compiler.is_compiling():
+        _check(input, *arguments, training, momentum, eps, num_batches_tracked)
+        if _extension.C is not None:
+            return _compiled(input, *arguments, training, momentum, eps, num_batches_tracked)
+    elif _extension.C is not None and torch._C._functorch.maybe_current_level() is None:
+        try:
+            if training:
+                return _extension.C.batch_norm_training(  # type: ignore[no-any-return]
+                    input, *arguments, num_batches_tracked, momentum, eps
+                )
+            return _extension.C.batch_norm_inference(input, *arguments, eps)  # type: ignore[no-any-return]
+        except (RuntimeError, TypeError, ValueError):
+            # The operator refuses in few words; this finds the argument and says what it must be.
+            _check(input, *arguments, training, momentum, eps, num_batches_tracked)
+            raise
+    else:
+        _check(input, *arguments, training, momentum, eps, num_batches_tracked)
+    # torch.func's transforms come here too: they do not pass through autograd Functions written in C++.
+    return reference.batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked=num_batches_tracked,
+    )
+
+
+def _compiled(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """The operators as compilers see them; the pybind11 module is opaque to them."""
+    ops = torch.ops.normfused
+    if training:
+        output, _ = ops.batch_norm_training(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
+        )
+    else:
+        output, _ = ops.batch_norm_inference(input, weight, bias, running_mean, running_var, eps)
+    return output  # type: ignore[no-any-return]
+
+
+def channel_sums(input: Tensor) -> ChannelSums:
+    """Count, sum and sum of squares of each channel, in one read.
+
+    Args:
+        input: shape ``(N, C, ...)``, any strides. Floating dtypes are summed in float64, integer dtypes exactly in
+            int64 (the sums must fit).
+
+    Returns:
+        ``count`` (int, values per channel), ``sum`` and ``sum_of_squares`` of shape ``(C,)``, float64 or int64. Not
+        differentiable. For a variance use :func:`channel_moments`, which does not cancel.
+
+    Raises:
+        ValueError: fewer than two dimensions. TypeError: bool or complex input.
+    """
+    _check_statistics_input("channel_sums", input, _DTYPES + _INTEGERS)
+    with torch.no_grad():
+        if _extension.C is None or not input.is_floating_point():
+            return reference.channel_sums(input)
+        return ChannelSums(values_per_channel(input), *torch.ops.normfused.channel_sums(input))
+
+
+def channel_moments(input: Tensor) -> ChannelMoments:
+    """Count, mean, squared deviations, minimum and maximum of each channel, in one read.
+
+    Args:
+        input: shape ``(N, C, ...)``, float32, float64, float16 or bfloat16, any strides.
+
+    Returns:
+        ``count`` (int, values per channel), and float64 tensors of shape ``(C,)``: ``mean``, ``m2`` (the sum of squared
+        deviations from the mean: ``m2 / count`` is the biased variance), ``min``, ``max``. NaN where a channel holds
+        one; for an empty channel 0, 0, inf, -inf. Not differentiable.
+
+    Raises:
+        ValueError: fewer than two dimensions. TypeError: input that is not floating.
+
+    Source: Chan, Golub and LeVeque, 1983, "Algorithms for Computing the Sample Variance".
+    """
+    _check_statistics_input("channel_moments", input, _DTYPES)
+    with torch.no_grad():
+        if _extension.C is None:
+            return reference.channel_moments(input)
+        return ChannelMoments(values_per_channel(input), *torch.ops.normfused.channel_moments(input))
+
+
+def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, training: bool) -> None:
+    rank = input.dim()
+    if ranks is not None and rank not in ranks:
+        allowed = " or ".join(f"{r}D" for r in ranks)
+        raise ValueError(f"{name}: expected a {allowed} input, got {rank}D input of shape {tuple(input.shape)}")
+    if rank < 2:
+        raise ValueError(f"{name}: input needs at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    if training and input.numel() == input.size(1) != 0:
+        raise ValueError(
+            f"{name}: expected more than 1 value per channel when training, got input of shape {tuple(input.shape)}; "
+            "use a bigger batch, put the module in eval mode, or drop the last incomplete batch "
+            "(DataLoader(drop_last=True))"
+        )
+
+
+def _check_statistics_input(name: str, input: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if input.dim() < 2:
+        raise ValueError(f"{name}: input needs at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    if input.dtype not in dtypes:
+        kinds = "a floating or integer tensor" if dtypes != _DTYPES else "float32, float64, float16 or bfloat16"
+        raise TypeError(f"{name}: input must be {kinds}, got {input.dtype}")
+    _check_device(input)
+
+
+def _check_device(input: Tensor) -> None:
+    if input.is_cuda and _extension.C is not None and not _extension.C.has_cuda():
+        raise RuntimeError(_extension.no_cuda_message())
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Raise what is wrong with the arguments of :func:`batch_norm`, if anything."""
+    if input.dtype not in _DTYPES:
+        raise TypeError(f"batch_norm: input must be float32, float64, float16 or bfloat16, got {input.dtype}")
+    _check_device(input)
+    if (running_mean is None) != (running_var is None):
+        given = "running_var" if running_mean is None else "running_mean"
+        raise ValueError(f"batch_norm: running_mean and running_var must be given together, got only {given}")
+    if running_mean is None and not training:
+        raise ValueError("batch_norm: running_mean and running_var are needed when training=False")
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    dtypes = {input.dtype} if input.dtype in (torch.float32, torch.float64) else {torch.float32, input.dtype}
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.device != input.device:
+            raise ValueError(f"batch_norm: {name} is on {vector.device}, but input is on {input.device}")
+        if vector.dtype not in dtypes:
+            allowed = " or ".join(sorted((str(d) for d in dtypes), key=lambda d: d != "torch.float32"))
+            raise TypeError(f"batch_norm: {name} must be {allowed} for {input.dtype} input, got {vector.dtype}")
+        if vector.dim() != 1 or vector.size(0) != input.size(1):
+            raise ValueError(
+                f"batch_norm: {name} has {vector.numel()} elements, but input of shape {tuple(input.shape)} "
+                f"has {input.size(1)} channels (dim 1)"
+            )
+    if num_batches_tracked is not None and (
+        num_batches_tracked.dtype != torch.int64 or num_batches_tracked.dim() != 0
+    ):
+        raise ValueError(
+            f"batch_norm: num_batches_tracked must be a 0-d int64 tensor, got {num_batches_tracked.dtype} "
+            f"of shape {tuple(num_batches_tracked.shape)}"
+        )
+    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("batch_norm: momentum=None (cumulative average) needs num_batches_tracked")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"batch_norm: eps must be a non-negative finite number, got {eps}")

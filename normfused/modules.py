@@ -1,0 +1,72 @@
+"""Batch norm layers that stand where torch.nn's stand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from normfused.functional import named_batch_norm
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+if TYPE_CHECKING:
+    _Base = nn.modules.batchnorm._BatchNorm
+else:
+    _Base = object
+
+
+class _BatchNorm(_Base):
+    """The forward pass; construction, parameters, buffers and state are those of the torch.nn class mixed in."""
+
+    _ranks: ClassVar[tuple[int, ...]]
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        buffered = not self.training or self.track_running_stats
+        return named_batch_norm(
+            type(self).__name__,
+            self._ranks,
+            input,
+            self.running_mean if buffered else None,
+            self.running_var if buffered else None,
+            self.weight,
+            self.bias,
+            training,
+            self.momentum,
+            self.eps,
+            self.num_batches_tracked if self.training and self.track_running_stats else None,
+        )
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """Batch norm over ``(N, C)`` or ``(N, C, L)``; drop-in for :class:`torch.nn.BatchNorm1d`, which it subclasses.
+
+    Arguments, parameters, buffers and ``state_dict`` are torch.nn's. The arithmetic, what is updated and what raises:
+    :func:`normfused.functional.batch_norm`. Running statistics and ``num_batches_tracked`` are updated in place by each
+    training forward, inside the one operator.
+
+    Source: Ioffe and Szegedy, 2015, arXiv:1502.03167;
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html
+    """
+
+    _ranks = (2, 3)
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """Batch norm over ``(N, C, H, W)``; drop-in for :class:`torch.nn.BatchNorm2d`, which it subclasses.
+
+    Otherwise as :class:`BatchNorm1d`.
+    """
+
+    _ranks = (4,)
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """Batch norm over ``(N, C, D, H, W)``; drop-in for :class:`torch.nn.BatchNorm3d`, which it subclasses.
+
+    Otherwise as :class:`BatchNorm1d`.
+    """
+
+    _ranks = (5,)

@@ -1,0 +1,125 @@
+"""The same functions in plain torch: the oracle of the tests, and the fallback without the extension.
+
+Everything is computed in float64 and differentiable by torch's own autograd.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ChannelSums(NamedTuple):
+    """Per channel: how many values there are, their sum and the sum of their squares."""
+
+    count: int
+    sum: Tensor
+    sum_of_squares: Tensor
+
+
+class ChannelMoments(NamedTuple):
+    """Per channel: how many values there are, their mean, squared deviations, minimum and maximum."""
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+    min: Tensor
+    max: Tensor
+
+
+def values_per_channel(input: Tensor) -> int:
+    """Number of values that each channel (dim 1) of `input` has."""
+    return input.numel() // max(input.size(1), 1)
+
+
+def _by_channel(input: Tensor) -> Tensor:
+    """`input` as (C, values), in its own order."""
+    return input.transpose(0, 1).reshape(input.size(1), values_per_channel(input))
+
+
+def _mean_and_deviations(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each row, and what is left when it is taken off.
+
+    Relative to the first value, so that a constant row has that very constant for a mean. Infinities make that NaN;
+    there the plain mean stands.
+    """
+    pivot = rows[:, :1].detach()
+    mean = pivot + (rows - pivot).mean(1, keepdim=True)
+    mean = torch.where(mean.isnan(), rows.mean(1, keepdim=True), mean)
+    return mean, rows - mean
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """:func:`normfused.functional.batch_norm` in plain torch, without its argument checks."""
+    x = input.double()
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    if training:
+        count = values_per_channel(input)
+        if count == 0:
+            mean, var = x.new_zeros(input.size(1)), x.new_ones(input.size(1))
+        else:
+            row_mean, deviations = _mean_and_deviations(_by_channel(x))
+            mean, var = row_mean[:, 0], deviations.square().mean(1)
+            _update(running_mean, running_var, num_batches_tracked, momentum, mean, var, count)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean.double(), running_var.double()
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.double()
+    y = (x - mean.view(shape)) * scale.view(shape)
+    if bias is not None:
+        y = y + bias.double().view(shape)
+    return y.to(input.dtype)
+
+
+@torch.no_grad()
+def _update(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+) -> None:
+    if num_batches_tracked is not None:
+        num_batches_tracked += 1
+    for buffer, value in ((running_mean, mean), (running_var, var * count / (count - 1))):
+        if buffer is None:
+            continue
+        if momentum is None:
+            assert num_batches_tracked is not None
+            factor: float | Tensor = 1 / num_batches_tracked.double()
+        else:
+            factor = momentum
+        buffer.copy_((1 - factor) * buffer.double() + factor * value)
+
+
+def channel_sums(input: Tensor) -> ChannelSums:
+    """:func:`normfused.functional.channel_sums` in plain torch."""
+    rows = _by_channel(input.double() if input.is_floating_point() else input.long())
+    return ChannelSums(values_per_channel(input), rows.sum(1), rows.square().sum(1))
+
+
+def channel_moments(input: Tensor) -> ChannelMoments:
+    """:func:`normfused.functional.channel_moments` in plain torch."""
+    rows, count = _by_channel(input.double()), values_per_channel(input)
+    if count == 0:
+        zeros = rows.new_zeros(input.size(1))
+        return ChannelMoments(0, zeros, zeros.clone(), zeros + torch.inf, zeros - torch.inf)
+    mean, deviations = _mean_and_deviations(rows)
+    return ChannelMoments(count, mean[:, 0], deviations.square().sum(1), rows.amin(1), rows.amax(1))
