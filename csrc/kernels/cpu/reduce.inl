@@ -11,8 +11,10 @@
 // Values behind a pivot sought by trial. An outlier among them costs precision in proportion to tile length over their
 // number.
 inline constexpr int64_t kTrial = 64;
-// Channels first: a tile spreads over all lanes of up to four accumulators.
-inline constexpr int64_t kTile = 4096;
+// Channels first: additions of S in a row before they are folded into double, in every lane of every accumulator.
+inline constexpr int64_t kChain = 64;
+// Accumulators that a row is spread over, where it is long enough: covers the latency of an addition on two ports.
+inline constexpr int64_t kUnroll = 4;
 // Channels last: each lane is a channel, so S holds no more than the rows that advance together, which are as many
 // sequential streams as hardware prefetchers follow. A tile is as long as its pivot may serve.
 inline constexpr int64_t kRowsTogether = 16;
@@ -77,12 +79,14 @@ NF_FN Totals<Op> totals_of(const Sums<Op>& sums) {
   return totals;
 }
 
+template <class S>
+inline constexpr int64_t kLongRow = 2 * kUnroll * kLanes<S>;
+
 template <class Op>
 NF_FN void accumulate_row(const Op& op, Sums<Op>& sums, int64_t offset, int64_t n, Vec<typename Op::S> pivot) {
   constexpr int64_t kLane = kLanes<typename Op::S>;
-  constexpr int64_t kUnroll = 4;  // covers the latency of an addition on two ports
   int64_t i = 0;
-  if (n >= 2 * kUnroll * kLane) {
+  if (n >= kLongRow<typename Op::S>) {
     Sums<Op> part[kUnroll];
     for (auto& p : part) p.clear();
     for (; i + kUnroll * kLane <= n; i += kUnroll * kLane)
@@ -121,8 +125,9 @@ void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& un
     accumulate_tile(unit.m0, unit.m0 + trial);
     for (int64_t c = 0; c < channels; ++c) pivots[c] = op.next_pivot(pivots[c], trial, totals_of(sums[c]));
   }
-  for (int64_t m = unit.m0; m < unit.m1; m += kTile) {
-    const int64_t tile = least(kTile, unit.m1 - m);
+  const int64_t full = kChain * kLanes<S> * (view.inner >= kLongRow<S> ? kUnroll : 1);
+  for (int64_t m = unit.m0; m < unit.m1; m += full) {
+    const int64_t tile = least(full, unit.m1 - m);
     accumulate_tile(m, m + tile);
     for (int64_t c = 0; c < channels; ++c)
       pivots[c] = op.fold(results, unit.c0 + c, m - unit.m0, tile, pivots[c], totals_of(sums[c]));
