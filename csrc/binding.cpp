@@ -35,8 +35,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const at::Tensor& input, const ops::OptionalTensor& weight, const ops::OptionalTensor& bias,
          const ops::OptionalTensor& running_mean, const ops::OptionalTensor& running_var,
          const ops::OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
-        return std::get<0>(ops::batch_norm_training(input, weight, bias, running_mean, running_var,
-                                                    num_batches_tracked, momentum, eps));
+        return std::get<0>(ops::batch_norm_training(input, weight, bias, running_mean, running_var, num_batches_tracked,
+                                                    momentum, eps));
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(

@@ -28,8 +28,8 @@ void check_channels(const char* name, const OptionalTensor& vector, const at::Te
                     ", input has ", input.size(1), " channels");
   const at::ScalarType type = vector->scalar_type();
   const bool narrow = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
-  TORCH_CHECK_TYPE(type == input.scalar_type() || (narrow && type == at::kFloat), name, " is ", type,
-                   " for input of ", input.scalar_type());
+  TORCH_CHECK_TYPE(type == input.scalar_type() || (narrow && type == at::kFloat), name, " is ", type, " for input of ",
+                   input.scalar_type());
 }
 
 OptionalTensor contiguous(const OptionalTensor& tensor) {
@@ -106,8 +106,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_training_cpu(const at::Tensor& inp
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_inference_cpu(const at::Tensor& input, const OptionalTensor& weight,
-                                                            const OptionalTensor& bias,
-                                                            const at::Tensor& running_mean,
+                                                            const OptionalTensor& bias, const at::Tensor& running_mean,
                                                             const at::Tensor& running_var, double eps) {
   check_input(input);
   check_channels("weight", weight, input);
@@ -121,8 +120,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_inference_cpu(const at::Tensor& in
   at::Tensor statistics = empty_statistics(input);
   if (input.numel() == 0) return {output, statistics.zero_()};
   const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
-  cpu::batch_norm_inference(forward_args(dense, output, statistics, weight_dense, bias_dense,
-                                         running_mean.contiguous(), running_var.contiguous(), eps),
+  cpu::batch_norm_inference(forward_args(dense, output, statistics, weight_dense, bias_dense, running_mean.contiguous(),
+                                         running_var.contiguous(), eps),
                             parallel());
   return {output, statistics};
 }
@@ -143,8 +142,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_cpu(const at:
 
   const at::Tensor dense = with_view(input);
   const auto parameter_options = input.options()
-                                     .dtype(weight ? weight->scalar_type()
-                                                   : input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)
+                                     .dtype(weight                               ? weight->scalar_type()
+                                            : input.scalar_type() == at::kDouble ? at::kDouble
+                                                                                 : at::kFloat)
                                      .memory_format(at::MemoryFormat::Contiguous);
   const auto parameter_grad = [&](bool wanted) {
     return input.numel() == 0 ? at::zeros({wanted ? input.size(1) : 0}, parameter_options)

@@ -135,8 +135,8 @@ variable_list gradients(AutogradContext* ctx, const variable_list& grads, size_t
   const size_t bias_edge = weight.defined() ? 2 : 1;
   const std::array<bool, 3> mask{ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
                                  has_bias && ctx->needs_input_grad(bias_edge)};
-  const auto [grad_input, grad_weight, grad_bias] = batch_norm_backward(
-      grads[0], input, optional(weight), saved[2], ctx->saved_data["training"].toBool(), mask);
+  const auto [grad_input, grad_weight, grad_bias] =
+      batch_norm_backward(grads[0], input, optional(weight), saved[2], ctx->saved_data["training"].toBool(), mask);
   if (mask[0]) results[0] = grad_input;
   if (mask[1]) results[1] = grad_weight;
   if (mask[2]) results[2] = grad_bias;
@@ -174,8 +174,8 @@ std::tuple<Tensor, Tensor> batch_norm_training_autograd(const Tensor& input, con
                                                         const OptionalTensor& num_batches_tracked,
                                                         std::optional<double> momentum, double eps) {
   if (at::GradMode::is_enabled() && (needs_grad(input) || needs_grad(weight) || needs_grad(bias))) {
-    const auto results = TrainingFunction::apply(input, weight, bias, running_mean, running_var, num_batches_tracked,
-                                                 momentum, eps);
+    const auto results =
+        TrainingFunction::apply(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
     return {results[0], results[1]};
   }
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -197,8 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_autograd(const Tensor& gr
                                                                 const OptionalTensor& weight, const Tensor& statistics,
                                                                 bool training, std::array<bool, 3> output_mask) {
   if (at::GradMode::is_enabled() && (needs_grad(grad_output) || needs_grad(input) || needs_grad(weight))) {
-    const auto results =
-        BackwardFunction::apply(grad_output, input, weight, statistics, training, output_mask);
+    const auto results = BackwardFunction::apply(grad_output, input, weight, statistics, training, output_mask);
     return {results[0], results[1], results[2]};
   }
   const at::AutoDispatchBelowADInplaceOrView below;

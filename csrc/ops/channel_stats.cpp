@@ -19,7 +19,8 @@ std::array<at::Tensor, count> run(const at::Tensor& input, Kernel kernel) {
   TORCH_CHECK_VALUE(input.dim() >= 2, "input needs at least 2 dimensions, got shape ", input.sizes());
   const at::Tensor dense = with_view(input);
   std::array<at::Tensor, count> results;
-  for (at::Tensor& result : results) result = at::empty({input.size(1)}, input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
+  for (at::Tensor& result : results)
+    result = at::empty({input.size(1)}, input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
   ChannelStats args{*view_of(dense), dtype_of(input.scalar_type()), dense.const_data_ptr(), {}};
   for (size_t i = 0; i < count; ++i) args.results[i] = results[i].template mutable_data_ptr<double>();
   if (input.numel() > 0) kernel(args, parallel());

@@ -86,9 +86,7 @@ at::Tensor empty_output_like(const at::Tensor& like) {
   return output;
 }
 
-ChannelVector channel_vector(const at::Tensor& tensor) {
-  return {tensor.data_ptr(), dtype_of(tensor.scalar_type())};
-}
+ChannelVector channel_vector(const at::Tensor& tensor) { return {tensor.data_ptr(), dtype_of(tensor.scalar_type())}; }
 
 ChannelVector channel_vector(const std::optional<at::Tensor>& tensor) {
   return tensor ? channel_vector(*tensor) : ChannelVector{};

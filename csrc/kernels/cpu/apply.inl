@@ -27,9 +27,8 @@ NF_FN void apply_row(const Op& op, typename Op::T* output, int64_t offset, int64
     if (i > 0) store(output, op(offset, Part{i}, coefficients), Part{i});
     for (; i + kLane <= n; i += kLane) stream(output + i, op(offset + i, Whole{}, coefficients));
   }
-  for_each_vector<S>(n - i, [&](int64_t j, auto width) {
-    store(output + i + j, op(offset + i + j, width, coefficients), width);
-  });
+  for_each_vector<S>(
+      n - i, [&](int64_t j, auto width) { store(output + i + j, op(offset + i + j, width, coefficients), width); });
 }
 
 template <bool kStream, class Op>
@@ -69,8 +68,7 @@ void apply_channels_last(const Op& op, const ChannelView& view, const Unit& unit
     for_each_vector<S>(unit.c1 - unit.c0, [&](int64_t j, auto width) {
       const int64_t c = unit.c0 + j;
       Coefficients<Op> coefficients;
-      for (int64_t i = 0; i < Op::kCoefficients; ++i)
-        coefficients.k[i] = load<S>(table + i * view.channels + c, width);
+      for (int64_t i = 0; i < Op::kCoefficients; ++i) coefficients.k[i] = load<S>(table + i * view.channels + c, width);
       const int64_t offset = m * view.channels + c;
       const Vec<S> value = op(offset, width, coefficients);
       if constexpr (kStream && std::is_same_v<decltype(width), Whole>)
@@ -87,7 +85,8 @@ template <class Op>
 bool worth_streaming(const Op& op, const ChannelView& view) {
   constexpr int64_t kItem = sizeof(typename Op::T);
   if (kVectorBytes == 16 || view.numel() * kItem < kStreamBytes) return false;
-  return view.inner > 1 || (view.channels * kItem % kVectorBytes == 0 && bytes_to_alignment(op.output, kVectorBytes) == 0);
+  return view.inner > 1 ||
+         (view.channels * kItem % kVectorBytes == 0 && bytes_to_alignment(op.output, kVectorBytes) == 0);
 }
 
 template <class Op>
@@ -95,7 +94,6 @@ void apply(const Op& op, const ChannelView& view, const Unit& unit, const typena
   if (!streaming)
     return view.inner > 1 ? apply_channels_first<false>(op, view, unit, table)
                           : apply_channels_last<false>(op, view, unit, table);
-  view.inner > 1 ? apply_channels_first<true>(op, view, unit, table)
-                 : apply_channels_last<true>(op, view, unit, table);
+  view.inner > 1 ? apply_channels_first<true>(op, view, unit, table) : apply_channels_last<true>(op, view, unit, table);
   finish_streams();
 }

@@ -41,7 +41,10 @@ struct GradSumsOp {
     sums.k[1] += grad * deviation;
   }
 
-  NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); prefetch_row(grad_output + offset, n); }
+  NF_INLINE void prefetch(int64_t offset, int64_t n) const {
+    prefetch_row(input + offset, n);
+    prefetch_row(grad_output + offset, n);
+  }
   NF_INLINE S first_pivot(int64_t c, int64_t) const { return static_cast<S>(mean[c]); }
 
   NF_INLINE S fold(const Results& results, int64_t c, int64_t done, int64_t, S pivot,
@@ -120,8 +123,7 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
           args.mean[c] = mean;
           args.invstd[c] = invstd_of(variance, args.eps);
           set_forward_coefficients(args, table, c);
-          if (args.running_mean)
-            set(args.running_mean, c, running_average(get(args.running_mean, c), mean, factor));
+          if (args.running_mean) set(args.running_mean, c, running_average(get(args.running_mean, c), mean, factor));
           if (args.running_var)
             set(args.running_var, c,
                 running_average(get(args.running_var, c), unbiased(variance, view.positions()), factor));
@@ -182,8 +184,8 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
         merge_sums<Reduce>(plan, results, c0, c1);
         for (int64_t c = c0; c < c1; ++c) {
           const double weight = args.weight ? get(args.weight, c) : 1;
-          const auto k = backward_coefficients<S>(args.mean[c], args.invstd[c], weight, args.training,
-                                                  view.positions(), results(0, c), results(1, c));
+          const auto k = backward_coefficients<S>(args.mean[c], args.invstd[c], weight, args.training, view.positions(),
+                                                  results(0, c), results(1, c));
           table[c] = k.pivot;
           table[view.channels + c] = k.scale;
           table[2 * view.channels + c] = k.slope;

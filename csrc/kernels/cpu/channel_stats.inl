@@ -104,8 +104,8 @@ Moments moments_in_double(const T* input, const ChannelView& view, int64_t c) {
 // The partial results of all ranges of positions made one, in their order, in the place of the first: those of the
 // range `part` are the rows from part * kSums on.
 template <class T, bool kExtremes>
-void merge_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, const Plan& plan,
-                   const Results& results, int64_t c0, int64_t c1) {
+void merge_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, const Plan& plan, const Results& results,
+                   int64_t c0, int64_t c1) {
   using Op = MomentsOp<T, kExtremes>;
   for (int64_t part = 1; part < plan.position_units; ++part) {
     const Results other{&results(part * Op::kSums, 0), view.channels};
@@ -156,10 +156,9 @@ void channel_stats(const Op& op, const ChannelStats& args, int64_t itemsize, con
 template <class T>
 void channel_moments(const ChannelStats& args, const Parallel& parallel) {
   const MomentsOp<T, true> op{static_cast<const T*>(args.input)};
-  channel_stats(op, args, sizeof(T), parallel,
-                [&](const Plan& plan, const Results& results, int64_t c0, int64_t c1) {
-                  merge_moments(op, args.view, plan, results, c0, c1);
-                });
+  channel_stats(op, args, sizeof(T), parallel, [&](const Plan& plan, const Results& results, int64_t c0, int64_t c1) {
+    merge_moments(op, args.view, plan, results, c0, c1);
+  });
 }
 
 template <class T>

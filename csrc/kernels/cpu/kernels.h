@@ -22,8 +22,8 @@ void channel_moments(const ChannelStats& args, const Parallel& parallel);
 // Per channel, in one read: sum and sum of squares, accumulated in double.
 void channel_sums(const ChannelStats& args, const Parallel& parallel);
 
-// "avx512", "avx2" or "baseline": the widest that machine and library have, or the narrower one named by the environment
-// variable NORMFUSED_CPU_CAPABILITY.
+// "avx512", "avx2" or "baseline": the widest that machine and library have, or the narrower one named by the
+// environment variable NORMFUSED_CPU_CAPABILITY.
 const char* capability();
 
 }  // namespace normfused::cpu

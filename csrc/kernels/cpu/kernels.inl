@@ -18,8 +18,7 @@ namespace {
 
 template <class T>
 constexpr KernelsOf make_kernels() {
-  return {batch_norm_training<T>, batch_norm_inference<T>, batch_norm_backward<T>, channel_moments<T>,
-          channel_sums<T>};
+  return {batch_norm_training<T>, batch_norm_inference<T>, batch_norm_backward<T>, channel_moments<T>, channel_sums<T>};
 }
 
 }  // namespace

@@ -59,8 +59,6 @@ Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operand
   return make_plan(view, 1, fitting(item_bytes), item_bytes);
 }
 
-int64_t grain(const Plan& plan) {
-  return std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, plan.unit_bytes));
-}
+int64_t grain(const Plan& plan) { return std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, plan.unit_bytes)); }
 
 }  // namespace normfused::cpu

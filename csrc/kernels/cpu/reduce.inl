@@ -96,8 +96,8 @@ NF_FN void accumulate_row(const Op& op, Sums<Op>& sums, int64_t offset, int64_t 
     part[0].join(part[2]);
     sums.join(part[0]);
   }
-  for_each_vector<typename Op::S>(
-      n - i, [&](int64_t j, auto width) { op.accumulate(sums, offset + i + j, width, pivot); });
+  for_each_vector<typename Op::S>(n - i,
+                                  [&](int64_t j, auto width) { op.accumulate(sums, offset + i + j, width, pivot); });
 }
 
 template <class Op>
@@ -226,8 +226,7 @@ void sweep(const Op& op, const ChannelView& view, const Plan& plan, const Parall
     return;
   }
   parallel(plan.units(), grain(plan), [&](int64_t index) { reduce_unit(unit_of(plan, view, index)); });
-  parallel((view.channels + kMergeBlock - 1) / kMergeBlock, 1, [&](int64_t block) {
-    finalize(block * kMergeBlock, least((block + 1) * kMergeBlock, view.channels));
-  });
+  parallel((view.channels + kMergeBlock - 1) / kMergeBlock, 1,
+           [&](int64_t block) { finalize(block * kMergeBlock, least((block + 1) * kMergeBlock, view.channels)); });
   parallel.backwards(plan.units(), grain(plan), [&](int64_t index) { apply(unit_of(plan, view, index)); });
 }

@@ -1,0 +1,55 @@
+"""The CPU kernels without torch, under AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    build = tmp_path_factory.mktemp("cpu_kernels")
+    sources = [Path(__file__).with_name("main.cpp"), *sorted((ROOT / "csrc/kernels/cpu").glob("*.cpp"))]
+    objects = [build / f"{source.stem}.o" for source in sources]
+
+    def compile_one(source: Path, target: Path) -> None:
+        subprocess.run([compiler, *FLAGS, f"-I{ROOT / 'csrc'}", "-c", source, "-o", target], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    subprocess.run([compiler, *FLAGS, *objects, "-o", build / "driver", "-lpthread"], check=True)
+    return build / "driver"
+
+
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
+def test_kernels_match_their_definition_and_stay_in_bounds(driver: Path, capability: str) -> None:
+    environment = {**os.environ, "NORMFUSED_CPU_CAPABILITY": capability}
+    run = subprocess.run([driver], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    ran = run.stdout.split(":")[0]
+    if ran != capability:
+        pytest.skip(f"this machine runs {ran} at most")
+    print(run.stdout)
+
+
+@pytest.mark.parametrize("capability", ["avx512", "avx2"])
+def test_wide_instructions_stay_in_their_own_functions(tmp_path: Path, capability: str) -> None:
+    """A weak function may be linked from this file into the whole library, and run where it must not."""
+    compiler, nm = shutil.which(os.environ.get("CXX", "c++")), shutil.which("nm")
+    if compiler is None or nm is None:
+        pytest.skip("no C++ compiler or no nm")
+    source, target = ROOT / f"csrc/kernels/cpu/{capability}.cpp", tmp_path / "kernels.o"
+    flags = ["-std=c++17", "-O3", "-fPIC", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([compiler, *flags, "-c", source, "-o", target], check=True)
+    symbols = subprocess.run([nm, "-C", target], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert any(" t normfused::cpu::" in line or " T normfused::cpu::" in line for line in symbols)
+    assert [line for line in symbols if " W " in line] == []
