@@ -5,22 +5,32 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 VERSION = (ROOT / "normfused" / "_version.py").read_text().split('"')[1]
 
-if find_spec("torch"):
+
+class NoTorch(build_ext):
+    """Stands where torch's build step would, for metadata and source distributions."""
+
+    def run(self) -> None:
+        """Refuse in one line."""
+        raise SystemExit("normfused: no torch to build against: install torch, or build with isolation, which asks for it")
+
+
+if find_spec("torch") and "sdist" not in sys.argv:
     from extension import BuildExtension, extension, torch_requirement
 
-    compiled, commands, torch = extension(), {"build_ext": BuildExtension}, torch_requirement()
-else:  # enough for metadata and sdist; the backend asks for torch before it builds anything
-    compiled, commands, torch = Extension("normfused._C", []), {}, "torch>=2.6"
+    compiled, build, torch = extension(), BuildExtension, torch_requirement()
+else:
+    compiled, build, torch = Extension("normfused._C", []), NoTorch, "torch>=2.6"
 
 setup(
     version=VERSION,
     install_requires=[torch, "numpy>=1.24"],
     ext_modules=[compiled],
-    cmdclass=commands,
+    cmdclass={"build_ext": build},
 )

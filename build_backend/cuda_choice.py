@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
+DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"  # A100, H100 and H200, B200; PTX for what comes after
 
 
 class Decision(NamedTuple):
@@ -59,6 +59,12 @@ def _judge(facts: Facts) -> Decision:
         return Decision(False, f"{both} differ in major version", f"install CUDA {facts.torch_cuda}'s nvcc")
     warning = "" if facts.nvcc == facts.torch_cuda else f"{both} differ in minor version"
     return Decision(True, f"torch {facts.torch}, nvcc {facts.nvcc}", warning=warning)
+
+
+def arch_list(gpus: Iterable[tuple[int, int]], environ: Mapping[str, str]) -> str:
+    """Return the architectures to compile for: those asked for, else those of the GPUs in sight, else a default."""
+    in_sight = ";".join(f"{major}.{minor}" for major, minor in sorted(set(gpus)))
+    return environ.get("TORCH_CUDA_ARCH_LIST") or in_sight or DEFAULT_ARCHS
 
 
 def nvcc_version(cuda_home: str | None) -> str | None:

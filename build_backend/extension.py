@@ -10,7 +10,7 @@ from glob import glob
 from pathlib import Path
 
 import torch
-from cuda_choice import DEFAULT_ARCHS, Decision, Facts, decide, nvcc_version
+from cuda_choice import Decision, Facts, arch_list, decide, nvcc_version
 from setuptools import Extension
 from torch.utils import cpp_extension
 
@@ -19,10 +19,13 @@ NAME = "normfused._C"
 # -fopenmp compiles at::parallel_for for the OpenMP that torch has loaded; it is not linked, because a second copy would
 # give the process a second pool of threads.
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
+# Read by no source. Objects are reused between builds, and a change of system headers, as torch's are here, goes unseen:
+# with its version on the command line, another torch in the same place has everything compiled anew.
+TORCH_MACRO = ("NORMFUSED_TORCH_VERSION", torch.__version__)
 
 
 def sources(*patterns: str) -> list[str]:
-    """Files below the project's root that match, sorted, so that builds are alike."""
+    """Return the files below the project's root that match, sorted, so that builds are alike."""
     return sorted(path for pattern in patterns for path in glob(pattern, root_dir=ROOT, recursive=True))
 
 
@@ -42,16 +45,16 @@ def torch_requirement() -> str:
 def extension() -> Extension:
     """Describe ``normfused._C``."""
     cuda = cuda_decision().build
-    flags = CXX_FLAGS + (["-Werror"] if os.environ.get("NORMFUSED_WERROR") == "1" else [])
+    werror = ["-Werror"] if os.environ.get("NORMFUSED_WERROR") == "1" else []
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return make(
         NAME,
         sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/kernels/cpu/*.cpp", *(["csrc/**/*.cu"] if cuda else [])),
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("NORMFUSED_WITH_CUDA", "1")] if cuda else [],
+        define_macros=[TORCH_MACRO, *([("NORMFUSED_WITH_CUDA", "1")] if cuda else [])],
         extra_compile_args={
             # As system headers torch's own do not trip our warnings.
-            "cxx": [*flags, *(f"-isystem{path}" for path in cpp_extension.include_paths())],
+            "cxx": [*CXX_FLAGS, *werror, *(f"-isystem{path}" for path in cpp_extension.include_paths())],
             "nvcc": ["-O3", "-lineinfo"],
         },
         depends=sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh"),
@@ -67,11 +70,13 @@ class BuildExtension(cpp_extension.BuildExtension):
         print(f"normfused: building for {'CUDA' if decision.build else 'CPU only'}: {decision.reason}", flush=True)
         if decision.warning:
             print(f"normfused: warning: {decision.warning}", flush=True)
-        if decision.build and not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+        if decision.build:
+            gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+            os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(gpus, os.environ)
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
         super().build_extensions()
         record = {
+            "version": self.distribution.get_version(),
             "torch": torch.__version__,
             "torch_cuda": torch.version.cuda,
             "python": sys.version.split()[0],
@@ -80,7 +85,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             "cuda": decision.build,
             "cuda_reason": decision.reason,
             "cuda_how": decision.how,
-            "cuda_archs": os.environ.get("TORCH_CUDA_ARCH_LIST", "") if decision.build else "",
+            "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"] if decision.build else "",
         }
         path = Path(self.get_ext_fullpath(NAME)).with_name("_build_info.json")
         path.write_text(json.dumps(record, indent=2) + "\n")

@@ -17,12 +17,12 @@ from normfused._version import __version__
 
 
 def _read_build_info() -> dict[str, Any]:
-    """What setup.py wrote down beside the extension; empty where there is no build."""
+    """Return what the build wrote down beside the extension; empty where there is no build."""
     try:
-        info: dict[str, Any] = json.loads(Path(__file__).with_name("_build_info.json").read_text())
+        info = json.loads(Path(__file__).with_name("_build_info.json").read_text())
     except (OSError, ValueError):
         return {}
-    return info
+    return info if isinstance(info, dict) else {}
 
 
 def _series(version: str) -> str:
@@ -30,39 +30,43 @@ def _series(version: str) -> str:
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The extension, or why there is none."""
-    built_for = _build_info.get("torch", "unknown")
+    """Return the extension, or why there is none."""
+    built_for = str(_build_info.get("torch", "an unknown version"))
+    versions = f"built for torch {built_for}, this is torch {torch.__version__}"
     if "torch" in _build_info and _series(built_for) != _series(torch.__version__):
         # Not even tried: another series' binary interface can crash instead of raising.
-        return None, f"it was built for torch {built_for}, this is torch {torch.__version__}"
+        return None, versions
     try:
-        return importlib.import_module("normfused._C"), None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        return None, f"{reason} (built for torch {built_for}, this is torch {torch.__version__})"
+        extension = importlib.import_module("normfused._C")
+        importlib.import_module("normfused._ops")  # what compilers need to know of its operators
+    except Exception as error:  # whatever is wrong with a binary, the package can do without it
+        return None, f"{type(error).__name__}: {error} ({versions})"
+    return extension, None
 
 
 _build_info = _read_build_info()
 C, why_fallback = _load()
 
 if why_fallback is not None:
-    message = f"normfused runs on its slower fallback in plain torch, its extension did not load: {why_fallback}"
+    message = f"normfused runs on its slower fallback in plain torch; its extension did not load: {why_fallback}"
     if os.environ.get("NORMFUSED_STRICT") == "1":
         raise ImportError(message)
     warnings.warn(message, RuntimeWarning, stacklevel=2)
-else:
-    from normfused import _ops as _ops  # the operators' fake kernels
 
 
 def no_cuda_message() -> str:
-    """Why this build has no CUDA kernels, and how to get them."""
+    """Return why this build has no CUDA kernels, and how to get them."""
     reason = _build_info.get("cuda_reason", "unknown reason")
     how = _build_info.get("cuda_how", "reinstall where torch has CUDA and nvcc is on the PATH")
     return f"normfused was built without CUDA ({reason}); to get it: {how}"
 
 
 def info() -> dict[str, Any]:
-    """What this installation is: versions, what the extension was built for, what it runs on, why a fallback is in use."""
+    """Describe this installation.
+
+    Versions; whether the extension is ``"loaded"`` or a ``"fallback"`` stands in for it, and why; the instruction set
+    and number of threads of its CPU kernels; whether it has CUDA kernels; and, under ``built_...``, how it was built.
+    """
     return {
         "normfused": __version__,
         "torch": torch.__version__,
