@@ -1,0 +1,180 @@
+"""What is measured: operations, shapes, dtypes and layouts, and how many bytes each must move."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import normfused
+
+Call = Callable[[], Sequence[Tensor]]
+Layout = Literal["NCHW", "channels_last"]
+Traffic = Literal["resident", "streaming"]
+
+# Channels and side of every batch norm in ResNet-50.
+RESNET50 = (
+    *((64, 112), (64, 56), (256, 56), (128, 28), (512, 28)),
+    *((256, 14), (1024, 14), (512, 7), (2048, 7)),
+)
+QUICK = ((64, 56), (512, 28), (2048, 7))
+DTYPES = (torch.float32, torch.bfloat16)
+LAYOUTS: tuple[Layout, ...] = ("NCHW", "channels_last")
+MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+BATCHES = {"cpu": (32,), "cuda": (256, 32)}
+SMALL = (8, 64, 8, 8)
+
+# Largest difference to torch.nn, relative to the largest value: float32 sums of 400,000 values, a few bfloat16 ulps.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Operation:
+    title: str
+    # Times the tensor is read and written: where it stays on chip between statistics and apply, and where it does not.
+    resident: tuple[int, int]
+    streaming: tuple[int, int]
+
+
+OPERATIONS = {
+    "training_forward": Operation("BN training, forward", (1, 1), (2, 1)),
+    "training_backward": Operation("BN training, backward", (2, 1), (4, 1)),
+    "training_forward_backward": Operation("BN training, forward + backward", (3, 2), (6, 2)),
+    "eval_forward": Operation("BN eval, forward", (1, 1), (1, 1)),
+    "channel_moments": Operation("channel_moments / torch.var_mean", (1, 0), (1, 0)),
+    "small_call": Operation("Small call, BN forward + backward", (3, 2), (6, 2)),
+}
+GRID_OPERATIONS = tuple(name for name in OPERATIONS if name != "small_call")
+
+
+@dataclass(frozen=True)
+class Case:
+    operation: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    layout: Layout
+
+    @property
+    def name(self) -> str:
+        return "-".join((self.operation, "x".join(map(str, self.shape)), dtype_name(self.dtype), self.layout))
+
+    @property
+    def tensor_bytes(self) -> int:
+        n, c, h, w = self.shape
+        return n * c * h * w * self.dtype.itemsize
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def traffic_bytes(operation: str, tensor_bytes: int, traffic: Traffic) -> int:
+    """Bytes that the operation moves at least: per-channel vectors are not counted."""
+    reads, writes = getattr(OPERATIONS[operation], traffic)
+    return (reads + writes) * tensor_bytes
+
+
+def grid(device: str, *, quick: bool = False) -> list[Case]:
+    """All cases; those that share their input stand together."""
+    shapes = [(n, c, side, side) for n in BATCHES[device] for c, side in (QUICK if quick else RESNET50)]
+    layouts = [(dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
+    cases = [Case(op, shape, *rest) for shape in shapes for rest in layouts for op in GRID_OPERATIONS]
+    return cases + [Case("small_call", SMALL, *rest) for rest in layouts]
+
+
+def peer_names(case: Case, compiled: bool) -> list[str]:
+    # A compiled backward cannot be run twice on one graph.
+    compiled = compiled and case.operation != "training_backward"
+    return ["normfused", "torch", *(["compile"] if compiled else []), "copy", "clone"]
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """An input, a gradient of the output, and a buffer to copy into that has been written before."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(mean: float, std: float) -> Tensor:
+        values = torch.empty(shape, device=device).normal_(mean, std, generator=generator)
+        return values.to(dtype, memory_format=MEMORY_FORMATS[layout])
+
+    x = normal(5, 2)
+    return x, normal(0, 1), x.clone()
+
+
+def build_calls(case: Case, device: str, compiled: bool) -> dict[str, Call]:
+    """One call per peer. Outputs are new tensors, except those of `copy`, whose buffer is ready."""
+    x, grad_output, buffer = _inputs(case.shape, case.dtype, case.layout, device)
+    calls: dict[str, Call] = {
+        "normfused": _call(case.operation, normfused.BatchNorm2d, normfused.channel_moments, x, grad_output),
+        "torch": _call(case.operation, nn.BatchNorm2d, _var_mean, x, grad_output),
+        "copy": lambda: (buffer.copy_(x),),
+        "clone": lambda: (x.clone(),),
+    }
+    if compiled:
+        torch._dynamo.reset()  # each case is compiled for its own shape
+        layer = lambda channels: torch.compile(nn.BatchNorm2d(channels), dynamic=False)  # noqa: E731
+        statistics = torch.compile(_var_mean, dynamic=False)
+        calls["compile"] = _call(case.operation, layer, statistics, x, grad_output)
+    return {name: calls[name] for name in peer_names(case, compiled)}
+
+
+def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
+
+
+def _call(
+    operation: str,
+    layer: Callable[[int], nn.Module],
+    statistics: Callable[[Tensor], Sequence[Tensor]],
+    x: Tensor,
+    grad_output: Tensor,
+) -> Call:
+    if operation == "channel_moments":
+        return lambda: statistics(x)
+
+    norm = _initialized(layer(x.size(1)).to(x.device))
+    if operation == "eval_forward":
+        norm.eval()
+        return torch.no_grad()(lambda: (norm(x),))
+
+    leaf = x.detach().requires_grad_()
+    inputs = (leaf, *norm.parameters())
+    if operation == "training_forward":
+        return lambda: (norm(leaf),)
+    if operation == "training_backward":
+        output = norm(leaf)
+        return lambda: torch.autograd.grad(output, inputs, grad_output, retain_graph=True)
+
+    def forward_backward() -> Sequence[Tensor]:
+        output = norm(leaf)
+        return output, *torch.autograd.grad(output, inputs, grad_output)
+
+    return forward_backward
+
+
+@torch.no_grad()
+def _initialized(norm: nn.Module) -> nn.Module:
+    """Scale, shift and running statistics as after some training, the same for every peer."""
+    generator = torch.Generator().manual_seed(1)
+    ranges = {"weight": (0.5, 1.5), "bias": (-0.5, 0.5), "running_mean": (4.5, 5.5), "running_var": (3.0, 5.0)}
+    for name, tensor in norm.state_dict().items():
+        kind = name.rpartition(".")[2]  # compiled modules prefix their names
+        if kind in ranges:
+            tensor.copy_(torch.empty(tensor.shape).uniform_(*ranges[kind], generator=generator))
+    return norm
+
+
+def check(case: Case, results: dict[str, Sequence[Tensor]]) -> None:
+    """Assert that normfused computes what torch.nn computes."""
+    ours, theirs = results["normfused"], results["torch"]
+    if case.operation == "channel_moments":
+        count, mean, m2, *_ = ours
+        ours = (m2 / count, mean)
+    for index, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
+        expected = expected.detach().to(actual.dtype)
+        error = ((actual.detach() - expected).abs().max() / expected.abs().max()).item()
+        assert error <= TOLERANCE[case.dtype], f"{case.name}: result {index} differs from torch's by {error:.1e}"

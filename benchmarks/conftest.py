@@ -1,0 +1,44 @@
+"""Options of ``pytest benchmarks``, and one test per case and peer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, grid, peer_names
+
+import normfused
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("normfused benchmarks")
+    group.addoption("--all-cases", action="store_true", help="the whole grid, not three shapes in two variants")
+    group.addoption("--torch-compile", action="store_true", help="torch.compile as one more peer")
+    group.addoption("--threads", type=int, default=2, help="threads of the CPU (default: 2)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"case", "peer"} <= set(metafunc.fixturenames):
+        option = metafunc.config.getoption
+        compiled = option("--torch-compile")
+        pairs = [(c, peer) for c in _cases(option("--all-cases")) for peer in peer_names(c, compiled)]
+        metafunc.parametrize(("case", "peer"), pairs, ids=[f"{c.name}-{peer}" for c, peer in pairs])
+
+
+def _cases(everything: bool) -> list[Case]:
+    if everything:
+        return grid(measured_device())
+    variants = {(torch.float32, "NCHW"), (torch.bfloat16, "channels_last")}
+    return [case for case in grid(measured_device(), quick=True) if (case.dtype, case.layout) in variants]
+
+
+def measured_device() -> str:
+    return "cuda" if torch.cuda.is_available() and normfused.info()["cuda"] else "cpu"
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    info = normfused.info()
+    if info["extension"] != "loaded":
+        pytest.skip(f"nothing to measure, the extension is not loaded: {info['why_fallback']}")
+    torch.set_num_threads(request.config.getoption("--threads"))
+    return measured_device()

@@ -1,0 +1,127 @@
+"""The results as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cases import DTYPES, LAYOUTS, OPERATIONS, dtype_name
+from measure import Result
+from memory import Growth
+from targets import TARGETS, figure
+
+PEERS = {"torch": "torch.nn", "compile": "torch.compile", "copy": "copy", "clone": "clone"}
+
+
+def render(machine: dict[str, Any], settings: dict[str, Any], results: list[Result], memory: list[Growth]) -> str:
+    """Summary first, then every case."""
+    return "\n\n".join([summary(machine, settings, results, memory), *_details(results)]) + "\n"
+
+
+def summary(machine: dict[str, Any], settings: dict[str, Any], results: list[Result], memory: list[Growth]) -> str:
+    parts = [
+        f"# {machine.get('gpu', machine['cpu'])}",
+        _describe(machine, settings),
+        "## Against the targets",
+        _targets(machine["device"], results, memory),
+        "## Times faster than torch.nn eager",
+        "Geometric means of the cases' medians.",
+        _geometric_means(results),
+    ]
+    return "\n\n".join(parts)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def _describe(machine: dict[str, Any], settings: dict[str, Any]) -> str:
+    caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores ({caches}), {machine['cpu_capability']}, "
+        f"{machine['threads']} threads, load {machine['load_average']} before the run",
+        f"normfused {machine['normfused']} ({machine['revision']}), torch {machine['torch']}, "
+        f"Python {machine['python']}, {machine['compiler'] or 'compiler not recorded'}",
+        f"{machine['date']}; {settings['seconds_per_case']} s and at least {settings['least_rounds']} rounds per case",
+    ]
+    if settings["partial"]:
+        lines.append("**Part of the grid only: no figures to quote.**")
+    return "  \n".join(lines)
+
+
+def _targets(device: str, results: list[Result], memory: list[Growth]) -> str:
+    rows = []
+    for target in TARGETS:
+        if target.device != device:
+            continue
+        value = target.value(results)
+        measured = "–" if value is None else f"{value:.2f}×"
+        verdict = "not measured in full" if value is None else "reached" if target.reached(value) else "**not reached**"
+        rows.append((target.title, target.statistic, target.requirement, measured, verdict))
+    for growth in memory:
+        kb = growth["host_kb"] + growth["device_kb"]
+        title = f"Memory gained over {growth['steps']:,} training steps, {growth['peer']}"
+        ours = growth["peer"] == "normfused"
+        verdict = "" if not ours else "reached" if kb <= 0 else "**not reached**"
+        rows.append((title, "", "0 kB" if ours else "", f"{kb:+.0f} kB", verdict))
+    return _table(("what", "over the cases", "target", "measured", ""), rows, text_columns=2)
+
+
+def _geometric_means(results: list[Result]) -> str:
+    columns = [(dtype_name(dtype), layout) for dtype in DTYPES for layout in LAYOUTS]
+    rows = []
+    for operation, info in OPERATIONS.items():
+        group = [r for r in results if r["operation"] == operation]
+        if not group:
+            continue
+        cells = [[r for r in group if (r["dtype"], r["layout"]) == column] for column in columns]
+        least = min(group, key=lambda r: figure(r, "speedup"))
+        rows.append((info.title, *map(_mean, cells), _mean(group), f"{figure(least, 'speedup'):.2f} ({_where(least)})"))
+    header = ["operation", *(f"{dtype} {layout}" for dtype, layout in columns), "all", "least"]
+    return _table(header, rows)
+
+
+def _mean(results: list[Result]) -> str:
+    if not results:
+        return "–"
+    return f"{statistics.geometric_mean([figure(r, 'speedup') for r in results]):.2f}"
+
+
+def _details(results: list[Result]) -> Iterable[str]:
+    for operation, info in OPERATIONS.items():
+        group = [r for r in results if r["operation"] == operation]
+        if not group:
+            continue
+        peers = [peer for peer in PEERS if any(peer in r["seconds"] for r in group)]
+        header = [
+            *("shape", "dtype", "layout", "normfused ms"),
+            *(f"{PEERS[peer]} ms" for peer in peers),
+            *("times faster", "quartiles", "of the floor, resident", "of the floor, streaming"),
+        ]
+        yield f"## {info.title}"
+        yield _table(header, (_row(result, peers) for result in group), text_columns=3)
+
+
+def _row(result: Result, peers: list[str]) -> list[str]:
+    speedup = result["speedup"]["torch"]
+    return [
+        "×".join(map(str, result["shape"])),
+        result["dtype"],
+        result["layout"],
+        *(_milliseconds(result, peer) for peer in ("normfused", *peers)),
+        f"{speedup['median']:.2f}",
+        f"{speedup['q1']:.2f}–{speedup['q3']:.2f}",
+        f"{1 / figure(result, 'resident'):.0%}",
+        f"{1 / figure(result, 'streaming'):.0%}",
+    ]
+
+
+def _milliseconds(result: Result, peer: str) -> str:
+    return f"{result['seconds'][peer]['median'] * 1e3:.3g}" if peer in result["seconds"] else "–"
+
+
+def _where(result: Result) -> str:
+    n, channels, side, _ = result["shape"]
+    return f"{n}×{channels}×{side}², {result['dtype']}, {result['layout']}"

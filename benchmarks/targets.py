@@ -1,0 +1,87 @@
+"""The figures to reach, and whether the results do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cases import OPERATIONS, Traffic, grid
+from measure import Result
+
+LARGE = 25_000_000  # bytes from which the distance to the floor counts
+COUNTS = {"resident": "x read once", "streaming": "x read once per pass"}
+
+
+@dataclass(frozen=True)
+class Target:
+    device: Literal["cpu", "cuda"]
+    operation: str
+    bound: float
+    figure: Literal["speedup", "resident", "streaming"] = "speedup"
+    statistic: Literal["geometric mean", "worst"] = "geometric mean"
+    least_bytes: int = 0
+
+    @property
+    def title(self) -> str:
+        title = OPERATIONS[self.operation].title
+        if self.figure != "speedup":
+            title += f", distance to the floor ({COUNTS[self.figure]})"
+        if self.least_bytes:
+            title += f", tensors ≥ {self.least_bytes // 10**6} MB"
+        return title
+
+    @property
+    def requirement(self) -> str:
+        return f"{'≥' if self.figure == 'speedup' else '≤'} {self.bound:.3g}×"
+
+    def reached(self, value: float) -> bool:
+        return value >= self.bound if self.figure == "speedup" else value <= self.bound
+
+    def value(self, results: Sequence[Result]) -> float | None:
+        """None unless every case that the target is about was measured."""
+        wanted = {
+            case.name
+            for case in grid(self.device)
+            if case.operation == self.operation and case.tensor_bytes >= self.least_bytes
+        }
+        values = [figure(result, self.figure) for result in results if result["name"] in wanted]
+        if len(values) < len(wanted):
+            return None
+        worst: Callable[[list[float]], float] = min if self.figure == "speedup" else max
+        return statistics.geometric_mean(values) if self.statistic == "geometric mean" else worst(values)
+
+
+def figure(result: Result, name: Literal["speedup"] | Traffic) -> float:
+    """The median ratio to torch.nn eager, or to the floor."""
+    if name == "speedup":
+        return result["speedup"]["torch"]["median"]
+    return result["floor_distance"][name]["median"]
+
+
+# Shares of copy bandwidth are distances to the floor turned over.
+TARGETS = (
+    Target("cpu", "training_forward", 3.5),
+    Target("cpu", "training_forward_backward", 2.5),
+    Target("cpu", "training_forward_backward", 1.2, statistic="worst"),
+    Target("cpu", "eval_forward", 1.5),
+    Target("cpu", "channel_moments", 20),
+    Target("cpu", "small_call", 1.0, statistic="worst"),
+    Target("cpu", "training_forward", 1.6, "resident", least_bytes=LARGE),
+    Target("cpu", "training_forward", 1.6, "streaming", least_bytes=LARGE),
+    Target("cpu", "training_backward", 1.6, "resident", least_bytes=LARGE),
+    Target("cpu", "training_backward", 1.6, "streaming", least_bytes=LARGE),
+    Target("cuda", "training_forward_backward", 1.5),
+    Target("cuda", "training_forward_backward", 1.0, statistic="worst"),
+    Target("cuda", "training_forward", 1 / 0.85, "resident"),
+    Target("cuda", "training_forward", 1 / 0.85, "streaming"),
+    Target("cuda", "training_backward", 1 / 0.85, "resident"),
+    Target("cuda", "training_backward", 1 / 0.85, "streaming"),
+    Target("cuda", "channel_moments", 1 / 0.8, "resident"),
+)
+
+
+def speedup_target(device: str, operation: str) -> Target | None:
+    matching = (t for t in TARGETS if (t.device, t.operation, t.figure) == (device, operation, "speedup"))
+    return next(matching, None)
