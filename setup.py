@@ -18,7 +18,9 @@ class NoTorch(build_ext):
 
     def run(self) -> None:
         """Refuse in one line."""
-        raise SystemExit("normfused: no torch to build against: install torch, or build with isolation, which asks for it")
+        raise SystemExit(
+            "normfused: no torch to build against: install torch, or build with isolation, which asks for it"
+        )
 
 
 if find_spec("torch") and "sdist" not in sys.argv:

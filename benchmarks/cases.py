@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import normfused
 
-Call = Callable[[], Sequence[Tensor]]
+Call = Callable[[], Sequence[Any]]
 Layout = Literal["NCHW", "channels_last"]
 Traffic = Literal["resident", "streaming"]
 
@@ -28,8 +28,9 @@ MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channe
 BATCHES = {"cpu": (32,), "cuda": (256, 32)}
 SMALL = (8, 64, 8, 8)
 
-# Largest difference to torch.nn, relative to the largest value: float32 sums of 400,000 values, a few bfloat16 ulps.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+# Largest error, relative to the largest value: some units of float32's last place, one of bfloat16's. torch itself, in
+# float32 and channels_last, is up to 7e-5 off.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ OPERATIONS = {
     "training_backward": Operation("BN training, backward", (2, 1), (4, 1)),
     "training_forward_backward": Operation("BN training, forward + backward", (3, 2), (6, 2)),
     "eval_forward": Operation("BN eval, forward", (1, 1), (1, 1)),
-    "channel_moments": Operation("channel_moments / torch.var_mean", (1, 0), (1, 0)),
+    "channel_moments": Operation("channel_moments", (1, 0), (1, 0)),
     "small_call": Operation("Small call, BN forward + backward", (3, 2), (6, 2)),
 }
 GRID_OPERATIONS = tuple(name for name in OPERATIONS if name != "small_call")
@@ -115,7 +116,7 @@ def build_calls(case: Case, device: str, compiled: bool) -> dict[str, Call]:
         "clone": lambda: (x.clone(),),
     }
     if compiled:
-        torch._dynamo.reset()  # each case is compiled for its own shape
+        torch.compiler.reset()  # each case is compiled for its own shape
         layer = lambda channels: torch.compile(nn.BatchNorm2d(channels), dynamic=False)  # noqa: E731
         statistics = torch.compile(_var_mean, dynamic=False)
         calls["compile"] = _call(case.operation, layer, statistics, x, grad_output)
@@ -128,15 +129,16 @@ def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _call(
     operation: str,
-    layer: Callable[[int], nn.Module],
-    statistics: Callable[[Tensor], Sequence[Tensor]],
+    layer: Callable[[int], Any],
+    statistics: Callable[[Tensor], Sequence[Any]],
     x: Tensor,
     grad_output: Tensor,
 ) -> Call:
     if operation == "channel_moments":
         return lambda: statistics(x)
 
-    norm = _initialized(layer(x.size(1)).to(x.device))
+    parameter_dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = _initialized(layer(x.size(1)).to(x.device, parameter_dtype))
     if operation == "eval_forward":
         norm.eval()
         return torch.no_grad()(lambda: (norm(x),))
@@ -168,13 +170,13 @@ def _initialized(norm: nn.Module) -> nn.Module:
     return norm
 
 
-def check(case: Case, results: dict[str, Sequence[Tensor]]) -> None:
-    """Assert that normfused computes what torch.nn computes."""
-    ours, theirs = results["normfused"], results["torch"]
+def check(case: Case, device: str, results: Sequence[Any]) -> None:
+    """Assert that normfused's results are those of torch in float64."""
+    x, grad_output, _ = _inputs(case.shape, case.dtype, case.layout, device)
+    expected = _call(case.operation, nn.BatchNorm2d, _var_mean, x.double(), grad_output.double())()
     if case.operation == "channel_moments":
-        count, mean, m2, *_ = ours
-        ours = (m2 / count, mean)
-    for index, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
-        expected = expected.detach().to(actual.dtype)
-        error = ((actual.detach() - expected).abs().max() / expected.abs().max()).item()
-        assert error <= TOLERANCE[case.dtype], f"{case.name}: result {index} differs from torch's by {error:.1e}"
+        count, mean, m2, *_ = results
+        results = (m2 / count, mean)
+    for index, (actual, exact) in enumerate(zip(results, expected, strict=True)):
+        error = ((actual.detach() - exact.detach()).abs().max() / exact.detach().abs().max()).item()
+        assert error <= TOLERANCE[case.dtype], f"{case.name}: result {index} is off by {error:.1e} of the largest value"

@@ -15,6 +15,8 @@ import normfused
 
 STEPS = 10_000
 WARM_UP = 1_000
+# What a smallest block of malloc (32 bytes) lost in each step would add up to.
+LEAK_KB = STEPS * 32 / 1024
 
 
 class Growth(TypedDict):

@@ -1,8 +1,8 @@
-"""The results as bar charts: times faster than torch.nn, and distance to the floor."""
+"""The results as bar charts: times faster than torch, and distance to the floor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,12 @@ import matplotlib.pyplot as plt
 from cases import DTYPES, LAYOUTS, OPERATIONS, dtype_name
 from matplotlib.axes import Axes
 from measure import Result
-from targets import LARGE, TARGETS, figure, speedup_target
+from targets import Figure, figure, find_target
 
-SPEEDUPS = ("training_forward", "training_forward_backward", "eval_forward", "channel_moments")
-FLOORS = ("training_forward", "training_backward", "eval_forward", "channel_moments")
 SERIES = [(dtype_name(dtype), layout) for dtype in DTYPES for layout in LAYOUTS]
 COLORS = dict(zip(SERIES, ("#1f5a99", "#9cc3e6", "#c2591b", "#f3b48b"), strict=True))
-WIDTH = 0.2
 TARGET_COLOR = "#2b8a3e"
+WIDTH = 0.2
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,101 +33,75 @@ STYLE = {
 }
 
 
-def draw(machine: dict[str, Any], results: list[Result], folder: Path) -> list[Path]:
-    """One figure of each kind per batch size."""
-    paths = []
+@dataclass(frozen=True)
+class Chart:
+    name: str
+    title: str
+    operations: tuple[str, str, str, str]
+    bar: Figure
+    tick: Figure | None = None
+
+
+CHARTS = (
+    Chart(
+        "speedup",
+        "Times faster than torch eager. Dashed: target for the geometric mean",
+        ("training_forward", "training_forward_backward", "eval_forward", "channel_moments"),
+        "speedup",
+    ),
+    Chart(
+        "floor",
+        "Distance to the floor: time over that of 1R + 1W (backward 2R + 1W, moments 1R) at copy speed. Black ticks: "
+        "over that of 2R + 1W (4R + 1W).\nDashed: target for the geometric mean, on the CPU of tensors ≥ 25 MB",
+        ("training_forward", "training_backward", "eval_forward", "channel_moments"),
+        "resident",
+        "streaming",
+    ),
+)
+
+
+def draw(machine: dict[str, Any], results: list[Result], folder: Path) -> None:
+    """One file per chart and batch size."""
     grid = [r for r in results if r["operation"] != "small_call"]
-    for batch in sorted({r["shape"][0] for r in grid}, reverse=True):
-        of_batch = [r for r in grid if r["shape"][0] == batch]
-        where = f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, batch {batch}"
-        for kind, operations, panel, title in (
-            ("speedup", SPEEDUPS, _speedup_panel, "Times faster than torch.nn eager"),
-            ("floor", FLOORS, _floor_panel, "Time over that of copying the bytes each must move (floor = 1)"),
-        ):
-            paths.append(folder / f"{kind}-n{batch}.png")
-            _figure(paths[-1], f"{title}\n{where}", operations, panel, of_batch, machine["device"])
-    return paths
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    for batch in {r["shape"][0] for r in grid}:
+        for chart in CHARTS:
+            title = f"{chart.title}\n{where}, batch {batch}"
+            path = folder / f"{chart.name}-n{batch}.png"
+            _draw(chart, title, [r for r in grid if r["shape"][0] == batch], machine["device"], path)
 
 
-def _figure(
-    path: Path,
-    title: str,
-    operations: tuple[str, ...],
-    panel: Callable[[Axes, str, list[Result], str], None],
-    results: list[Result],
-    device: str,
-) -> None:
+def _draw(chart: Chart, title: str, results: list[Result], device: str, path: Path) -> None:
+    shapes = list(dict.fromkeys((r["shape"][1], r["shape"][2]) for r in results))
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(2, 2, figsize=(12, 7), layout="constrained")
-        for ax, operation in zip(axes.flat, operations, strict=True):
+        for ax, operation in zip(axes.flat, chart.operations, strict=True):
             ax.set_title(OPERATIONS[operation].title)
-            panel(ax, operation, [r for r in results if r["operation"] == operation], device)
-        fig.suptitle(title, x=0.01, ha="left", fontsize=11)
+            ax.set_xticks(range(len(shapes)), [f"{channels}×{side}²" for channels, side in shapes])
+            ax.tick_params(axis="x", length=0, labelsize=8)
+            ax.margins(x=0.01)
+            for result in results:
+                if result["operation"] == operation:
+                    _draw_bar(ax, chart, result, shapes.index((result["shape"][1], result["shape"][2])))
+            ax.axhline(1, color="#555555", lw=1)
+            if target := find_target(device, operation, chart.bar):
+                _draw_target(ax, target.bound)
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
         handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[series]) for series in SERIES]
-        labels = [" ".join(series) for series in SERIES]
-        fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        fig.legend(handles, [" ".join(s) for s in SERIES], loc="outside lower center", ncols=4, frameon=False)
         fig.savefig(path, dpi=130)
         plt.close(fig)
 
 
-def _speedup_panel(ax: Axes, operation: str, results: list[Result], device: str) -> None:
-    _bars(ax, results, lambda r: figure(r, "speedup"))
-    _line(ax, 1, "torch.nn", "#555555")
-    if target := speedup_target(device, operation):
-        _line(ax, target.bound, f"target for the geometric mean {target.bound:g}×", TARGET_COLOR)
+def _draw_bar(ax: Axes, chart: Chart, result: Result, group: int) -> None:
+    series = result["dtype"], result["layout"]
+    x = group + (SERIES.index(series) - (len(SERIES) - 1) / 2) * WIDTH
+    ax.bar(x, figure(result, chart.bar), WIDTH * 0.92, color=COLORS[series])
+    if chart.tick is not None and figure(result, chart.tick) != figure(result, chart.bar):
+        ax.hlines(figure(result, chart.tick), x - WIDTH * 0.46, x + WIDTH * 0.46, "black", lw=1.2)
 
 
-def _floor_panel(ax: Axes, operation: str, results: list[Result], device: str) -> None:
-    info = OPERATIONS[operation]
-    _bars(ax, results, lambda r: figure(r, "resident"))
-    if info.streaming != info.resident:
-        # What is left of the distance where the tensor cannot stay on chip between statistics and apply.
-        for position, result in _positions(results):
-            ax.hlines(figure(result, "streaming"), position - WIDTH * 0.45, position + WIDTH * 0.45, "black", lw=1.2)
-        ax.plot([], [], color="black", lw=1.2, label="distance when streaming")
-        ax.legend(frameon=False, loc="upper left")
-    _line(ax, 1, "floor", "#555555")
-    bounds = {t.bound: t for t in TARGETS if (t.device, t.operation, t.figure) == (device, operation, "resident")}
-    for bound, target in bounds.items():
-        note = f", tensors ≥ {LARGE // 10**6} MB" if target.least_bytes else ""
-        _line(ax, bound, f"target {bound:.3g}×{note}", TARGET_COLOR)
-
-
-def _shapes(results: list[Result]) -> list[tuple[int, int]]:
-    return list(dict.fromkeys((r["shape"][1], r["shape"][2]) for r in results))
-
-
-def _positions(results: list[Result]) -> list[tuple[float, Result]]:
-    shapes = _shapes(results)
-    return [
-        (
-            shapes.index((r["shape"][1], r["shape"][2]))
-            + (SERIES.index((r["dtype"], r["layout"])) - (len(SERIES) - 1) / 2) * WIDTH,
-            r,
-        )
-        for r in results
-    ]
-
-
-def _bars(ax: Axes, results: list[Result], height: Callable[[Result], float]) -> None:
-    for position, result in _positions(results):
-        ax.bar(position, height(result), WIDTH * 0.92, color=COLORS[result["dtype"], result["layout"]])
-    shapes = _shapes(results)
-    ax.set_xticks(range(len(shapes)), [f"{channels}×{side}²" for channels, side in shapes])
-    ax.tick_params(axis="x", length=0)
-    ax.set_ylim(bottom=0)
-
-
-def _line(ax: Axes, height: float, label: str, color: str) -> None:
-    ax.axhline(height, color=color, lw=1, ls="--" if color == TARGET_COLOR else "-")
-    ax.annotate(
-        label,
-        (1, height),
-        (0, 2),
-        ax.get_yaxis_transform(),
-        "offset points",
-        ha="right",
-        va="bottom",
-        color=color,
-        fontsize=8,
-    )
+def _draw_target(ax: Axes, bound: float) -> None:
+    ax.axhline(bound, color=TARGET_COLOR, lw=1, ls="--")
+    beside = (1, bound), (3, 0), ax.get_yaxis_transform(), "offset points"
+    ax.annotate(f"{bound:.3g}×", *beside, va="center", color=TARGET_COLOR)

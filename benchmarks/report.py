@@ -91,7 +91,7 @@ def main() -> int:
 def _line(case: Case, result: Result) -> str:
     seconds, speedup = result["seconds"], result["speedup"]["torch"]["median"]
     ours, theirs = (seconds[peer]["median"] * 1e3 for peer in ("normfused", "torch"))
-    return f"{case.name:66} {ours:8.3f} ms, torch {theirs:8.3f} ms, {speedup:5.2f} times faster"
+    return f"{case.name:66} {ours:8.3f} ms, torch {theirs:8.3f} ms, {speedup:6.2f} times faster"
 
 
 def _parser() -> argparse.ArgumentParser:

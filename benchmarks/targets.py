@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cases import OPERATIONS, Traffic, grid
+from cases import OPERATIONS, grid
 from measure import Result
 
+# Times faster than torch, or distance to the floor by either count of bytes.
+Figure = Literal["speedup", "resident", "streaming"]
+
 LARGE = 25_000_000  # bytes from which the distance to the floor counts
-COUNTS = {"resident": "x read once", "streaming": "x read once per pass"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Target:
     device: Literal["cpu", "cuda"]
     operation: str
     bound: float
-    figure: Literal["speedup", "resident", "streaming"] = "speedup"
+    figure: Figure = "speedup"
     statistic: Literal["geometric mean", "worst"] = "geometric mean"
     least_bytes: int = 0
 
@@ -27,7 +29,8 @@ class Target:
     def title(self) -> str:
         title = OPERATIONS[self.operation].title
         if self.figure != "speedup":
-            title += f", distance to the floor ({COUNTS[self.figure]})"
+            reads, writes = getattr(OPERATIONS[self.operation], self.figure)
+            title += f", distance to the floor {reads}R + {writes}W"
         if self.least_bytes:
             title += f", tensors ≥ {self.least_bytes // 10**6} MB"
         return title
@@ -53,8 +56,8 @@ class Target:
         return statistics.geometric_mean(values) if self.statistic == "geometric mean" else worst(values)
 
 
-def figure(result: Result, name: Literal["speedup"] | Traffic) -> float:
-    """The median ratio to torch.nn eager, or to the floor."""
+def figure(result: Result, name: Figure) -> float:
+    """The median ratio to torch eager, or to the floor."""
     if name == "speedup":
         return result["speedup"]["torch"]["median"]
     return result["floor_distance"][name]["median"]
@@ -82,6 +85,6 @@ TARGETS = (
 )
 
 
-def speedup_target(device: str, operation: str) -> Target | None:
-    matching = (t for t in TARGETS if (t.device, t.operation, t.figure) == (device, operation, "speedup"))
-    return next(matching, None)
+def find_target(device: str, operation: str, figure: Figure) -> Target | None:
+    """The first target of that kind, which is the one for the geometric mean."""
+    return next((t for t in TARGETS if (t.device, t.operation, t.figure) == (device, operation, figure)), None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import pytest
 from cases import Case
 from measure import measure
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import QUICK, Samples
+from timing import FULL, Samples
 
 _measured = functools.lru_cache(maxsize=1)(measure)
 
@@ -16,13 +17,13 @@ _measured = functools.lru_cache(maxsize=1)(measure)
 class _Replay:
     """Plays samples to pytest-benchmark as if they passed now.
 
-    By itself it measures one peer after the other, with the clock of the host. The samples come interleaved, and on CUDA
-    from the clock of the device.
+    By itself it measures one peer after the other, with the clock of the host. These samples were interleaved, and on
+    CUDA come from the clock of the device.
     """
 
     def __init__(self) -> None:
         self._now = 0.0
-        self._samples = iter(())
+        self._samples: Iterator[float] = iter(())
 
     def load(self, samples: list[float]) -> None:
         self._now, self._samples = 0.0, iter(samples)
@@ -39,7 +40,7 @@ _replay = _Replay()
 
 @pytest.mark.benchmark(timer=_replay.now)
 def test_speed(benchmark: BenchmarkFixture, device: str, case: Case, peer: str, request: pytest.FixtureRequest) -> None:
-    samples: Samples = _measured(case, device, QUICK, compiled=request.config.getoption("--torch-compile"))
+    samples: Samples = _measured(case, device, FULL, compiled=request.config.getoption("--torch-compile"))
     benchmark.group = case.name
     _replay.load(samples[peer])
     benchmark.pedantic(_replay.play, rounds=len(samples[peer]))

@@ -22,11 +22,10 @@ class Budget:
 
     seconds: float
     least_rounds: int
-    most_rounds: int = 500
 
 
-FULL = Budget(seconds=0.6, least_rounds=7)
-QUICK = Budget(seconds=0.1, least_rounds=3)
+FULL = Budget(seconds=1.0, least_rounds=9)
+QUICK = Budget(seconds=0.1, least_rounds=5)
 
 
 class Quartiles(TypedDict):
@@ -53,10 +52,10 @@ def interleave(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, bud
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
-        for done in range(budget.most_rounds):
-            if done >= budget.least_rounds and time.perf_counter() - start > budget.seconds:
-                break
+        end = time.perf_counter() + budget.seconds
+        rounds = 0
+        while rounds < budget.least_rounds or time.perf_counter() < end:
+            rounds += 1
             # A call leaves its mark on caches and allocator: nobody always runs behind the same neighbour.
             shuffle(order)
             for name in order:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from glob import glob
@@ -19,8 +20,8 @@ NAME = "normfused._C"
 # -fopenmp compiles at::parallel_for for the OpenMP that torch has loaded; it is not linked, because a second copy would
 # give the process a second pool of threads.
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
-# Read by no source. Objects are reused between builds, and a change of system headers, as torch's are here, goes unseen:
-# with its version on the command line, another torch in the same place has everything compiled anew.
+# Read by no source. Objects are reused between builds, and a change of system headers, which torch's are here, goes
+# unseen: with its version on the command line, another torch in the same place has everything compiled anew.
 TORCH_MACRO = ("NORMFUSED_TORCH_VERSION", torch.__version__)
 
 
@@ -64,7 +65,7 @@ def extension() -> Extension:
 class BuildExtension(cpp_extension.BuildExtension):
     """torch's build step, which also says what it decided and leaves a record beside the extension."""
 
-    def build_extensions(self) -> None:
+    def run(self) -> None:
         """Build, and write ``_build_info.json``."""
         decision = cuda_decision()
         print(f"normfused: building for {'CUDA' if decision.build else 'CPU only'}: {decision.reason}", flush=True)
@@ -74,7 +75,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
             os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(gpus, os.environ)
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
-        super().build_extensions()
+        super().run()
         record = {
             "version": self.distribution.get_version(),
             "torch": torch.__version__,
@@ -91,7 +92,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         path.write_text(json.dumps(record, indent=2) + "\n")
 
     def _compiler(self) -> str:
-        command = [os.environ.get("CXX", "c++"), "--version"]
+        command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[0]
 
 

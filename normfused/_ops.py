@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _has_view(input: Tensor) -> bool:
-    """Whether `input` is dense as channels first or as channels last, as `view_of` in csrc/ops/layout.cpp sees it."""
-    return input.is_contiguous() or input.movedim(1, -1).is_contiguous()
+from normfused.reference import with_view
 
 
 def _output_like(input: Tensor) -> Tensor:
-    if _has_view(input):
-        return torch.empty_like(input)
-    return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
+    return torch.empty_like(with_view(input))
+
+
+def _check_device(input: Tensor, *others: Tensor | None) -> None:
+    """Refuse mixed devices: beside a meta tensor, torch calls these functions for real tensors too."""
+    for other in others:
+        if other is not None and other.device != input.device:
+            raise ValueError(f"input is on {input.device}, another argument on {other.device}")
 
 
 def _statistics(input: Tensor) -> Tensor:
@@ -32,6 +34,7 @@ def _batch_norm_training(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked)
     return _output_like(input), _statistics(input)
 
 
@@ -44,6 +47,7 @@ def _batch_norm_inference(
     running_var: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    _check_device(input, weight, bias, running_mean, running_var)
     return _output_like(input), _statistics(input)
 
 
@@ -56,6 +60,7 @@ def _batch_norm_backward(
     training: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device(input, grad_output, weight, statistics)
     if weight is not None:
         dtype = weight.dtype
     else:

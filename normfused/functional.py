@@ -270,6 +270,10 @@ def _check(
                 f"batch_norm: {name} has {vector.numel()} elements, but input of shape {tuple(input.shape)} "
                 f"has {input.size(1)} channels (dim 1)"
             )
+    if num_batches_tracked is not None and num_batches_tracked.device != input.device:
+        raise ValueError(
+            f"batch_norm: num_batches_tracked is on {num_batches_tracked.device}, but input is on {input.device}"
+        )
     if num_batches_tracked is not None and (
         num_batches_tracked.dtype != torch.int64 or num_batches_tracked.dim() != 0
     ):

@@ -5,7 +5,7 @@ Everything is computed in float64 and differentiable by torch's own autograd.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,31 @@ class ChannelMoments(NamedTuple):
 def values_per_channel(input: Tensor) -> int:
     """Number of values that each channel (dim 1) of `input` has."""
     return input.numel() // max(input.size(1), 1)
+
+
+def with_view(input: Tensor) -> Tensor:
+    """`input` where it is dense as channels first or channels last, else a copy in the format torch suggests for it."""
+    if input.is_contiguous() or input.movedim(1, -1).is_contiguous():
+        return input
+    return input.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+
+
+class _KeepLayout(torch.autograd.Function):
+    """The identity, whose gradient is laid out in memory as its input."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor) -> Tensor:
+        return input.view_as(input)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.like = torch.empty_like(with_view(output), device="meta")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.empty_like(ctx.like, device=grad.device, dtype=grad.dtype).copy_(grad)
 
 
 def _by_channel(input: Tensor) -> Tensor:
@@ -64,7 +89,7 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """:func:`normfused.functional.batch_norm` in plain torch, without its argument checks."""
-    x = input.double()
+    x = with_view(_KeepLayout.apply(input)).double()
     shape = [1, -1] + [1] * (input.dim() - 2)
     if training:
         count = values_per_channel(input)

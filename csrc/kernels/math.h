@@ -81,15 +81,15 @@ struct BackwardCoefficients {
 
 // `sum_g` is the sum of grad_output, `sum_gd` that of grad_output * (x - pivot) with pivot = S(mean).
 template <class S>
-NF_FN BackwardCoefficients<S> backward_coefficients(double mean, double invstd, double weight, bool training,
+NF_FN BackwardCoefficients<S> backward_coefficients(double mean, double invstd, double weight,
                                                     int64_t count, double sum_g, double sum_gd) {
   const S pivot = static_cast<S>(mean);
   const double dropped = static_cast<double>(pivot) - mean;
   const double centred = sum_gd + dropped * sum_g;  // sum of grad_output * (x - mean)
   const double scale = weight * invstd;
   const double n = static_cast<double>(count);
-  const double slope = training ? -scale * invstd * invstd * centred / n : 0;
-  const double shift = training ? slope * dropped - scale * sum_g / n : 0;
+  const double slope = -scale * invstd * invstd * centred / n;
+  const double shift = slope * dropped - scale * sum_g / n;
   return {pivot, static_cast<S>(scale), static_cast<S>(slope), static_cast<S>(shift), centred * invstd, sum_g};
 }
 

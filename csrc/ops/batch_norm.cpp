@@ -1,6 +1,7 @@
 #include "ops/batch_norm.h"
 
 #include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -36,13 +37,16 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
-// Tells autograd that a buffer has changed, and brings the values home where the kernel wrote to a contiguous copy.
-void finish_update(const OptionalTensor& buffer, const OptionalTensor& written) {
+// Refuses buffers that cannot be written, before anything is; tells autograd that they change.
+void begin_update(const OptionalTensor& buffer) {
   if (!buffer) return;
-  if (written->is_same(*buffer))
-    buffer->unsafeGetTensorImpl()->bump_version();
-  else
-    buffer->copy_(*written);
+  at::assert_no_internal_overlap(*buffer);
+  buffer->unsafeGetTensorImpl()->bump_version();
+}
+
+// Brings the values home where the kernel wrote to a contiguous copy.
+void finish_update(const OptionalTensor& buffer, const OptionalTensor& written) {
+  if (buffer && !written->is_same(*buffer)) buffer->copy_(*written);
 }
 
 BatchNormForward forward_args(const at::Tensor& input, const at::Tensor& output, const at::Tensor& statistics,
@@ -79,6 +83,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_training_cpu(const at::Tensor& inp
   check_channels("bias", bias, input);
   check_channels("running_mean", running_mean, input);
   check_channels("running_var", running_var, input);
+  TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
+                    "running_mean and running_var must be given together");
   TORCH_CHECK_VALUE(!num_batches_tracked || (num_batches_tracked->scalar_type() == at::kLong &&
                                              num_batches_tracked->dim() == 0 && num_batches_tracked->is_cpu()),
                     "num_batches_tracked must be a 0-d int64 tensor on ", input.device());
@@ -92,6 +98,9 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_training_cpu(const at::Tensor& inp
   TORCH_CHECK_VALUE(view_of(dense)->positions() > 1, "expected more than 1 value per channel when training, got ",
                     input.sizes());
 
+  begin_update(running_mean);
+  begin_update(running_var);
+  begin_update(num_batches_tracked);
   const OptionalTensor mean_buffer = contiguous(running_mean), var_buffer = contiguous(running_var);
   const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
   BatchNormForward args =
@@ -101,7 +110,6 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_training_cpu(const at::Tensor& inp
   cpu::batch_norm_training(args, parallel());
   finish_update(running_mean, mean_buffer);
   finish_update(running_var, var_buffer);
-  finish_update(num_batches_tracked, num_batches_tracked);
   return {output, statistics};
 }
 

@@ -64,29 +64,45 @@ void apply_channels_first(const Op& op, const ChannelView& view, const Unit& uni
 template <bool kStream, class Op>
 void apply_channels_last(const Op& op, const ChannelView& view, const Unit& unit, const typename Op::S* table) {
   using S = typename Op::S;
-  for (int64_t m = unit.m1; m-- > unit.m0;) {
-    for_each_vector<S>(unit.c1 - unit.c0, [&](int64_t j, auto width) {
-      const int64_t c = unit.c0 + j;
+  const int64_t channels = unit.c1 - unit.c0;
+  const int64_t together = channels == view.channels ? rows_in_one<S>(channels) : 1;
+  int64_t stride = view.channels;
+  table += unit.c0;
+  alignas(64) S repeated[Op::kCoefficients * kMaxChannelsLast];
+  if (together > 1) {
+    for (int64_t k = 0; k < Op::kCoefficients; ++k)
+      for (int64_t lane = 0; lane < channels * together; ++lane)
+        repeated[k * kMaxChannelsLast + lane] =
+            lane < channels ? table[k * stride + lane] : repeated[k * kMaxChannelsLast + lane - channels];
+    table = repeated;
+    stride = kMaxChannelsLast;
+  }
+  int64_t start;
+  for (int64_t m = unit.m1; m > unit.m0; m = start) {
+    start = unit.m0 + (m - 1 - unit.m0) / together * together;
+    const int64_t offset = start * view.channels + unit.c0;
+    for_each_vector<S>((m - start) * channels, [&](int64_t i, auto width) {
       Coefficients<Op> coefficients;
-      for (int64_t i = 0; i < Op::kCoefficients; ++i) coefficients.k[i] = load<S>(table + i * view.channels + c, width);
-      const int64_t offset = m * view.channels + c;
-      const Vec<S> value = op(offset, width, coefficients);
+      for (int64_t k = 0; k < Op::kCoefficients; ++k) coefficients.k[k] = load<S>(table + k * stride + i, width);
+      const Vec<S> value = op(offset + i, width, coefficients);
       if constexpr (kStream && std::is_same_v<decltype(width), Whole>)
-        stream(op.output + offset, value);
+        stream(op.output + offset + i, value);
       else
-        store(op.output + offset, value, width);
+        store(op.output + offset + i, value, width);
     });
   }
 }
 
-// Streaming stores spare the read of what they overwrite. Channels-last rows are streamed only where every one of them
-// is aligned.
+// Streaming stores spare the read of what they overwrite. Channels-last rows are streamed only where every unit and
+// every row of it is aligned.
 template <class Op>
-bool worth_streaming(const Op& op, const ChannelView& view) {
+bool worth_streaming(const Op& op, const ChannelView& view, const Plan& plan) {
   constexpr int64_t kItem = sizeof(typename Op::T);
   if (kVectorBytes == 16 || view.numel() * kItem < kStreamBytes) return false;
-  return view.inner > 1 ||
-         (view.channels * kItem % kVectorBytes == 0 && bytes_to_alignment(op.output, kVectorBytes) == 0);
+  if (view.inner > 1) return true;
+  const int64_t row = view.channels * rows_in_one<typename Op::S>(view.channels);
+  return row * kItem % kVectorBytes == 0 && plan.position_block * view.channels * kItem % kVectorBytes == 0 &&
+         bytes_to_alignment(op.output, kVectorBytes) == 0;
 }
 
 template <class Op>

@@ -72,7 +72,7 @@ struct GradInputOp {
   }
 };
 
-// Inference: grad_output * scale
+// grad_output * scale: where the statistics are constants, x has no part in its gradient, be it infinite.
 template <class T_>
 struct ScaleOp {
   using T = T_;
@@ -107,7 +107,7 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
   const Reduce moments{static_cast<const T*>(args.input)};
   const NormalizeOp<T> normalize{moments.input, static_cast<T*>(args.output)};
   const Plan plan = plan_reduction(view, sizeof(T), 1);
-  const bool streaming = worth_streaming(normalize, view);
+  const bool streaming = worth_streaming(normalize, view, plan);
   const Workspace workspace(plan.position_units * Reduce::kSums * view.channels, 3 * view.channels * sizeof(S));
   const Results results{workspace.results, view.channels};
   S* const table = static_cast<S*>(workspace.table);
@@ -138,7 +138,7 @@ void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel
   const ChannelView& view = args.view;
   const NormalizeOp<T> normalize{static_cast<const T*>(args.input), static_cast<T*>(args.output)};
   const Plan plan = plan_elementwise(view, sizeof(T), 2);
-  const bool streaming = worth_streaming(normalize, view);
+  const bool streaming = worth_streaming(normalize, view, plan);
   const Workspace workspace(0, 3 * view.channels * sizeof(S));
   S* const table = static_cast<S*>(workspace.table);
   for (int64_t c = 0; c < view.channels; ++c) {
@@ -157,26 +157,27 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
   const ChannelView& view = args.view;
   const Reduce sums{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.input), args.mean};
   T* const grad_input = static_cast<T*>(args.grad_input);
+  const GradInputOp<T> through_statistics{sums.grad_output, sums.input, grad_input};
+  const ScaleOp<T> past_statistics{sums.grad_output, grad_input};
 
   if (!args.training && !args.grad_weight && !args.grad_bias) {
-    const ScaleOp<T> scale{sums.grad_output, grad_input};
     const Plan plan = plan_elementwise(view, sizeof(T), 2);
-    const bool streaming = worth_streaming(scale, view);
+    const bool streaming = worth_streaming(past_statistics, view, plan);
     const Workspace workspace(0, view.channels * sizeof(S));
-    S* const table = static_cast<S*>(workspace.table);
+    S* const scale = static_cast<S*>(workspace.table);
     for (int64_t c = 0; c < view.channels; ++c)
-      table[c] = static_cast<S>((args.weight ? get(args.weight, c) : 1) * args.invstd[c]);
+      scale[c] = static_cast<S>((args.weight ? get(args.weight, c) : 1) * args.invstd[c]);
     parallel(plan.units(), grain(plan),
-             [&](int64_t index) { apply(scale, view, unit_of(plan, view, index), table, streaming); });
+             [&](int64_t index) { apply(past_statistics, view, unit_of(plan, view, index), scale, streaming); });
     return;
   }
 
-  const GradInputOp<T> normalize{sums.grad_output, sums.input, grad_input};
   const Plan plan = plan_reduction(view, sizeof(T), 2);
-  const bool streaming = worth_streaming(normalize, view);
+  const bool streaming = worth_streaming(through_statistics, view, plan);
   const Workspace workspace(plan.position_units * Reduce::kSums * view.channels, 4 * view.channels * sizeof(S));
   const Results results{workspace.results, view.channels};
   S* const table = static_cast<S*>(workspace.table);
+  S* const scale = table + view.channels;
 
   sweep(
       sums, view, plan, parallel, results,
@@ -184,10 +185,10 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
         merge_sums<Reduce>(plan, results, c0, c1);
         for (int64_t c = c0; c < c1; ++c) {
           const double weight = args.weight ? get(args.weight, c) : 1;
-          const auto k = backward_coefficients<S>(args.mean[c], args.invstd[c], weight, args.training, view.positions(),
-                                                  results(0, c), results(1, c));
+          const auto k = backward_coefficients<S>(args.mean[c], args.invstd[c], weight, view.positions(), results(0, c),
+                                                  results(1, c));
           table[c] = k.pivot;
-          table[view.channels + c] = k.scale;
+          scale[c] = k.scale;
           table[2 * view.channels + c] = k.slope;
           table[3 * view.channels + c] = k.shift;
           if (args.grad_weight) set(args.grad_weight, c, k.grad_weight);
@@ -195,6 +196,10 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
         }
       },
       [&](const Unit& unit) {
-        if (grad_input) apply(normalize, view, unit, table, streaming);
+        if (grad_input == nullptr) return;
+        if (args.training)
+          apply(through_statistics, view, unit, table, streaming);
+        else
+          apply(past_statistics, view, unit, scale, streaming);
       });
 }

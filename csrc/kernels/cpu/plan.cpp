@@ -13,10 +13,11 @@ constexpr int64_t kUnits = 64;
 // A unit smaller than this is dominated by its own bookkeeping.
 constexpr int64_t kLeastUnitBytes = 16 << 10;
 constexpr int64_t kLeastSplitBytes = 64 << 10;
-// A cache line's worth of channels in every dtype.
-constexpr int64_t kChannelMultiple = 64;
+// A cache line's worth of channels, or of rows of whatever length, in every dtype.
+constexpr int64_t kMultiple = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 Plan make_plan(const ChannelView& view, int64_t channel_block, int64_t position_block, int64_t item_bytes) {
   return {channel_block, ceil_div(view.channels, channel_block), position_block,
@@ -37,14 +38,15 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
     const int64_t block = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsFirst});
     return make_plan(view, std::clamp<int64_t>(block, 1, view.channels), positions, item_bytes);
   }
-  if (kChannelMultiple * channel_bytes <= kCacheBytes / 2) {
+  if (kMultiple * channel_bytes <= kCacheBytes / 2) {
     const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
     const int64_t wide = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsLast});
-    const int64_t block = std::max(kChannelMultiple, wide / kChannelMultiple * kChannelMultiple);
+    const int64_t block = std::max(kMultiple, wide / kMultiple * kMultiple);
     return make_plan(view, std::min(block, view.channels), positions, item_bytes);
   }
   const int64_t splits = std::clamp<int64_t>(bytes / kCacheBytes, 1, kUnits);
-  return make_plan(view, std::min(view.channels, kMaxChannelsLast), ceil_div(positions, splits), item_bytes);
+  const int64_t block = round_up(ceil_div(positions, splits), kMultiple);
+  return make_plan(view, std::min(view.channels, kMaxChannelsLast), block, item_bytes);
 }
 
 Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operands) {
@@ -52,8 +54,11 @@ Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operand
   const auto fitting = [&](int64_t bytes) { return std::max<int64_t>(1, kLeastSplitBytes / bytes); };
   const int64_t row_bytes = view.inner * item_bytes;
   // As many whole positions of the outer extent, else as many rows, else as much of a row as make a unit.
-  if (view.channels * row_bytes <= kLeastSplitBytes)
-    return make_plan(view, view.channels, fitting(view.channels * row_bytes) * view.inner, item_bytes);
+  if (view.channels * row_bytes <= kLeastSplitBytes) {
+    const int64_t outer = fitting(view.channels * row_bytes);
+    return make_plan(view, view.channels, (outer < kMultiple ? outer : outer / kMultiple * kMultiple) * view.inner,
+                     item_bytes);
+  }
   if (view.inner == 1 || row_bytes <= kLeastSplitBytes)
     return make_plan(view, std::min(view.channels, fitting(row_bytes)), view.inner, item_bytes);
   return make_plan(view, 1, fitting(item_bytes), item_bytes);

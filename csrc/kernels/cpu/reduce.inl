@@ -134,9 +134,18 @@ void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& un
   }
 }
 
-// A few vectors of channels over a few rows: sums in registers meanwhile, then joined to the tile's, which are double.
+// Rows of a channels-last tensor that are walked as one: as many as it takes to fill four vectors, if that can be.
+template <class S>
+NF_FN int64_t rows_in_one(int64_t channels) {
+  constexpr int64_t kEnough = 4 * kLanes<S>;
+  if (channels >= kEnough) return 1;
+  return channels % kLanes<S> == 0 ? kEnough / channels : kLanes<S> * ((kEnough / kLanes<S> + channels - 1) / channels);
+}
+
+// A few vectors of neighbouring lanes over a few rows that lie `stride` apart: sums in registers meanwhile, then joined
+// to the tile's, which are double.
 template <int64_t kVectors, class Op, class Width>
-NF_FN void accumulate_rows(const Op& op, const ChannelView& view, int64_t c, int64_t m0, int64_t m1, Width width,
+NF_FN void accumulate_rows(const Op& op, int64_t offset, int64_t stride, int64_t rows, Width width,
                            const typename Op::S* pivots, double* sums) {
   using S = typename Op::S;
   Sums<Op> part[kVectors];
@@ -145,9 +154,9 @@ NF_FN void accumulate_rows(const Op& op, const ChannelView& view, int64_t c, int
     pivot[v] = load<S>(pivots + v * kLanes<S>, Whole{});
     part[v].clear();
   }
-  for (int64_t m = m0; m < m1; ++m)
+  for (int64_t row = 0; row < rows; ++row)
     for (int64_t v = 0; v < kVectors; ++v)
-      op.accumulate(part[v], m * view.channels + c + v * kLanes<S>, width, pivot[v]);
+      op.accumulate(part[v], offset + row * stride + v * kLanes<S>, width, pivot[v]);
   for (int64_t i = 0; i < Op::kSums; ++i)
     for (int64_t v = 0; v < kVectors; ++v)
       for (int64_t lane = 0; lane < kLanes<S>; ++lane) {
@@ -162,28 +171,40 @@ void reduce_channels_last(const Op& op, const ChannelView& view, const Unit& uni
   constexpr int64_t kLane = kLanes<S>;
   constexpr int64_t kVectors = 4;
   const int64_t channels = unit.c1 - unit.c0;
-  const int64_t padded = (channels + kLane - 1) / kLane * kLane;  // the last vector may use all of its lanes
+  const int64_t together = channels == view.channels ? rows_in_one<S>(channels) : 1;
+  const int64_t lanes = channels * together;
+  const int64_t padded = (lanes + kLane - 1) / kLane * kLane;  // the last vector may use all of its lanes
   alignas(64) double sums[Op::kSums * kMaxChannelsLast];
   alignas(64) S pivots[kMaxChannelsLast];
-  for (int64_t c = 0; c < padded; ++c)
-    pivots[c] = c < channels ? op.first_pivot(unit.c0 + c, unit.m0 * view.channels + unit.c0 + c) : S(0);
+  for (int64_t c = 0; c < channels; ++c) pivots[c] = op.first_pivot(unit.c0 + c, unit.m0 * view.channels + unit.c0 + c);
 
+  const auto accumulate_block = [&](int64_t m, int64_t rows, int64_t stride, int64_t n) {
+    const int64_t offset = m * view.channels + unit.c0;
+    int64_t i = 0;
+    for (; i + kVectors * kLane <= n; i += kVectors * kLane)
+      accumulate_rows<kVectors>(op, offset + i, stride, rows, Whole{}, pivots + i, sums + i);
+    for_each_vector<S>(n - i, [&](int64_t j, auto width) {
+      accumulate_rows<1>(op, offset + i + j, stride, rows, width, pivots + i + j, sums + i + j);
+    });
+  };
   const auto accumulate_tile = [&](int64_t m, int64_t end) {
     for (int64_t i = 0; i < Op::kSums; ++i)
-      for (int64_t c = 0; c < padded; ++c) sums[i * kMaxChannelsLast + c] = static_cast<double>(Op::empty(i));
-    for (; m < end; m += kRowsTogether) {
-      const int64_t stop = least(m + kRowsTogether, end);
-      int64_t c = 0;
-      for (; c + kVectors * kLane <= channels; c += kVectors * kLane)
-        accumulate_rows<kVectors>(op, view, unit.c0 + c, m, stop, Whole{}, pivots + c, sums + c);
-      for_each_vector<S>(channels - c, [&](int64_t j, auto width) {
-        accumulate_rows<1>(op, view, unit.c0 + c + j, m, stop, width, pivots + c + j, sums + c + j);
-      });
+      for (int64_t lane = 0; lane < padded; ++lane)
+        sums[i * kMaxChannelsLast + lane] = static_cast<double>(Op::empty(i));
+    for (int64_t lane = channels; lane < padded; ++lane) pivots[lane] = lane < lanes ? pivots[lane - channels] : S(0);
+    for (int64_t rows; m + together <= end; m += rows * together) {
+      rows = least(kRowsTogether, (end - m) / together);
+      accumulate_block(m, rows, view.channels * together, lanes);
     }
+    if (m < end) accumulate_block(m, 1, 0, (end - m) * channels);
   };
   const auto totals = [&](int64_t c) {
     Totals<Op> result;
-    for (int64_t i = 0; i < Op::kSums; ++i) result.k[i] = sums[i * kMaxChannelsLast + c];
+    for (int64_t i = 0; i < Op::kSums; ++i) {
+      result.k[i] = sums[i * kMaxChannelsLast + c];
+      for (int64_t lane = c + channels; lane < lanes; lane += channels)
+        result.k[i] = Op::join(i, result.k[i], sums[i * kMaxChannelsLast + lane]);
+    }
     return result;
   };
 

@@ -1,0 +1,96 @@
+"""What the demo's data look like in memory, and how they are standardized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+import normfused
+from normfused.demo.errors import DemoError
+
+CLASSES = 10
+SMALLEST_SIDE = 4  # below it, nothing is left after the network's second pooling
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, C, H, W) of uint8 and their labels (N,) of int64 in 0..9."""
+
+    images: Tensor
+    labels: Tensor
+
+    @classmethod
+    def checked(cls, images: Tensor, labels: Tensor, path: Path) -> Split:
+        """Labels may have any integer dtype.
+
+        Raises:
+            DemoError: images and labels do not fit each other or the networks; names ``path``.
+        """
+        if labels.shape != images.shape[:1]:
+            raise DemoError(f"{path}: {len(labels)} labels for {len(images)} images")
+        lowest, highest = int(labels.min()), int(labels.max())
+        if not 0 <= lowest <= highest < CLASSES:
+            raise DemoError(f"{path}: labels are {lowest} to {highest}, not 0 to {CLASSES - 1}")
+        height, width = images.shape[2:]
+        if min(height, width) < SMALLEST_SIDE:
+            raise DemoError(
+                f"{path}: images of {height}x{width} pixels, but the networks need at least "
+                f"{SMALLEST_SIDE}x{SMALLEST_SIDE}"
+            )
+        return cls(images, labels.long())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int) -> Split:
+        """The first ``count`` images."""
+        return Split(self.images[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training split, a test split where there is one, and the value of a white pixel."""
+
+    name: str
+    source: str
+    train: Split
+    test: Split | None
+    white: int = 255
+
+    def limited(self, images: int | None) -> Dataset:
+        """The same with only the first ``images`` training images, and a source that says so.
+
+        Itself where there are no more of them, or ``images`` is None.
+        """
+        if images is None or images >= len(self.train):
+            return self
+        source = f"{self.source}, first {images} of {len(self.train)} training images"
+        return replace(self, source=source, train=self.train.first(images))
+
+
+@dataclass(frozen=True)
+class Standardization:
+    """Mean and standard deviation per channel, (C,) of float64, of pixels scaled to 0..1."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Standardization:
+        """Over all pixels of the training split, with the biased variance M2 / count.
+
+        Raises:
+            DemoError: the standard deviation of a channel is 0.
+        """
+        moments = normfused.channel_moments(dataset.train.images.float())
+        std = (moments.m2 / moments.count).sqrt() / dataset.white
+        if not std.all():
+            raise DemoError(f"{dataset.source}: all pixels of a channel have the same value")
+        return cls(moments.mean / dataset.white, std)
+
+    def apply_(self, pixels: Tensor) -> Tensor:
+        """(pixels - mean) / std in place, for pixels (N, C, H, W) scaled to 0..1."""
+        mean, std = (value.to(pixels).view(1, -1, 1, 1) for value in (self.mean, self.std))
+        return pixels.sub_(mean).div_(std)

@@ -1,0 +1,159 @@
+"""Trains one run after another on the same batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn, optim
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from normfused.demo.dataset import Dataset, Split, Standardization
+from normfused.demo.experiments import Experiment, Run
+
+_BAR_UPDATES_PER_EPOCH = 60  # each waits for the device
+_EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the runs of an experiment have in common."""
+
+    experiment: Experiment
+    dataset: Dataset
+    standardization: Standardization
+    epochs: int
+    seed: int
+    device: torch.device
+    batch_size: int
+    shuffle: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches only: an incomplete last batch is left out."""
+        return len(self.dataset.train) // self.batch_size
+
+    def __str__(self) -> str:
+        """Two lines: the data, and the settings."""
+        dataset, experiment = self.dataset, self.experiment
+        shape = "x".join(map(str, dataset.train.images.shape[1:]))
+        test = f"{len(dataset.test)} to test" if dataset.test else "none to test"
+        mean, std = (
+            ", ".join(f"{value:.4f}" for value in values.tolist())
+            for values in (self.standardization.mean, self.standardization.std)
+        )
+        return (
+            f"{dataset.name} ({dataset.source}): {len(dataset.train)} images of {shape} to train "
+            f"with, {test}; mean {mean}, std {std}\n"
+            f"{experiment.name}: {self.epochs} epochs of {self.steps_per_epoch} batches of "
+            f"{self.batch_size}, {'shuffled' if self.shuffle else 'in file order'}, "
+            f"Adam {experiment.learning_rate:g}, seed {self.seed}, {self.device}"
+        )
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Accuracy (0 to 1) and mean loss over the epoch's batches, and its wall time in seconds.
+
+    Each batch counts as the network saw it, before the step it led to.
+    """
+
+    accuracy: float
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run gave; ``test_accuracy`` is the trained network's, None without a test split."""
+
+    run: str
+    epochs: list[Epoch]
+    test_accuracy: float | None
+
+
+def train(run: Run, training: Training) -> Curve:
+    """Trains a new network.
+
+    Weights and order of batches depend on nothing but the seed (which is set in torch's global
+    generator): batch norm draws no random numbers, so runs with and without start alike.
+    """
+    torch.manual_seed(training.seed)
+    dataset, experiment = training.dataset, training.experiment
+    network = experiment.network(dataset.train.images.shape[1:], run.layers).to(training.device)
+    optimizer = optim.Adam(network.parameters(), lr=experiment.learning_rate)
+    examples = _prepare(dataset.train, run, training)
+    steps = training.epochs * training.steps_per_epoch
+    with tqdm(desc=run.name, total=steps, leave=False, disable=None) as bar:
+        epochs = []
+        for number, batches in enumerate(_batches(training), start=1):
+            bar.set_description(f"{run.name}, epoch {number}/{training.epochs}")
+            epochs.append(_train_epoch(network, optimizer, examples, batches, bar))
+    test_accuracy = None
+    if dataset.test:
+        test_accuracy = accuracy(network, _prepare(dataset.test, run, training))
+    return Curve(run.name, epochs, test_accuracy)
+
+
+class Examples(NamedTuple):
+    """A split on the device, its images as float32."""
+
+    inputs: Tensor
+    labels: Tensor
+
+
+def _prepare(split: Split, run: Run, training: Training) -> Examples:
+    pixels = split.images.to(training.device, torch.float32).div_(training.dataset.white)
+    inputs = training.standardization.apply_(pixels) if run.standardized else pixels
+    return Examples(inputs, split.labels.to(training.device))
+
+
+def _batches(training: Training) -> Iterator[Tensor]:
+    """For each epoch, indices of shape (steps, batch size)."""
+    generator = torch.Generator().manual_seed(training.seed)
+    order = torch.arange(len(training.dataset.train))
+    steps, batch_size = training.steps_per_epoch, training.batch_size
+    for _ in range(training.epochs):
+        if training.shuffle:
+            order = torch.randperm(len(order), generator=generator)
+        yield order[: steps * batch_size].view(steps, batch_size).to(training.device)
+
+
+def _train_epoch(
+    network: nn.Module, optimizer: optim.Optimizer, examples: Examples, batches: Tensor, bar: tqdm
+) -> Epoch:
+    steps, batch_size = batches.shape
+    correct = torch.zeros((), dtype=torch.int64, device=batches.device)
+    loss_sum = torch.zeros((), device=batches.device)
+    start = time.perf_counter()
+    for step, batch in enumerate(batches, start=1):
+        labels = examples.labels[batch]
+        predictions = network(examples.inputs[batch])
+        loss = cross_entropy(predictions, labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        correct += predictions.argmax(dim=1).eq(labels).sum()
+        loss_sum += loss.detach()
+        bar.update()
+        if step % max(1, steps // _BAR_UPDATES_PER_EPOCH) == 0:
+            bar.set_postfix(
+                accuracy=correct.item() / (step * batch_size),
+                loss=loss_sum.item() / step,
+                refresh=False,
+            )
+    means = correct.item() / (steps * batch_size), loss_sum.item() / steps
+    return Epoch(*means, seconds=time.perf_counter() - start)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, examples: Examples) -> float:
+    """Of the network in eval mode, in which it is left."""
+    network.eval()
+    batches = zip(*(torch.split(tensor, _EVALUATION_BATCH) for tensor in examples), strict=True)
+    correct = sum(int(network(inputs).argmax(dim=1).eq(labels).sum()) for inputs, labels in batches)
+    return correct / len(examples.labels)

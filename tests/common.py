@@ -1,0 +1,184 @@
+"""What the tests share: tensors in every layout, the arguments of batch norm, and an oracle with an error bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Input dtype and dtype of parameters and buffers.
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+]
+
+LAYOUTS = ["contiguous", "channels_last", "permuted", "sliced", "expanded", "offset"]
+
+
+def dtype_id(value: object) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple):
+        return "-".join(dtype_id(v) for v in value)
+    return str(value)
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """`values` in another layout of memory; where that repeats memory ("expanded"), its first sample repeated."""
+    unused = torch.nan if values.is_floating_point() else 77  # shows up in the result where it is read
+    if layout == "contiguous":
+        return values.contiguous()
+    if layout == "channels_last":  # of any rank: (N, L, C).transpose(1, 2) and so on
+        return values.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "permuted":  # dense, but neither channels first nor channels last
+        return values.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "sliced":
+        base = values.new_full((*values.shape[:-1], 2 * values.shape[-1] + 1), unused)
+        view = base[..., 1::2]
+        return view.copy_(values)
+    if layout == "expanded":
+        return values[:1].contiguous().expand(values.shape)
+    if layout == "offset":
+        base = values.new_full((values.numel() + 3,), unused)
+        return base[3:].view(values.shape).copy_(values)
+    raise ValueError(layout)
+
+
+@dataclass
+class Arguments:
+    """The tensors of one call of batch norm."""
+
+    input: Tensor
+    grad_output: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+
+
+def make_arguments(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
+    device: torch.device,
+    layout: str = "contiguous",
+    grad_layout: str = "contiguous",
+    affine: bool = True,
+) -> Arguments:
+    channels = shape[1]
+    to_parameter = {"dtype": parameter_dtype, "device": device}
+    offset = (torch.arange(channels) % 5).view(-1, *[1] * (len(shape) - 2)) - 1.0
+    return Arguments(
+        input=lay_out((torch.randn(shape) * 1.5 + offset).to(device, dtype), layout),
+        grad_output=lay_out(torch.randn(shape).to(device, dtype), grad_layout),
+        weight=(torch.randn(channels) + 0.2).to(**to_parameter) if affine else None,
+        bias=torch.randn(channels).to(**to_parameter) if affine else None,
+        running_mean=torch.randn(channels).to(**to_parameter),
+        running_var=(torch.rand(channels) + 0.5).to(**to_parameter),
+    )
+
+
+@dataclass
+class Results:
+    """All that a forward and backward pass gives; None for what it has not."""
+
+    output: Tensor
+    grad_input: Tensor
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+
+
+def run(batch_norm, arguments: Arguments, training: bool, momentum: float = 0.1, eps: float = 1e-5) -> Results:
+    """One forward and backward pass of a function with torch.nn.functional.batch_norm's signature."""
+    x = arguments.input.detach().requires_grad_()
+    parameters = [
+        None if p is None else p.detach().clone().requires_grad_() for p in (arguments.weight, arguments.bias)
+    ]
+    buffers = arguments.running_mean.clone(), arguments.running_var.clone()
+    y = batch_norm(x, *buffers, *parameters, training, momentum, eps)
+    wanted = [x, *(p for p in parameters if p is not None)]
+    grads = [*torch.autograd.grad(y, wanted, arguments.grad_output), None, None][:3]
+    return Results(y.detach(), *grads, *buffers)
+
+
+def _exact(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().cpu().numpy().astype(np.longdouble)
+
+
+def assert_as_close_as_torch(
+    ours: Results,
+    theirs: Results,
+    arguments: Arguments,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> None:
+    """Each of `ours` is at most 1.05 times as far from the true value as `theirs`, plus 4 ulp of its natural scale.
+
+    The true value is computed in long double from the very same inputs. The natural scale is the sum of the absolute
+    values of the terms that are added up: no sum that is rounded at each step can promise less than some ulps of it.
+    The mean that the output is centred by is such a sum too. An ulp is that of the arithmetic, float32 or float64; half
+    an ulp of the result's own dtype is added, because the true value itself may be that far from the nearest number.
+    """
+    x, g = _exact(arguments.input), _exact(arguments.grad_output)
+    axes = tuple(axis for axis in range(x.ndim) if axis != 1)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    count = x.size // x.shape[1]
+    old_mean, old_var = _exact(arguments.running_mean), _exact(arguments.running_var)
+    w = np.ones_like(old_mean) if arguments.weight is None else _exact(arguments.weight)
+    b = np.zeros_like(old_mean) if arguments.bias is None else _exact(arguments.bias)
+
+    mean = x.mean(axes) if training else old_mean
+    var = ((x - mean.reshape(shape)) ** 2).mean(axes) if training else old_var
+    invstd = 1 / np.sqrt(var + np.longdouble(eps))
+    d = (x - mean.reshape(shape)) * invstd.reshape(shape)
+    scale = (w * invstd).reshape(shape)
+    sums = g.sum(axes), (g * d).sum(axes)
+    magnitudes = abs(g).sum(axes), abs(g * d).sum(axes)
+    size_of_grad = abs(g)
+    grad = g
+    if training:
+        grad = g - (sums[0].reshape(shape) + d * sums[1].reshape(shape)) / count
+        size_of_grad = abs(g) + (magnitudes[0].reshape(shape) + abs(d) * magnitudes[1].reshape(shape)) / count
+    m = np.longdouble(momentum) if training else np.longdouble(0)
+    unbiased = var * count / (count - 1) if training else var
+    size_of_mean = abs(x).mean(axes) if training else 0 * mean
+    truths = {
+        "output": (
+            d * w.reshape(shape) + b.reshape(shape),
+            abs(scale) * (abs(x - mean.reshape(shape)) + size_of_mean.reshape(shape)) + abs(b.reshape(shape)),
+        ),
+        "grad_input": (scale * grad, abs(scale) * size_of_grad),
+        "grad_weight": (sums[1], magnitudes[1]),
+        "grad_bias": (sums[0], magnitudes[0]),
+        "running_mean": ((1 - m) * old_mean + m * mean, abs(old_mean) + m * abs(x).mean(axes)),
+        "running_var": ((1 - m) * old_var + m * unbiased, old_var + m * unbiased),
+    }
+    arithmetic = torch.finfo(torch.promote_types(arguments.input.dtype, torch.float32)).eps
+    for field in fields(Results):
+        got, torch_got = getattr(ours, field.name), getattr(theirs, field.name)
+        assert (got is None) == (torch_got is None), field.name
+        if got is None:
+            continue
+        assert got.shape == torch_got.shape, field.name
+        assert got.dtype == torch_got.dtype, field.name
+        truth, magnitude = truths[field.name]
+        tiny = torch.finfo(got.dtype).smallest_normal
+        error, torch_error = (abs(_exact(t) - truth) / (magnitude + tiny) for t in (got, torch_got))
+        bound = 1.05 * torch_error.max() + 4 * arithmetic + torch.finfo(got.dtype).eps / 2
+        assert error.max() <= bound, f"{field.name}: {error.max():.3g}, torch's {torch_error.max():.3g}"
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    assert torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))

@@ -1,0 +1,55 @@
+"""Fixtures: the device of a test, and what it needs of the installation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import normfused
+
+
+def _why_no_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if not normfused.info()["cuda"]:
+        return "normfused was built without CUDA"
+    return None
+
+
+_WHY_NO_CUDA = _why_no_cuda()
+_skipped_for_cuda: set[str] = set()
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and _WHY_NO_CUDA is not None:
+        _skipped_for_cuda.add(request.node.nodeid)
+        pytest.skip(_WHY_NO_CUDA)
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def needs_extension() -> None:
+    info = normfused.info()
+    if info["extension"] != "loaded":
+        pytest.skip(f"needs the extension: {info['why_fallback']}")
+
+
+@pytest.fixture
+def thread_count() -> Iterator[None]:
+    """Puts back the number of threads that a test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _skipped_for_cuda:
+        terminalreporter.write_line(f"{len(_skipped_for_cuda)} CUDA cases skipped: {_WHY_NO_CUDA}")

@@ -1,0 +1,166 @@
+"""Per-channel sums and moments against float64. Runs on the fallback too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import LAYOUTS, assert_same_bits, dtype_id, lay_out
+from torch import Tensor
+
+import normfused
+from normfused import channel_moments, channel_sums, functional, reference
+
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+SHAPES = [(7, 3), (1000, 5), (5, 3, 11), (4, 3, 17, 19), (2, 3, 4, 5, 6), (6, 1, 5, 5), (5, 33, 1, 1), (1, 1)]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).reshape(x.size(1), -1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_b08_moments(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    x = lay_out((torch.randn(shape) * 3 + 2).to(device, dtype), layout)
+    moments = channel_moments(x)
+    rows = rows_of(x.double())
+    assert type(moments) is normfused.ChannelMoments
+    assert moments.count == rows.size(1)
+    assert type(moments.count) is int
+    for value in moments[1:]:
+        assert value.dtype == torch.float64
+        assert value.shape == (shape[1],)
+    deviations = (rows - rows.mean(1, keepdim=True)).square().sum(1)
+    # Narrow types may be added up in float32 tiles, around a pivot.
+    ulps = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert ((moments.mean - rows.mean(1)).abs() <= ulps * rows.abs().mean(1)).all()
+    torch.testing.assert_close(moments.m2, deviations, rtol=2 * ulps, atol=1e-12)
+    assert torch.equal(moments.min, rows.amin(1))
+    assert torch.equal(moments.max, rows.amax(1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_b08_sums(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    x = lay_out((torch.randn(shape) * 3 + 2).to(device, dtype), layout)
+    sums = channel_sums(x)
+    rows = rows_of(x.double())
+    assert type(sums) is normfused.ChannelSums
+    assert sums.count == rows.size(1)
+    assert sums.sum.dtype == sums.sum_of_squares.dtype == torch.float64
+    torch.testing.assert_close(sums.sum, rows.sum(1), rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(sums.sum_of_squares, rows.square().sum(1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=dtype_id)
+def test_b38_integers_are_exact(device: torch.device, dtype: torch.dtype, layout: str) -> None:
+    limits = torch.iinfo(dtype)
+    low, high = max(limits.min, -(2**25)), min(limits.max, 2**25)
+    x = lay_out(torch.randint(low, high + 1, (6, 3, 40, 5)).to(device, dtype), layout)
+    x[0, :, 0, 0] = torch.tensor([low, high, high], device=device, dtype=dtype)
+    sums = channel_sums(x)
+    rows = [[int(v) for v in row] for row in rows_of(x).tolist()]
+    assert sums.count == 1200
+    assert sums.sum.dtype == sums.sum_of_squares.dtype == torch.int64
+    assert sums.sum.tolist() == [sum(row) for row in rows]
+    assert sums.sum_of_squares.tolist() == [sum(v * v for v in row) for row in rows]
+
+
+def test_b38_many_bytes(device: torch.device) -> None:
+    x = torch.full((1, 2, 3000, 1000), 255, dtype=torch.uint8, device=device)
+    sums = channel_sums(x)
+    assert sums.sum.tolist() == [3_000_000 * 255] * 2
+    assert sums.sum_of_squares.tolist() == [3_000_000 * 255**2] * 2
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 3, 0), (0, 3, 5, 5), (5, 0), (2, 0, 3)], ids=str)
+def test_b06_empty(device: torch.device, shape: tuple[int, ...]) -> None:
+    moments = channel_moments(torch.empty(shape, device=device))
+    if shape[1]:
+        assert moments.count == 0
+    assert moments.mean.tolist() == moments.m2.tolist() == [0.0] * shape[1]
+    assert moments.min.tolist() == [torch.inf] * shape[1]
+    assert moments.max.tolist() == [-torch.inf] * shape[1]
+    for dtype in (torch.float32, torch.uint8):
+        sums = channel_sums(torch.empty(shape, device=device, dtype=dtype))
+        assert sums.count == moments.count
+        assert sums.sum.tolist() == sums.sum_of_squares.tolist() == [0] * shape[1]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("position", [0, 63, 64, -1])
+@pytest.mark.parametrize("shape", [(100, 5), (3, 5, 300)], ids=str)
+def test_b15_nan_stays_in_its_channel(
+    device: torch.device, shape: tuple[int, ...], position: int, layout: str, dtype: torch.dtype
+) -> None:
+    clean = torch.randn(shape).to(device, dtype)
+    dirty = clean.clone()
+    (dirty[position, 2:3] if dirty.dim() == 2 else dirty[1, 2, position : position + 1 or None]).fill_(torch.nan)
+    ours, untouched = channel_moments(lay_out(dirty, layout)), channel_moments(lay_out(clean, layout))
+    sums, clean_sums = channel_sums(lay_out(dirty, layout)), channel_sums(lay_out(clean, layout))
+    keep = torch.tensor([0, 1, 3, 4], device=device)
+    for value, expected in zip((*ours[1:], *sums[1:]), (*untouched[1:], *clean_sums[1:]), strict=True):
+        assert value[2].isnan()
+        assert_same_bits(value[keep], expected[keep])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_b15_infinity(device: torch.device, value: float) -> None:
+    x = torch.randn(100, 3, device=device)
+    x[50, 1] = value
+    moments, sums = channel_moments(x), channel_sums(x)
+    assert moments.mean[1].item() == sums.sum[1].item() == value
+    assert moments.m2[1].isnan()
+    assert (moments.max if value > 0 else moments.min)[1].item() == value
+    assert (moments.min if value > 0 else moments.max)[1].isfinite()
+    assert sums.sum_of_squares[1].item() == torch.inf
+    assert moments.m2[[0, 2]].isfinite().all()
+
+
+@pytest.mark.usefixtures("thread_count")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 2, 40_000), (5000, 24)], ids=str)
+def test_b16_bits_are_the_same_whatever_the_threads(shape: tuple[int, ...], layout: str) -> None:
+    x = lay_out(torch.randn(shape), layout)
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results.append((*channel_moments(x)[1:], *channel_sums(x)[1:]))
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert_same_bits(a, b)
+
+
+def test_b08_not_differentiable_and_reference_agrees(device: torch.device) -> None:
+    x = torch.randn(5, 3, 4, device=device, requires_grad=True)
+    for name in ("channel_moments", "channel_sums"):
+        results = getattr(functional, name)(x)
+        for value, expected in zip(results, getattr(reference, name)(x.detach()), strict=True):
+            torch.testing.assert_close(value, expected)
+            assert not getattr(value, "requires_grad", False)
+
+
+COMPLEX = torch.zeros(2, 3, dtype=torch.complex64)
+DIMS = "input needs at least 2 dimensions (N, C, ...), got shape"
+FLOATING = "input must be float32, float64, float16 or bfloat16, got"
+NUMBERS = "input must be a floating or integer tensor, got"
+BAD = [
+    (channel_moments, torch.zeros(3), ValueError, f"channel_moments: {DIMS} (3,)"),
+    (channel_sums, torch.zeros(()), ValueError, f"channel_sums: {DIMS} ()"),
+    (channel_moments, torch.zeros(2, 3).int(), TypeError, f"channel_moments: {FLOATING} torch.int32"),
+    (channel_moments, COMPLEX, TypeError, f"channel_moments: {FLOATING} torch.complex64"),
+    (channel_sums, torch.zeros(2, 3).bool(), TypeError, f"channel_sums: {NUMBERS} torch.bool"),
+    (channel_sums, COMPLEX, TypeError, f"channel_sums: {NUMBERS} torch.complex64"),
+]
+
+
+@pytest.mark.parametrize(("function", "x", "kind", "message"), BAD, ids=[case[3][:60] for case in BAD])
+def test_b10_bad_input(function, x: Tensor, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as error:
+        function(x)
+    assert str(error.value) == message

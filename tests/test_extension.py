@@ -1,0 +1,116 @@
+"""The extension is loaded, or else the package works without it and says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy.linalg
+import pytest
+import torch
+
+import normfused
+
+PACKAGE = Path(normfused.__file__).parent
+BINARY = f"_C{EXTENSION_SUFFIXES[0]}"
+
+USE_IT = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import normfused
+import torch
+x = torch.randn(4, 3, 5, dtype=torch.float64)
+error = normfused.BatchNorm1d(3).double()(x) - torch.nn.BatchNorm1d(3).double()(x)
+messages = [[w.category.__name__, str(w.message)] for w in caught if "normfused" in str(w.message)]
+print(json.dumps([messages, normfused.info(), error.abs().max().item()]))
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package's Python files alone."""
+    ignored = shutil.ignore_patterns("__pycache__", "_C*", "_build_info.json")
+    return Path(shutil.copytree(PACKAGE, tmp_path / "normfused", ignore=ignored))
+
+
+def run(package: Path, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "NORMFUSED_STRICT": "0", **variables}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=package.parent, env=environment, capture_output=True, text=True)
+
+
+def text_file(package: Path) -> None:
+    (package / BINARY).write_text("not a shared object\n")
+    (package / "_build_info.json").write_text(json.dumps({"torch": torch.__version__}))
+
+
+def missing(package: Path) -> None:
+    (package / "_build_info.json").write_text("{")  # cut short
+
+
+def foreign(package: Path) -> None:
+    (other,) = Path(numpy.linalg.__file__).parent.glob("_umath_linalg*.so")
+    shutil.copy(other, package / BINARY)
+    (package / "_build_info.json").write_text("[]")  # not what a build writes
+
+
+def other_series(package: Path) -> None:
+    (package / BINARY).write_text("never opened\n")
+    (package / "_build_info.json").write_text(json.dumps({"torch": "1.13.1+cu117"}))
+
+
+THIS = f"this is torch {torch.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "begins", "built_for"),
+    [
+        (text_file, "ImportError: ", f"built for torch {torch.__version__}"),
+        (missing, "ModuleNotFoundError: No module named 'normfused._C'", "built for torch an unknown version"),
+        (foreign, "ImportError: dynamic module does not define", "built for torch an unknown version"),
+        (other_series, "built for torch 1.13.1+cu117", "built for torch 1.13.1+cu117"),
+    ],
+)
+def test_b02_an_unusable_extension_gives_the_fallback_and_one_warning(
+    package: Path, spoil, begins: str, built_for: str
+) -> None:
+    spoil(package)
+    done = run(package, USE_IT)
+    assert done.returncode == 0, done.stderr
+    messages, info, error = json.loads(done.stdout)
+    assert len(messages) == 1, messages
+    category, message = messages[0]
+    assert category == "RuntimeWarning"
+    assert info["extension"] == "fallback"
+    assert info["cpu_capability"] is None
+    assert info["cuda"] is False
+    why = info["why_fallback"]
+    assert why.startswith(begins)
+    assert f"{built_for}, {THIS}" in why
+    assert message == f"normfused runs on its slower fallback in plain torch; its extension did not load: {why}"
+    assert error < 1e-12
+
+
+def test_b02_strict_makes_the_fallback_an_import_error(package: Path) -> None:
+    done = run(package, "import normfused", NORMFUSED_STRICT="1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "ImportError: normfused runs on its slower fallback in plain torch; "
+    )
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_b02_the_extension_is_that_of_this_torch_and_loads_without_a_word() -> None:
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", "import normfused"]
+    subprocess.run(command, check=True, cwd=Path(sys.executable).parent)
+    info = normfused.info()
+    assert info["why_fallback"] is None
+    assert info["built_torch"] == torch.__version__
+    assert info["built_version"] == normfused.__version__
+    assert info["cpu_capability"] in {"avx512", "avx2", "baseline"}
