@@ -92,7 +92,7 @@ def named_batch_norm(
     The ranks are looked at here because only here is ``input`` surely a tensor: ``torch.fx`` traces this call whole.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             named_batch_norm,
             (input, running_mean, running_var, weight, bias),
             name,
@@ -274,9 +274,7 @@ def _check(
         raise ValueError(
             f"batch_norm: num_batches_tracked is on {num_batches_tracked.device}, but input is on {input.device}"
         )
-    if num_batches_tracked is not None and (
-        num_batches_tracked.dtype != torch.int64 or num_batches_tracked.dim() != 0
-    ):
+    if num_batches_tracked is not None and (num_batches_tracked.dtype != torch.int64 or num_batches_tracked.dim() != 0):
         raise ValueError(
             f"batch_norm: num_batches_tracked must be a 0-d int64 tensor, got {num_batches_tracked.dtype} "
             f"of shape {tuple(num_batches_tracked.shape)}"

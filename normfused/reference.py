@@ -14,7 +14,7 @@ from torch import Tensor
 class ChannelSums(NamedTuple):
     """Per channel: how many values there are, their sum and the sum of their squares."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     sum: Tensor
     sum_of_squares: Tensor
 
@@ -22,7 +22,7 @@ class ChannelSums(NamedTuple):
 class ChannelMoments(NamedTuple):
     """Per channel: how many values there are, their mean, squared deviations, minimum and maximum."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     mean: Tensor
     m2: Tensor
     min: Tensor
@@ -89,7 +89,7 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """:func:`normfused.functional.batch_norm` in plain torch, without its argument checks."""
-    x = with_view(_KeepLayout.apply(input)).double()
+    x = with_view(_KeepLayout.apply(input)).double()  # type: ignore[no-untyped-call]
     shape = [1, -1] + [1] * (input.dim() - 2)
     if training:
         count = values_per_channel(input)
@@ -100,7 +100,8 @@ def batch_norm(
             mean, var = row_mean[:, 0], deviations.square().mean(1)
             _update(running_mean, running_var, num_batches_tracked, momentum, mean, var, count)
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         mean, var = running_mean.double(), running_var.double()
     scale = (var + eps).rsqrt()
     if weight is not None:

@@ -81,8 +81,8 @@ struct BackwardCoefficients {
 
 // `sum_g` is the sum of grad_output, `sum_gd` that of grad_output * (x - pivot) with pivot = S(mean).
 template <class S>
-NF_FN BackwardCoefficients<S> backward_coefficients(double mean, double invstd, double weight,
-                                                    int64_t count, double sum_g, double sum_gd) {
+NF_FN BackwardCoefficients<S> backward_coefficients(double mean, double invstd, double weight, int64_t count,
+                                                    double sum_g, double sum_gd) {
   const S pivot = static_cast<S>(mean);
   const double dropped = static_cast<double>(pivot) - mean;
   const double centred = sum_gd + dropped * sum_g;  // sum of grad_output * (x - mean)

@@ -154,15 +154,21 @@ NF_FN void accumulate_rows(const Op& op, int64_t offset, int64_t stride, int64_t
     pivot[v] = load<S>(pivots + v * kLanes<S>, Whole{});
     part[v].clear();
   }
-  for (int64_t row = 0; row < rows; ++row)
+  for (int64_t row = 0; row < rows; ++row) {
+    op.prefetch(offset + (row + rows) * stride, kVectors * kLanes<S>);
+#pragma GCC unroll 4
     for (int64_t v = 0; v < kVectors; ++v)
       op.accumulate(part[v], offset + row * stride + v * kLanes<S>, width, pivot[v]);
+  }
   for (int64_t i = 0; i < Op::kSums; ++i)
-    for (int64_t v = 0; v < kVectors; ++v)
-      for (int64_t lane = 0; lane < kLanes<S>; ++lane) {
-        double& sum = sums[i * kMaxChannelsLast + v * kLanes<S> + lane];
-        sum = Op::join(i, sum, static_cast<double>(part[v].k[i][lane]));
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const Wide<S> wide = widened(part[v].k[i]);
+      double* const sum = sums + i * kMaxChannelsLast + v * kLanes<S>;
+      for (int64_t h = 0; h < Wide<S>::kParts; ++h) {
+        double* const lanes = sum + h * kLanes<double>;
+        store(lanes, Op::join(i, load<double>(lanes, Whole{}), wide.part[h]), Whole{});
       }
+    }
 }
 
 template <class Op>

@@ -198,6 +198,21 @@ NF_FN Vec<S> load(const T* p, Whole, Vec<S>) {
   return load<S>(p, Whole{});
 }
 
+// All lanes of a vector as double.
+template <class S>
+struct Wide {
+  static constexpr int64_t kParts = sizeof(double) / sizeof(S);
+  Vec<double> part[kParts];
+};
+
+NF_FN Wide<double> widened(Vec<double> v) { return {{v}}; }
+NF_FN Wide<float> widened(Vec<float> v) {
+  using HalfVector = VecOf<float, kVectorBytes / 2>::type;
+  const auto* const lanes = reinterpret_cast<const char*>(&v);
+  return {{__builtin_convertvector(read_as<HalfVector>(lanes), Vec<double>),
+           __builtin_convertvector(read_as<HalfVector>(lanes + kVectorBytes / 2), Vec<double>)}};
+}
+
 // ---- stores ------------------------------------------------------------------------------------------------------
 
 template <class T>
