@@ -52,7 +52,7 @@ class _KeepLayout(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.like = torch.empty_like(with_view(output), device="meta")
+        ctx.like = torch.empty_like(with_view(inputs[0]), device="meta")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def batch_norm(
     y = (x - mean.view(shape)) * scale.view(shape)
     if bias is not None:
         y = y + bias.double().view(shape)
-    return y.to(input.dtype)
+    return torch.empty_like(with_view(input)).copy_(y)
 
 
 @torch.no_grad()
@@ -122,6 +122,9 @@ def _update(
     var: Tensor,
     count: int,
 ) -> None:
+    for written in (running_mean, running_var, num_batches_tracked):
+        if written is not None:
+            written.mul_(1)  # raises where torch refuses to write, before anything is written
     if num_batches_tracked is not None:
         num_batches_tracked += 1
     for buffer, value in ((running_mean, mean), (running_var, var * count / (count - 1))):
