@@ -27,9 +27,10 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == expected
 
 
-def test_runs_as_a_module() -> None:
+def test_runs_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "normfused", "demo", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Elsewhere: in a checkout -m would find the sources, not what is installed.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("usage: normfused demo")
 
