@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normfused import _extension, reference
@@ -113,7 +114,7 @@ def named_batch_norm(
         _check(input, *arguments, training, momentum, eps, num_batches_tracked)
         if _extension.C is not None:
             return _compiled(input, *arguments, training, momentum, eps, num_batches_tracked)
-    elif _extension.C is not None and torch._C._functorch.maybe_current_level() is None:
+    elif _extension.C is not None and not _is_transformed():
         try:
             if training:
                 return _extension.C.batch_norm_training(  # type: ignore[no-any-return]
@@ -126,7 +127,6 @@ def named_batch_norm(
             raise
     else:
         _check(input, *arguments, training, momentum, eps, num_batches_tracked)
-    # torch.func's transforms come here too: they do not pass through autograd Functions written in C++.
     return reference.batch_norm(
         input,
         running_mean,
@@ -138,6 +138,14 @@ def named_batch_norm(
         eps,
         num_batches_tracked=num_batches_tracked,
     )
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work.
+
+    Autograd Functions written in C++ refuse the one, and would lose the other's tangents without a word.
+    """
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def _compiled(
@@ -207,7 +215,10 @@ def channel_moments(input: Tensor) -> ChannelMoments:
 
 
 def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, training: bool) -> None:
-    rank = input.dim()
+    try:
+        rank = input.dim()
+    except AttributeError:
+        raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}") from None
     if ranks is not None and rank not in ranks:
         allowed = " or ".join(f"{r}D" for r in ranks)
         raise ValueError(f"{name}: expected a {allowed} input, got {rank}D input of shape {tuple(input.shape)}")
@@ -260,6 +271,8 @@ def _check(
     for name, vector in vectors.items():
         if vector is None:
             continue
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"batch_norm: {name} must be a tensor or None, got {type(vector).__name__}")
         if vector.device != input.device:
             raise ValueError(f"batch_norm: {name} is on {vector.device}, but input is on {input.device}")
         if vector.dtype not in dtypes:

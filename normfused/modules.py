@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normfused.functional import named_batch_norm
 
@@ -22,6 +22,10 @@ class _BatchNorm(_Base):
     _ranks: ClassVar[tuple[int, ...]]
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            leaf = _traced_as_leaf(self, input)
+            if leaf is not None:
+                return leaf
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         training = self.training or (self.running_mean is None and self.running_var is None)
         buffered = not self.training or self.track_running_stats
@@ -38,6 +42,17 @@ class _BatchNorm(_Base):
             self.eps,
             self.num_batches_tracked if self.training and self.track_running_stats else None,
         )
+
+
+def _traced_as_leaf(module: nn.Module, input: fx.Proxy) -> Any:
+    """Return the call of `module` as one node, as torch.fx traces torch.nn's layers: it follows train() and eval().
+
+    None where `module` is itself what is traced.
+    """
+    if not isinstance(input.tracer, fx.Tracer):
+        return None
+    path = input.tracer.path_of_module(module)
+    return input.tracer.create_proxy("call_module", path, (input,), {}) if path else None
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):

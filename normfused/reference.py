@@ -41,6 +41,15 @@ def with_view(input: Tensor) -> Tensor:
     return input.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
 
 
+def _strides_of_view(input: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(with_view(input), device="meta").stride()
+
+
+def _laid_out(values: Tensor, strides: tuple[int, ...]) -> Tensor:
+    # Made from `values`: vmap may have batched them and not the tensor that the strides are from.
+    return values.new_empty_strided(values.shape, strides).copy_(values)
+
+
 class _KeepLayout(torch.autograd.Function):
     """The identity, whose gradient is laid out in memory as its input."""
 
@@ -52,11 +61,15 @@ class _KeepLayout(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.like = torch.empty_like(with_view(inputs[0]), device="meta")
+        ctx.strides = _strides_of_view(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return torch.empty_like(ctx.like, device=grad.device, dtype=grad.dtype).copy_(grad)
+        return _laid_out(grad, ctx.strides)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
 
 
 def _by_channel(input: Tensor) -> Tensor:
@@ -109,7 +122,7 @@ def batch_norm(
     y = (x - mean.view(shape)) * scale.view(shape)
     if bias is not None:
         y = y + bias.double().view(shape)
-    return torch.empty_like(with_view(input)).copy_(y)
+    return _laid_out(y.to(input.dtype), _strides_of_view(input))
 
 
 @torch.no_grad()

@@ -86,6 +86,9 @@ for training in (True, False):
     for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
         text = f"batch_norm: input must be float32, float64, float16 or bfloat16, got {dtype}"
         row(TypeError, text, input=torch.zeros(4, 3, 5, dtype=dtype), training=training)
+row(TypeError, "batch_norm: input must be a tensor, got list", input=[[1.0, 2.0]])
+for name in ("weight", "bias", "running_mean", "running_var"):
+    row(TypeError, f"batch_norm: {name} must be a tensor or None, got list", **{name: [1.0, 1.0, 1.0]})
 row(
     ValueError,
     "batch_norm: running_mean and running_var are needed when training=False",

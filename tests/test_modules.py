@@ -121,6 +121,15 @@ def test_b03_fx(device: torch.device, training: bool) -> None:
     assert_same_bits(inlined(h), model[1](h))
 
 
+def test_b03_fx_follows_train_and_eval(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(normfused.BatchNorm1d(3)), normfused.BatchNorm1d(3)).to(device)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    x = torch.randn(5, 3, device=device)
+    for training in (True, False, True):
+        assert_same_bits(traced.train(training)(x), model.train(training)(x))
+    assert_same_state(traced, model)
+
+
 def test_b03_fx_traces_into_the_module(device: torch.device) -> None:
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, m: nn.Module, name: str) -> bool:
