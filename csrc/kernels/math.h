@@ -13,27 +13,31 @@
 
 namespace normfused {
 
-// Count, mean and sum of squared deviations: the one currency of statistics, from a vector lane to a dataset.
-struct Moments {
+// Count, mean and sum of squared deviations: the one currency of statistics, from a vector lane to a dataset. V is a
+// floating type, or a vector of one: several channels at once.
+template <class V>
+struct MomentsOf {
   int64_t count;
-  double mean;
-  double m2;
+  V mean;
+  V m2;
 };
+using Moments = MomentsOf<double>;
 
 // Chan, Golub and LeVeque (1983). A zero count merges to the other side.
-NF_FN Moments merge(const Moments& a, const Moments& b) {
+template <class V>
+NF_FN MomentsOf<V> merge(const MomentsOf<V>& a, const MomentsOf<V>& b) {
   if (a.count == 0) return b;
   if (b.count == 0) return a;
-  const double count = static_cast<double>(a.count + b.count);
-  const double share = static_cast<double>(b.count) / count;
-  const double delta = b.mean - a.mean;
+  const double share = static_cast<double>(b.count) / static_cast<double>(a.count + b.count);
+  const V delta = b.mean - a.mean;
   return {a.count + b.count, a.mean + delta * share,
           a.m2 + b.m2 + delta * delta * (static_cast<double>(a.count) * share)};
 }
 
 // Moments from sums about a pivot. Exact for a constant channel whose pivot is that constant.
-NF_FN Moments moments_about(double pivot, int64_t count, double sum, double sum_of_squares) {
-  const double offset = sum / static_cast<double>(count);
+template <class V>
+NF_FN MomentsOf<V> moments_about(V pivot, int64_t count, V sum, V sum_of_squares) {
+  const V offset = sum / static_cast<double>(count);
   return {count, pivot + offset, sum_of_squares - sum * offset};
 }
 

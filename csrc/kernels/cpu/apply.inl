@@ -1,7 +1,9 @@
 // Walks a unit of the tensor and writes one value for each. What is written is the Op's business; an Op has
 //   S, T, kCoefficients, output           type of its arithmetic, of the output, per-channel constants, where to write
 //   operator()(offset, width, coefficients)  the values at an offset
-// Positions are walked backwards: what the reduction before read last is still in cache.
+// Channels first, positions are walked backwards: what the reduction before read last is still in cache. Channels last
+// they are not: rows that follow each other in memory are what hardware prefetchers follow, and against them eval of
+// (32, 512, 28, 28) in bfloat16 took twice as long.
 
 // Where streaming stores begin to pay: from 6 MB on, output and its next reader together took 0.7 of the time they take
 // with ordinary stores (Ice Lake server, 1.25 MiB of L2 a core).
@@ -77,9 +79,8 @@ void apply_channels_last(const Op& op, const ChannelView& view, const Unit& unit
     table = repeated;
     stride = kMaxChannelsLast;
   }
-  int64_t start;
-  for (int64_t m = unit.m1; m > unit.m0; m = start) {
-    start = unit.m0 + (m - 1 - unit.m0) / together * together;
+  for (int64_t start = unit.m0; start < unit.m1; start += together) {
+    const int64_t m = least(unit.m1, start + together);
     const int64_t offset = start * view.channels + unit.c0;
     for_each_vector<S>((m - start) * channels, [&](int64_t i, auto width) {
       Coefficients<Op> coefficients;

@@ -47,11 +47,11 @@ struct GradSumsOp {
   }
   NF_INLINE S first_pivot(int64_t c, int64_t) const { return static_cast<S>(mean[c]); }
 
-  NF_INLINE S fold(const Results& results, int64_t c, int64_t done, int64_t, S pivot,
-                   const Totals<GradSumsOp>& totals) const {
-    for (int64_t k = 0; k < kSums; ++k) results(k, c) = (done == 0 ? 0 : results(k, c)) + totals.k[k];
-    return pivot;
+  NF_INLINE Lanes<GradSumsOp> results_of(Vec<double>, int64_t, const Lanes<GradSumsOp>& sums) const { return sums; }
+  NF_INLINE Lanes<GradSumsOp> merge(int64_t, const Lanes<GradSumsOp>& a, int64_t, const Lanes<GradSumsOp>& b) const {
+    return {a.k[0] + b.k[0], a.k[1] + b.k[1]};
   }
+  NF_INLINE Vec<double> next_pivot(Vec<double> pivot, const Lanes<GradSumsOp>&) const { return pivot; }
 };
 
 // grad_output * scale + (x - pivot) * slope + shift
@@ -116,7 +116,7 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
   sweep(
       moments, view, plan, parallel, results,
       [&](int64_t c0, int64_t c1) {
-        merge_moments(moments, view, plan, results, c0, c1);
+        repair_moments(moments, view, results, c0, c1);
         for (int64_t c = c0; c < c1; ++c) {
           const double mean = results(0, c);
           const double variance = biased_variance({view.positions(), mean, results(1, c)});
@@ -182,7 +182,6 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
   sweep(
       sums, view, plan, parallel, results,
       [&](int64_t c0, int64_t c1) {
-        merge_sums<Reduce>(plan, results, c0, c1);
         for (int64_t c = c0; c < c1; ++c) {
           const double weight = args.weight ? get(args.weight, c) : 1;
           const auto k = backward_coefficients<S>(args.mean[c], args.invstd[c], weight, view.positions(), results(0, c),

@@ -35,20 +35,22 @@ struct MomentsOp {
   NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); }
   NF_INLINE S first_pivot(int64_t, int64_t offset) const { return load<S>(input + offset, Part{1})[0]; }
 
-  NF_INLINE S next_pivot(S pivot, int64_t tile, const Totals<MomentsOp>& totals) const {
-    return static_cast<S>(moments_about(static_cast<double>(pivot), tile, totals.k[0], totals.k[1]).mean);
+  NF_INLINE Lanes<MomentsOp> results_of(Vec<double> pivot, int64_t count, Lanes<MomentsOp> sums) const {
+    const auto moments = moments_about(pivot, count, sums.k[0], sums.k[1]);
+    sums.k[0] = moments.mean;
+    sums.k[1] = moments.m2;
+    return sums;
   }
 
-  NF_INLINE S fold(const Results& results, int64_t c, int64_t done, int64_t tile, S pivot,
-                   const Totals<MomentsOp>& totals) const {
-    const Moments merged = merge({done, results(0, c), results(1, c)},
-                                 moments_about(static_cast<double>(pivot), tile, totals.k[0], totals.k[1]));
-    results(0, c) = merged.mean;
-    results(1, c) = merged.m2;
-    if constexpr (kExtremes)
-      for (int64_t k = 2; k < 4; ++k) results(k, c) = done == 0 ? totals.k[k] : join(k, results(k, c), totals.k[k]);
-    return static_cast<S>(merged.mean);
+  NF_INLINE Lanes<MomentsOp> merge(int64_t n, Lanes<MomentsOp> a, int64_t m, const Lanes<MomentsOp>& b) const {
+    const auto merged = normfused::merge(MomentsOf<Vec<double>>{n, a.k[0], a.k[1]}, {m, b.k[0], b.k[1]});
+    a.k[0] = merged.mean;
+    a.k[1] = merged.m2;
+    for (int64_t k = 2; k < kSums; ++k) a.k[k] = join(k, a.k[k], b.k[k]);
+    return a;
   }
+
+  NF_INLINE Vec<double> next_pivot(Vec<double>, const Lanes<MomentsOp>& results) const { return results.k[0]; }
 };
 
 // Sum and sum of squares in double; the pivot is not used.
@@ -76,10 +78,11 @@ struct SumsOp {
   NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); }
   NF_INLINE S first_pivot(int64_t, int64_t) const { return 0; }
 
-  NF_INLINE S fold(const Results& results, int64_t c, int64_t done, int64_t, S, const Totals<SumsOp>& totals) const {
-    for (int64_t k = 0; k < kSums; ++k) results(k, c) = (done == 0 ? 0 : results(k, c)) + totals.k[k];
-    return 0;
+  NF_INLINE Lanes<SumsOp> results_of(Vec<double>, int64_t, const Lanes<SumsOp>& sums) const { return sums; }
+  NF_INLINE Lanes<SumsOp> merge(int64_t, const Lanes<SumsOp>& a, int64_t, const Lanes<SumsOp>& b) const {
+    return {a.k[0] + b.k[0], a.k[1] + b.k[1]};
   }
+  NF_INLINE Vec<double> next_pivot(Vec<double> pivot, const Lanes<SumsOp>&) const { return pivot; }
 };
 
 // Moments of one channel in plain double, for what the fast way cannot hold: NaN and infinity, which then come out as
@@ -101,44 +104,24 @@ Moments moments_in_double(const T* input, const ChannelView& view, int64_t c) {
   return {count, mean, m2};
 }
 
-// The partial results of all ranges of positions made one, in their order, in the place of the first: those of the
-// range `part` are the rows from part * kSums on.
+// Does those channels again that the fast way could not hold.
 template <class T, bool kExtremes>
-void merge_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, const Plan& plan, const Results& results,
-                   int64_t c0, int64_t c1) {
-  using Op = MomentsOp<T, kExtremes>;
-  for (int64_t part = 1; part < plan.position_units; ++part) {
-    const Results other{&results(part * Op::kSums, 0), view.channels};
-    const int64_t done = part * plan.position_block;
-    const int64_t count = least(plan.position_block, view.positions() - done);
-    for (int64_t c = c0; c < c1; ++c) {
-      const Moments merged = merge({done, results(0, c), results(1, c)}, {count, other(0, c), other(1, c)});
-      results(0, c) = merged.mean;
-      results(1, c) = merged.m2;
-      for (int64_t k = 2; k < Op::kSums; ++k) results(k, c) = Op::join(k, results(k, c), other(k, c));
-    }
-  }
+void repair_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, const Results& results, int64_t c0,
+                    int64_t c1) {
   for (int64_t c = c0; c < c1; ++c) {
     if (results(1, c) <= std::numeric_limits<double>::max()) continue;
     const Moments moments = moments_in_double(op.input, view, c);
     results(0, c) = moments.mean;
     results(1, c) = moments.m2;
     if (moments.mean != moments.mean)
-      for (int64_t k = 2; k < Op::kSums; ++k) results(k, c) = moments.mean;
+      for (int64_t k = 2; k < op.kSums; ++k) results(k, c) = moments.mean;
   }
 }
 
-template <class Op>
-void merge_sums(const Plan& plan, const Results& results, int64_t c0, int64_t c1) {
-  for (int64_t part = 1; part < plan.position_units; ++part)
-    for (int64_t k = 0; k < Op::kSums; ++k)
-      for (int64_t c = c0; c < c1; ++c) results(k, c) += results(part * Op::kSums + k, c);
-}
-
 // Reduces all of a tensor and writes row k of the results to args.results[k].
-template <class Op, class Merge>
+template <class Op, class Repair>
 void channel_stats(const Op& op, const ChannelStats& args, int64_t itemsize, const Parallel& parallel,
-                   const Merge& merge_parts) {
+                   const Repair& repair) {
   const ChannelView& view = args.view;
   const Plan plan = plan_reduction(view, itemsize, 1);
   const Workspace workspace(plan.position_units * Op::kSums * view.channels, 0);
@@ -146,7 +129,7 @@ void channel_stats(const Op& op, const ChannelStats& args, int64_t itemsize, con
   sweep(
       op, view, plan, parallel, results,
       [&](int64_t c0, int64_t c1) {
-        merge_parts(plan, results, c0, c1);
+        repair(results, c0, c1);
         for (int64_t k = 0; k < Op::kSums; ++k)
           for (int64_t c = c0; c < c1; ++c) args.results[k][c] = results(k, c);
       },
@@ -156,13 +139,13 @@ void channel_stats(const Op& op, const ChannelStats& args, int64_t itemsize, con
 template <class T>
 void channel_moments(const ChannelStats& args, const Parallel& parallel) {
   const MomentsOp<T, true> op{static_cast<const T*>(args.input)};
-  channel_stats(op, args, sizeof(T), parallel, [&](const Plan& plan, const Results& results, int64_t c0, int64_t c1) {
-    merge_moments(op, args.view, plan, results, c0, c1);
+  channel_stats(op, args, sizeof(T), parallel, [&](const Results& results, int64_t c0, int64_t c1) {
+    repair_moments(op, args.view, results, c0, c1);
   });
 }
 
 template <class T>
 void channel_sums(const ChannelStats& args, const Parallel& parallel) {
   const SumsOp<T> op{static_cast<const T*>(args.input)};
-  channel_stats(op, args, sizeof(T), parallel, merge_sums<SumsOp<T>>);
+  channel_stats(op, args, sizeof(T), parallel, [](const Results&, int64_t, int64_t) {});
 }

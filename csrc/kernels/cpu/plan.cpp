@@ -13,6 +13,8 @@ constexpr int64_t kUnits = 64;
 // A unit smaller than this is dominated by its own bookkeeping.
 constexpr int64_t kLeastUnitBytes = 16 << 10;
 constexpr int64_t kLeastSplitBytes = 64 << 10;
+// Rows of channels that pay for the merge of their result.
+constexpr int64_t kLeastSplitRows = 256;
 // A cache line's worth of channels, or of rows of whatever length, in every dtype.
 constexpr int64_t kMultiple = 64;
 
@@ -38,15 +40,18 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
     const int64_t block = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsFirst});
     return make_plan(view, std::clamp<int64_t>(block, 1, view.channels), positions, item_bytes);
   }
-  if (kMultiple * channel_bytes <= kCacheBytes / 2) {
-    const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
-    const int64_t wide = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsLast});
-    const int64_t block = std::max(kMultiple, wide / kMultiple * kMultiple);
-    return make_plan(view, std::min(block, view.channels), positions, item_bytes);
+  // Rows lie next to each other in memory, the columns of a channel range do not: 64 of 2048 channels are two cache lines
+  // in every page, and those of a power of two fall into a few sets of the cache. So rows are split where there are
+  // enough of them.
+  const int64_t splits = std::min({bytes / kLeastSplitBytes, positions / kLeastSplitRows, kUnits});
+  if (splits > 1) {
+    const int64_t block = round_up(ceil_div(positions, splits), kMultiple);
+    return make_plan(view, std::min(view.channels, kMaxChannelsLast), block, item_bytes);
   }
-  const int64_t splits = std::clamp<int64_t>(bytes / kCacheBytes, 1, kUnits);
-  const int64_t block = round_up(ceil_div(positions, splits), kMultiple);
-  return make_plan(view, std::min(view.channels, kMaxChannelsLast), block, item_bytes);
+  const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
+  const int64_t wide = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsLast});
+  const int64_t block = std::max(kMultiple, wide / kMultiple * kMultiple);
+  return make_plan(view, std::min(block, view.channels), positions, item_bytes);
 }
 
 Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operands) {

@@ -4,8 +4,9 @@
 //   join(k, a, b)       two partial accumulators made one
 //   accumulate(sums, offset, width, pivot)       takes in the values at an offset of the tensor
 //   first_pivot(c, offset)                       a pivot for channel c, whose first value lies at the offset
-//   kSeeksPivot, next_pivot(pivot, tile, totals) whether, and how, a trial over the first values improves on it
-//   fold(results, c, done, tile, pivot, totals)  folds a tile into the channel's results, returns the next pivot
+//   results_of(pivot, count, sums)               what a tile's sums come to
+//   merge(n, a, m, b)                            results of n values and of m values made one
+//   kSeeksPivot, next_pivot(pivot, results)      whether a trial over the first values finds a better pivot; the next
 // Tiles accumulate in S about a pivot, results are double: single precision never has to hold more than a tile.
 
 // Values behind a pivot sought by trial. An outlier among them costs precision in proportion to tile length over their
@@ -62,21 +63,40 @@ struct Sums {
   }
 };
 
+// What an Op has come to for a vector of channels.
 template <class Op>
-struct Totals {
-  double k[Op::kSums];
+struct Lanes {
+  Vec<double> k[Op::kSums];
+
+  template <class Width>
+  NF_INLINE void load_rows(const double* rows, int64_t stride, Width width) {
+    for (int64_t i = 0; i < Op::kSums; ++i) k[i] = load<double>(rows + i * stride, width);
+  }
+  template <class Width>
+  NF_INLINE void store_rows(double* rows, int64_t stride, Width width) const {
+    for (int64_t i = 0; i < Op::kSums; ++i) store(rows + i * stride, k[i], width);
+  }
 };
 
-template <class Op>
-NF_FN Totals<Op> totals_of(const Sums<Op>& sums) {
-  Totals<Op> totals;
-  for (int64_t i = 0; i < Op::kSums; ++i) {
-    double total = static_cast<double>(sums.k[i][0]);
-    for (int64_t lane = 1; lane < kLanes<typename Op::S>; ++lane)
-      total = Op::join(i, total, static_cast<double>(sums.k[i][lane]));
-    totals.k[i] = total;
+// Joins the lanes of accumulator k.
+template <class Op, class V>
+NF_FN double across(int64_t k, V v) {
+  if constexpr (sizeof(V) == 2 * sizeof(double)) {
+    return Op::join(k, v[0], v[1]);
+  } else {
+    using Half = typename VecOf<double, sizeof(V) / 2>::type;
+    const char* const lanes = reinterpret_cast<const char*>(&v);
+    return across<Op>(k, Op::join(k, read_as<Half>(lanes), read_as<Half>(lanes + sizeof(Half))));
   }
-  return totals;
+}
+
+template <class Op>
+NF_FN double total_of(int64_t k, Vec<typename Op::S> v) {
+  const auto wide = widened(v);
+  if constexpr (wide.kParts == 1)
+    return across<Op>(k, wide.part[0]);
+  else
+    return across<Op>(k, Op::join(k, wide.part[0], wide.part[1]));
 }
 
 template <class S>
@@ -100,37 +120,82 @@ NF_FN void accumulate_row(const Op& op, Sums<Op>& sums, int64_t offset, int64_t 
                                   [&](int64_t j, auto width) { op.accumulate(sums, offset + i + j, width, pivot); });
 }
 
+// The state of a unit between tiles: a pivot and a tile's sums for each of its channels, the sums as rows of kChannels.
+template <class Op, int64_t kChannels>
+struct Tile {
+  using S = typename Op::S;
+
+  const Op& op;
+  const Unit& unit;
+  const Results& results;
+  alignas(64) S pivots[kChannels];
+  alignas(64) double sums[Op::kSums * kChannels];
+
+  // Leaves the arrays as they are: clearing them would take longer than many a unit.
+  Tile(const Op& op, const Unit& unit, const Results& results) : op(op), unit(unit), results(results) {}
+
+  // Takes the sums of a trial over the unit's first values for better pivots.
+  void seek_pivots(int64_t count) {
+    for_each_vector<double>(unit.c1 - unit.c0, [&](int64_t i, auto width) {
+      Lanes<Op> tile;
+      tile.load_rows(sums + i, kChannels, width);
+      const Vec<double> pivot = load<double>(pivots + i, width);
+      store_as(pivots + i, op.next_pivot(pivot, op.results_of(pivot, count, tile)), width);
+    });
+  }
+
+  // Takes the sums into the results of the `done` positions before, and moves the pivots on.
+  void fold(int64_t done, int64_t count) {
+    for_each_vector<double>(unit.c1 - unit.c0, [&](int64_t i, auto width) {
+      Lanes<Op> tile;
+      tile.load_rows(sums + i, kChannels, width);
+      const Vec<double> pivot = load<double>(pivots + i, width);
+      Lanes<Op> total = op.results_of(pivot, count, tile);
+      double* const rows = &results(0, unit.c0 + i);
+      if (done > 0) {
+        Lanes<Op> before;
+        before.load_rows(rows, results.channels, width);
+        total = op.merge(done, before, count, total);
+      }
+      total.store_rows(rows, results.channels, width);
+      store_as(pivots + i, op.next_pivot(pivot, total), width);
+    });
+  }
+};
+
 template <class Op>
 void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& unit, const Results& results) {
   using S = typename Op::S;
   const int64_t channels = unit.c1 - unit.c0;
-  Sums<Op> sums[kMaxChannelsFirst];
-  S pivots[kMaxChannelsFirst];
-  for (int64_t c = 0; c < channels; ++c) pivots[c] = op.first_pivot(unit.c0 + c, offset_of(view, unit.c0 + c, unit.m0));
+  Tile<Op, kMaxChannelsFirst> tile(op, unit, results);
+  for (int64_t c = 0; c < channels; ++c)
+    tile.pivots[c] = op.first_pivot(unit.c0 + c, offset_of(view, unit.c0 + c, unit.m0));
 
-  const auto accumulate_tile = [&](int64_t m, int64_t end) {
+  const auto accumulate = [&](int64_t m, int64_t end) {
+    Sums<Op> sums[kMaxChannelsFirst];
     for (int64_t c = 0; c < channels; ++c) sums[c].clear();
     for (int64_t n; m < end; m += n) {
       n = least(view.inner - m % view.inner, end - m);
       const int64_t offset = offset_of(view, unit.c0, m);
       for (int64_t c = 0; c < channels; ++c) {
         op.prefetch(offset + (view.channels + c) * view.inner, view.inner);
-        accumulate_row(op, sums[c], offset + c * view.inner, n, broadcast<S>(pivots[c]));
+        accumulate_row(op, sums[c], offset + c * view.inner, n, broadcast<S>(tile.pivots[c]));
       }
     }
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t k = 0; k < Op::kSums; ++k) tile.sums[k * kMaxChannelsFirst + c] = total_of<Op>(k, sums[c].k[k]);
   };
 
   if constexpr (Op::kSeeksPivot) {
     const int64_t trial = least(kTrial, unit.m1 - unit.m0);
-    accumulate_tile(unit.m0, unit.m0 + trial);
-    for (int64_t c = 0; c < channels; ++c) pivots[c] = op.next_pivot(pivots[c], trial, totals_of(sums[c]));
+    accumulate(unit.m0, unit.m0 + trial);
+    tile.seek_pivots(trial);
   }
   const int64_t full = kChain * kLanes<S> * (view.inner >= kLongRow<S> ? kUnroll : 1);
   for (int64_t m = unit.m0; m < unit.m1; m += full) {
-    const int64_t tile = least(full, unit.m1 - m);
-    accumulate_tile(m, m + tile);
-    for (int64_t c = 0; c < channels; ++c)
-      pivots[c] = op.fold(results, unit.c0 + c, m - unit.m0, tile, pivots[c], totals_of(sums[c]));
+    const int64_t count = least(full, unit.m1 - m);
+    accumulate(m, m + count);
+    tile.fold(m - unit.m0, count);
   }
 }
 
@@ -180,50 +245,46 @@ void reduce_channels_last(const Op& op, const ChannelView& view, const Unit& uni
   const int64_t together = channels == view.channels ? rows_in_one<S>(channels) : 1;
   const int64_t lanes = channels * together;
   const int64_t padded = (lanes + kLane - 1) / kLane * kLane;  // the last vector may use all of its lanes
-  alignas(64) double sums[Op::kSums * kMaxChannelsLast];
-  alignas(64) S pivots[kMaxChannelsLast];
-  for (int64_t c = 0; c < channels; ++c) pivots[c] = op.first_pivot(unit.c0 + c, unit.m0 * view.channels + unit.c0 + c);
+  Tile<Op, kMaxChannelsLast> tile(op, unit, results);
+  for (int64_t c = 0; c < channels; ++c)
+    tile.pivots[c] = op.first_pivot(unit.c0 + c, unit.m0 * view.channels + unit.c0 + c);
 
   const auto accumulate_block = [&](int64_t m, int64_t rows, int64_t stride, int64_t n) {
     const int64_t offset = m * view.channels + unit.c0;
     int64_t i = 0;
     for (; i + kVectors * kLane <= n; i += kVectors * kLane)
-      accumulate_rows<kVectors>(op, offset + i, stride, rows, Whole{}, pivots + i, sums + i);
+      accumulate_rows<kVectors>(op, offset + i, stride, rows, Whole{}, tile.pivots + i, tile.sums + i);
     for_each_vector<S>(n - i, [&](int64_t j, auto width) {
-      accumulate_rows<1>(op, offset + i + j, stride, rows, width, pivots + i + j, sums + i + j);
+      accumulate_rows<1>(op, offset + i + j, stride, rows, width, tile.pivots + i + j, tile.sums + i + j);
     });
   };
-  const auto accumulate_tile = [&](int64_t m, int64_t end) {
-    for (int64_t i = 0; i < Op::kSums; ++i)
+  const auto accumulate = [&](int64_t m, int64_t end) {
+    for (int64_t lane = channels; lane < padded; ++lane)
+      tile.pivots[lane] = lane < lanes ? tile.pivots[lane - channels] : S(0);
+    for (int64_t k = 0; k < Op::kSums; ++k)
       for (int64_t lane = 0; lane < padded; ++lane)
-        sums[i * kMaxChannelsLast + lane] = static_cast<double>(Op::empty(i));
-    for (int64_t lane = channels; lane < padded; ++lane) pivots[lane] = lane < lanes ? pivots[lane - channels] : S(0);
+        tile.sums[k * kMaxChannelsLast + lane] = static_cast<double>(Op::empty(k));
     for (int64_t rows; m + together <= end; m += rows * together) {
       rows = least(kRowsTogether, (end - m) / together);
       accumulate_block(m, rows, view.channels * together, lanes);
     }
     if (m < end) accumulate_block(m, 1, 0, (end - m) * channels);
-  };
-  const auto totals = [&](int64_t c) {
-    Totals<Op> result;
-    for (int64_t i = 0; i < Op::kSums; ++i) {
-      result.k[i] = sums[i * kMaxChannelsLast + c];
-      for (int64_t lane = c + channels; lane < lanes; lane += channels)
-        result.k[i] = Op::join(i, result.k[i], sums[i * kMaxChannelsLast + lane]);
-    }
-    return result;
+    for (int64_t k = 0; k < Op::kSums; ++k)
+      for (int64_t lane = channels; lane < lanes; ++lane) {
+        double* const sum = tile.sums + k * kMaxChannelsLast;
+        sum[lane % channels] = Op::join(k, sum[lane % channels], sum[lane]);
+      }
   };
 
   if constexpr (Op::kSeeksPivot) {
     const int64_t trial = least(kRowsTogether, unit.m1 - unit.m0);
-    accumulate_tile(unit.m0, unit.m0 + trial);
-    for (int64_t c = 0; c < channels; ++c) pivots[c] = op.next_pivot(pivots[c], trial, totals(c));
+    accumulate(unit.m0, unit.m0 + trial);
+    tile.seek_pivots(trial);
   }
   for (int64_t m = unit.m0; m < unit.m1; m += kTileRows) {
-    const int64_t tile = least(kTileRows, unit.m1 - m);
-    accumulate_tile(m, m + tile);
-    for (int64_t c = 0; c < channels; ++c)
-      pivots[c] = op.fold(results, unit.c0 + c, m - unit.m0, tile, pivots[c], totals(c));
+    const int64_t count = least(kTileRows, unit.m1 - m);
+    accumulate(m, m + count);
+    tile.fold(m - unit.m0, count);
   }
 }
 
@@ -235,8 +296,26 @@ void reduce(const Op& op, const ChannelView& view, const Unit& unit, const Resul
     reduce_channels_last(op, view, unit, results);
 }
 
-// Reduces a whole tensor, has finalize(c0, c1) turn the parts' results into what apply(unit) needs, and applies. Parts
-// lie behind each other in `results`. A unit that owns its channels goes through all three at once, in its cache.
+// The results of all ranges of positions made one, in their order, in the place of the first. Those of range p are the
+// rows from p * kSums on.
+template <class Op>
+void merge_parts(const Op& op, const ChannelView& view, const Plan& plan, const Results& results, int64_t c0,
+                 int64_t c1) {
+  for_each_vector<double>(c1 - c0, [&](int64_t i, auto width) {
+    Lanes<Op> total;
+    total.load_rows(&results(0, c0 + i), results.channels, width);
+    for (int64_t part = 1; part < plan.position_units; ++part) {
+      Lanes<Op> other;
+      other.load_rows(&results(part * Op::kSums, c0 + i), results.channels, width);
+      const int64_t done = part * plan.position_block;
+      total = op.merge(done, total, least(plan.position_block, view.positions() - done), other);
+    }
+    total.store_rows(&results(0, c0 + i), results.channels, width);
+  });
+}
+
+// Reduces a whole tensor, has finalize(c0, c1) turn its results into what apply(unit) needs, and applies. A unit that
+// owns its channels goes through all three at once, in its cache.
 template <class Op, class Finalize, class Apply>
 void sweep(const Op& op, const ChannelView& view, const Plan& plan, const Parallel& parallel, const Results& results,
            const Finalize& finalize, const Apply& apply) {
@@ -253,7 +332,10 @@ void sweep(const Op& op, const ChannelView& view, const Plan& plan, const Parall
     return;
   }
   parallel(plan.units(), grain(plan), [&](int64_t index) { reduce_unit(unit_of(plan, view, index)); });
-  parallel((view.channels + kMergeBlock - 1) / kMergeBlock, 1,
-           [&](int64_t block) { finalize(block * kMergeBlock, least((block + 1) * kMergeBlock, view.channels)); });
+  parallel((view.channels + kMergeBlock - 1) / kMergeBlock, 1, [&](int64_t block) {
+    const int64_t c0 = block * kMergeBlock, c1 = least(c0 + kMergeBlock, view.channels);
+    merge_parts(op, view, plan, results, c0, c1);
+    finalize(c0, c1);
+  });
   parallel.backwards(plan.units(), grain(plan), [&](int64_t index) { apply(unit_of(plan, view, index)); });
 }

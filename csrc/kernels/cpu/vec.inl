@@ -25,24 +25,20 @@ template <class S>
 inline constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(S));
 
 // Where either is NaN, b.
-NF_FN double minimum(double a, double b) { return a < b ? a : b; }
-NF_FN double maximum(double a, double b) { return a > b ? a : b; }
-NF_FN Vec<float> minimum(Vec<float> a, Vec<float> b) {
+template <class V>
+NF_FN V minimum(V a, V b) {
 #if NF_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
-#else
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#endif
   return a < b ? a : b;
-#endif
 }
-NF_FN Vec<float> maximum(Vec<float> a, Vec<float> b) {
+template <class V>
+NF_FN V maximum(V a, V b) {
 #if NF_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-  return a > b ? a : b;
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_max_ps((__m512)a, (__m512)b);
 #endif
+  return a > b ? a : b;
 }
-NF_FN Vec<double> minimum(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
-NF_FN Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 
 template <class S>
 using lane_index_t = std::conditional_t<sizeof(S) == 4, int32_t, int64_t>;
@@ -59,6 +55,15 @@ struct Whole {};
 struct Part {
   int64_t lanes;
 };
+
+template <class S>
+NF_FN int64_t lanes_in(Whole) {
+  return kLanes<S>;
+}
+template <class S>
+NF_FN int64_t lanes_in(Part part) {
+  return part.lanes;
+}
 
 // Calls body(i, Whole or Part) for i = 0, lanes, 2 * lanes, … up to n.
 template <class S, class Body>
@@ -243,6 +248,17 @@ NF_FN void store(T* p, Vec<compute_t<T>> value, Part part) {
   const auto raw = stored<T>(value);
   std::memcpy(p, &raw, static_cast<size_t>(part.lanes) * sizeof(T));
 #endif
+}
+
+// Double to storage as S, rounded once.
+template <class S, class Width>
+NF_FN void store_as(S* p, Vec<double> value, Width width) {
+  if constexpr (std::is_same_v<S, double>) {
+    store(p, value, width);
+  } else {
+    const auto narrow = __builtin_convertvector(value, typename VecOf<float, kVectorBytes / 2>::type);
+    std::memcpy(p, &narrow, sizeof(S) * static_cast<size_t>(lanes_in<double>(width)));
+  }
 }
 
 // Past the caches; p must be aligned to the size of the stored vector.
