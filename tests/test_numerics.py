@@ -149,6 +149,22 @@ def test_b15_nonfinite_stays_in_its_channel(
 
 
 @layouts
+@pytest.mark.parametrize("payload", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001], ids=hex)
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_b15_nan_in_a_parameter_is_nan_in_a_narrow_output(
+    device: torch.device, name: str, payload: int, layout: str
+) -> None:
+    """Rounding to bfloat16 adds to a float's bits, which could carry a NaN over to a number."""
+    x = lay_out(torch.randn(8, 40, 5, 5, device=device).bfloat16(), layout)
+    vectors = {n: torch.ones(40, device=device) for n in ("weight", "bias", "running_mean", "running_var")}
+    vectors[name][7] = torch.tensor(payload, dtype=torch.int32, device=device).view(torch.float32)
+    is_nan = batch_norm(x, **vectors).isnan()
+    assert is_nan[:, 7].all()
+    assert not is_nan[:, :7].any()
+    assert not is_nan[:, 8:].any()
+
+
+@layouts
 def test_b15_grad_weight_over_a_million_values(device: torch.device, layout: str) -> None:
     values = torch.randn(500, 2, 2000) + torch.tensor([[100.0], [-100.0]])
     x = lay_out(values.to(device), layout)

@@ -36,14 +36,14 @@ NF_FN MomentsOf<V> merge(const MomentsOf<V>& a, const MomentsOf<V>& b) {
 
 // Moments from sums about a pivot. Exact for a constant channel whose pivot is that constant.
 template <class V>
-NF_FN MomentsOf<V> moments_about(V pivot, int64_t count, V sum, V sum_of_squares) {
+NF_FN MomentsOf<V> moments_about(const V& pivot, int64_t count, const V& sum, const V& sum_of_squares) {
   const V offset = sum / static_cast<double>(count);
   return {count, pivot + offset, sum_of_squares - sum * offset};
 }
 
 NF_FN double biased_variance(const Moments& m) {
   // Rounding can leave a tiny negative m2; a NaN passes through.
-  return m.m2 < 0 ? 0 : m.m2 / static_cast<double>(m.count);
+  return (m.m2 < 0 ? 0 : m.m2) / static_cast<double>(m.count);
 }
 
 NF_FN double invstd_of(double variance, double eps) { return 1 / std::sqrt(variance + eps); }

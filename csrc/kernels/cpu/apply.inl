@@ -1,5 +1,6 @@
 // Walks a unit of the tensor and writes one value for each. What is written is the Op's business; an Op has
-//   S, T, kCoefficients, output           type of its arithmetic, of the output, per-channel constants, where to write
+//   V, T, kCoefficients, output           block it gives at once, type of the output, per-channel constants, where to
+//                                         write
 //   operator()(offset, width, coefficients)  the values at an offset
 // Channels first, positions are walked backwards: what the reduction before read last is still in cache. Channels last
 // they are not: rows that follow each other in memory are what hardware prefetchers follow, and against them eval of
@@ -13,29 +14,29 @@ inline constexpr int64_t kStreamBufferBytes = 16 << 10;
 
 template <class Op>
 struct Coefficients {
-  Vec<typename Op::S> k[Op::kCoefficients];
+  typename Op::V k[Op::kCoefficients];
 };
 
 template <bool kStream, class Op>
 NF_FN void apply_row(const Op& op, typename Op::T* output, int64_t offset, int64_t n,
                      const Coefficients<Op>& coefficients) {
-  using S = typename Op::S;
-  using T = typename Op::T;
-  constexpr int64_t kLane = kLanes<S>;
+  using V = typename Op::V;
+  constexpr int64_t kWidth = V::kWidth;
   int64_t i = 0;
   if constexpr (kStream) {
-    constexpr auto kItem = static_cast<int64_t>(sizeof(T));
-    i = least(n, bytes_to_alignment(output, kLane * kItem) / kItem);
-    if (i > 0) store(output, op(offset, Part{i}, coefficients), Part{i});
-    for (; i + kLane <= n; i += kLane) stream(output + i, op(offset + i, Whole{}, coefficients));
+    constexpr auto kItem = static_cast<int64_t>(sizeof(typename Op::T));
+    i = least(n, bytes_to_alignment(output, kWidth * kItem) / kItem);
+    if (i > 0) store_block(output, op(offset, Part{i}, coefficients), Part{i});
+    for (; i + kWidth <= n; i += kWidth) stream_block(output + i, op(offset + i, Whole{}, coefficients));
   }
-  for_each_vector<S>(
-      n - i, [&](int64_t j, auto width) { store(output + i + j, op(offset + i + j, width, coefficients), width); });
+  for_each_block<V>(n - i, [&](int64_t j, auto width) {
+    store_block(output + i + j, op(offset + i + j, width, coefficients), width);
+  });
 }
 
 template <bool kStream, class Op>
-void apply_channels_first(const Op& op, const ChannelView& view, const Unit& unit, const typename Op::S* table) {
-  using S = typename Op::S;
+void apply_channels_first(const Op& op, const ChannelView& view, const Unit& unit, const typename Op::V::S* table) {
+  using V = typename Op::V;
   using T = typename Op::T;
   // Neighbouring short rows share cache lines, so they are streamed together, by way of a buffer.
   constexpr int64_t kBuffer = kStreamBufferBytes / static_cast<int64_t>(sizeof(T));
@@ -51,7 +52,7 @@ void apply_channels_first(const Op& op, const ChannelView& view, const Unit& uni
       const int64_t offset = offset_of(view, c, start);
       for (int64_t i = c; i < next; ++i) {
         Coefficients<Op> coefficients;
-        for (int64_t k = 0; k < Op::kCoefficients; ++k) coefficients.k[k] = broadcast<S>(table[k * view.channels + i]);
+        unroll<Op::kCoefficients>([&](auto k) { coefficients.k[k] = V::filled(table[k * view.channels + i]); });
         const int64_t skip = (i - c) * n;
         if (together > 1)
           apply_row<false>(op, buffer + skip, offset + skip, n, coefficients);
@@ -63,35 +64,52 @@ void apply_channels_first(const Op& op, const ChannelView& view, const Unit& uni
   }
 }
 
+// `lanes` values of each of a few rows that lie `stride` apart, with coefficients loaded once for all of them, and for
+// the last block whole: what a table holds may be read up to a block past its end.
+template <bool kStream, int64_t rows, class Op>
+NF_FN void apply_rows(const Op& op, int64_t offset, int64_t stride, int64_t lanes, const typename Op::V::S* table,
+                      int64_t table_stride) {
+  using V = typename Op::V;
+  for_each_block<V>(lanes, [&](int64_t i, auto width) {
+    Coefficients<Op> coefficients;
+    unroll<Op::kCoefficients>([&](auto k) { coefficients.k[k] = in_block_order<V>(table + k * table_stride + i); });
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = offset + row * stride + i;
+      const V values = op(at, width, coefficients);
+      if constexpr (kStream && std::is_same_v<decltype(width), Whole>)
+        stream_block(op.output + at, values);
+      else
+        store_block(op.output + at, values, width);
+    }
+  });
+}
+
 template <bool kStream, class Op>
-void apply_channels_last(const Op& op, const ChannelView& view, const Unit& unit, const typename Op::S* table) {
-  using S = typename Op::S;
+void apply_channels_last(const Op& op, const ChannelView& view, const Unit& unit, const typename Op::V::S* table) {
+  using V = typename Op::V;
+  using S = typename V::S;
+  constexpr int64_t kRows = 4;
   const int64_t channels = unit.c1 - unit.c0;
   const int64_t together = channels == view.channels ? rows_in_one<S>(channels) : 1;
-  int64_t stride = view.channels;
+  const int64_t lanes = channels * together;
+  const int64_t stride = view.channels * together;
+  int64_t table_stride = view.channels;
   table += unit.c0;
   alignas(64) S repeated[Op::kCoefficients * kMaxChannelsLast];
   if (together > 1) {
     for (int64_t k = 0; k < Op::kCoefficients; ++k)
-      for (int64_t lane = 0; lane < channels * together; ++lane)
+      for (int64_t lane = 0; lane < lanes; ++lane)
         repeated[k * kMaxChannelsLast + lane] =
-            lane < channels ? table[k * stride + lane] : repeated[k * kMaxChannelsLast + lane - channels];
+            lane < channels ? table[k * table_stride + lane] : repeated[k * kMaxChannelsLast + lane - channels];
     table = repeated;
-    stride = kMaxChannelsLast;
+    table_stride = kMaxChannelsLast;
   }
-  for (int64_t start = unit.m0; start < unit.m1; start += together) {
-    const int64_t m = least(unit.m1, start + together);
-    const int64_t offset = start * view.channels + unit.c0;
-    for_each_vector<S>((m - start) * channels, [&](int64_t i, auto width) {
-      Coefficients<Op> coefficients;
-      for (int64_t k = 0; k < Op::kCoefficients; ++k) coefficients.k[k] = load<S>(table + k * stride + i, width);
-      const Vec<S> value = op(offset + i, width, coefficients);
-      if constexpr (kStream && std::is_same_v<decltype(width), Whole>)
-        stream(op.output + offset + i, value);
-      else
-        store(op.output + offset + i, value, width);
-    });
-  }
+  int64_t m = unit.m0;
+  for (; m + kRows * together <= unit.m1; m += kRows * together)
+    apply_rows<kStream, kRows>(op, m * view.channels + unit.c0, stride, lanes, table, table_stride);
+  for (; m < unit.m1; m += together)
+    apply_rows<kStream, 1>(op, m * view.channels + unit.c0, stride, least(unit.m1 - m, together) * channels, table,
+                           table_stride);
 }
 
 // Streaming stores spare the read of what they overwrite. Channels-last rows are streamed only where every unit and
@@ -101,13 +119,13 @@ bool worth_streaming(const Op& op, const ChannelView& view, const Plan& plan) {
   constexpr int64_t kItem = sizeof(typename Op::T);
   if (kVectorBytes == 16 || view.numel() * kItem < kStreamBytes) return false;
   if (view.inner > 1) return true;
-  const int64_t row = view.channels * rows_in_one<typename Op::S>(view.channels);
+  const int64_t row = view.channels * rows_in_one<typename Op::V::S>(view.channels);
   return row * kItem % kVectorBytes == 0 && plan.position_block * view.channels * kItem % kVectorBytes == 0 &&
          bytes_to_alignment(op.output, kVectorBytes) == 0;
 }
 
 template <class Op>
-void apply(const Op& op, const ChannelView& view, const Unit& unit, const typename Op::S* table, bool streaming) {
+void apply(const Op& op, const ChannelView& view, const Unit& unit, const typename Op::V::S* table, bool streaming) {
   if (!streaming)
     return view.inner > 1 ? apply_channels_first<false>(op, view, unit, table)
                           : apply_channels_last<false>(op, view, unit, table);

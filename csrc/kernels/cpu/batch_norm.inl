@@ -4,15 +4,15 @@
 template <class T_>
 struct NormalizeOp {
   using T = T_;
-  using S = compute_t<T>;
+  using V = Block<compute_t<T>, T>;
   static constexpr int64_t kCoefficients = 3;
 
   const T* input;
   T* output;
 
   template <class Width>
-  NF_INLINE Vec<S> operator()(int64_t offset, Width width, const Coefficients<NormalizeOp>& c) const {
-    return (load<S>(input + offset, width) - c.k[0]) * c.k[1] + c.k[2];
+  NF_INLINE V operator()(int64_t offset, Width width, const Coefficients<NormalizeOp>& c) const {
+    return (load_block<V>(input + offset, width) - c.k[0]) * c.k[1] + c.k[2];
   }
 };
 
@@ -20,6 +20,7 @@ struct NormalizeOp {
 template <class T>
 struct GradSumsOp {
   using S = compute_t<T>;
+  using V = Block<S, T>;
   static constexpr int64_t kSums = 2;
   static constexpr bool kSeeksPivot = false;
 
@@ -34,11 +35,11 @@ struct GradSumsOp {
   }
 
   template <class Width>
-  NF_INLINE void accumulate(Sums<GradSumsOp>& sums, int64_t offset, Width width, Vec<S> pivot) const {
-    const Vec<S> grad = load<S>(grad_output + offset, width, Vec<S>{});
-    const Vec<S> deviation = load<S>(input + offset, width, pivot) - pivot;
-    sums.k[0] += grad;
-    sums.k[1] += grad * deviation;
+  NF_INLINE void accumulate(Sums<GradSumsOp>& sums, int64_t offset, Width width, const V& pivot) const {
+    const V grad = load_block<V>(grad_output + offset, width);
+    const V deviation = load_block(input + offset, width, pivot) - pivot;
+    sums.k[0] = sums.k[0] + grad;
+    sums.k[1] = sums.k[1] + grad * deviation;
   }
 
   NF_INLINE void prefetch(int64_t offset, int64_t n) const {
@@ -58,7 +59,7 @@ struct GradSumsOp {
 template <class T_>
 struct GradInputOp {
   using T = T_;
-  using S = compute_t<T>;
+  using V = Block<compute_t<T>, T>;
   static constexpr int64_t kCoefficients = 4;
 
   const T* grad_output;
@@ -66,9 +67,9 @@ struct GradInputOp {
   T* output;
 
   template <class Width>
-  NF_INLINE Vec<S> operator()(int64_t offset, Width width, const Coefficients<GradInputOp>& c) const {
-    const Vec<S> deviation = load<S>(input + offset, width) - c.k[0];
-    return load<S>(grad_output + offset, width) * c.k[1] + (deviation * c.k[2] + c.k[3]);
+  NF_INLINE V operator()(int64_t offset, Width width, const Coefficients<GradInputOp>& c) const {
+    const V deviation = load_block<V>(input + offset, width) - c.k[0];
+    return load_block<V>(grad_output + offset, width) * c.k[1] + (deviation * c.k[2] + c.k[3]);
   }
 };
 
@@ -76,27 +77,78 @@ struct GradInputOp {
 template <class T_>
 struct ScaleOp {
   using T = T_;
-  using S = compute_t<T>;
+  using V = Block<compute_t<T>, T>;
   static constexpr int64_t kCoefficients = 1;
 
   const T* input;
   T* output;
 
   template <class Width>
-  NF_INLINE Vec<S> operator()(int64_t offset, Width width, const Coefficients<ScaleOp>& c) const {
-    return load<S>(input + offset, width) * c.k[0];
+  NF_INLINE V operator()(int64_t offset, Width width, const Coefficients<ScaleOp>& c) const {
+    return load_block<V>(input + offset, width) * c.k[0];
   }
 };
 
-// Writes channel c's entries of the table that NormalizeOp applies.
+// What follows is done per channel: statistics turned into coefficients, parameters' gradients and new running buffers.
+// A table of coefficients has one row for each of the Op's, of all channels.
+
+// NormalizeOp's, from args.mean and args.invstd.
 template <class S>
-NF_FN void set_forward_coefficients(const BatchNormForward& args, S* table, int64_t c) {
-  const double weight = args.weight ? get(args.weight, c) : 1;
-  const double bias = args.bias ? get(args.bias, c) : 0;
-  const auto k = forward_coefficients<S>(args.mean[c], args.invstd[c], weight, bias);
-  table[c] = k.pivot;
-  table[args.view.channels + c] = k.scale;
-  table[2 * args.view.channels + c] = k.shift;
+void forward_table(const BatchNormForward& args, S* table, int64_t c0, int64_t n) {
+  const int64_t channels = args.view.channels;
+  double weight[kEntries], bias[kEntries];
+  read(args.weight, c0, n, 1, weight);
+  read(args.bias, c0, n, 0, bias);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const auto k = forward_coefficients<S>(args.mean[c0 + i], args.invstd[c0 + i], weight[i], bias[i]);
+    table[c0 + i] = k.pivot;
+    table[channels + c0 + i] = k.scale;
+    table[2 * channels + c0 + i] = k.shift;
+  }
+}
+
+// Results are a mean and an M2. `factor` is the share of this batch in the running statistics.
+template <class S>
+void finish_training(const BatchNormForward& args, const Results& results, double factor, S* table, int64_t c0,
+                     int64_t n) {
+  const int64_t count = args.view.positions();
+  double running_mean[kEntries], running_var[kEntries];
+  read(args.running_mean, c0, n, 0, running_mean);
+  read(args.running_var, c0, n, 0, running_var);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const double mean = results(0, c0 + i);
+    const double variance = biased_variance({count, mean, results(1, c0 + i)});
+    args.mean[c0 + i] = mean;
+    args.invstd[c0 + i] = invstd_of(variance, args.eps);
+    running_mean[i] = running_average(running_mean[i], mean, factor);
+    running_var[i] = running_average(running_var[i], unbiased(variance, count), factor);
+  }
+  write(args.running_mean, c0, n, running_mean);
+  write(args.running_var, c0, n, running_var);
+  forward_table(args, table, c0, n);
+}
+
+// Results are the sums of GradSumsOp; the table is GradInputOp's.
+template <class S>
+void finish_backward(const BatchNormBackward& args, const Results& results, S* table, int64_t c0, int64_t n) {
+  const int64_t channels = args.view.channels, count = args.view.positions();
+  double weight[kEntries], grad_weight[kEntries], grad_bias[kEntries];
+  read(args.weight, c0, n, 1, weight);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const auto k = backward_coefficients<S>(args.mean[c0 + i], args.invstd[c0 + i], weight[i], count,
+                                            results(0, c0 + i), results(1, c0 + i));
+    table[c0 + i] = k.pivot;
+    table[channels + c0 + i] = k.scale;
+    table[2 * channels + c0 + i] = k.slope;
+    table[3 * channels + c0 + i] = k.shift;
+    grad_weight[i] = k.grad_weight;
+    grad_bias[i] = k.grad_bias;
+  }
+  write(args.grad_weight, c0, n, grad_weight);
+  write(args.grad_bias, c0, n, grad_bias);
 }
 
 template <class T>
@@ -117,17 +169,7 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
       moments, view, plan, parallel, results,
       [&](int64_t c0, int64_t c1) {
         repair_moments(moments, view, results, c0, c1);
-        for (int64_t c = c0; c < c1; ++c) {
-          const double mean = results(0, c);
-          const double variance = biased_variance({view.positions(), mean, results(1, c)});
-          args.mean[c] = mean;
-          args.invstd[c] = invstd_of(variance, args.eps);
-          set_forward_coefficients(args, table, c);
-          if (args.running_mean) set(args.running_mean, c, running_average(get(args.running_mean, c), mean, factor));
-          if (args.running_var)
-            set(args.running_var, c,
-                running_average(get(args.running_var, c), unbiased(variance, view.positions()), factor));
-        }
+        for_entries(c0, c1, [&](int64_t c, int64_t n) { finish_training(args, results, factor, table, c, n); });
       },
       [&](const Unit& unit) { apply(normalize, view, unit, table, streaming); });
 }
@@ -141,11 +183,12 @@ void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel
   const bool streaming = worth_streaming(normalize, view, plan);
   const Workspace workspace(0, 3 * view.channels * sizeof(S));
   S* const table = static_cast<S*>(workspace.table);
-  for (int64_t c = 0; c < view.channels; ++c) {
-    args.mean[c] = get(args.running_mean, c);
-    args.invstd[c] = invstd_of(get(args.running_var, c), args.eps);
-    set_forward_coefficients(args, table, c);
-  }
+  for_entries(0, view.channels, [&](int64_t c0, int64_t n) {
+    read(args.running_mean, c0, n, 0, args.mean + c0);
+    read(args.running_var, c0, n, 0, args.invstd + c0);
+    for (int64_t c = c0; c < c0 + n; ++c) args.invstd[c] = invstd_of(args.invstd[c], args.eps);
+    forward_table(args, table, c0, n);
+  });
   parallel(plan.units(), grain(plan),
            [&](int64_t index) { apply(normalize, view, unit_of(plan, view, index), table, streaming); });
 }
@@ -165,8 +208,11 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
     const bool streaming = worth_streaming(past_statistics, view, plan);
     const Workspace workspace(0, view.channels * sizeof(S));
     S* const scale = static_cast<S*>(workspace.table);
-    for (int64_t c = 0; c < view.channels; ++c)
-      scale[c] = static_cast<S>((args.weight ? get(args.weight, c) : 1) * args.invstd[c]);
+    for_entries(0, view.channels, [&](int64_t c0, int64_t n) {
+      double weight[kEntries];
+      read(args.weight, c0, n, 1, weight);
+      for (int64_t i = 0; i < n; ++i) scale[c0 + i] = static_cast<S>(weight[i] * args.invstd[c0 + i]);
+    });
     parallel(plan.units(), grain(plan),
              [&](int64_t index) { apply(past_statistics, view, unit_of(plan, view, index), scale, streaming); });
     return;
@@ -182,17 +228,7 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
   sweep(
       sums, view, plan, parallel, results,
       [&](int64_t c0, int64_t c1) {
-        for (int64_t c = c0; c < c1; ++c) {
-          const double weight = args.weight ? get(args.weight, c) : 1;
-          const auto k = backward_coefficients<S>(args.mean[c], args.invstd[c], weight, view.positions(), results(0, c),
-                                                  results(1, c));
-          table[c] = k.pivot;
-          scale[c] = k.scale;
-          table[2 * view.channels + c] = k.slope;
-          table[3 * view.channels + c] = k.shift;
-          if (args.grad_weight) set(args.grad_weight, c, k.grad_weight);
-          if (args.grad_bias) set(args.grad_bias, c, k.grad_bias);
-        }
+        for_entries(c0, c1, [&](int64_t c, int64_t n) { finish_backward(args, results, table, c, n); });
       },
       [&](const Unit& unit) {
         if (grad_input == nullptr) return;

@@ -4,6 +4,7 @@
 template <class T, bool kExtremes>
 struct MomentsOp {
   using S = compute_t<T>;
+  using V = Block<S, T>;
   static constexpr int64_t kSums = kExtremes ? 4 : 2;
   static constexpr bool kSeeksPivot = true;
 
@@ -21,15 +22,15 @@ struct MomentsOp {
   }
 
   template <class Width>
-  NF_INLINE void accumulate(Sums<MomentsOp>& sums, int64_t offset, Width width, Vec<S> pivot) const {
-    const Vec<S> value = load<S>(input + offset, width, pivot);
-    const Vec<S> deviation = value - pivot;
-    sums.k[0] += deviation;
-    sums.k[1] += deviation * deviation;
-    if constexpr (kExtremes) {
-      sums.k[2] = join(2, sums.k[2], value);
-      sums.k[3] = join(3, sums.k[3], value);
-    }
+  NF_INLINE void accumulate(Sums<MomentsOp>& sums, int64_t offset, Width width, const V& pivot) const {
+    const V value = load_block(input + offset, width, pivot);
+    const V deviation = value - pivot;
+    sums.k[0] = sums.k[0] + deviation;
+    sums.k[1] = sums.k[1] + deviation * deviation;
+    if constexpr (kExtremes)
+      unroll<2>([&](auto k) {
+        sums.k[2 + k] = V::each([&](auto i) { return join(2 + k, sums.k[2 + k].part[i], value.part[i]); });
+      });
   }
 
   NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); }
@@ -57,6 +58,7 @@ struct MomentsOp {
 template <class T>
 struct SumsOp {
   using S = double;
+  using V = Block<S, T>;
   static constexpr int64_t kSums = 2;
   static constexpr bool kSeeksPivot = false;
 
@@ -69,10 +71,10 @@ struct SumsOp {
   }
 
   template <class Width>
-  NF_INLINE void accumulate(Sums<SumsOp>& sums, int64_t offset, Width width, Vec<S>) const {
-    const Vec<S> value = load<S>(input + offset, width, Vec<S>{});
-    sums.k[0] += value;
-    sums.k[1] += value * value;
+  NF_INLINE void accumulate(Sums<SumsOp>& sums, int64_t offset, Width width, const V&) const {
+    const V value = load_block<V>(input + offset, width);
+    sums.k[0] = sums.k[0] + value;
+    sums.k[1] = sums.k[1] + value * value;
   }
 
   NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); }

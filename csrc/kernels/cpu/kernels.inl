@@ -6,9 +6,9 @@ namespace {
 
 #include "kernels/cpu/vec.inl"
 
-#include "kernels/cpu/channel_vector.inl"
-
 #include "kernels/cpu/reduce.inl"
+
+#include "kernels/cpu/channel_vector.inl"
 
 #include "kernels/cpu/apply.inl"
 

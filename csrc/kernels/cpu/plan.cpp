@@ -40,9 +40,9 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
     const int64_t block = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsFirst});
     return make_plan(view, std::clamp<int64_t>(block, 1, view.channels), positions, item_bytes);
   }
-  // Rows lie next to each other in memory, the columns of a channel range do not: 64 of 2048 channels are two cache lines
-  // in every page, and those of a power of two fall into a few sets of the cache. So rows are split where there are
-  // enough of them.
+  // Rows lie next to each other in memory, the columns of a channel range do not: 64 of 2048 channels are two cache
+  // lines in every page, and those of a power of two fall into a few sets of the cache. So rows are split where there
+  // are enough of them.
   const int64_t splits = std::min({bytes / kLeastSplitBytes, positions / kLeastSplitRows, kUnits});
   if (splits > 1) {
     const int64_t block = round_up(ceil_div(positions, splits), kMultiple);

@@ -1,5 +1,5 @@
 // Walks a unit of the tensor and reduces it per channel. What is reduced is the Op's business; an Op has
-//   S, kSums            type of its arithmetic and number of accumulators
+//   V, kSums            block it takes in at once, V::S the type of its arithmetic, and number of accumulators
 //   empty(k)            what accumulator k starts from
 //   join(k, a, b)       two partial accumulators made one
 //   accumulate(sums, offset, width, pivot)       takes in the values at an offset of the tensor
@@ -14,8 +14,11 @@
 inline constexpr int64_t kTrial = 64;
 // Channels first: additions of S in a row before they are folded into double, in every lane of every accumulator.
 inline constexpr int64_t kChain = 64;
-// Accumulators that a row is spread over, where it is long enough: covers the latency of an addition on two ports.
-inline constexpr int64_t kUnroll = 4;
+// Vectors of accumulators that a row is spread over, where it is long enough: covers the latency of an addition on two
+// ports. As many neighbouring vectors are taken along together down channels-last rows.
+inline constexpr int64_t kVectors = 4;
+template <class V>
+inline constexpr int64_t kBlocks = kVectors / V::kParts;
 // Channels last: each lane is a channel, so S holds no more than the rows that advance together, which are as many
 // sequential streams as hardware prefetchers follow. A tile is as long as its pivot may serve.
 inline constexpr int64_t kRowsTogether = 16;
@@ -51,15 +54,37 @@ struct Results {
   double& operator()(int64_t k, int64_t c) const { return data[k * channels + c]; }
 };
 
+// Accumulators in registers.
 template <class Op>
 struct Sums {
-  Vec<typename Op::S> k[Op::kSums];
+  using V = typename Op::V;
+
+  V k[Op::kSums];
 
   NF_INLINE void clear() {
-    for (int64_t i = 0; i < Op::kSums; ++i) k[i] = broadcast<typename Op::S>(Op::empty(i));
+    unroll<Op::kSums>([&](auto i) { k[i] = V::filled(Op::empty(i)); });
   }
   NF_INLINE void join(const Sums& other) {
-    for (int64_t i = 0; i < Op::kSums; ++i) k[i] = Op::join(i, k[i], other.k[i]);
+    unroll<Op::kSums>([&](auto i) {
+      k[i] = V::each([&](auto part) { return Op::join(i, k[i].part[part], other.k[i].part[part]); });
+    });
+  }
+};
+
+// Accumulators of one channel between its rows: a vector each, because those of all of a unit's channels share L1 with
+// the values.
+template <class Op>
+struct ChannelSums {
+  using S = typename Op::V::S;
+
+  Vec<S> k[Op::kSums];
+
+  NF_INLINE void clear() {
+    unroll<Op::kSums>([&](auto i) { k[i] = broadcast<S>(Op::empty(i)); });
+  }
+  NF_INLINE void join(const Sums<Op>& row) {
+    unroll<Op::kSums>(
+        [&](auto i) { unroll<Op::V::kParts>([&](auto part) { k[i] = Op::join(i, k[i], row.k[i].part[part]); }); });
   }
 };
 
@@ -70,11 +95,11 @@ struct Lanes {
 
   template <class Width>
   NF_INLINE void load_rows(const double* rows, int64_t stride, Width width) {
-    for (int64_t i = 0; i < Op::kSums; ++i) k[i] = load<double>(rows + i * stride, width);
+    unroll<Op::kSums>([&](auto i) { k[i] = load<double>(rows + i * stride, width); });
   }
   template <class Width>
   NF_INLINE void store_rows(double* rows, int64_t stride, Width width) const {
-    for (int64_t i = 0; i < Op::kSums; ++i) store(rows + i * stride, k[i], width);
+    unroll<Op::kSums>([&](auto i) { store(rows + i * stride, k[i], width); });
   }
 };
 
@@ -91,39 +116,41 @@ NF_FN double across(int64_t k, V v) {
 }
 
 template <class Op>
-NF_FN double total_of(int64_t k, Vec<typename Op::S> v) {
-  const auto wide = widened(v);
+NF_FN double total_of(int64_t k, Vec<typename Op::V::S> lanes) {
+  const auto wide = widened(lanes);
   if constexpr (wide.kParts == 1)
     return across<Op>(k, wide.part[0]);
   else
     return across<Op>(k, Op::join(k, wide.part[0], wide.part[1]));
 }
 
-template <class S>
-inline constexpr int64_t kLongRow = 2 * kUnroll * kLanes<S>;
+template <class V>
+inline constexpr int64_t kLongRow = 2 * kBlocks<V> * V::kWidth;
 
 template <class Op>
-NF_FN void accumulate_row(const Op& op, Sums<Op>& sums, int64_t offset, int64_t n, Vec<typename Op::S> pivot) {
-  constexpr int64_t kLane = kLanes<typename Op::S>;
-  int64_t i = 0;
-  if (n >= kLongRow<typename Op::S>) {
-    Sums<Op> part[kUnroll];
-    for (auto& p : part) p.clear();
-    for (; i + kUnroll * kLane <= n; i += kUnroll * kLane)
-      for (int64_t u = 0; u < kUnroll; ++u) op.accumulate(part[u], offset + i + u * kLane, Whole{}, pivot);
-    part[0].join(part[1]);
-    part[2].join(part[3]);
-    part[0].join(part[2]);
-    sums.join(part[0]);
+NF_FN void accumulate_row(const Op& op, ChannelSums<Op>& sums, int64_t offset, int64_t n, const typename Op::V& pivot) {
+  using V = typename Op::V;
+  Sums<Op> row;
+  row.clear();
+  int64_t done = 0;
+  if (n >= kLongRow<V>) {
+    constexpr int64_t kStep = kBlocks<V> * V::kWidth;
+    done = n / kStep * kStep;
+    Sums<Op> part[kBlocks<V>];
+    unroll<kBlocks<V>>([&](auto b) { part[b].clear(); });
+    for (int64_t i = 0; i < done; i += kStep)
+      unroll<kBlocks<V>>([&](auto b) { op.accumulate(part[b], offset + i + b * V::kWidth, Whole{}, pivot); });
+    unroll<kBlocks<V>>([&](auto b) { row.join(part[b]); });
   }
-  for_each_vector<typename Op::S>(n - i,
-                                  [&](int64_t j, auto width) { op.accumulate(sums, offset + i + j, width, pivot); });
+  for_each_block<V>(n - done, [&](int64_t i, auto width) { op.accumulate(row, offset + done + i, width, pivot); });
+  sums.join(row);
 }
 
 // The state of a unit between tiles: a pivot and a tile's sums for each of its channels, the sums as rows of kChannels.
 template <class Op, int64_t kChannels>
 struct Tile {
-  using S = typename Op::S;
+  using V = typename Op::V;
+  using S = typename V::S;
 
   const Op& op;
   const Unit& unit;
@@ -165,25 +192,25 @@ struct Tile {
 
 template <class Op>
 void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& unit, const Results& results) {
-  using S = typename Op::S;
+  using V = typename Op::V;
   const int64_t channels = unit.c1 - unit.c0;
   Tile<Op, kMaxChannelsFirst> tile(op, unit, results);
   for (int64_t c = 0; c < channels; ++c)
     tile.pivots[c] = op.first_pivot(unit.c0 + c, offset_of(view, unit.c0 + c, unit.m0));
 
   const auto accumulate = [&](int64_t m, int64_t end) {
-    Sums<Op> sums[kMaxChannelsFirst];
+    ChannelSums<Op> sums[kMaxChannelsFirst];
     for (int64_t c = 0; c < channels; ++c) sums[c].clear();
     for (int64_t n; m < end; m += n) {
       n = least(view.inner - m % view.inner, end - m);
       const int64_t offset = offset_of(view, unit.c0, m);
       for (int64_t c = 0; c < channels; ++c) {
         op.prefetch(offset + (view.channels + c) * view.inner, view.inner);
-        accumulate_row(op, sums[c], offset + c * view.inner, n, broadcast<S>(tile.pivots[c]));
+        accumulate_row(op, sums[c], offset + c * view.inner, n, V::filled(tile.pivots[c]));
       }
     }
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t k = 0; k < Op::kSums; ++k) tile.sums[k * kMaxChannelsFirst + c] = total_of<Op>(k, sums[c].k[k]);
+      unroll<Op::kSums>([&](auto k) { tile.sums[k * kMaxChannelsFirst + c] = total_of<Op>(k, sums[c].k[k]); });
   };
 
   if constexpr (Op::kSeeksPivot) {
@@ -191,7 +218,7 @@ void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& un
     accumulate(unit.m0, unit.m0 + trial);
     tile.seek_pivots(trial);
   }
-  const int64_t full = kChain * kLanes<S> * (view.inner >= kLongRow<S> ? kUnroll : 1);
+  const int64_t full = kChain * V::kWidth * (view.inner >= kLongRow<V> ? kBlocks<V> : 1);
   for (int64_t m = unit.m0; m < unit.m1; m += full) {
     const int64_t count = least(full, unit.m1 - m);
     accumulate(m, m + count);
@@ -207,44 +234,44 @@ NF_FN int64_t rows_in_one(int64_t channels) {
   return channels % kLanes<S> == 0 ? kEnough / channels : kLanes<S> * ((kEnough / kLanes<S> + channels - 1) / channels);
 }
 
-// A few vectors of neighbouring lanes over a few rows that lie `stride` apart: sums in registers meanwhile, then joined
+// A few blocks of neighbouring lanes over a few rows that lie `stride` apart: sums in registers meanwhile, then joined
 // to the tile's, which are double.
-template <int64_t kVectors, class Op, class Width>
+template <int64_t blocks, class Op, class Width>
 NF_FN void accumulate_rows(const Op& op, int64_t offset, int64_t stride, int64_t rows, Width width,
-                           const typename Op::S* pivots, double* sums) {
-  using S = typename Op::S;
-  Sums<Op> part[kVectors];
-  Vec<S> pivot[kVectors];
-  for (int64_t v = 0; v < kVectors; ++v) {
-    pivot[v] = load<S>(pivots + v * kLanes<S>, Whole{});
-    part[v].clear();
-  }
+                           const typename Op::V::S* pivots, double* sums) {
+  using V = typename Op::V;
+  using S = typename V::S;
+  Sums<Op> part[blocks];
+  V pivot[blocks];
+  unroll<blocks>([&](auto b) {
+    pivot[b] = in_block_order<V>(pivots + b * V::kWidth);
+    part[b].clear();
+  });
   for (int64_t row = 0; row < rows; ++row) {
-    op.prefetch(offset + (row + rows) * stride, kVectors * kLanes<S>);
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < kVectors; ++v)
-      op.accumulate(part[v], offset + row * stride + v * kLanes<S>, width, pivot[v]);
+    op.prefetch(offset + (row + rows) * stride, blocks * V::kWidth);
+    unroll<blocks>([&](auto b) { op.accumulate(part[b], offset + row * stride + b * V::kWidth, width, pivot[b]); });
   }
-  for (int64_t i = 0; i < Op::kSums; ++i)
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const Wide<S> wide = widened(part[v].k[i]);
-      double* const sum = sums + i * kMaxChannelsLast + v * kLanes<S>;
-      for (int64_t h = 0; h < Wide<S>::kParts; ++h) {
-        double* const lanes = sum + h * kLanes<double>;
-        store(lanes, Op::join(i, load<double>(lanes, Whole{}), wide.part[h]), Whole{});
-      }
-    }
+  unroll<blocks * Op::kSums>([&](auto i) {
+    constexpr int64_t b = i / Op::kSums, k = i % Op::kSums;
+    const V lanes = in_own_order(part[b].k[k]);
+    unroll<V::kParts>([&](auto v) {
+      const Wide<S> wide = widened(lanes.part[v]);
+      unroll<Wide<S>::kParts>([&](auto h) {
+        double* const sum = sums + k * kMaxChannelsLast + b * V::kWidth + v * kLanes<S> + h * kLanes<double>;
+        store(sum, Op::join(k, load<double>(sum, Whole{}), wide.part[h]), Whole{});
+      });
+    });
+  });
 }
 
 template <class Op>
 void reduce_channels_last(const Op& op, const ChannelView& view, const Unit& unit, const Results& results) {
-  using S = typename Op::S;
-  constexpr int64_t kLane = kLanes<S>;
-  constexpr int64_t kVectors = 4;
+  using V = typename Op::V;
+  using S = typename V::S;
   const int64_t channels = unit.c1 - unit.c0;
   const int64_t together = channels == view.channels ? rows_in_one<S>(channels) : 1;
   const int64_t lanes = channels * together;
-  const int64_t padded = (lanes + kLane - 1) / kLane * kLane;  // the last vector may use all of its lanes
+  const int64_t padded = (lanes + V::kWidth - 1) / V::kWidth * V::kWidth;  // the last block may use all of its lanes
   Tile<Op, kMaxChannelsLast> tile(op, unit, results);
   for (int64_t c = 0; c < channels; ++c)
     tile.pivots[c] = op.first_pivot(unit.c0 + c, unit.m0 * view.channels + unit.c0 + c);
@@ -252,9 +279,9 @@ void reduce_channels_last(const Op& op, const ChannelView& view, const Unit& uni
   const auto accumulate_block = [&](int64_t m, int64_t rows, int64_t stride, int64_t n) {
     const int64_t offset = m * view.channels + unit.c0;
     int64_t i = 0;
-    for (; i + kVectors * kLane <= n; i += kVectors * kLane)
-      accumulate_rows<kVectors>(op, offset + i, stride, rows, Whole{}, tile.pivots + i, tile.sums + i);
-    for_each_vector<S>(n - i, [&](int64_t j, auto width) {
+    for (; i + kBlocks<V> * V::kWidth <= n; i += kBlocks<V> * V::kWidth)
+      accumulate_rows<kBlocks<V>>(op, offset + i, stride, rows, Whole{}, tile.pivots + i, tile.sums + i);
+    for_each_block<V>(n - i, [&](int64_t j, auto width) {
       accumulate_rows<1>(op, offset + i + j, stride, rows, width, tile.pivots + i + j, tile.sums + i + j);
     });
   };

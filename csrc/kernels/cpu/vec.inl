@@ -2,6 +2,17 @@
 // partial. Arithmetic is the compiler's own on vector types.
 inline constexpr int64_t kVectorBytes = NF_VECTOR_BYTES;
 
+// Calls f(0), f(1), … f(n - 1) with the indices as constants. In a plain loop over an array of vectors GCC unrolls too
+// late to keep the array in registers.
+template <int64_t... i, class F>
+NF_FN void unroll(std::integer_sequence<int64_t, i...>, const F& f) {
+  (f(std::integral_constant<int64_t, i>{}), ...);
+}
+template <int64_t n, class F>
+NF_FN void unroll(const F& f) {
+  unroll(std::make_integer_sequence<int64_t, n>{}, f);
+}
+
 // Type of the arithmetic done on values stored as T.
 template <class T>
 struct ComputeOf {
@@ -66,11 +77,16 @@ NF_FN int64_t lanes_in(Part part) {
 }
 
 // Calls body(i, Whole or Part) for i = 0, lanes, 2 * lanes, … up to n.
+template <int64_t lanes, class Body>
+NF_FN void for_each_part(int64_t n, const Body& body) {
+  // By n alone, so that a loop over rows of one length computes it, and the part's masks, once.
+  const int64_t whole = n / lanes * lanes;
+  for (int64_t i = 0; i < whole; i += lanes) body(i, Whole{});
+  if (whole < n) body(whole, Part{n - whole});
+}
 template <class S, class Body>
 NF_FN void for_each_vector(int64_t n, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes<S> <= n; i += kLanes<S>) body(i, Whole{});
-  if (i < n) body(i, Part{n - i});
+  for_each_part<kLanes<S>>(n, body);
 }
 
 template <class S>
@@ -114,13 +130,14 @@ NF_FN Vec<float> widen(BFloat16, U16 raw) {
   return read_as<Vec<float>>(&bits);
 }
 
-// To nearest, ties to even; NaN stays NaN (rounding its payload could carry it over to infinity).
-NF_FN U16 narrow(BFloat16, Vec<float> value) {
+// To nearest, ties to even, in the upper half of each lane. The lower half of a NaN must be zero, as that of the
+// default NaN is and of every widened one: its carry could make the NaN a number.
+NF_FN U32 round_to_bfloat16(Vec<float> value) {
   const U32 bits = read_as<U32>(&value);
-  const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const U32 quiet = (bits >> 16) | 0x40;
-  return to_u16(value == value ? rounded : quiet);
+  return bits + 0x7fff + ((bits >> 16) & 1);
 }
+
+NF_FN U16 narrow(BFloat16, Vec<float> value) { return to_u16(round_to_bfloat16(value) >> 16); }
 
 NF_FN Vec<float> widen(Half, U16 raw) {
 #if NF_VECTOR_BYTES == 64
@@ -203,7 +220,7 @@ NF_FN Vec<S> load(const T* p, Whole, Vec<S>) {
   return load<S>(p, Whole{});
 }
 
-// All lanes of a vector as double.
+// All lanes of a vector as double. Halves by way of memory would keep the accumulators they are taken from there.
 template <class S>
 struct Wide {
   static constexpr int64_t kParts = sizeof(double) / sizeof(S);
@@ -212,10 +229,18 @@ struct Wide {
 
 NF_FN Wide<double> widened(Vec<double> v) { return {{v}}; }
 NF_FN Wide<float> widened(Vec<float> v) {
+#if NF_VECTOR_BYTES == 64
+  return {{(Vec<double>)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
+           (Vec<double>)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))}};
+#elif NF_VECTOR_BYTES == 32
+  return {{(Vec<double>)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
+           (Vec<double>)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))}};
+#else
   using HalfVector = VecOf<float, kVectorBytes / 2>::type;
   const auto* const lanes = reinterpret_cast<const char*>(&v);
   return {{__builtin_convertvector(read_as<HalfVector>(lanes), Vec<double>),
            __builtin_convertvector(read_as<HalfVector>(lanes + kVectorBytes / 2), Vec<double>)}};
+#endif
 }
 
 // ---- stores ------------------------------------------------------------------------------------------------------
@@ -274,9 +299,155 @@ NF_FN void stream_raw(void* p, V raw) {
   std::memcpy(p, &raw, sizeof(V));
 }
 
-template <class T>
-NF_FN void stream(T* p, Vec<compute_t<T>> value) {
-  stream_raw(p, stored<T>(value));
+// ---- blocks ------------------------------------------------------------------------------------------------------
+
+// What one access to memory holds of T, as vectors of S. That is one vector, but two of bfloat16: the values at even
+// and those at odd places, which a shift and a mask take apart, and put together again. Widening and narrowing lane by
+// lane takes shuffles, for which there is one port.
+template <class S_, class T>
+struct Block {
+  using S = S_;
+  static constexpr int64_t kParts = std::is_same_v<T, BFloat16> && std::is_same_v<S, float> ? 2 : 1;
+  static constexpr int64_t kWidth = kParts * kLanes<S>;
+
+  Vec<S> part[kParts];
+
+  template <class F>
+  static NF_INLINE Block each(const F& f) {
+    Block result;
+    unroll<kParts>([&](auto i) { result.part[i] = f(i); });
+    return result;
+  }
+  static NF_INLINE Block filled(S value) {
+    return each([&](int64_t) { return broadcast<S>(value); });
+  }
+  friend NF_INLINE Block operator+(const Block& a, const Block& b) {
+    return each([&](int64_t i) { return a.part[i] + b.part[i]; });
+  }
+  friend NF_INLINE Block operator-(const Block& a, const Block& b) {
+    return each([&](int64_t i) { return a.part[i] - b.part[i]; });
+  }
+  friend NF_INLINE Block operator*(const Block& a, const Block& b) {
+    return each([&](int64_t i) { return a.part[i] * b.part[i]; });
+  }
+};
+
+template <class V, class Body>
+NF_FN void for_each_block(int64_t n, const Body& body) {
+  for_each_part<V::kWidth>(n, body);
+}
+
+using Block16 = Block<float, BFloat16>;
+
+NF_FN Block16 taken_apart(U32 raw) {
+  const U32 even = raw << 16, odd = raw & 0xffff0000;
+  return {{read_as<Vec<float>>(&even), read_as<Vec<float>>(&odd)}};
+}
+
+template <class T, class V>
+NF_FN auto put_together(const V& values) {
+  if constexpr (V::kParts == 1)
+    return stored<T>(values.part[0]);
+  else
+    return (round_to_bfloat16(values.part[0]) >> 16) | (round_to_bfloat16(values.part[1]) & 0xffff0000);
+}
+
+template <class V, class T>
+NF_FN V load_block(const T* p, Whole) {
+  if constexpr (V::kParts == 1)
+    return {{load<typename V::S>(p, Whole{})}};
+  else
+    return taken_apart(read_as<U32>(p));
+}
+
+// The lanes beyond the part are those of `fill`.
+template <class V, class T>
+NF_FN V load_block(const T* p, Part part, const V& fill = V{}) {
+  if constexpr (V::kParts == 1) {
+    return {{load<typename V::S>(p, part, fill.part[0])}};
+  } else {
+#if NF_VECTOR_BYTES == 64
+    const V values = taken_apart((U32)_mm512_maskz_loadu_epi16((1u << part.lanes) - 1, p));
+    return V::each([&](int64_t i) {
+      const auto mask = static_cast<__mmask16>((1u << (part.lanes + 1 - i) / 2) - 1);
+      return (Vec<float>)_mm512_mask_blend_ps(mask, (__m512)fill.part[i], (__m512)values.part[i]);
+    });
+#else
+    T buffer[V::kWidth] = {};
+    std::memcpy(buffer, p, static_cast<size_t>(part.lanes) * sizeof(T));
+    const V values = load_block<V>(static_cast<const T*>(buffer), Whole{});
+    return V::each([&](int64_t i) {
+      return lane_index<float>() < static_cast<int32_t>((part.lanes + 1 - i) / 2) ? values.part[i] : fill.part[i];
+    });
+#endif
+  }
+}
+
+template <class V, class T>
+NF_FN V load_block(const T* p, Whole, const V&) {
+  return load_block<V>(p, Whole{});
+}
+
+template <class V, class T>
+NF_FN void store_block(T* p, const V& values, Whole) {
+  const auto raw = put_together<T>(values);
+  std::memcpy(p, &raw, sizeof(raw));
+}
+
+template <class V, class T>
+NF_FN void store_block(T* p, const V& values, Part part) {
+  if constexpr (V::kParts == 1) {
+    store(p, values.part[0], part);
+  } else {
+    const auto raw = put_together<T>(values);
+#if NF_VECTOR_BYTES == 64
+    _mm512_mask_storeu_epi16(p, (1u << part.lanes) - 1, (__m512i)raw);
+#else
+    std::memcpy(p, &raw, static_cast<size_t>(part.lanes) * sizeof(T));
+#endif
+  }
+}
+
+// Lanes of a and, behind them, b, picked by index.
+NF_FN Vec<float> picked(Vec<float> a, Vec<float> b, Vec<int32_t> index) {
+#if defined(__clang__)
+  Vec<float> result;
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane)
+    result[lane] = index[lane] < kLanes<float> ? a[index[lane]] : b[index[lane] - kLanes<float>];
+  return result;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// A block from values of S in their own order, and back. These shuffle; they are for what is loaded once for many rows.
+template <class V>
+NF_FN V in_block_order(const typename V::S* p) {
+  if constexpr (V::kParts == 1) {
+    return {{load<typename V::S>(p, Whole{})}};
+  } else {
+    const Vec<float> a = load<float>(p, Whole{}), b = load<float>(p + kLanes<float>, Whole{});
+    return V::each([&](int64_t i) { return picked(a, b, 2 * lane_index<float>() + static_cast<int32_t>(i)); });
+  }
+}
+
+template <class V>
+NF_FN V in_own_order(const V& block) {
+  if constexpr (V::kParts == 1) {
+    return block;
+  } else {
+    const Vec<int32_t> lane = lane_index<float>();
+    return V::each([&](int64_t i) {
+      const auto half = static_cast<int32_t>(i * kLanes<float> / 2);
+      return picked(block.part[0], block.part[1], half + lane / 2 + lane % 2 * static_cast<int32_t>(kLanes<float>));
+    });
+  }
+}
+
+// Past the caches; p must be aligned to the block's size in memory.
+template <class V, class T>
+NF_FN void stream_block(T* p, const V& values) {
+  stream_raw(p, put_together<T>(values));
 }
 
 NF_FN int64_t bytes_to_alignment(const void* p, int64_t alignment) {
