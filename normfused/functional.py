@@ -108,7 +108,7 @@ def named_batch_norm(
             eps,
             num_batches_tracked,
         )
-    _check_shape(name, ranks, input, training)
+    _check_shape(name, ranks, input, training, running_mean is not None)
     arguments = (weight, bias, running_mean, running_var)
     if torch.compiler.is_compiling():
         _check(input, *arguments, training, momentum, eps, num_batches_tracked)
@@ -214,7 +214,7 @@ def channel_moments(input: Tensor) -> ChannelMoments:
         return ChannelMoments(values_per_channel(input), *torch.ops.normfused.channel_moments(input))
 
 
-def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, training: bool) -> None:
+def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, training: bool, buffers: bool) -> None:
     try:
         rank = input.dim()
     except AttributeError:
@@ -225,10 +225,18 @@ def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, traini
     if rank < 2:
         raise ValueError(f"{name}: input needs at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     if training and input.numel() == input.size(1) != 0:
+        got, drop = (
+            f"got input of shape {tuple(input.shape)}",
+            "drop the last incomplete batch (DataLoader(drop_last=True))",
+        )
+        if not buffers:  # eval mode is no way out
+            raise ValueError(
+                f"{name}: expected more than 1 value per channel without running statistics, {got}; "
+                f"use a bigger batch, keep running statistics, or {drop}"
+            )
         raise ValueError(
-            f"{name}: expected more than 1 value per channel when training, got input of shape {tuple(input.shape)}; "
-            "use a bigger batch, put the module in eval mode, or drop the last incomplete batch "
-            "(DataLoader(drop_last=True))"
+            f"{name}: expected more than 1 value per channel when training, {got}; "
+            f"use a bigger batch, put the module in eval mode, or {drop}"
         )
 
 
@@ -278,11 +286,17 @@ def _check(
         if vector.dtype not in dtypes:
             allowed = " or ".join(sorted((str(d) for d in dtypes), key=lambda d: d != "torch.float32"))
             raise TypeError(f"batch_norm: {name} must be {allowed} for {input.dtype} input, got {vector.dtype}")
-        if vector.dim() != 1 or vector.size(0) != input.size(1):
+        if vector.dim() != 1:
+            raise ValueError(f"batch_norm: {name} must have shape ({input.size(1)},), got {tuple(vector.shape)}")
+        if vector.size(0) != input.size(1):
             raise ValueError(
                 f"batch_norm: {name} has {vector.numel()} elements, but input of shape {tuple(input.shape)} "
                 f"has {input.size(1)} channels (dim 1)"
             )
+        if name.startswith("running") and vector.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"batch_norm: {name} requires grad, but running statistics are not differentiated")
+    if running_mean is not None and running_mean is running_var:
+        raise ValueError("batch_norm: running_mean and running_var are the same tensor")
     if num_batches_tracked is not None and num_batches_tracked.device != input.device:
         raise ValueError(
             f"batch_norm: num_batches_tracked is on {num_batches_tracked.device}, but input is on {input.device}"
@@ -294,5 +308,7 @@ def _check(
         )
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("batch_norm: momentum=None (cumulative average) needs num_batches_tracked")
+    if training and momentum is not None and not -math.inf < momentum < math.inf:
+        raise ValueError(f"batch_norm: momentum must be a finite number or None, got {momentum}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"batch_norm: eps must be a non-negative finite number, got {eps}")

@@ -29,6 +29,7 @@ class _BatchNorm(_Base):
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         training = self.training or (self.running_mean is None and self.running_var is None)
         buffered = not self.training or self.track_running_stats
+        counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         return named_batch_norm(
             type(self).__name__,
             self._ranks,
@@ -38,9 +39,10 @@ class _BatchNorm(_Base):
             self.weight,
             self.bias,
             training,
-            self.momentum,
+            # A cumulative average without a counter stands still, as torch.nn's does.
+            0.0 if self.momentum is None and counter is None else self.momentum,
             self.eps,
-            self.num_batches_tracked if self.training and self.track_running_stats else None,
+            counter,
         )
 
 

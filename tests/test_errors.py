@@ -63,8 +63,8 @@ for name in ("weight", "bias", "running_mean", "running_var"):
     for size in (2, 4, 0, 1):
         text = f"batch_norm: {name} has {size} elements, but input of shape (4, 3, 5) has 3 channels (dim 1)"
         row(ValueError, text, **{name: torch.ones(size)})
-    text = f"batch_norm: {name} has 9 elements, but input of shape (4, 3, 5) has 3 channels (dim 1)"
-    row(ValueError, text, **{name: torch.ones(3, 3)})
+    for shape in ((3, 3), (3, 1), ()):
+        row(ValueError, f"batch_norm: {name} must have shape (3,), got {shape}", **{name: torch.ones(shape)})
     row(ValueError, f"batch_norm: {name} is on meta, but input is on cpu", **{name: torch.ones(3, device="meta")})
     for dtype, allowed, wrong in (
         (torch.float32, "torch.float32", torch.float64),
@@ -80,12 +80,26 @@ for training in (True, False):
     for name, given in (("running_mean", "running_var"), ("running_var", "running_mean")):
         text = f"batch_norm: running_mean and running_var must be given together, got only {given}"
         row(ValueError, text, training=training, **{name: None})
+        text = f"batch_norm: {name} requires grad, but running statistics are not differentiated"
+        row(ValueError, text, training=training, **{name: torch.ones(3, requires_grad=True)})
     for eps in (-1e-5, -1.0, float("inf"), float("nan")):
         text = f"batch_norm: eps must be a non-negative finite number, got {eps}"
         row(ValueError, text, eps=eps, training=training)
     for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
         text = f"batch_norm: input must be float32, float64, float16 or bfloat16, got {dtype}"
         row(TypeError, text, input=torch.zeros(4, 3, 5, dtype=dtype), training=training)
+for momentum in (float("nan"), float("inf")):
+    row(ValueError, f"batch_norm: momentum must be a finite number or None, got {momentum}", momentum=momentum)
+one = torch.ones(3)
+row(ValueError, "batch_norm: running_mean and running_var are the same tensor", running_mean=one, running_var=one)
+row(
+    ValueError,
+    "batch_norm: expected more than 1 value per channel without running statistics, got input of shape (1, 4); use a "
+    "bigger batch, keep running statistics, or drop the last incomplete batch (DataLoader(drop_last=True))",
+    shape=(1, 4),
+    running_mean=None,
+    running_var=None,
+)
 row(TypeError, "batch_norm: input must be a tensor, got list", input=[[1.0, 2.0]])
 for name in ("weight", "bias", "running_mean", "running_var"):
     row(TypeError, f"batch_norm: {name} must be a tensor or None, got list", **{name: [1.0, 1.0, 1.0]})

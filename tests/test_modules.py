@@ -234,7 +234,7 @@ SINGLE = [
 @pytest.mark.parametrize(("cls", "shape"), SINGLE, ids=str)
 def test_b05_one_value_per_channel(device: torch.device, cls: type, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, device=device)
-    for arguments in ({}, {"track_running_stats": False}, {"momentum": None}, {"affine": False}):
+    for arguments in ({}, {"momentum": None}, {"affine": False}):
         module = cls(shape[1], device=device, **arguments)
         before = {name: value.clone() for name, value in module.state_dict().items()}
         with pytest.raises(ValueError, match="more than 1 value") as error:
@@ -246,6 +246,31 @@ def test_b05_one_value_per_channel(device: torch.device, cls: type, shape: tuple
         )
         for name, value in module.state_dict().items():
             assert_same_bits(value, before[name])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(("cls", "shape"), SINGLE, ids=str)
+def test_b05_one_value_per_channel_without_buffers(
+    device: torch.device, cls: type, shape: tuple[int, ...], training: bool
+) -> None:
+    module = cls(shape[1], device=device, track_running_stats=False).train(training)
+    with pytest.raises(ValueError, match="more than 1 value") as error:
+        module(torch.randn(shape, device=device))
+    assert str(error.value) == (
+        f"{cls.__name__}: expected more than 1 value per channel without running statistics, got input of shape "
+        f"{shape}; use a bigger batch, keep running statistics, or drop the last incomplete batch "
+        "(DataLoader(drop_last=True))"
+    )
+
+
+def test_b13_cumulative_average_without_a_counter_stands_still(device: torch.device) -> None:
+    ours, theirs = (cls(3, momentum=None, device=device) for cls in (normfused.BatchNorm1d, nn.BatchNorm1d))
+    x = torch.randn(8, 3, device=device)
+    for module in (ours, theirs):
+        module.num_batches_tracked = None
+        module(x)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    assert torch.equal(ours.running_mean, torch.zeros(3, device=device))
 
 
 @pytest.mark.parametrize(("cls", "shape"), SINGLE, ids=str)

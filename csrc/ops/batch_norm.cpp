@@ -85,9 +85,11 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_training_cpu(const at::Tensor& inp
   check_channels("running_var", running_var, input);
   TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
                     "running_mean and running_var must be given together");
+  TORCH_CHECK_VALUE(!running_mean || !running_mean->is_same(*running_var), "running_mean and running_var are the same");
   TORCH_CHECK_VALUE(!num_batches_tracked || (num_batches_tracked->scalar_type() == at::kLong &&
                                              num_batches_tracked->dim() == 0 && num_batches_tracked->is_cpu()),
                     "num_batches_tracked must be a 0-d int64 tensor on ", input.device());
+  TORCH_CHECK_VALUE(!momentum || std::isfinite(*momentum), "momentum must be finite, got ", *momentum);
   TORCH_CHECK_VALUE(momentum || num_batches_tracked || !running_mean, "momentum=None needs num_batches_tracked");
   TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be a non-negative finite number, got ", eps);
 

@@ -17,6 +17,11 @@ using torch::autograd::variable_list;
 bool needs_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 bool needs_grad(const OptionalTensor& tensor) { return tensor && needs_grad(*tensor); }
 
+void check_buffers(const OptionalTensor& running_mean, const OptionalTensor& running_var) {
+  TORCH_CHECK_VALUE(!at::GradMode::is_enabled() || (!needs_grad(running_mean) && !needs_grad(running_var)),
+                    "running statistics are not differentiated");
+}
+
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 // Passes a second derivative on, so that it still counts as depending on what it was computed from.
@@ -173,6 +178,7 @@ std::tuple<Tensor, Tensor> batch_norm_training_autograd(const Tensor& input, con
                                                         const OptionalTensor& running_var,
                                                         const OptionalTensor& num_batches_tracked,
                                                         std::optional<double> momentum, double eps) {
+  check_buffers(running_mean, running_var);
   if (at::GradMode::is_enabled() && (needs_grad(input) || needs_grad(weight) || needs_grad(bias))) {
     const auto results =
         TrainingFunction::apply(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
@@ -185,6 +191,7 @@ std::tuple<Tensor, Tensor> batch_norm_training_autograd(const Tensor& input, con
 std::tuple<Tensor, Tensor> batch_norm_inference_autograd(const Tensor& input, const OptionalTensor& weight,
                                                          const OptionalTensor& bias, const Tensor& running_mean,
                                                          const Tensor& running_var, double eps) {
+  check_buffers(running_mean, running_var);
   if (at::GradMode::is_enabled() && (needs_grad(input) || needs_grad(weight) || needs_grad(bias))) {
     const auto results = InferenceFunction::apply(input, weight, bias, running_mean, running_var, eps);
     return {results[0], results[1]};
