@@ -23,15 +23,20 @@ bool is_channels_last(const at::Tensor& tensor) {
   return true;
 }
 
+// Asks for huge pages and touches them, all threads at once: left to the kernels, threads would meet at the same pages.
 void use_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t kWorthwhile = 4 << 20;
-  constexpr uintptr_t kPage = 4096;
+  constexpr uintptr_t kPage = 4 << 10, kHugePage = 2 << 20;
   if (bytes < kWorthwhile) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
   // Only advice: where the system does not take it, pages stay small.
   (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  at::parallel_for(0, static_cast<int64_t>((end - begin) / kHugePage), 1, [&](int64_t first, int64_t last) {
+    for (uintptr_t at = begin + first * kHugePage; at < begin + last * kHugePage; at += kHugePage)
+      *reinterpret_cast<volatile char*>(at) = 0;
+  });
 #else
   (void)data;
   (void)bytes;
