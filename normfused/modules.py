@@ -27,15 +27,16 @@ class _BatchNorm(_Base):
             if leaf is not None:
                 return leaf
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
-        training = self.training or (self.running_mean is None and self.running_var is None)
+        running_mean, running_var = self.running_mean, self.running_var  # once: nn.Module takes 0.7 us to find each
+        training = self.training or (running_mean is None and running_var is None)
         buffered = not self.training or self.track_running_stats
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         return named_batch_norm(
             type(self).__name__,
             self._ranks,
             input,
-            self.running_mean if buffered else None,
-            self.running_var if buffered else None,
+            running_mean if buffered else None,
+            running_var if buffered else None,
             self.weight,
             self.bias,
             training,
