@@ -185,10 +185,10 @@ def channel_sums(input: Tensor) -> ChannelSums:
         ValueError: fewer than two dimensions. TypeError: bool or complex input.
     """
     _check_statistics_input("channel_sums", input, _DTYPES + _INTEGERS)
-    with torch.no_grad():
-        if _extension.C is None or not input.is_floating_point():
-            return reference.channel_sums(input)
-        return ChannelSums(values_per_channel(input), *torch.ops.normfused.channel_sums(input))
+    input = input.detach()
+    if _extension.C is None or not input.is_floating_point():
+        return reference.channel_sums(input)
+    return ChannelSums(values_per_channel(input), *torch.ops.normfused.channel_sums(input))
 
 
 def channel_moments(input: Tensor) -> ChannelMoments:
@@ -208,10 +208,10 @@ def channel_moments(input: Tensor) -> ChannelMoments:
     Source: Chan, Golub and LeVeque, 1983, "Algorithms for Computing the Sample Variance".
     """
     _check_statistics_input("channel_moments", input, _DTYPES)
-    with torch.no_grad():
-        if _extension.C is None:
-            return reference.channel_moments(input)
-        return ChannelMoments(values_per_channel(input), *torch.ops.normfused.channel_moments(input))
+    input = input.detach()
+    if _extension.C is None:
+        return reference.channel_moments(input)
+    return ChannelMoments(values_per_channel(input), *torch.ops.normfused.channel_moments(input))
 
 
 def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, training: bool, buffers: bool) -> None:
