@@ -99,7 +99,7 @@ void forward_table(const BatchNormForward& args, S* table, int64_t c0, int64_t n
   double weight[kEntries], bias[kEntries];
   read(args.weight, c0, n, 1, weight);
   read(args.bias, c0, n, 0, bias);
-#pragma GCC ivdep
+  NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
     const auto k = forward_coefficients<S>(args.mean[c0 + i], args.invstd[c0 + i], weight[i], bias[i]);
     table[c0 + i] = k.pivot;
@@ -116,7 +116,7 @@ void finish_training(const BatchNormForward& args, const Results& results, doubl
   double running_mean[kEntries], running_var[kEntries];
   read(args.running_mean, c0, n, 0, running_mean);
   read(args.running_var, c0, n, 0, running_var);
-#pragma GCC ivdep
+  NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
     const double mean = results(0, c0 + i);
     const double variance = biased_variance({count, mean, results(1, c0 + i)});
@@ -136,7 +136,7 @@ void finish_backward(const BatchNormBackward& args, const Results& results, S* t
   const int64_t channels = args.view.channels, count = args.view.positions();
   double weight[kEntries], grad_weight[kEntries], grad_bias[kEntries];
   read(args.weight, c0, n, 1, weight);
-#pragma GCC ivdep
+  NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
     const auto k = backward_coefficients<S>(args.mean[c0 + i], args.invstd[c0 + i], weight[i], count,
                                             results(0, c0 + i), results(1, c0 + i));

@@ -6,6 +6,8 @@ namespace {
 
 #include "kernels/cpu/vec.inl"
 
+#include "kernels/cpu/block.inl"
+
 #include "kernels/cpu/reduce.inl"
 
 #include "kernels/cpu/channel_vector.inl"

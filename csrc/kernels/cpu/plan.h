@@ -9,7 +9,7 @@
 namespace normfused::cpu {
 
 // Bounds of a unit's channels, whose accumulators live on the stack. Channels last: two sums and a pivot a channel take
-// 24 of 48 KiB of L1 in float.
+// 20 of 48 KiB of L1 in float.
 inline constexpr int64_t kMaxChannelsFirst = 64;
 inline constexpr int64_t kMaxChannelsLast = 1024;
 

@@ -25,12 +25,15 @@
 #include "kernels/math.h"
 #include "kernels/types.h"
 
-// GCC instantiates templates at the end of the file, so there the pragma stays in force; clang wants it closed.
+// GCC instantiates templates at the end of the file, so there the pragma stays in force; clang wants it closed. Before
+// a loop, NF_NO_ALIASES says that what it writes it does not read by another name.
 #define NF_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define NF_TARGET_BEGIN(isa) NF_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define NF_TARGET_END NF_PRAGMA(clang attribute pop)
+#define NF_NO_ALIASES
 #else
 #define NF_TARGET_BEGIN(isa) NF_PRAGMA(GCC target(isa))
 #define NF_TARGET_END
+#define NF_NO_ALIASES NF_PRAGMA(GCC ivdep)
 #endif

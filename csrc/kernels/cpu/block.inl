@@ -1,0 +1,148 @@
+// Blocks: what one access to memory holds of T, as vectors of S. That is one vector, but two of bfloat16: the values at
+// even and those at odd places, which a shift and a mask take apart, and put together again. Widening and narrowing
+// lane by lane takes shuffles, for which there is one port.
+template <class S_, class T>
+struct Block {
+  using S = S_;
+  static constexpr int64_t kParts = std::is_same_v<T, BFloat16> && std::is_same_v<S, float> ? 2 : 1;
+  static constexpr int64_t kWidth = kParts * kLanes<S>;
+
+  Vec<S> part[kParts];
+
+  template <class F>
+  static NF_INLINE Block each(const F& f) {
+    Block result;
+    unroll<kParts>([&](auto i) { result.part[i] = f(i); });
+    return result;
+  }
+  static NF_INLINE Block filled(S value) {
+    return each([&](int64_t) { return broadcast<S>(value); });
+  }
+  friend NF_INLINE Block operator+(const Block& a, const Block& b) {
+    return each([&](int64_t i) { return a.part[i] + b.part[i]; });
+  }
+  friend NF_INLINE Block operator-(const Block& a, const Block& b) {
+    return each([&](int64_t i) { return a.part[i] - b.part[i]; });
+  }
+  friend NF_INLINE Block operator*(const Block& a, const Block& b) {
+    return each([&](int64_t i) { return a.part[i] * b.part[i]; });
+  }
+};
+
+template <class V, class Body>
+NF_FN void for_each_block(int64_t n, const Body& body) {
+  for_each_part<V::kWidth>(n, body);
+}
+
+using Block16 = Block<float, BFloat16>;
+
+NF_FN Block16 taken_apart(U32 raw) {
+  const U32 even = raw << 16, odd = raw & 0xffff0000;
+  return {{read_as<Vec<float>>(&even), read_as<Vec<float>>(&odd)}};
+}
+
+template <class T, class V>
+NF_FN auto put_together(const V& values) {
+  if constexpr (V::kParts == 1)
+    return stored<T>(values.part[0]);
+  else
+    return (round_to_bfloat16(values.part[0]) >> 16) | (round_to_bfloat16(values.part[1]) & 0xffff0000);
+}
+
+template <class V, class T>
+NF_FN V load_block(const T* p, Whole) {
+  if constexpr (V::kParts == 1)
+    return {{load<typename V::S>(p, Whole{})}};
+  else
+    return taken_apart(read_as<U32>(p));
+}
+
+// The lanes beyond the part are those of `fill`.
+template <class V, class T>
+NF_FN V load_block(const T* p, Part part, const V& fill = V{}) {
+  if constexpr (V::kParts == 1) {
+    return {{load<typename V::S>(p, part, fill.part[0])}};
+  } else {
+#if NF_VECTOR_BYTES == 64
+    const V values = taken_apart((U32)_mm512_maskz_loadu_epi16((1u << part.lanes) - 1, p));
+    return V::each([&](int64_t i) {
+      const auto mask = static_cast<__mmask16>((1u << (part.lanes + 1 - i) / 2) - 1);
+      return (Vec<float>)_mm512_mask_blend_ps(mask, (__m512)fill.part[i], (__m512)values.part[i]);
+    });
+#else
+    T buffer[V::kWidth] = {};
+    std::memcpy(buffer, p, static_cast<size_t>(part.lanes) * sizeof(T));
+    const V values = load_block<V>(static_cast<const T*>(buffer), Whole{});
+    return V::each([&](int64_t i) {
+      return lane_index<float>() < static_cast<int32_t>((part.lanes + 1 - i) / 2) ? values.part[i] : fill.part[i];
+    });
+#endif
+  }
+}
+
+template <class V, class T>
+NF_FN V load_block(const T* p, Whole, const V&) {
+  return load_block<V>(p, Whole{});
+}
+
+template <class V, class T>
+NF_FN void store_block(T* p, const V& values, Whole) {
+  const auto raw = put_together<T>(values);
+  std::memcpy(p, &raw, sizeof(raw));
+}
+
+template <class V, class T>
+NF_FN void store_block(T* p, const V& values, Part part) {
+  if constexpr (V::kParts == 1) {
+    store(p, values.part[0], part);
+  } else {
+    const auto raw = put_together<T>(values);
+#if NF_VECTOR_BYTES == 64
+    _mm512_mask_storeu_epi16(p, (1u << part.lanes) - 1, (__m512i)raw);
+#else
+    std::memcpy(p, &raw, static_cast<size_t>(part.lanes) * sizeof(T));
+#endif
+  }
+}
+
+// Lanes of a and, behind them, b, picked by index.
+NF_FN Vec<float> picked(Vec<float> a, Vec<float> b, Vec<int32_t> index) {
+#if defined(__clang__)
+  Vec<float> result;
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane)
+    result[lane] = index[lane] < kLanes<float> ? a[index[lane]] : b[index[lane] - kLanes<float>];
+  return result;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// A block from values of S in their own order, and back. These shuffle; they are for what is loaded once for many rows.
+template <class V>
+NF_FN V in_block_order(const typename V::S* p) {
+  if constexpr (V::kParts == 1) {
+    return {{load<typename V::S>(p, Whole{})}};
+  } else {
+    const Vec<float> a = load<float>(p, Whole{}), b = load<float>(p + kLanes<float>, Whole{});
+    return V::each([&](int64_t i) { return picked(a, b, 2 * lane_index<float>() + static_cast<int32_t>(i)); });
+  }
+}
+
+template <class V>
+NF_FN V in_own_order(const V& block) {
+  if constexpr (V::kParts == 1) {
+    return block;
+  } else {
+    const Vec<int32_t> lane = lane_index<float>();
+    return V::each([&](int64_t i) {
+      const auto half = static_cast<int32_t>(i * kLanes<float> / 2);
+      return picked(block.part[0], block.part[1], half + lane / 2 + lane % 2 * static_cast<int32_t>(kLanes<float>));
+    });
+  }
+}
+
+// Past the caches; p must be aligned to the block's size in memory.
+template <class V, class T>
+NF_FN void stream_block(T* p, const V& values) {
+  stream_raw(p, put_together<T>(values));
+}
