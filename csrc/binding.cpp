@@ -5,6 +5,7 @@
 
 #include "kernels/cpu/kernels.h"
 #include "ops/batch_norm.h"
+#include "ops/channel_stats.h"
 
 TORCH_LIBRARY(normfused, m) {
   m.def(
@@ -46,6 +47,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return std::get<0>(ops::batch_norm_inference(input, weight, bias, running_mean, running_var, eps));
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def("channel_moments", &ops::channel_moments, py::call_guard<py::gil_scoped_release>());
+  m.def("channel_sums", &ops::channel_sums, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &cpu::capability);
   m.def("has_cuda", [] {
 #if defined(NORMFUSED_WITH_CUDA)

@@ -188,7 +188,8 @@ def channel_sums(input: Tensor) -> ChannelSums:
     input = input.detach()
     if _extension.C is None or not input.is_floating_point():
         return reference.channel_sums(input)
-    return ChannelSums(values_per_channel(input), *torch.ops.normfused.channel_sums(input))
+    operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+    return ChannelSums(values_per_channel(input), *operators.channel_sums(input))
 
 
 def channel_moments(input: Tensor) -> ChannelMoments:
@@ -211,7 +212,8 @@ def channel_moments(input: Tensor) -> ChannelMoments:
     input = input.detach()
     if _extension.C is None:
         return reference.channel_moments(input)
-    return ChannelMoments(values_per_channel(input), *torch.ops.normfused.channel_moments(input))
+    operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+    return ChannelMoments(values_per_channel(input), *operators.channel_moments(input))
 
 
 def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, training: bool, buffers: bool) -> None:

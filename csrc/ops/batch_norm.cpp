@@ -2,13 +2,13 @@
 
 #include <ATen/Functions.h>
 #include <ATen/MemoryOverlap.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <limits>
 
 #include "kernels/cpu/kernels.h"
+#include "ops/find_operator.h"
 #include "ops/layout.h"
 
 namespace normfused::ops {
@@ -175,11 +175,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_cpu(const at:
        output_mask[2] ? channel_vector(grad_bias) : ChannelVector{}, mean, mean + input.size(1), training},
       parallel());
   return {grad_input, grad_weight, grad_bias};
-}
-
-template <class F>
-auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "kernels/cpu/kernels.h"
+#include "ops/find_operator.h"
 #include "ops/layout.h"
 
 namespace normfused::ops {
@@ -43,6 +44,16 @@ std::tuple<at::Tensor, at::Tensor> channel_sums_cpu(const at::Tensor& input) {
 }
 
 }  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments(const at::Tensor& input) {
+  static const auto op = find_operator<decltype(channel_moments)>("normfused::channel_moments");
+  return op.call(input);
+}
+
+std::tuple<at::Tensor, at::Tensor> channel_sums(const at::Tensor& input) {
+  static const auto op = find_operator<decltype(channel_sums)>("normfused::channel_sums");
+  return op.call(input);
+}
 
 TORCH_LIBRARY_IMPL(normfused, CPU, m) {
   m.impl("channel_moments", channel_moments_cpu);

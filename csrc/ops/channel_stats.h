@@ -1,4 +1,4 @@
-// Statistics per channel as torch operators; every result has shape (C).
+// Statistics per channel as torch operators, called through the dispatcher; every result has shape (C).
 #pragma once
 
 #include <ATen/core/Tensor.h>
