@@ -227,10 +227,8 @@ def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, traini
     if rank < 2:
         raise ValueError(f"{name}: input needs at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     if training and input.numel() == input.size(1) != 0:
-        got, drop = (
-            f"got input of shape {tuple(input.shape)}",
-            "drop the last incomplete batch (DataLoader(drop_last=True))",
-        )
+        got = f"got input of shape {tuple(input.shape)}"
+        drop = "drop the last incomplete batch (DataLoader(drop_last=True))"
         if not buffers:  # eval mode is no way out
             raise ValueError(
                 f"{name}: expected more than 1 value per channel without running statistics, {got}; "
