@@ -13,7 +13,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-enum class DType : uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+enum class DType : uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kUInt8, kInt8, kInt16, kInt32, kInt64 };
 
 // A dense tensor as (outer, channels, inner): the value (o, c, i) lies at (o * channels + c) * inner + i.
 // inner > 1 is channels first, inner == 1 is channels last; there is no third layout.
@@ -22,8 +22,8 @@ struct ChannelView {
   int64_t channels;
   int64_t inner;
 
-  int64_t positions() const { return outer * inner; }  // values per channel
-  int64_t numel() const { return outer * channels * inner; }
+  constexpr int64_t positions() const { return outer * inner; }  // values per channel
+  constexpr int64_t numel() const { return outer * channels * inner; }
 };
 
 // A per-channel parameter or buffer: C values of any floating dtype, or absent.
@@ -31,7 +31,7 @@ struct ChannelVector {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 };
 
 struct BatchNormForward {
@@ -66,6 +66,14 @@ struct ChannelStats {
   DType dtype;
   const void* input;
   double* results[4];  // (C) each: channel_moments mean, M2, min, max; channel_sums sum, sum of squares
+};
+
+struct Standardize {
+  ChannelView view;
+  DType dtype, output_dtype;
+  const void* input;
+  void* output;
+  ChannelVector mean, std;
 };
 
 }  // namespace normfused

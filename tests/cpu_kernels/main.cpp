@@ -1,21 +1,13 @@
 // Runs every CPU kernel without torch over shapes, dtypes and alignments, and compares it with the definition in
 // double. Built with sanitizers, its exactly sized buffers also show every read or write out of bounds. Prints what it
 // ran.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <random>
-#include <string>
 #include <thread>
-#include <vector>
 
+#include "definition.h"
 #include "kernels/cpu/kernels.h"
 
 using namespace normfused;
+using namespace normfused::testing;
 
 namespace {
 
@@ -28,256 +20,19 @@ const cpu::Parallel kThreads{[](int64_t tasks, int64_t grain, cpu::Parallel::Bod
   for (std::thread& thread : threads) thread.join();
 }};
 
-std::string current;
-int64_t checks = 0;
-
-void expect_near(const char* what, int64_t index, double got, double want, double tolerance) {
-  ++checks;
-  if (std::abs(got - want) <= tolerance || (std::isnan(got) && std::isnan(want)) || got == want) return;
-  std::printf("FAILED %s: %s[%lld] is %.17g, expected %.17g within %.3g\n", current.c_str(), what,
-              static_cast<long long>(index), got, want, tolerance);
-  std::exit(1);
-}
-
-double decode(const float* p) { return *p; }
-double decode(const double* p) { return *p; }
-double decode(const BFloat16* p) {
-  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-double decode(const Half* p) {
-  const int exponent = (p->bits >> 10) & 31, mantissa = p->bits & 1023;
-  const double sign = p->bits & 0x8000 ? -1 : 1;
-  if (exponent == 31) return mantissa ? std::nan("") : sign * std::numeric_limits<double>::infinity();
-  return sign * (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25));
-}
-
-// Values that every format holds exactly.
-void encode(float* p, double value) { *p = static_cast<float>(value); }
-void encode(double* p, double value) { *p = value; }
-void encode(BFloat16* p, double value) {
-  const float narrow = static_cast<float>(value);
-  uint32_t bits;
-  std::memcpy(&bits, &narrow, sizeof bits);
-  p->bits = static_cast<uint16_t>(bits >> 16);
-}
-void encode(Half* p, double value) {
-  if (value == 0) return void(p->bits = 0);
-  int exponent;
-  const double fraction = std::frexp(std::abs(value), &exponent);
-  p->bits = static_cast<uint16_t>((value < 0 ? 0x8000 : 0) | ((exponent + 14) << 10) |
-                                  static_cast<int>(std::ldexp(fraction, 11) - 1024));
-}
-
-template <class T>
-struct Format;
-template <>
-struct Format<float> {
-  static constexpr DType dtype = DType::kFloat32;
-  static constexpr double epsilon = 6e-8;
-  static constexpr const char* name = "float32";
+struct Cpu {
+  std::string name() const { return cpu::capability(); }
+  void batch_norm_training(const BatchNormForward& args) { cpu::batch_norm_training(args, kThreads); }
+  void batch_norm_inference(const BatchNormForward& args) { cpu::batch_norm_inference(args, kThreads); }
+  void batch_norm_backward(const BatchNormBackward& args) { cpu::batch_norm_backward(args, kThreads); }
+  void channel_moments(const ChannelStats& args) { cpu::channel_moments(args, kThreads); }
+  void channel_sums(const ChannelStats& args) { cpu::channel_sums(args, kThreads); }
 };
-template <>
-struct Format<double> {
-  static constexpr DType dtype = DType::kFloat64;
-  static constexpr double epsilon = 1.2e-16;
-  static constexpr const char* name = "float64";
-};
-template <>
-struct Format<Half> {
-  static constexpr DType dtype = DType::kFloat16;
-  static constexpr double epsilon = 5e-4;
-  static constexpr const char* name = "float16";
-};
-template <>
-struct Format<BFloat16> {
-  static constexpr DType dtype = DType::kBFloat16;
-  static constexpr double epsilon = 4e-3;
-  static constexpr const char* name = "bfloat16";
-};
-
-// Exactly n values, `offset` of them in from an allocation's start, so that the end is the allocation's end.
-template <class T>
-struct Buffer {
-  Buffer(int64_t n, int64_t offset) : memory(new T[static_cast<size_t>(n + offset)]), data(memory.get() + offset) {}
-  std::unique_ptr<T[]> memory;
-  T* data;
-};
-
-template <class T>
-struct Case {
-  ChannelView view;
-  Buffer<T> input, grad;
-
-  Case(ChannelView v, int64_t offset, std::mt19937& random)
-      : view(v), input(v.numel(), offset), grad(v.numel(), offset) {
-    std::uniform_int_distribution<int> eighths(-16, 16);
-    for (int64_t i = 0; i < v.numel(); ++i) {
-      encode(input.data + i, 3 + eighths(random) / 8.0);
-      encode(grad.data + i, eighths(random) / 8.0);
-    }
-  }
-  double x(int64_t i) const { return decode(input.data + i); }
-  double g(int64_t i) const { return decode(grad.data + i); }
-  int64_t channel(int64_t i) const { return i / view.inner % view.channels; }
-};
-
-template <class T>
-void run(ChannelView view, int64_t offset, std::mt19937& random) {
-  current = std::string(cpu::capability()) + " " + Format<T>::name + " outer " + std::to_string(view.outer) +
-            " channels " + std::to_string(view.channels) + " inner " + std::to_string(view.inner) + " offset " +
-            std::to_string(offset);
-  const Case<T> data(view, offset, random);
-  const int64_t channels = view.channels, count = view.positions(), n = view.numel();
-  const double epsilon = Format<T>::epsilon;
-  const double sums = Format<T>::dtype == DType::kFloat64 ? 6e-16 : 6e-8;  // rounding of the arithmetic
-  using Param = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  constexpr DType kParam = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
-
-  std::vector<long double> mean(channels), m2(channels), sum(channels), squares(channels);
-  std::vector<double> low(channels, 1e9), high(channels, -1e9);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t c = data.channel(i);
-    sum[c] += data.x(i);
-    squares[c] += data.x(i) * data.x(i);
-    low[c] = std::min(low[c], data.x(i));
-    high[c] = std::max(high[c], data.x(i));
-  }
-  for (int64_t c = 0; c < channels; ++c) mean[c] = sum[c] / count;
-  for (int64_t i = 0; i < n; ++i) {
-    const long double deviation = data.x(i) - mean[data.channel(i)];
-    m2[data.channel(i)] += deviation * deviation;
-  }
-
-  std::vector<double> results[4];
-  for (auto& r : results) r.resize(channels);
-  ChannelStats stats{view,
-                     Format<T>::dtype,
-                     data.input.data,
-                     {results[0].data(), results[1].data(), results[2].data(), results[3].data()}};
-  cpu::channel_moments(stats, kThreads);
-  for (int64_t c = 0; c < channels; ++c) {
-    expect_near("mean", c, results[0][c], mean[c], 1e-6);
-    expect_near("m2", c, results[1][c], m2[c], 1e-5 * m2[c] + 1e-9);
-    expect_near("min", c, results[2][c], low[c], 0);
-    expect_near("max", c, results[3][c], high[c], 0);
-  }
-  cpu::channel_sums(stats, kThreads);
-  for (int64_t c = 0; c < channels; ++c) {
-    expect_near("sum", c, results[0][c], sum[c], 1e-12 * std::abs(static_cast<double>(sum[c])));
-    expect_near("sum_of_squares", c, results[1][c], squares[c], 1e-12 * squares[c]);
-  }
-  if (count < 2) return;
-
-  std::vector<Param> weight(channels), bias(channels), running_mean(channels, 1), running_var(channels, 2);
-  for (int64_t c = 0; c < channels; ++c) {
-    weight[c] = static_cast<Param>(c % 3 - 1.5);
-    bias[c] = static_cast<Param>(c % 5 * 0.25);
-  }
-  std::vector<double> saved_mean(channels), saved_invstd(channels);
-  Buffer<T> output(n, offset), grad_input(n, offset);
-  int64_t batches = 4;
-  BatchNormForward forward{view,
-                           Format<T>::dtype,
-                           data.input.data,
-                           output.data,
-                           {weight.data(), kParam},
-                           {bias.data(), kParam},
-                           {running_mean.data(), kParam},
-                           {running_var.data(), kParam},
-                           &batches,
-                           std::numeric_limits<double>::quiet_NaN(),
-                           1e-5,
-                           saved_mean.data(),
-                           saved_invstd.data()};
-  const auto check_output = [&](const char* what, const std::vector<double>& mu, const std::vector<double>& r) {
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t c = data.channel(i);
-      const double z = (data.x(i) - mu[c]) * r[c] * weight[c] + bias[c];
-      expect_near(what, i, decode(output.data + i), z, 1.1 * epsilon * std::abs(z) + 20 * sums * (1 + std::abs(z)));
-    }
-  };
-  cpu::batch_norm_training(forward, kThreads);
-  expect_near("num_batches_tracked", 0, static_cast<double>(batches), 5, 0);
-  std::vector<double> invstd(channels), centre(mean.begin(), mean.end());
-  for (int64_t c = 0; c < channels; ++c) {
-    const double variance = static_cast<double>(m2[c] / count);
-    invstd[c] = 1 / std::sqrt(variance + 1e-5);
-    expect_near("saved mean", c, saved_mean[c], mean[c], 1e-6);
-    expect_near("saved invstd", c, saved_invstd[c], invstd[c], 1e-5 * invstd[c]);
-    expect_near("running_mean", c, running_mean[c], 0.8 + 0.2 * mean[c], 1e-6);
-    expect_near("running_var", c, running_var[c], 1.6 + 0.2 * static_cast<double>(m2[c] / (count - 1)), 1e-5);
-  }
-  check_output("training output", centre, invstd);
-
-  for (const bool training : {true, false}) {
-    std::vector<Param> grad_weight(channels), grad_bias(channels);
-    cpu::batch_norm_backward({view,
-                              Format<T>::dtype,
-                              data.grad.data,
-                              data.input.data,
-                              grad_input.data,
-                              {weight.data(), kParam},
-                              {grad_weight.data(), kParam},
-                              {grad_bias.data(), kParam},
-                              centre.data(),
-                              invstd.data(),
-                              training},
-                             kThreads);
-    std::vector<long double> g(channels), gd(channels);
-    std::vector<double> size(channels);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t c = data.channel(i);
-      g[c] += data.g(i);
-      gd[c] += data.g(i) * (data.x(i) - mean[c]);
-      size[c] += std::abs(data.g(i)) * (1 + std::abs(data.x(i) - mean[c]));
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      expect_near("grad_weight", c, grad_weight[c], gd[c] * invstd[c], 10 * sums * size[c] * invstd[c]);
-      expect_near("grad_bias", c, grad_bias[c], g[c], 10 * sums * size[c]);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t c = data.channel(i);
-      double want = data.g(i);
-      if (training) want -= static_cast<double>((g[c] + (data.x(i) - mean[c]) * invstd[c] * invstd[c] * gd[c]) / count);
-      want *= weight[c] * invstd[c];
-      expect_near(training ? "grad_input" : "grad_input in inference", i, decode(grad_input.data + i), want,
-                  1.1 * epsilon * std::abs(want) + 40 * sums * (1 + std::abs(want)) * invstd[c]);
-    }
-  }
-
-  std::fill(running_mean.begin(), running_mean.end(), static_cast<Param>(2.5));
-  std::fill(running_var.begin(), running_var.end(), static_cast<Param>(4));
-  cpu::batch_norm_inference(forward, kThreads);
-  check_output("inference output", std::vector<double>(channels, 2.5),
-               std::vector<double>(channels, 1 / std::sqrt(4 + 1e-5)));
-  expect_near("num_batches_tracked", 0, static_cast<double>(batches), 5, 0);
-
-  // The gradient of inference alone takes another way.
-  cpu::batch_norm_backward({view,
-                            Format<T>::dtype,
-                            data.grad.data,
-                            data.input.data,
-                            grad_input.data,
-                            {weight.data(), kParam},
-                            {},
-                            {},
-                            centre.data(),
-                            invstd.data(),
-                            false},
-                           kThreads);
-  for (int64_t i = 0; i < n; ++i) {
-    const double want = data.g(i) * weight[data.channel(i)] * invstd[data.channel(i)];
-    expect_near("grad_input alone", i, decode(grad_input.data + i), want,
-                1.1 * epsilon * std::abs(want) + 10 * sums * (1 + std::abs(want)));
-  }
-}
 
 }  // namespace
 
 int main() {
+  Cpu backend;
   std::mt19937 random(7);
   int64_t cases = 0;
   // Channels first: rows shorter and longer than vectors and tiles; few and many channels. Channels last: channel
@@ -289,19 +44,19 @@ int main() {
   };
   for (const ChannelView& view : views)
     for (const int64_t offset : {0, 1}) {
-      run<float>(view, offset, random);
-      run<double>(view, offset, random);
-      run<Half>(view, offset, random);
-      run<BFloat16>(view, offset, random);
+      run<float>(backend, view, offset, random);
+      run<double>(backend, view, offset, random);
+      run<Half>(backend, view, offset, random);
+      run<BFloat16>(backend, view, offset, random);
       cases += 4;
     }
   // Outputs large enough to be streamed past the caches, from short rows, long rows and channels last.
   for (const ChannelView& view : {ChannelView{64, 350, 49}, ChannelView{2, 70, 7600}, ChannelView{1700, 640, 1}}) {
-    run<float>(view, 0, random);
-    run<float>(view, 1, random);
+    run<float>(backend, view, 0, random);
+    run<float>(backend, view, 1, random);
     cases += 2;
   }
-  run<BFloat16>({43, 1000, 49}, 1, random);
+  run<BFloat16>(backend, {43, 1000, 49}, 1, random);
   ++cases;
   std::printf("%s: %lld cases, %lld values checked\n", cpu::capability(), static_cast<long long>(cases),
               static_cast<long long>(checks));

@@ -24,7 +24,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     objects = [build / f"{source.stem}.o" for source in sources]
 
     def compile_one(source: Path, target: Path) -> None:
-        subprocess.run([compiler, *FLAGS, f"-I{ROOT / 'csrc'}", "-c", source, "-o", target], check=True)
+        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/kernels'}"]
+        subprocess.run([compiler, *FLAGS, *include, "-c", source, "-o", target], check=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources, objects))

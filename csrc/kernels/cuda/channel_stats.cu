@@ -1,0 +1,33 @@
+#include "kernels/cuda/channel_stats.cuh"
+
+#include "kernels/cuda/launch.cuh"
+
+namespace normfused::cuda {
+
+namespace {
+
+template <class Op>
+cudaError_t channel_stats(const ChannelStats& args, Resources& resources) {
+  using T = typename Op::T;
+  using Sum = typename Op::Sum;
+  const Op op{static_cast<const T*>(args.input), args.view};
+  WriteResults<Sum> write{};
+  for (int k = 0; k < Op::kSums; ++k) write.results[k] = reinterpret_cast<Sum*>(args.results[k]);
+  const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 1, all_aligned(args.input), false, resources.limits);
+  return reduce(op, write, Nothing{}, plan, resources);
+}
+
+}  // namespace
+
+cudaError_t channel_moments(const ChannelStats& args, Resources& resources) {
+  return for_any(args.dtype, [&](auto type) {
+    return channel_stats<MomentsOp<typename decltype(type)::type, true>>(args, resources);
+  });
+}
+
+cudaError_t channel_sums(const ChannelStats& args, Resources& resources) {
+  return for_any(args.dtype,
+                 [&](auto type) { return channel_stats<SumsOp<typename decltype(type)::type>>(args, resources); });
+}
+
+}  // namespace normfused::cuda

@@ -1,0 +1,181 @@
+// What is summed for the statistics of a channel.
+#pragma once
+
+#include "kernels/cuda/channel_vector.cuh"
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/math.h"
+
+namespace normfused::cuda {
+
+// Mean and sum of squared deviations; with kExtremes also the least and the greatest value.
+//
+// A thread sums deviations from the mean of the first values it sees, rounded to S: near enough to the mean that
+// neither an outlier nor an offset costs digits, and exact where a channel is constant. From there on sums are double,
+// about the channel's first value, which all threads know: so they are joined by addition alone.
+template <class T_, bool kExtremes>
+struct MomentsOp {
+  using T = T_;
+  using S = compute_t<T>;
+  using Sum = double;
+  static constexpr int kInputs = 1, kSums = kExtremes ? 4 : 2;
+  static constexpr bool kRepairs = true;
+
+  struct State {
+    S pivot, sum, square;
+    S extreme[kExtremes ? 2 : 1];
+  };
+
+  const T* tensor;
+  ChannelView view;
+
+  NF_DEVICE const T* input(int) const { return tensor; }
+  NF_DEVICE double origin(int64_t channel) const { return widen<double>(tensor[channel * view.inner]); }
+
+  static NF_DEVICE double empty(int k) { return k == 2 ? infinity() : k == 3 ? -infinity() : 0; }
+  // A NaN among the extremes is lost, but then M2 is NaN, and the channel is done again.
+  static NF_DEVICE double join(int k, double a, double b) {
+    return k == 2 ? (b < a ? b : a) : k == 3 ? (b > a ? b : a) : a + b;
+  }
+
+  NF_DEVICE State start(int64_t) const {
+    State state{};
+    if constexpr (kExtremes) {
+      state.extreme[0] = static_cast<S>(infinity());
+      state.extreme[1] = -state.extreme[0];
+    }
+    return state;
+  }
+
+  template <int n, bool kMasked>
+  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t mask, bool first) const {
+    const auto counts = [&](int i) { return !kMasked || (mask >> i & 1); };
+    const S(&x)[n] = values[0];
+    if (first) {
+      S base = x[n - 1], sum = 0;
+#pragma unroll
+      for (int i = n - 1; i >= 0; --i)
+        if (counts(i)) base = x[i];
+#pragma unroll
+      for (int i = 0; i < n; ++i) sum += counts(i) ? x[i] - base : 0;
+      state.pivot = base + sum / static_cast<S>(kMasked ? __popc(mask) : n);
+    }
+    // Four chains of additions, because one would wait for itself.
+    constexpr int kChains = n < 4 ? n : 4;
+    S sum[kChains]{}, square[kChains]{};
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const S deviation = counts(i) ? x[i] - state.pivot : 0;
+      sum[i % kChains] += deviation;
+      square[i % kChains] += deviation * deviation;
+      if constexpr (kExtremes) {
+        if (counts(i) && x[i] < state.extreme[0]) state.extreme[0] = x[i];
+        if (counts(i) && x[i] > state.extreme[1]) state.extreme[1] = x[i];
+      }
+    }
+#pragma unroll
+    for (int i = 1; i < kChains; ++i) {
+      sum[0] += sum[i];
+      square[0] += square[i];
+    }
+    state.sum += sum[0];
+    state.square += square[0];
+  }
+
+  NF_DEVICE void sums(const State& state, int64_t count, int64_t channel, Sum (&sums)[kSums]) const {
+    const double shift = static_cast<double>(state.pivot) - origin(channel);
+    const double sum = static_cast<double>(state.sum), shifted = static_cast<double>(count) * shift;
+    sums[0] = sum + shifted;
+    sums[1] = static_cast<double>(state.square) + (2 * sum + shifted) * shift;
+    if constexpr (kExtremes) {
+      sums[2] = static_cast<double>(state.extreme[0]);
+      sums[3] = static_cast<double>(state.extreme[1]);
+    }
+  }
+
+  // Mean and M2 in place of the sums.
+  NF_DEVICE void results(int64_t channel, Sum (&sums)[kSums]) const {
+    const Moments moments = moments_about(origin(channel), view.positions(), sums[0], sums[1]);
+    sums[0] = moments.mean;
+    sums[1] = moments.m2;
+  }
+
+  // What S cannot hold, NaN, infinity and squares that overflow, is done again in double.
+  NF_DEVICE bool sound(const Sum* results) const { return results[1] <= greatest_double(); }
+  NF_DEVICE void repair(int64_t channel, Sum* results) const {
+    const double count = static_cast<double>(view.positions());
+    const double mean = sum_over(channel, [](double value) { return value; }) / count;
+    const double m2 = is_finite(mean) ? sum_over(channel, [&](double value) { return (value - mean) * (value - mean); })
+                                      : nan_double();
+    if (threadIdx.x != 0) return;
+    results[0] = mean;
+    results[1] = m2;
+    if constexpr (kExtremes)
+      if (mean != mean) results[2] = results[3] = mean;
+  }
+
+ private:
+  static NF_DEVICE double infinity() { return HUGE_VAL; }
+  static NF_DEVICE double nan_double() { return infinity() - infinity(); }
+  static NF_DEVICE double greatest_double() { return 1.7976931348623157e308; }
+  static NF_DEVICE bool is_finite(double value) { return value - value == 0; }
+
+  template <class F>
+  NF_DEVICE double sum_over(int64_t channel, const F& f) const {
+    double sum = 0;
+    for (int64_t m = threadIdx.x; m < view.positions(); m += kThreads)
+      sum += f(widen<double>(tensor[(m / view.inner * view.channels + channel) * view.inner + m % view.inner]));
+    return block_sum(sum);
+  }
+};
+
+// Sum and sum of squares: in double for floating types, exactly in int64 for integers.
+template <class T_>
+struct SumsOp {
+  using T = T_;
+  using S = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
+  using Sum = S;
+  static constexpr int kInputs = 1, kSums = 2;
+  static constexpr bool kRepairs = false;
+
+  struct State {
+    S sum, square;
+  };
+
+  const T* tensor;
+  ChannelView view;
+
+  NF_DEVICE const T* input(int) const { return tensor; }
+  static NF_DEVICE Sum empty(int) { return 0; }
+  static NF_DEVICE Sum join(int, Sum a, Sum b) { return a + b; }
+  NF_DEVICE State start(int64_t) const { return {}; }
+
+  template <int n, bool kMasked>
+  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t mask, bool) const {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const S value = !kMasked || (mask >> i & 1) ? values[0][i] : 0;
+      state.sum += value;
+      state.square += value * value;
+    }
+  }
+
+  NF_DEVICE void sums(const State& state, int64_t, int64_t, Sum (&sums)[2]) const {
+    sums[0] = state.sum;
+    sums[1] = state.square;
+  }
+  NF_DEVICE void results(int64_t, Sum (&)[2]) const {}
+};
+
+// Writes row k of the results to its place.
+template <class Sum>
+struct WriteResults {
+  Sum* results[4];
+
+  template <int n>
+  NF_DEVICE void operator()(int64_t channel, const Sum (&sums)[n]) const {
+#pragma unroll
+    for (int k = 0; k < n; ++k) results[k][channel] = sums[k];
+  }
+};
+
+}  // namespace normfused::cuda

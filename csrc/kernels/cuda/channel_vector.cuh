@@ -1,0 +1,41 @@
+// Per-channel parameters and buffers of any floating dtype.
+#pragma once
+
+#include "kernels/cuda/vector.cuh"
+#include "kernels/types.h"
+
+namespace normfused::cuda {
+
+NF_DEVICE double read(const ChannelVector& vector, int64_t channel, double absent) {
+  if (!vector) return absent;
+  switch (vector.dtype) {
+    case DType::kFloat64:
+      return static_cast<const double*>(vector.data)[channel];
+    case DType::kFloat16:
+      return widen<double>(static_cast<const __half*>(vector.data)[channel]);
+    case DType::kBFloat16:
+      return widen<double>(static_cast<const __nv_bfloat16*>(vector.data)[channel]);
+    default:
+      return widen<double>(static_cast<const float*>(vector.data)[channel]);
+  }
+}
+
+// Rounded once, from double. Nothing where the vector is absent.
+NF_DEVICE void write(const ChannelVector& vector, int64_t channel, double value) {
+  if (!vector) return;
+  switch (vector.dtype) {
+    case DType::kFloat64:
+      static_cast<double*>(vector.data)[channel] = value;
+      break;
+    case DType::kFloat16:
+      static_cast<__half*>(vector.data)[channel] = __double2half(value);
+      break;
+    case DType::kBFloat16:
+      static_cast<__nv_bfloat16*>(vector.data)[channel] = __double2bfloat16(value);
+      break;
+    default:
+      static_cast<float*>(vector.data)[channel] = static_cast<float>(value);
+  }
+}
+
+}  // namespace normfused::cuda

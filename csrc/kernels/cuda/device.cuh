@@ -1,0 +1,47 @@
+// What threads do together: joining sums over a warp and a block, and telling which block is last.
+#pragma once
+
+#include "kernels/cuda/plan.h"
+#include "kernels/cuda/prelude.h"
+
+namespace normfused::cuda {
+
+inline constexpr int kWarps = kThreads / kWarp;
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Joins the sums of each `lanes` neighbouring threads of a warp, a power of two, in an order that `lanes` alone
+// decides; the result is the first one's. All threads of a warp take part.
+template <class Op>
+NF_DEVICE void join_lanes(typename Op::Sum (&sums)[Op::kSums], int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2)
+    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], __shfl_down_sync(kAllLanes, sums[k], step));
+}
+
+// The sum over a block, for all of its threads. All of them take part.
+NF_DEVICE double block_sum(double value) {
+  NF_SHARED(double, parts, [kWarps]);
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_down_sync(kAllLanes, value, step);
+  __syncthreads();  // an earlier call may still be reading
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = 0;
+  for (int warp = 0; warp < kWarps; ++warp) value += parts[warp];
+  return value;
+}
+
+// Whether this block is the last of `expected` to arrive at the ticket; then it sees what all others wrote before they
+// arrived. Tickets are zero before the launch, and the last block leaves them so.
+NF_DEVICE bool last_to_arrive(unsigned* ticket, unsigned expected) {
+  NF_SHARED(bool, last);
+  __threadfence();  // this thread's writes come before the arrival
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(ticket, 1u) == expected - 1;
+    if (last) *ticket = 0;
+  }
+  __syncthreads();
+  if (last) __threadfence();  // and the others' before what follows
+  return last;
+}
+
+}  // namespace normfused::cuda

@@ -1,0 +1,40 @@
+// The one header through which a kernel meets its compiler. nvcc takes it, and so does a plain C++ compiler that has
+// tests/host_cuda on its path: there a kernel runs on the CPU, one fiber for each of its threads. What makes that
+// possible are three rules: shared memory is declared by NF_SHARED, kernels are started by launch(), and a kernel file
+// includes nothing of CUDA by itself.
+#pragma once
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#define NF_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+#define NF_DEVICE __device__ __forceinline__
+
+namespace normfused::cuda {
+
+struct LaunchConfig {
+  dim3 grid, block;
+  cudaStream_t stream;
+};
+
+template <class... P, class... A>
+cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... args) {
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = config.grid;
+  launch.blockDim = config.block;
+  launch.stream = config.stream;
+  return cudaLaunchKernelEx(&launch, kernel, std::forward<A>(args)...);
+}
+
+}  // namespace normfused::cuda
+
+#else
+
+#include "cuda_host.h"
+
+#endif

@@ -1,0 +1,252 @@
+// Runs every CUDA kernel on the CPU over shapes, dtypes, alignments and devices, and compares it with the definition in
+// double. Buffers are exactly sized, so that sanitizers see every access out of bounds. Prints what it ran.
+//
+//   main full | small | tiny    how much: for a plain build, under AddressSanitizer, under ThreadSanitizer
+#include <map>
+
+#include "definition.h"
+#include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/launch.cuh"
+
+using namespace normfused;
+using namespace normfused::testing;
+
+namespace {
+
+// Memory as a caller gives it: scratch with anything in it, tickets that are zero before and after.
+class HostResources : public cuda::Resources {
+ public:
+  explicit HostResources(const cuda::DeviceLimits& limits) : Resources(limits, nullptr) {}
+
+  void* scratch(int64_t bytes) override {
+    memory_.emplace_back(new double[static_cast<size_t>(bytes + 7) / 8]);
+    std::memset(memory_.back().get(), 0xff, static_cast<size_t>(bytes));
+    return memory_.back().get();
+  }
+  unsigned* tickets(int64_t count) override {
+    tickets_.assign(static_cast<size_t>(count), 0);
+    return tickets_.data();
+  }
+  bool tickets_are_zero() const {
+    return std::all_of(tickets_.begin(), tickets_.end(), [](unsigned ticket) { return ticket == 0; });
+  }
+
+ private:
+  std::vector<std::unique_ptr<double[]>> memory_;
+  std::vector<unsigned> tickets_;
+};
+
+std::map<std::string, int64_t> ran;
+
+struct Cuda {
+  const char* device;
+  cuda::DeviceLimits limits;
+
+  std::string name() const { return std::string("cuda on ") + device; }
+
+  template <class Args>
+  void start(const char* what, cudaError_t (*kernel)(const Args&, cuda::Resources&), const Args& args) const {
+    HostResources resources(limits);
+    try {
+      if (kernel(args, resources) != cudaSuccess) throw std::runtime_error("not started");
+      if (!resources.tickets_are_zero()) throw std::runtime_error("a ticket is not zero at the end");
+    } catch (const std::exception& error) {
+      std::printf("FAILED %s: %s: %s\n", current.c_str(), what, error.what());
+      std::exit(1);
+    }
+    ++ran[what];
+  }
+
+  void batch_norm_training(const BatchNormForward& args) const {
+    start("batch_norm_training", cuda::batch_norm_training, args);
+  }
+  void batch_norm_inference(const BatchNormForward& args) const {
+    start("batch_norm_inference", cuda::batch_norm_inference, args);
+  }
+  void batch_norm_backward(const BatchNormBackward& args) const {
+    start("batch_norm_backward", cuda::batch_norm_backward, args);
+  }
+  void channel_moments(const ChannelStats& args) const { start("channel_moments", cuda::channel_moments, args); }
+  void channel_sums(const ChannelStats& args) const { start("channel_sums", cuda::channel_sums, args); }
+  void standardize(const Standardize& args) const { start("standardize", cuda::standardize, args); }
+};
+
+const Cuda kDevices[] = {
+    {"one multiprocessor", {1, int64_t{1} << 40}},
+    {"a large device", {100000, 0}},  // as many splits as shapes allow, every store streaming
+};
+
+std::string describe(const ChannelView& view) {
+  return "outer " + std::to_string(view.outer) + " channels " + std::to_string(view.channels) + " inner " +
+         std::to_string(view.inner);
+}
+
+template <class T>
+void run_integers(const Cuda& backend, DType dtype, const ChannelView& view, int64_t offset, std::mt19937& random) {
+  current = backend.name() + " integer of " + std::to_string(sizeof(T)) + " bytes " + describe(view) + " offset " +
+            std::to_string(offset);
+  const int64_t channels = view.channels;
+  Buffer<T> input(view.numel(), offset);
+  std::uniform_int_distribution<int> values(std::is_signed_v<T> ? -100 : 0, 120);
+  std::vector<int64_t> sum(channels), squares(channels);
+  std::vector<double> low(channels, 1e9), high(channels, -1e9);
+  for (int64_t i = 0; i < view.numel(); ++i) {
+    const int value = values(random);
+    const int64_t c = i / view.inner % channels;
+    input.data[i] = static_cast<T>(value);
+    sum[c] += value;
+    squares[c] += value * value;
+    low[c] = std::min<double>(low[c], value);
+    high[c] = std::max<double>(high[c], value);
+  }
+  std::vector<double> results[4];
+  for (auto& r : results) r.resize(channels);
+  const ChannelStats args{
+      view, dtype, input.data, {results[0].data(), results[1].data(), results[2].data(), results[3].data()}};
+  backend.channel_moments(args);
+  for (int64_t c = 0; c < channels; ++c) {
+    const auto count = static_cast<double>(view.positions());
+    const double mean = sum[c] / count, m2 = squares[c] - mean * sum[c];
+    expect_near("mean", c, results[0][c], mean, 1e-5);
+    expect_near("m2", c, results[1][c], m2, 1e-6 * squares[c]);
+    expect_near("min", c, results[2][c], low[c], 0);
+    expect_near("max", c, results[3][c], high[c], 0);
+  }
+  backend.channel_sums(args);
+  for (int64_t c = 0; c < channels; ++c) {
+    int64_t got[2];
+    std::memcpy(&got[0], &results[0][c], sizeof(int64_t));
+    std::memcpy(&got[1], &results[1][c], sizeof(int64_t));
+    expect_near("sum", c, static_cast<double>(got[0]), static_cast<double>(sum[c]), 0);
+    expect_near("sum_of_squares", c, static_cast<double>(got[1]), static_cast<double>(squares[c]), 0);
+  }
+}
+
+template <class T, class Output>
+void run_standardize(const Cuda& backend, DType dtype, const ChannelView& view, int64_t offset, std::mt19937& random) {
+  current = backend.name() + " standardize to " + Format<Output>::name + " " + describe(view) + " offset " +
+            std::to_string(offset);
+  Buffer<T> input(view.numel(), offset);
+  Buffer<Output> output(view.numel(), offset);
+  std::uniform_int_distribution<int> values(0, 16);
+  for (int64_t i = 0; i < view.numel(); ++i) encode(input.data + i, values(random));
+  std::vector<float> mean(view.channels), std(view.channels);
+  for (int64_t c = 0; c < view.channels; ++c) {
+    mean[c] = static_cast<float>(c % 7);
+    std[c] = static_cast<float>(1 + c % 3);
+  }
+  const auto check = [&](const Output* got) {
+    for (int64_t i = 0; i < view.numel(); ++i) {
+      const int64_t c = i / view.inner % view.channels;
+      const double want = (decode(input.data + i) - mean[c]) / std[c];
+      expect_near("output", i, decode(got + i), want, 1.1 * Format<Output>::epsilon * std::abs(want) + 1e-6);
+    }
+  };
+  Standardize args{view,
+                   dtype,
+                   Format<Output>::dtype,
+                   input.data,
+                   output.data,
+                   {mean.data(), DType::kFloat32},
+                   {std.data(), DType::kFloat32}};
+  backend.standardize(args);
+  check(output.data);
+  if constexpr (std::is_same_v<T, Output>) {
+    Buffer<T> in_place(view.numel(), offset);
+    std::memcpy(static_cast<void*>(in_place.data), input.data, static_cast<size_t>(view.numel()) * sizeof(T));
+    args.input = args.output = in_place.data;
+    backend.standardize(args);
+    check(in_place.data);
+  }
+}
+
+// A plan cut finer than any device asks for, with splits that have nothing to do.
+void run_fine_splits(const ChannelView& view, int64_t offset, std::mt19937& random) {
+  current = "fine splits " + describe(view) + " offset " + std::to_string(offset);
+  Buffer<float> input(view.numel(), offset);
+  std::uniform_int_distribution<int> eighths(-16, 16);
+  for (int64_t i = 0; i < view.numel(); ++i) input.data[i] = static_cast<float>(3 + eighths(random) / 8.0);
+  HostResources resources({1, 0});
+  cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, cuda::all_aligned(input.data), false, {1, 0});
+  plan.rows.chunk = plan.rows.lanes;
+  plan.columns.chunk = plan.columns.height;
+  const int64_t units = plan.by_rows ? plan.rows.units() : plan.columns.rows();
+  const int64_t chunk = plan.by_rows ? plan.rows.chunk : plan.columns.chunk;
+  plan.rows.splits = plan.columns.splits = static_cast<int>((units + chunk - 1) / chunk) + 3;
+
+  std::vector<double> sum(view.channels), squares(view.channels);
+  const cuda::SumsOp<float> op{input.data, view};
+  reduce(op, cuda::WriteResults<double>{{sum.data(), squares.data()}}, cuda::Nothing{}, plan, resources);
+  std::vector<double> wanted(view.channels), wanted_squares(view.channels);
+  for (int64_t i = 0; i < view.numel(); ++i) {
+    wanted[i / view.inner % view.channels] += input.data[i];
+    wanted_squares[i / view.inner % view.channels] += input.data[i] * input.data[i];
+  }
+  for (int64_t c = 0; c < view.channels; ++c) {
+    expect_near("sum", c, sum[c], wanted[c], 0);  // eighths: every sum is exact
+    expect_near("sum_of_squares", c, squares[c], wanted_squares[c], 0);
+  }
+  std::vector<double> mean(view.channels), m2(view.channels);
+  const cuda::MomentsOp<float, false> moments{input.data, view};
+  reduce(moments, cuda::WriteResults<double>{{mean.data(), m2.data()}}, cuda::Nothing{}, plan, resources);
+  for (int64_t c = 0; c < view.channels; ++c) {
+    const auto count = static_cast<double>(view.positions());
+    expect_near("mean", c, mean[c], wanted[c] / count, 1e-6);
+    expect_near("m2", c, m2[c], wanted_squares[c] - wanted[c] / count * wanted[c], 1e-5 * wanted_squares[c]);
+  }
+  if (!resources.tickets_are_zero()) {
+    std::printf("FAILED %s: a ticket is not zero at the end\n", current.c_str());
+    std::exit(1);
+  }
+  ++ran["fine splits"];
+}
+
+void run_all(const ChannelView& view, const std::vector<int64_t>& offsets, std::mt19937& random) {
+  for (const int64_t offset : offsets) {
+    for (const Cuda& device : kDevices) {
+      run<float>(device, view, offset, random);
+      run<double>(device, view, offset, random);
+      run<Half>(device, view, offset, random);
+      run<BFloat16>(device, view, offset, random);
+      run_integers<uint8_t>(device, DType::kUInt8, view, offset, random);
+      run_integers<int8_t>(device, DType::kInt8, view, offset, random);
+      run_integers<int16_t>(device, DType::kInt16, view, offset, random);
+      run_integers<int32_t>(device, DType::kInt32, view, offset, random);
+      run_integers<int64_t>(device, DType::kInt64, view, offset, random);
+      run_standardize<uint8_t, float>(device, DType::kUInt8, view, offset, random);
+      run_standardize<uint8_t, Half>(device, DType::kUInt8, view, offset, random);
+      run_standardize<uint8_t, BFloat16>(device, DType::kUInt8, view, offset, random);
+      run_standardize<float, float>(device, DType::kFloat32, view, offset, random);
+      run_standardize<float, Half>(device, DType::kFloat32, view, offset, random);
+      run_standardize<float, BFloat16>(device, DType::kFloat32, view, offset, random);
+      run_standardize<double, double>(device, DType::kFloat64, view, offset, random);
+      run_standardize<Half, Half>(device, DType::kFloat16, view, offset, random);
+      run_standardize<BFloat16, BFloat16>(device, DType::kBFloat16, view, offset, random);
+    }
+    run_fine_splits(view, offset, random);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string size = argc > 1 ? argv[1] : "full";
+  std::mt19937 random(7);
+  // Every path: rows whole, masked and of single values; columns side by side, in tiles and of single values; one block
+  // and many. Counts around a vector, a warp, a block and a tile.
+  std::vector<ChannelView> views{{1, 1, 2}, {1, 3, 31}, {3, 5, 49}, {2, 3, 16}, {2, 3, 1}, {31, 3, 1}, {31, 8, 1}};
+  if (size != "tiny") {
+    const ChannelView more[] = {{1, 1, 1},  {4, 65, 49}, {2, 3, 4097}, {1, 2049, 2}, {3, 9, 7},
+                                {3, 65, 1}, {4097, 3, 1}, {2, 2049, 1}, {31, 65, 1},  {40, 72, 1}};
+    views.insert(views.end(), std::begin(more), std::end(more));
+  }
+  if (size == "full") {
+    const ChannelView more[] = {{31, 65, 49}, {1, 1, 70000},  {1, 2, 40000}, {4, 3, 12544},
+                                {9, 2049, 4}, {4097, 65, 1}, {2049, 64, 1}, {31, 2049, 1}};
+    views.insert(views.end(), std::begin(more), std::end(more));
+  }
+  for (const ChannelView& view : views)
+    run_all(view, view.numel() < 100000 ? std::vector<int64_t>{0, 1} : std::vector<int64_t>{0}, random);
+  std::printf("order %u: %lld values checked\n", cudahost::order, static_cast<long long>(checks));
+  for (const auto& [what, times] : ran) std::printf("  %-22s %5lld cases\n", what.c_str(), static_cast<long long>(times));
+}
