@@ -35,13 +35,12 @@ NF_DEVICE bool last_to_arrive(unsigned* ticket, unsigned expected) {
   NF_SHARED(bool, last);
   __threadfence();  // this thread's writes come before the arrival
   __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(ticket, 1u) == expected - 1;
-    if (last) *ticket = 0;
-  }
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == expected - 1;
   __syncthreads();
-  if (last) __threadfence();  // and the others' before what follows
-  return last;
+  if (!last) return false;
+  __threadfence();  // and the others' before what follows
+  if (threadIdx.x == 0) *ticket = 0;
+  return true;
 }
 
 }  // namespace normfused::cuda

@@ -13,10 +13,14 @@ struct DeviceLimits {
   int64_t l2_bytes;
 };
 
+#ifndef NORMFUSED_CUDA_THREADS
+#define NORMFUSED_CUDA_THREADS 256  // a test builds with fewer, because ThreadSanitizer tells only 255 threads apart
+#endif
+
 // Threads of every block, and how many blocks share a multiprocessor at least, which leaves a thread 128 registers:
 // none of the kernels needs more, and two blocks with four loads of 16 bytes for each thread keep 32 KiB in flight,
 // where 4.8 TB/s over 132 multiprocessors times 700 ns of latency ask for 25.
-inline constexpr int kThreads = 256;
+inline constexpr int kThreads = NORMFUSED_CUDA_THREADS;
 inline constexpr int kMinBlocks = 2;
 inline constexpr int kWarp = 32;
 // Bytes of one memory access, the widest there is; and values of it at most, so that the columns' sums of a block,

@@ -1,0 +1,88 @@
+// Small launches that pass every barrier and fence of the kernels, for a build under ThreadSanitizer: with any of them
+// taken out, a race is reported or a result is wrong. Few kernels, so that it is built quickly, again and again.
+#include "definition.h"
+#include "kernels/cuda/batch_norm.cuh"
+#include "resources.h"
+
+using namespace normfused;
+using namespace normfused::testing;
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr cuda::DeviceLimits kDevice{1, 0};
+
+struct Data {
+  ChannelView view;
+  std::vector<float> x;
+  std::vector<double> mean, m2;
+
+  // Channel 0 holds an infinity; the squares of channel 1 overflow in float.
+  Data(ChannelView v, bool extreme) : view(v), x(v.numel()), mean(v.channels), m2(v.channels) {
+    for (int64_t i = 0; i < v.numel(); ++i) {
+      const int64_t c = channel(i);
+      x[i] = static_cast<float>((i * 37 % 64) / 8.0 + static_cast<double>(c));
+      if (extreme && c == 1) x[i] *= 1e30f;
+    }
+    if (extreme) x[0] = static_cast<float>(kInfinity);
+    for (int64_t i = 0; i < v.numel(); ++i) mean[channel(i)] += x[i] / static_cast<double>(v.positions());
+    for (int64_t i = 0; i < v.numel(); ++i) m2[channel(i)] += (x[i] - mean[channel(i)]) * (x[i] - mean[channel(i)]);
+  }
+  int64_t channel(int64_t i) const { return i / view.inner % view.channels; }
+};
+
+void statistics(const ChannelView& view, bool extreme) {
+  current = "statistics of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
+            std::to_string(view.inner);
+  const Data data(view, extreme);
+  const cuda::ReductionPlan plan = cut(cuda::plan_reduction(view, sizeof(float), 1, true, false, kDevice), 2, 1);
+  HostResources resources(kDevice);
+  std::vector<double> mean(view.channels), m2(view.channels);
+  const cuda::MomentsOp<float, false> op{data.x.data(), view};
+  reduce(op, cuda::WriteResults<double>{{mean.data(), m2.data()}}, cuda::Nothing{}, plan, resources);
+  for (int64_t c = 0; c < view.channels; ++c) {
+    expect_near("mean", c, mean[c], data.mean[c], 1e-6 * std::abs(data.mean[c]));
+    expect_near("m2", c, m2[c], data.m2[c], 1e-5 * data.m2[c]);
+  }
+}
+
+void one_launch(const ChannelView& view) {
+  current = "training of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
+            std::to_string(view.inner);
+  const Data data(view, false);
+  HostResources resources(kDevice);
+  const cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, true, true, kDevice);
+  if (!plan.single()) std::abort();
+  std::vector<float> output(view.numel()), table(3 * view.channels);
+  std::vector<double> mean(view.channels), invstd(view.channels);
+  BatchNormForward args{};
+  args.view = view;
+  args.mean = mean.data();
+  args.invstd = invstd.data();
+  args.eps = 1e-5;
+  const cuda::MomentsOp<float, false> op{data.x.data(), view};
+  reduce(op, cuda::FinishTraining<float>{args, table.data()},
+         cuda::NormalizeOp<float>{data.x.data(), output.data(), table.data(), nullptr}, plan, resources);
+  for (int64_t i = 0; i < view.numel(); ++i) {
+    const int64_t c = data.channel(i);
+    const double invstd_wanted = 1 / std::sqrt(data.m2[c] / static_cast<double>(view.positions()) + 1e-5);
+    expect_near("output", i, output[i], (data.x[i] - data.mean[c]) * invstd_wanted, 1e-5);
+  }
+}
+
+}  // namespace
+
+int main() {
+  try {
+    statistics({3, 2, 49}, true);    // rows, a warp to a channel
+    statistics({1, 1, 3072}, true);  // rows, two warps to a channel
+    statistics({3, 1, 1001}, false);
+    statistics({90, 8, 1}, true);  // columns
+    statistics({90, 3, 1}, true);  // columns, several positions side by side
+    one_launch({3, 5, 49});
+    one_launch({90, 8, 1});
+  } catch (const std::exception& error) {
+    std::printf("FAILED %s: %s\n", current.c_str(), error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,92 @@
+"""Builds the CUDA kernels for the CPU, with and without sanitizers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+KERNELS = ROOT / "csrc/kernels/cuda"
+LAUNCHERS = [*sorted(KERNELS.glob("*.cu")), KERNELS / "plan.cpp"]
+
+# Kernels reinterpret memory as vectors, which nvcc allows.
+COMMON = "-std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing"
+PLAIN = "-O1"
+# Checks as calls: inlined into kernels they take minutes to compile.
+ADDRESS = (
+    "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0"
+)
+THREAD = "-O1 -g1 -fsanitize=thread -DNORMFUSED_CUDA_THREADS=64"
+
+
+def cuda_headers() -> Path:
+    """The toolkit's headers, or those of the wheels in the test extra."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", f"{sysconfig.get_path('purelib')}/nvidia/cu13"]
+    for home in homes:
+        if home and (Path(home) / "include/cuda_bf16.h").exists():
+            return Path(home) / "include"
+    pytest.skip("no CUDA headers: install the test extra, or a CUDA toolkit")
+
+
+def gcc() -> str:
+    compiler = shutil.which("g++")
+    return compiler or pytest.skip("no g++")
+
+
+def clang() -> str:
+    """A clang++ that has ThreadSanitizer: g++ takes twenty times as long for it."""
+    for name in ("clang++", "clang++-19", "clang++-18", "clang++-17", "clang++-16"):
+        compiler = shutil.which(name)
+        if compiler is None:
+            continue
+        program = [compiler, "-fsanitize=thread", "-x", "c++", "-", "-o", os.devnull]
+        if subprocess.run(program, input=b"int main() {}", capture_output=True).returncode == 0:
+            return compiler
+    pytest.skip("no clang++ with ThreadSanitizer")
+
+
+def build(cache: Path, compiler: str, flags: str, sources: Sequence[Path], csrc: Path = ROOT / "csrc") -> Path:
+    """The program of some sources, compiled anew where a source, a header or the command has changed."""
+    include = [csrc, HERE, ROOT / "tests/kernels"]
+    command = [compiler, *shlex.split(COMMON), *shlex.split(flags), *(f"-I{path}" for path in include)]
+    command += ["-isystem", str(cuda_headers())]
+    digest = hashlib.sha256(" ".join(map(str, [*command, *sources])).encode())
+    for folder in include:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in {".h", ".cuh", ".cu", ".cpp"}:
+                digest.update(path.read_bytes())
+    program = cache / f"{sources[0].stem}-{digest.hexdigest()[:16]}"
+    if program.exists():
+        return program
+
+    def compile_one(source: Path) -> Path:
+        target = program.with_name(f"{program.name}-{source.stem}.o")
+        subprocess.run([*command, "-x", "c++", "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    linked = program.with_suffix(".new")
+    subprocess.run([compiler, *shlex.split(flags), *objects, "-o", linked], check=True)
+    linked.rename(program)
+    for path in objects:
+        path.unlink()
+    return program
+
+
+def run(program: Path, *arguments: str, order: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run it with the threads, warps and blocks in one of the orders: 0 upwards, 1 downwards, others shuffled."""
+    environment = {**os.environ, "CUDAHOST_ORDER": str(order)}
+    if (symbolizer := shutil.which("addr2line")) is not None:
+        environment.setdefault("TSAN_OPTIONS", f"external_symbolizer_path={symbolizer}")
+    return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, timeout=600)

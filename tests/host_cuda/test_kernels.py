@@ -1,0 +1,135 @@
+"""The CUDA kernels, run on the CPU: right in any order of their threads, within bounds, without a race."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from host_build import ADDRESS, HERE, KERNELS, LAUNCHERS, PLAIN, ROOT, THREAD, build, clang, gcc, run
+
+EVERYTHING = [HERE / "main.cpp", *LAUNCHERS]
+BARRIERS = [HERE / "barriers.cpp", KERNELS / "plan.cpp"]
+BARRIER = re.compile(r"__(syncthreads|threadfence)\(\)")
+
+
+def test_kernels_match_their_definition_in_three_orders(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = build(cache, gcc(), PLAIN, EVERYTHING)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = list(
+            pool.map(lambda task: run(program, task[0], order=task[1]), [("full", 0), ("small", 1), ("small", 7)])
+        )
+    for done in runs:
+        assert done.returncode == 0, done.stdout + done.stderr
+    with capsys.disabled():
+        print("\n" + "".join(done.stdout for done in runs), end="")
+
+
+def test_kernels_stay_in_bounds(cache: Path) -> None:
+    done = run(build(cache, gcc(), ADDRESS, EVERYTHING), "small")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("order", [0, 1, 7])
+def test_kernels_have_no_race(cache: Path, order: int) -> None:
+    done = run(build(cache, clang(), THREAD, BARRIERS), order=order)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def changed(tmp_path: Path, file: str, change: dict[str, str]) -> Path:
+    """The sources with some text replaced; each must be there once."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    path = csrc / "kernels/cuda" / file
+    text = path.read_text()
+    for old, new in change.items():
+        assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
+        text = text.replace(old, new)
+    path.write_text(text)
+    return csrc
+
+
+def sites() -> list[tuple[str, int]]:
+    """Every barrier and fence of the kernels: file and line."""
+    return [
+        (path.name, number)
+        for path in sorted(KERNELS.glob("*.cuh"))
+        for number, line in enumerate(path.read_text().splitlines())
+        if BARRIER.search(line)
+    ]
+
+
+def test_every_barrier_and_fence_is_needed(cache: Path, tmp_path: Path) -> None:
+    """With any one of them removed, ThreadSanitizer, the simulator or the result tells."""
+    compiler = clang()
+
+    def survives(site: tuple[str, int]) -> bool:
+        file, number = site
+        folder = tmp_path / f"{file}-{number}"
+        shutil.copytree(ROOT / "csrc", folder)
+        path = folder / "kernels/cuda" / file
+        lines = path.read_text().splitlines()
+        lines[number] = BARRIER.sub("(void)0", lines[number])
+        path.write_text("\n".join(lines))
+        sources = [BARRIERS[0], folder / "kernels/cuda/plan.cpp"]
+        return run(build(folder, compiler, THREAD, sources, csrc=folder)).returncode == 0
+
+    found = sites()
+    assert len(found) > 10
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        survivors = [
+            f"{file}:{number + 1}"
+            for (file, number), alive in zip(found, pool.map(survives, found), strict=True)
+            if alive
+        ]
+    assert survivors == []
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        pytest.param(
+            "walk.cuh",
+            {"(outer_ * plan_.view.channels + channel_)": "((outer_ + 1) * plan_.view.channels + channel_)"},
+            r"FAILED statistics of \d+ x \d+ x \d+: \w+\[\d+\] is",
+            id="off by one row",
+        ),
+        pytest.param(
+            "reduce.cuh",
+            {"  while (walk.has(1)) take(std::integral_constant<int, 1>{});\n": ""},
+            r"FAILED statistics of \d+ x \d+ x \d+: \w+\[\d+\] is",
+            id="lost tail",
+        ),
+        pytest.param(
+            "reduce.cuh",
+            {
+                "  const int warps = plan.lanes / kWarp;": "  const int warps = 1;\n  if (threadIdx.x < 9) __syncthreads();"
+            },
+            r"FAILED statistics of .*: .*__syncthreads \[.*reduce.cuh:\d+\]|divergent barrier: .*reduce.cuh:\d+",
+            id="divergent barrier",
+        ),
+    ],
+)
+def test_planted_faults_are_placed(tmp_path: Path, file: str, change: dict[str, str], message: str) -> None:
+    csrc = changed(tmp_path, file, change)
+    done = run(build(tmp_path, gcc(), "-O1", [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
+    assert done.returncode != 0
+    assert re.search(message, done.stdout), done.stdout
+
+
+def test_build_is_not_repeated(cache: Path) -> None:
+    first = build(cache, gcc(), PLAIN, [HERE / "faults.cpp"])
+    stamp = first.stat().st_mtime_ns
+    assert build(cache, gcc(), PLAIN, [HERE / "faults.cpp"]).stat().st_mtime_ns == stamp
+
+
+def test_shared_memory_is_declared_for_both_compilers(tmp_path: Path) -> None:
+    """A plain __shared__ would be a variable of each thread on the CPU; it does not compile."""
+    source = tmp_path / "plain.cpp"
+    source.write_text('#include "cuda_host.h"\n__global__ void kernel() { __shared__ int s; (void)s; }\n')
+    with pytest.raises(subprocess.CalledProcessError):
+        build(tmp_path, gcc(), PLAIN, [source])
