@@ -65,7 +65,8 @@ struct ChannelStats {
   ChannelView view;
   DType dtype;
   const void* input;
-  double* results[4];  // (C) each: channel_moments mean, M2, min, max; channel_sums sum, sum of squares
+  // (C) each, double: channel_moments mean, M2, min, max; channel_sums sum, sum of squares, int64 for integers
+  void* results[4];
 };
 
 struct Standardize {

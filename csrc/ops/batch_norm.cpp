@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/cpu/kernels.h"
+#include "ops/backend.h"
 #include "ops/find_operator.h"
 #include "ops/layout.h"
 
@@ -72,12 +72,12 @@ at::Tensor empty_statistics(const at::Tensor& input) {
   return at::empty({2, input.size(1)}, input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_training_cpu(const at::Tensor& input, const OptionalTensor& weight,
-                                                           const OptionalTensor& bias,
-                                                           const OptionalTensor& running_mean,
-                                                           const OptionalTensor& running_var,
-                                                           const OptionalTensor& num_batches_tracked,
-                                                           std::optional<double> momentum, double eps) {
+std::tuple<at::Tensor, at::Tensor> batch_norm_training_kernels(const at::Tensor& input, const OptionalTensor& weight,
+                                                               const OptionalTensor& bias,
+                                                               const OptionalTensor& running_mean,
+                                                               const OptionalTensor& running_var,
+                                                               const OptionalTensor& num_batches_tracked,
+                                                               std::optional<double> momentum, double eps) {
   check_input(input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
@@ -86,9 +86,10 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_training_cpu(const at::Tensor& inp
   TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
                     "running_mean and running_var must be given together");
   TORCH_CHECK_VALUE(!running_mean || !running_mean->is_same(*running_var), "running_mean and running_var are the same");
-  TORCH_CHECK_VALUE(!num_batches_tracked || (num_batches_tracked->scalar_type() == at::kLong &&
-                                             num_batches_tracked->dim() == 0 && num_batches_tracked->is_cpu()),
-                    "num_batches_tracked must be a 0-d int64 tensor on ", input.device());
+  TORCH_CHECK_VALUE(
+      !num_batches_tracked || (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->dim() == 0 &&
+                               num_batches_tracked->device() == input.device()),
+      "num_batches_tracked must be a 0-d int64 tensor on ", input.device());
   TORCH_CHECK_VALUE(!momentum || std::isfinite(*momentum), "momentum must be finite, got ", *momentum);
   TORCH_CHECK_VALUE(momentum || num_batches_tracked || !running_mean, "momentum=None needs num_batches_tracked");
   TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be a non-negative finite number, got ", eps);
@@ -109,15 +110,16 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_training_cpu(const at::Tensor& inp
       forward_args(dense, output, statistics, weight_dense, bias_dense, mean_buffer, var_buffer, eps);
   args.num_batches_tracked = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
   args.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
-  cpu::batch_norm_training(args, parallel());
+  backend_of(input).batch_norm_training(args, input.device());
   finish_update(running_mean, mean_buffer);
   finish_update(running_var, var_buffer);
   return {output, statistics};
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_inference_cpu(const at::Tensor& input, const OptionalTensor& weight,
-                                                            const OptionalTensor& bias, const at::Tensor& running_mean,
-                                                            const at::Tensor& running_var, double eps) {
+std::tuple<at::Tensor, at::Tensor> batch_norm_inference_kernels(const at::Tensor& input, const OptionalTensor& weight,
+                                                                const OptionalTensor& bias,
+                                                                const at::Tensor& running_mean,
+                                                                const at::Tensor& running_var, double eps) {
   check_input(input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
@@ -130,25 +132,26 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_inference_cpu(const at::Tensor& in
   at::Tensor statistics = empty_statistics(input);
   if (input.numel() == 0) return {output, statistics.zero_()};
   const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
-  cpu::batch_norm_inference(forward_args(dense, output, statistics, weight_dense, bias_dense, running_mean.contiguous(),
-                                         running_var.contiguous(), eps),
-                            parallel());
+  backend_of(input).batch_norm_inference(forward_args(dense, output, statistics, weight_dense, bias_dense,
+                                                      running_mean.contiguous(), running_var.contiguous(), eps),
+                                         input.device());
   return {output, statistics};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_cpu(const at::Tensor& grad_output,
-                                                                       const at::Tensor& input,
-                                                                       const OptionalTensor& weight,
-                                                                       const at::Tensor& statistics, bool training,
-                                                                       std::array<bool, 3> output_mask) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_kernels(const at::Tensor& grad_output,
+                                                                           const at::Tensor& input,
+                                                                           const OptionalTensor& weight,
+                                                                           const at::Tensor& statistics, bool training,
+                                                                           std::array<bool, 3> output_mask) {
   check_input(input);
   check_channels("weight", weight, input);
   TORCH_CHECK_VALUE(grad_output.sizes() == input.sizes() && grad_output.scalar_type() == input.scalar_type() &&
                         grad_output.device() == input.device(),
                     "grad_output must have input's shape, dtype and device");
   TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.dim() == 2 &&
-                        statistics.size(0) == 2 && statistics.size(1) == input.size(1) && statistics.is_cpu(),
-                    "statistics must be contiguous float64 of shape (2, channels)");
+                        statistics.size(0) == 2 && statistics.size(1) == input.size(1) &&
+                        statistics.device() == input.device(),
+                    "statistics must be contiguous float64 of shape (2, channels) on ", input.device());
 
   const at::Tensor dense = with_view(input);
   const auto parameter_options = input.options()
@@ -168,12 +171,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_cpu(const at:
   const at::Tensor grad_dense = laid_out_as(grad_output, dense);
   const OptionalTensor weight_dense = contiguous(weight);
   const double* const mean = statistics.const_data_ptr<double>();
-  cpu::batch_norm_backward(
+  backend_of(input).batch_norm_backward(
       {*view_of(dense), dtype_of(input.scalar_type()), grad_dense.const_data_ptr(), dense.const_data_ptr(),
        output_mask[0] ? grad_input.mutable_data_ptr() : nullptr, channel_vector(weight_dense),
        output_mask[1] ? channel_vector(grad_weight) : ChannelVector{},
        output_mask[2] ? channel_vector(grad_bias) : ChannelVector{}, mean, mean + input.size(1), training},
-      parallel());
+      input.device());
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -205,9 +208,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Ten
 }
 
 TORCH_LIBRARY_IMPL(normfused, CPU, m) {
-  m.impl("batch_norm_training", batch_norm_training_cpu);
-  m.impl("batch_norm_inference", batch_norm_inference_cpu);
-  m.impl("batch_norm_backward", batch_norm_backward_cpu);
+  m.impl("batch_norm_training", batch_norm_training_kernels);
+  m.impl("batch_norm_inference", batch_norm_inference_kernels);
+  m.impl("batch_norm_backward", batch_norm_backward_kernels);
 }
+
+#if defined(NORMFUSED_WITH_CUDA)
+TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
+  m.impl("batch_norm_training", batch_norm_training_kernels);
+  m.impl("batch_norm_inference", batch_norm_inference_kernels);
+  m.impl("batch_norm_backward", batch_norm_backward_kernels);
+}
+#endif
 
 }  // namespace normfused::ops

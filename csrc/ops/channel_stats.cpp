@@ -5,7 +5,7 @@
 
 #include <array>
 
-#include "kernels/cpu/kernels.h"
+#include "ops/backend.h"
 #include "ops/find_operator.h"
 #include "ops/layout.h"
 
@@ -13,23 +13,24 @@ namespace normfused::ops {
 
 namespace {
 
-using Kernel = void (*)(const ChannelStats&, const cpu::Parallel&);
+using Kernel = void (*)(const ChannelStats&, const at::Device&);
 
 template <size_t count>
-std::array<at::Tensor, count> run(const at::Tensor& input, Kernel kernel) {
+std::array<at::Tensor, count> run(const at::Tensor& input, at::ScalarType type, Kernel kernel) {
   TORCH_CHECK_VALUE(input.dim() >= 2, "input needs at least 2 dimensions, got shape ", input.sizes());
+  const DType dtype = input.is_cuda() ? any_dtype_of(input.scalar_type()) : dtype_of(input.scalar_type());
   const at::Tensor dense = with_view(input);
   std::array<at::Tensor, count> results;
   for (at::Tensor& result : results)
-    result = at::empty({input.size(1)}, input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
-  ChannelStats args{*view_of(dense), dtype_of(input.scalar_type()), dense.const_data_ptr(), {}};
-  for (size_t i = 0; i < count; ++i) args.results[i] = results[i].template mutable_data_ptr<double>();
-  if (input.numel() > 0) kernel(args, parallel());
+    result = at::empty({input.size(1)}, input.options().dtype(type).memory_format(at::MemoryFormat::Contiguous));
+  ChannelStats args{*view_of(dense), dtype, dense.const_data_ptr(), {}};
+  for (size_t i = 0; i < count; ++i) args.results[i] = results[i].mutable_data_ptr();
+  if (input.numel() > 0) kernel(args, input.device());
   return results;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments_cpu(const at::Tensor& input) {
-  auto [mean, m2, min, max] = run<4>(input, cpu::channel_moments);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments_kernels(const at::Tensor& input) {
+  auto [mean, m2, min, max] = run<4>(input, at::kDouble, backend_of(input).channel_moments);
   if (input.numel() == 0) {
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
     return {mean.zero_(), m2.zero_(), min.fill_(kInfinity), max.fill_(-kInfinity)};
@@ -37,8 +38,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments_cpu(c
   return {mean, m2, min, max};
 }
 
-std::tuple<at::Tensor, at::Tensor> channel_sums_cpu(const at::Tensor& input) {
-  auto [sum, sum_of_squares] = run<2>(input, cpu::channel_sums);
+std::tuple<at::Tensor, at::Tensor> channel_sums_kernels(const at::Tensor& input) {
+  const at::ScalarType type = at::isFloatingType(input.scalar_type()) ? at::kDouble : at::kLong;
+  auto [sum, sum_of_squares] = run<2>(input, type, backend_of(input).channel_sums);
   if (input.numel() == 0) return {sum.zero_(), sum_of_squares.zero_()};
   return {sum, sum_of_squares};
 }
@@ -56,8 +58,15 @@ std::tuple<at::Tensor, at::Tensor> channel_sums(const at::Tensor& input) {
 }
 
 TORCH_LIBRARY_IMPL(normfused, CPU, m) {
-  m.impl("channel_moments", channel_moments_cpu);
-  m.impl("channel_sums", channel_sums_cpu);
+  m.impl("channel_moments", channel_moments_kernels);
+  m.impl("channel_sums", channel_sums_kernels);
 }
+
+#if defined(NORMFUSED_WITH_CUDA)
+TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
+  m.impl("channel_moments", channel_moments_kernels);
+  m.impl("channel_sums", channel_sums_kernels);
+}
+#endif
 
 }  // namespace normfused::ops

@@ -60,6 +60,23 @@ DType dtype_of(at::ScalarType type) {
   }
 }
 
+DType any_dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kByte:
+      return DType::kUInt8;
+    case at::kChar:
+      return DType::kInt8;
+    case at::kShort:
+      return DType::kInt16;
+    case at::kInt:
+      return DType::kInt32;
+    case at::kLong:
+      return DType::kInt64;
+    default:
+      return dtype_of(type);
+  }
+}
+
 std::optional<ChannelView> view_of(const at::Tensor& tensor) {
   const int64_t channels = tensor.size(1);
   if (tensor.is_contiguous()) {
@@ -86,8 +103,8 @@ at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like) {
 }
 
 at::Tensor empty_output_like(const at::Tensor& like) {
-  at::Tensor output = at::empty_like(like);
-  use_huge_pages(output.data_ptr(), output.nbytes());
+  const at::Tensor output = at::empty_like(like);
+  if (like.is_cpu()) use_huge_pages(output.data_ptr(), output.nbytes());
   return output;
 }
 
@@ -95,14 +112,6 @@ ChannelVector channel_vector(const at::Tensor& tensor) { return {tensor.data_ptr
 
 ChannelVector channel_vector(const std::optional<at::Tensor>& tensor) {
   return tensor ? channel_vector(*tensor) : ChannelVector{};
-}
-
-const cpu::Parallel& parallel() {
-  static constexpr cpu::Parallel instance{
-      [](int64_t tasks, int64_t grain, cpu::Parallel::Body body, const void* context) {
-        at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-      }};
-  return instance;
 }
 
 }  // namespace normfused::ops

@@ -5,12 +5,13 @@
 
 #include <optional>
 
-#include "kernels/cpu/parallel.h"
 #include "kernels/types.h"
 
 namespace normfused::ops {
 
+// Floating types; any_dtype_of: integers too.
 DType dtype_of(at::ScalarType type);
+DType any_dtype_of(at::ScalarType type);
 
 // The view of a tensor that is dense as channels first or as channels last (of any rank >= 2); nothing otherwise.
 std::optional<ChannelView> view_of(const at::Tensor& tensor);
@@ -28,8 +29,5 @@ at::Tensor empty_output_like(const at::Tensor& like);
 
 ChannelVector channel_vector(const at::Tensor& tensor);
 ChannelVector channel_vector(const std::optional<at::Tensor>& tensor);
-
-// at::parallel_for: obeys torch.set_num_threads, and is serial inside another parallel region.
-const cpu::Parallel& parallel();
 
 }  // namespace normfused::ops

@@ -133,7 +133,7 @@ void channel_stats(const Op& op, const ChannelStats& args, int64_t itemsize, con
       [&](int64_t c0, int64_t c1) {
         repair(results, c0, c1);
         for (int64_t k = 0; k < Op::kSums; ++k)
-          for (int64_t c = c0; c < c1; ++c) args.results[k][c] = results(k, c);
+          for (int64_t c = c0; c < c1; ++c) static_cast<double*>(args.results[k])[c] = results(k, c);
       },
       [](const Unit&) {});
 }

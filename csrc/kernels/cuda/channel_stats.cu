@@ -12,7 +12,7 @@ cudaError_t channel_stats(const ChannelStats& args, Resources& resources) {
   using Sum = typename Op::Sum;
   const Op op{static_cast<const T*>(args.input), args.view};
   WriteResults<Sum> write{};
-  for (int k = 0; k < Op::kSums; ++k) write.results[k] = reinterpret_cast<Sum*>(args.results[k]);
+  for (int k = 0; k < Op::kSums; ++k) write.results[k] = static_cast<Sum*>(args.results[k]);
   const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 1, all_aligned(args.input), false, resources.limits);
   return reduce(op, write, Nothing{}, plan, resources);
 }
