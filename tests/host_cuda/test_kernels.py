@@ -106,9 +106,7 @@ def test_every_barrier_and_fence_is_needed(cache: Path, tmp_path: Path) -> None:
         ),
         pytest.param(
             "reduce.cuh",
-            {
-                "  const int warps = plan.lanes / kWarp;": "  const int warps = 1;\n  if (threadIdx.x < 9) __syncthreads();"
-            },
+            {"const int warps = plan.lanes / kWarp;": "const int warps = 1;\n  if (threadIdx.x < 9) __syncthreads();"},
             r"FAILED statistics of .*: .*__syncthreads \[.*reduce.cuh:\d+\]|divergent barrier: .*reduce.cuh:\d+",
             id="divergent barrier",
         ),

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
   for (int i = 0; i < kValues; ++i) state[i] = op.start(walk.column < plan.columns ? walk.channel(i) : 0);
   bool first = true;
-  constexpr int kRows = 8 / Op::kInputs;
+  constexpr int kRows = 8 / Op::kInputs / (sizeof(S) > sizeof(float) ? 2 : 1);
   while (walk.has(kRows) && (plan.repeat == 1 || walk.ahead(kRows - 1) + kValues <= numel)) {
     Vector<T, kValues> loaded[Op::kInputs][kRows];
 #pragma unroll
