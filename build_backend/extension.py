@@ -23,7 +23,7 @@ NAME = "normfused._C"
 # GCC 12 takes the reference counts of torch's inlined headers for an overflow of a string.
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-g0", "-fvisibility=hidden", "-fopenmp"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-stringop-overflow"]
-CUDA_SOURCES = ["csrc/ops/cuda/*.cpp", "csrc/kernels/cuda/*.cpp", "csrc/kernels/cuda/*.cu"]
+CUDA_SOURCES = ["csrc/ops/cuda/*.cpp", "csrc/kernels/cuda/*.cu"]
 # Kernels use members of structs that the host has too. Half precision goes through functions that say what they do.
 NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-std=c++17"]
 # Read by no source. Objects are reused between builds, and a change of system headers, which torch's are here, goes
@@ -56,7 +56,7 @@ def extension() -> Extension:
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return make(
         NAME,
-        sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/kernels/cpu/*.cpp", *(CUDA_SOURCES if cuda else [])),
+        sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/kernels/*/*.cpp", *(CUDA_SOURCES if cuda else [])),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[TORCH_MACRO, *([("NORMFUSED_WITH_CUDA", "1")] if cuda else [])],
         extra_compile_args={

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cuda/traffic.h"
 #include "ops/batch_norm.h"
 #include "ops/channel_stats.h"
 
@@ -25,6 +26,7 @@ TORCH_LIBRARY(normfused, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   using namespace normfused;
+  using namespace py::literals;
   // Without it torch's own error types would all arrive as RuntimeError.
   py::register_local_exception_translator([](std::exception_ptr e) {
     if (e) torch::translate_exception_to_python(e);
@@ -50,6 +52,24 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("channel_moments", &ops::channel_moments, py::call_guard<py::gil_scoped_release>());
   m.def("channel_sums", &ops::channel_sums, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &cpu::capability);
+  // What CUDA kernels would do on some device: for tests and reports, on any machine.
+  py::enum_<cuda::Operation>(m, "Operation")
+      .value("TRAINING", cuda::Operation::kTraining)
+      .value("INFERENCE", cuda::Operation::kInference)
+      .value("BACKWARD", cuda::Operation::kBackward)
+      .value("INFERENCE_BACKWARD", cuda::Operation::kInferenceBackward)
+      .value("MOMENTS", cuda::Operation::kMoments)
+      .value("SUMS", cuda::Operation::kSums);
+  m.def("cuda_traffic", [](cuda::Operation operation, std::array<int64_t, 3> view, int itemsize, int multiprocessors,
+                           int64_t l2_bytes) {
+    const cuda::Traffic t = traffic(operation, {view[0], view[1], view[2]}, itemsize, {multiprocessors, l2_bytes});
+    const cuda::ReductionPlan& r = t.reduction;
+    return py::dict("single"_a = t.single, "launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written,
+                    "by_rows"_a = r.by_rows, "values"_a = r.by_rows ? r.rows.values : r.columns.values,
+                    "masked"_a = r.rows.masked, "lanes"_a = r.rows.lanes, "repeat"_a = r.columns.repeat,
+                    "width"_a = r.columns.width, "tiles"_a = r.tiles(), "splits"_a = r.splits(),
+                    "streaming_stores"_a = t.apply.streaming);
+  });
   m.def("has_cuda", [] {
 #if defined(NORMFUSED_WITH_CUDA)
     return true;

@@ -118,9 +118,8 @@ def test_kernels_neither_spill_nor_use_a_stack(kernels: list[Kernel], capsys: py
     families: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in kernels:
         families[kernel.family()].append(kernel)
-    lines = [
-        f"{'at most: registers / bytes of shared memory':90} {'kernels':>7} {' '.join(f'sm_{arch}'.rjust(12) for arch in ARCHS)}"
-    ]
+    archs = " ".join(f"sm_{arch}".rjust(12) for arch in ARCHS)
+    lines = [f"{'at most: registers / bytes of shared memory':90} {'kernels':>7} {archs}"]
     for family, members in sorted(families.items()):
         most = []
         for arch in ARCHS:

@@ -19,9 +19,11 @@ constexpr int64_t kSingleTileBytes = 32 << 10;
 // Vectors for each thread of a channel: four loads are in flight at once, so fewer would leave some of them idle.
 constexpr int64_t kVectorsPerLane = 16;
 constexpr int64_t kMaxSplits = 65535;  // gridDim.y
-// Vectors of a row for a block: half a kilobyte, beyond which wider accesses to DRAM gain nothing; and a sector, the
-// least that DRAM gives.
-constexpr int64_t kWidth = 32;
+// Vectors of a row for a block. A reduction takes a cache line: the last block of a tile merges the splits of all its
+// channels alone, so tiles are narrow and splits few. An application takes half a kilobyte, beyond which wider accesses
+// to DRAM gain nothing. A sector is the least that DRAM gives.
+constexpr int64_t kReductionWidth = 8;
+constexpr int64_t kApplicationWidth = 32;
 constexpr int64_t kSectorVectors = 2;
 // Rows for each thread of an application: its coefficients are loaded once.
 constexpr int64_t kRowsPerThread = 8;
@@ -75,7 +77,7 @@ ColumnsPlan columns_of(const ChannelView& view, int itemsize, bool aligned, int6
 
 ColumnsPlan plan_columns(const ChannelView& view, int itemsize, int inputs, bool aligned, bool may_finish,
                          const DeviceLimits& limits) {
-  ColumnsPlan plan = columns_of(view, itemsize, aligned, kWidth);
+  ColumnsPlan plan = columns_of(view, itemsize, aligned, kReductionWidth);
   const auto tile_bytes = [&] { return plan.rows() * plan.width * plan.values * itemsize; };
   if (may_finish && tile_bytes() > kSingleTileBytes) {
     const int64_t narrow = kSingleTileBytes * plan.width / tile_bytes();
@@ -116,7 +118,7 @@ ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize,
     return plan;
   }
   ColumnsPlan& columns = plan.columns;
-  columns = columns_of(view, itemsize, aligned, kWidth);
+  columns = columns_of(view, itemsize, aligned, kApplicationWidth);
   const int64_t wanted = ceil_div(kBlocksPerMultiprocessor * limits.multiprocessors, columns.tiles);
   columns.chunk = std::clamp<int64_t>(ceil_div(columns.rows(), wanted * columns.height), 1, kRowsPerThread);
   columns.chunk *= columns.height;

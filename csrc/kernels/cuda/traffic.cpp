@@ -1,0 +1,36 @@
+#include "kernels/cuda/traffic.h"
+
+namespace normfused::cuda {
+
+Traffic traffic(Operation operation, const ChannelView& view, int itemsize, const DeviceLimits& limits) {
+  const bool reduces = operation != Operation::kInference;
+  const bool applies = operation != Operation::kMoments && operation != Operation::kSums;
+  const bool backward = operation == Operation::kBackward || operation == Operation::kInferenceBackward;
+  const bool may_finish = operation == Operation::kTraining || operation == Operation::kBackward;
+  const int sums = operation == Operation::kMoments ? 4 : 2;
+  const int inputs = backward ? 2 : 1;
+  const int applied_inputs = operation == Operation::kBackward ? 2 : 1;
+  const int64_t bytes = view.numel() * itemsize;
+
+  Traffic result{};
+  if (reduces) {
+    result.reduction = plan_reduction(view, itemsize, inputs, true, may_finish, limits);
+    result.single = result.reduction.single();
+    const int64_t partials = result.reduction.splits() * sums * result.reduction.results() * int64_t{sizeof(double)};
+    result.launches += 1;
+    result.read += inputs * bytes + partials;
+    result.written += partials;
+  }
+  if (applies) {
+    result.apply = plan_apply(view, itemsize, itemsize, true, limits);
+    // What a single launch applies to comes from L1. Inference has a launch to prepare its coefficients.
+    if (!result.single) {
+      result.launches += reduces ? 1 : 2;
+      result.read += applied_inputs * bytes;
+    }
+    result.written += bytes;
+  }
+  return result;
+}
+
+}  // namespace normfused::cuda

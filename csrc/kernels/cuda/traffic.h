@@ -1,0 +1,21 @@
+// What an operator's launches move through device memory, counted from their plans.
+#pragma once
+
+#include "kernels/cuda/plan.h"
+
+namespace normfused::cuda {
+
+enum class Operation { kTraining, kInference, kBackward, kInferenceBackward, kMoments, kSums };
+
+struct Traffic {
+  bool single;  // one launch has the tensors on chip between statistics and application
+  int launches;
+  int64_t read, written;  // bytes; vectors of one value for each channel are not counted
+  ReductionPlan reduction;
+  ApplyPlan apply;
+};
+
+// Of a tensor of `itemsize` bytes a value, in the usual case: aligned, a momentum, all gradients asked for.
+Traffic traffic(Operation operation, const ChannelView& view, int itemsize, const DeviceLimits& limits);
+
+}  // namespace normfused::cuda
