@@ -14,7 +14,8 @@ import normfused
 
 Call = Callable[[], Sequence[Any]]
 Layout = Literal["NCHW", "channels_last"]
-Traffic = Literal["resident", "streaming"]
+# Bytes counted by pen; and, on CUDA, by the plan of the launches.
+Traffic = Literal["resident", "streaming", "planned"]
 
 # Channels and side of every batch norm in ResNet-50.
 RESNET50 = (
@@ -73,10 +74,31 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def traffic_bytes(operation: str, tensor_bytes: int, traffic: Traffic) -> int:
+def traffic_bytes(case: Case, traffic: Traffic) -> int:
     """Bytes that the operation moves at least: per-channel vectors are not counted."""
-    reads, writes = getattr(OPERATIONS[operation], traffic)
-    return (reads + writes) * tensor_bytes
+    if traffic == "planned":
+        return _planned_bytes(case)
+    reads, writes = getattr(OPERATIONS[case.operation], traffic)
+    return (reads + writes) * case.tensor_bytes  # type: ignore[no-any-return]
+
+
+def _planned_bytes(case: Case) -> int:
+    extension = normfused._extension.C
+    assert extension is not None
+    operations = {
+        "training_forward": ["TRAINING"],
+        "training_backward": ["BACKWARD"],
+        "eval_forward": ["INFERENCE"],
+        "channel_moments": ["MOMENTS"],
+    }.get(case.operation, ["TRAINING", "BACKWARD"])
+    n, c, h, w = case.shape
+    view = (n * h * w, c, 1) if case.layout == "channels_last" else (n, c, h * w)
+    properties = torch.cuda.get_device_properties(0)
+    device = (properties.multi_processor_count, properties.L2_cache_size)
+    plans = [
+        extension.cuda_traffic(getattr(extension.Operation, o), view, case.dtype.itemsize, *device) for o in operations
+    ]
+    return sum(plan["read"] + plan["written"] for plan in plans)
 
 
 def grid(device: str, *, quick: bool = False) -> list[Case]:
@@ -87,10 +109,11 @@ def grid(device: str, *, quick: bool = False) -> list[Case]:
     return cases + [Case("small_call", SMALL, *rest) for rest in layouts]
 
 
-def peer_names(case: Case, compiled: bool) -> list[str]:
+def peer_names(case: Case, more: Sequence[str] = ()) -> list[str]:
+    """With `more` of "compile", torch.compile, and "native", torch without cuDNN."""
     # A compiled backward cannot be run twice on one graph.
-    compiled = compiled and case.operation != "training_backward"
-    return ["normfused", "torch", *(["compile"] if compiled else []), "copy", "clone"]
+    more = [peer for peer in more if (peer, case.operation) != ("compile", "training_backward")]
+    return ["normfused", "torch", *more, "copy", "clone"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -106,7 +129,7 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, device: 
     return x, normal(0, 1), x.clone()
 
 
-def build_calls(case: Case, device: str, compiled: bool) -> dict[str, Call]:
+def build_calls(case: Case, device: str, more: Sequence[str] = ()) -> dict[str, Call]:
     """One call per peer. Outputs are new tensors, except those of `copy`, whose buffer is ready."""
     x, grad_output, buffer = _inputs(case.shape, case.dtype, case.layout, device)
     calls: dict[str, Call] = {
@@ -115,12 +138,26 @@ def build_calls(case: Case, device: str, compiled: bool) -> dict[str, Call]:
         "copy": lambda: (buffer.copy_(x),),
         "clone": lambda: (x.clone(),),
     }
-    if compiled:
+    if "native" in more:
+        calls["native"] = _without_cudnn(case.operation, x, grad_output)
+    if "compile" in more:
         torch.compiler.reset()  # each case is compiled for its own shape
         layer = lambda channels: torch.compile(nn.BatchNorm2d(channels), dynamic=False)  # noqa: E731
         statistics = torch.compile(_var_mean, dynamic=False)
         calls["compile"] = _call(case.operation, layer, statistics, x, grad_output)
-    return {name: calls[name] for name in peer_names(case, compiled)}
+    return {name: calls[name] for name in peer_names(case, more)}
+
+
+def _without_cudnn(operation: str, x: Tensor, grad_output: Tensor) -> Call:
+    off = torch.backends.cudnn.flags
+    with off(enabled=False):  # a backward on its own runs what its forward chose
+        call = _call(operation, nn.BatchNorm2d, _var_mean, x, grad_output)
+
+    def without() -> Sequence[Any]:
+        with off(enabled=False):
+            return call()
+
+    return without
 
 
 def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"case", "peer"} <= set(metafunc.fixturenames):
         option = metafunc.config.getoption
-        compiled = option("--torch-compile")
-        pairs = [(c, peer) for c in _cases(option("--all-cases")) for peer in peer_names(c, compiled)]
+        more = ["compile"] if option("--torch-compile") else []
+        pairs = [(c, peer) for c in _cases(option("--all-cases")) for peer in peer_names(c, more)]
         metafunc.parametrize(("case", "peer"), pairs, ids=[f"{c.name}-{peer}" for c, peer in pairs])
 
 

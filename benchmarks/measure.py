@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
-from cases import Case, build_calls, check, dtype_name, traffic_bytes
+from cases import Case, Traffic, build_calls, check, dtype_name, traffic_bytes
 from timing import Budget, Quartiles, Samples, interleave, make_stopwatch, quartiles, ratios
 
 
@@ -21,13 +22,13 @@ class Result(TypedDict):
     floor_distance: dict[str, Quartiles]  # normfused's time over that of the bytes at copy speed
 
 
-def measure(case: Case, device: str, budget: Budget, *, compiled: bool = False) -> Samples:
+def measure(case: Case, device: str, budget: Budget, more: Sequence[str] = ()) -> Samples:
     """Seconds of each peer in each round, after a check of normfused's results.
 
     Raises:
         AssertionError: they are wrong.
     """
-    calls = build_calls(case, device, compiled)
+    calls = build_calls(case, device, more)
     check(case, device, calls["normfused"]())
     stopwatch = make_stopwatch(device, host=case.operation == "small_call")
     for call in [*calls.values()] * 2:
@@ -35,9 +36,10 @@ def measure(case: Case, device: str, budget: Budget, *, compiled: bool = False) 
     return interleave(calls, stopwatch, budget)
 
 
-def summarize(case: Case, samples: Samples) -> Result:
+def summarize(case: Case, samples: Samples, device: str) -> Result:
     to_copy = ratios(samples, "normfused", "copy")
     copied = 2 * case.tensor_bytes
+    counts: list[Traffic] = ["resident", "streaming", *(["planned"] if device == "cuda" else [])]
     return {
         "name": case.name,
         "operation": case.operation,
@@ -49,9 +51,6 @@ def summarize(case: Case, samples: Samples) -> Result:
         "seconds": {peer: quartiles(times) for peer, times in samples.items()},
         "speedup": {peer: quartiles(ratios(samples, peer, "normfused")) for peer in samples if peer != "normfused"},
         "floor_distance": {
-            traffic: quartiles(
-                [r * copied / traffic_bytes(case.operation, case.tensor_bytes, traffic) for r in to_copy]
-            )
-            for traffic in ("resident", "streaming")
+            traffic: quartiles([r * copied / traffic_bytes(case, traffic) for r in to_copy]) for traffic in counts
         },
     }

@@ -61,11 +61,12 @@ def main() -> int:
     partial = arguments.quick or arguments.only is not None
     pattern = re.compile(arguments.only or "")
     cases = [case for case in grid(device, quick=arguments.quick) if pattern.search(case.name)]
+    more = [peer for peer in ("compile", "native") if getattr(arguments, peer)]
     settings = {
         "partial": partial,
         "seconds_per_case": budget.seconds,
         "least_rounds": budget.least_rounds,
-        "compiled": arguments.compile,
+        "more_peers": more,
     }
     report = Report(machine.describe(device), settings)
     default = Path(__file__).parent / "results" / (machine.slug(report.machine) + ("-partial" if partial else ""))
@@ -76,7 +77,7 @@ def main() -> int:
         if pattern.search("memory"):
             report.memory = measure_growth(device, arguments.threads)
         for index, case in enumerate(cases, 1):
-            report.results.append(summarize(case, measure(case, device, budget, compiled=arguments.compile)))
+            report.results.append(summarize(case, measure(case, device, budget, more), device))
             report.save(folder)
             print(f"[{index}/{len(cases)}] {_line(case, report.results[-1])}", flush=True)
     except KeyboardInterrupt:
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="three of the nine shapes, few rounds")
     add("--only", metavar="PATTERN", help="cases (and 'memory') whose name this regular expression finds")
     add("--compile", action="store_true", help="measure torch.compile of torch.nn too; compiling takes long")
+    add("--native", action="store_true", help="measure torch.nn without cuDNN too; for CUDA")
     add("--device", choices=("cpu", "cuda"), default="cuda" if on_cuda else "cpu", help="where to measure")
     add("--threads", type=int, default=2, help="of the CPU")
     add("--out", type=Path, metavar="DIR", help="folder of the results; without it results/<device> beside this file")

@@ -11,7 +11,13 @@ from measure import Result
 from memory import LEAK_KB, Growth
 from targets import TARGETS, figure
 
-PEERS = {"torch": "torch", "compile": "torch.compile", "copy": "copy", "clone": "clone"}
+PEERS = {
+    "torch": "torch",
+    "native": "torch without cuDNN",
+    "compile": "torch.compile",
+    "copy": "copy",
+    "clone": "clone",
+}
 
 
 def render(machine: dict[str, Any], settings: dict[str, Any], results: list[Result], memory: list[Growth]) -> str:
@@ -105,6 +111,8 @@ def _details(results: list[Result]) -> Iterable[str]:
         peers = [peer for peer in PEERS if any(peer in r["seconds"] for r in group)]
         # Where both count alike, the one column is left.
         floors: dict[str, Traffic] = {_counts(info.streaming): "streaming", _counts(info.resident): "resident"}
+        if "planned" in group[0]["floor_distance"]:
+            floors["as planned"] = "planned"
         header = [
             *("shape", "dtype", "layout", "normfused ms"),
             *(f"{PEERS[peer]} ms" for peer in peers),

@@ -40,7 +40,8 @@ _replay = _Replay()
 
 @pytest.mark.benchmark(timer=_replay.now)
 def test_speed(benchmark: BenchmarkFixture, device: str, case: Case, peer: str, request: pytest.FixtureRequest) -> None:
-    samples: Samples = _measured(case, device, FULL, compiled=request.config.getoption("--torch-compile"))
+    more = ("compile",) if request.config.getoption("--torch-compile") else ()
+    samples: Samples = _measured(case, device, FULL, more)
     benchmark.group = case.name
     _replay.load(samples[peer])
     benchmark.pedantic(_replay.play, rounds=len(samples[peer]))

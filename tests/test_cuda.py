@@ -1,0 +1,154 @@
+"""What only a CUDA device can show: graphs, streams, synchronization, and the same bits every time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import normfused
+from normfused import functional
+
+pytestmark = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+
+SHAPES = [(8, 64, 8, 8), (32, 3, 65, 33), (16, 256, 28, 28), (64, 512, 7, 7)]
+DTYPES = [torch.float32, torch.bfloat16]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def step(layer: torch.nn.Module, x: Tensor, grad_output: Tensor) -> list[Tensor]:
+    output = layer(x)
+    return [output, *torch.autograd.grad(output, [x, *layer.parameters()], grad_output)]
+
+
+@pytest.fixture(params=[(s, d, f) for s in SHAPES for d in DTYPES for f in FORMATS], ids=str)
+def inputs(request: pytest.FixtureRequest, device: torch.device) -> tuple[normfused.BatchNorm2d, Tensor, Tensor]:
+    shape, dtype, memory_format = request.param
+    x = torch.randn(shape, device=device).to(dtype, memory_format=memory_format).requires_grad_()
+    return normfused.BatchNorm2d(shape[1]).to(device), x, torch.randn_like(x)
+
+
+def test_every_run_gives_the_same_bits(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
+    """Beside other work on the device too."""
+    layer, *tensors = inputs
+    first = step(layer, *tensors)
+    beside = torch.cuda.Stream()
+    noise = torch.randn(2048, 2048, device="cuda")
+    for _ in range(10):
+        with torch.cuda.stream(beside):
+            noise = noise @ noise.T / 2048
+        again = step(layer, *tensors)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    beside.synchronize()
+
+
+def test_b29_graph_replays_equal_eager_steps(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
+    layer, x, grad_output = inputs
+    eager = normfused.BatchNorm2d(x.size(1)).to(x.device)
+    eager.load_state_dict(layer.state_dict())
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        step(layer, x, grad_output)
+    torch.cuda.current_stream().wait_stream(warm_up)
+    layer.load_state_dict(eager.state_dict())
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(layer, x, grad_output)
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_(1, 2)
+        graph.replay()
+        expected = step(eager, x, grad_output)
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+        for name, buffer in layer.named_buffers():
+            assert torch.equal(buffer, eager.get_buffer(name)), name
+    assert layer.num_batches_tracked == 3
+
+
+def test_graph_replays_beside_eager_work(device: torch.device) -> None:
+    """A graph has tickets of its own: what runs on the stream it was captured on does not disturb it."""
+    x = torch.randn(32, 64, 56, 56, device=device)
+    layer = normfused.BatchNorm2d(64).to(device)
+    expected = layer(x)
+    capture, replay = torch.cuda.Stream(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=capture):
+        captured = layer(x)
+    for _ in range(20):
+        with torch.cuda.stream(replay):
+            graph.replay()
+        with torch.cuda.stream(capture):
+            beside = layer(x)
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
+    assert torch.equal(beside, expected)
+
+
+def test_nothing_waits_for_the_device(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
+    layer, x, grad_output = inputs
+    cumulative = normfused.BatchNorm2d(x.size(1), momentum=None).to(x.device)
+    step(layer, x, grad_output)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(layer, x, grad_output)
+        step(cumulative, x, grad_output)
+        step(layer.eval(), x, grad_output)
+        normfused.functional.channel_moments(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_runs_on_the_current_stream(device: torch.device) -> None:
+    x = torch.full((64, 64, 56, 56), 1.0, device=device)
+    layer = normfused.BatchNorm2d(64, affine=False).to(device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        x.fill_(3)  # late: a launch on another stream would still see 1
+        layer(x)
+    stream.synchronize()
+    assert torch.allclose(layer.running_mean, torch.full_like(layer.running_mean, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_integer_sums_are_exact(device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    values = torch.randint(0, 120, (50, 3, 64, 65)).to(dtype).contiguous(memory_format=memory_format)
+    count, total, squares = functional.channel_sums(values.to(device))
+    wide = values.long()
+    assert count == 50 * 64 * 65
+    assert torch.equal(total.cpu(), wide.sum((0, 2, 3)))
+    assert torch.equal(squares.cpu(), (wide * wide).sum((0, 2, 3)))
+
+
+def test_mixed_devices_are_refused(device: torch.device) -> None:
+    layer = normfused.BatchNorm2d(4)
+    with pytest.raises(ValueError, match=r"weight is on cpu, but input is on cuda:0"):
+        layer(torch.randn(2, 4, 3, 3, device=device))
+    with pytest.raises(ValueError, match=r"weight is on cuda:0, but input is on cpu"):
+        layer.to(device)(torch.randn(2, 4, 3, 3))
+
+
+def test_device_need_not_be_the_current_one(device: torch.device) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    x = torch.randn(8, 64, 28, 28, device="cuda:1")
+    layer = normfused.BatchNorm2d(64).to("cuda:1")
+    reference = torch.nn.BatchNorm2d(64).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.allclose(layer(x), reference(x), atol=1e-5)
+
+
+def test_memory_is_given_back(device: torch.device) -> None:
+    x = torch.randn(32, 64, 56, 56, device=device, requires_grad=True)
+    layer = normfused.BatchNorm2d(64).to(device)
+    step(layer, x, x.detach())
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        step(layer, x, x.detach())
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
