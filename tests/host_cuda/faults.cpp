@@ -86,7 +86,7 @@ __global__ void past_static(int* out) {
   out[0] = p[33];
 }
 __global__ void past_dynamic(int* out) {
-  NF_DYN_SHARED(int, s);
+  NF_DYNAMIC_SHARED(int, s);
   s[threadIdx.x] = 1;
   __syncthreads();
   out[0] = s[0];

@@ -4,606 +4,578 @@
 // AddressSanitizer accesses out of its bounds are found; under ThreadSanitizer, to which each fiber is a thread ordered
 // by nothing but barriers, fences and atomics, races are.
 //
-// A wave of blocks is resident at once: one block, or a cluster, or the grid of a cooperative launch.
+// The environment variable CUDAHOST_ORDER tells in which order lanes, warps and blocks run: 0 upwards, 1 downwards, any
+// other number shuffled by it.
 #pragma once
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <driver_types.h>
-#include <sys/mman.h>
 #include <vector_functions.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <numeric>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__ 1
-#elif __has_feature(thread_sanitizer)
-#define __SANITIZE_THREAD__ 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(p, n) ((void)0)
-#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)0)
-#endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-#else
-#define __tsan_acquire(p) ((void)0)
-#define __tsan_release(p) ((void)0)
-#endif
-#if !defined(__x86_64__) && !defined(CUDAHOST_UCONTEXT)
-#define CUDAHOST_UCONTEXT  // the C library's contexts, slower by a system call
-#endif
-#if defined(CUDAHOST_UCONTEXT)
-#include <ucontext.h>
-#endif
-#define CUDAHOST_FN __attribute__((no_sanitize("thread"))) inline  // shim internals are invisible to the race detector
-#define CUDAHOST_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#include <vector>
+
+#include "fiber.h"
 
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
 namespace cudahost {
+
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
 struct Config {
   dim3 grid, block;
-  size_t smem = 0;
+  size_t shared_bytes = 0;  // dynamic
   cudaStream_t stream = nullptr;
   bool cooperative = false;
-  unsigned cluster = 1;
+  unsigned cluster = 1;  // blocks along x
 };
-enum State : unsigned char { READY, YIELD, WARP, BLOCK, CLUSTER, GRID, DONE };
-struct WarpOp {
-  const char* kind;
-  unsigned mask, arrived, gen, valid[2];
-  uint64_t slot[2][32];
+
+// Where in the source something was called from.
+struct Place {
+  const char* file;
+  int line;
 };
-struct Warp {
-  unsigned missing, gone, nops;
-  WarpOp ops[32];
-};  // lanes that never existed / or exited; one op per distinct mask
+#define CUDAHOST_HERE ::cudahost::Place place = {__builtin_FILE(), __builtin_LINE()}
+
+enum class State : uint8_t { kReady, kSpinning, kAtWarp, kAtBlock, kAtCluster, kAtGrid, kExited };
+constexpr const char* kStateNames[] = {
+    "ready", "spinning", "in a warp collective", "at __syncthreads", "at cluster sync", "at grid sync", "exited"};
+
+// Waiting together. Two rounds are told apart, because threads leave one while others arrive at the next.
 struct Barrier {
-  const char* file;
-  int line;
-  unsigned arrived, gen, sum[2];
+  Place place;
+  unsigned arrived, round, votes[2];
 };
+
+// One operation of a warp, by the lanes of one mask.
+struct Exchange {
+  const char* kind;
+  unsigned mask, arrived, round, took_part[2];
+  uint64_t values[2][32];
+};
+
+struct Warp {
+  static constexpr unsigned kMostMasks = 32;
+  unsigned absent, exited;  // lanes that never were, and they or lanes that are no more
+  unsigned masks;
+  Exchange exchanges[kMostMasks];
+};
+
 struct Block;
-struct Thread {
-  void* sp;
-  char* stack;
-  Block* blk;
-  uint3 idx;
+
+struct Thread : Fiber {
+  Block* block;
+  uint3 index;
   unsigned rank;
-  State st;
+  State state;
+  Place place;  // where it waits
+  Exchange* exchange;
   bool fenced;
-  const char* file;
-  int line;
-  void *fake, *tsan, *seen;
-  WarpOp* op;
+  const void* seen;  // the last location of its atomics
 };
+
 struct Block {
-  uint3 idx;
-  void* seen;
-  unsigned slots, live;
-  Thread* t;
-  Warp* w;
-  char* smem;
-  Barrier bar, cbar;
+  uint3 index;
+  Thread* threads;
+  Warp* warps;
+  char* shared;
+  unsigned declared;  // bits of the shared variables it has come by
+  unsigned live;
+  const void* seen;
+  Barrier barrier, cluster_barrier;
 };
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr size_t kStack = 256 << 10;
-#else
-constexpr size_t kStack = 64 << 10;
-#endif
-constexpr size_t kSmem = 256 << 10, kSmemMax = 227 << 10, kStaticMax = 48 << 10, kGap = 64;
-struct Run {  // the one running launch
-  Config cfg;
-  unsigned nthr, nwarp, nres, alive;
+
+// One arena of shared memory for each resident block: dynamic, then static variables with gaps between them.
+constexpr size_t kArenaBytes = 256 << 10, kMostShared = 227 << 10, kMostStatic = 48 << 10, kGap = 64;
+// The race detector's clocks lie behind it, because it is new for each block: if blocks shared one, it would order
+// them.
+constexpr size_t kClocks = 238 << 10;
+enum Clock : unsigned { kBlockClock = 0, kClusterClock = 2, kGridClock = 4, kWarpClocks = 6 };
+
+struct SharedVariable {
+  const void* tag;
+  size_t offset;
+};
+
+// The one launch that is running.
+struct Launch {
+  Config config;
   void (*call)(void*);
-  void* arg;
-  Block* blk;
-  Thread* cur;
-  void *main_sp, *main_fake, *main_tsan;
-  const void* main_bot;
-  size_t main_size;
-  struct {
-    const void* tag;
-    size_t off;
-  } slot[32];
-  unsigned nslot;
-  size_t top, static_bytes;
-  Barrier grid;
-  char sync;
-  char msg[1024];
+  void* arguments;
+  unsigned threads, warps, resident;  // of a block, of a block, blocks at once
+  unsigned alive;
+  Block* blocks;
+  Thread* current;
+  SharedVariable variables[32];
+  unsigned variable_count;
+  size_t shared_top, static_bytes;
+  Barrier grid_barrier;
   bool failed, restart;
-  unsigned long switches;
-  char* stacks;
-  size_t nstack;
-  char* smems;
-  size_t nsmem;
-  unsigned order;
+  char message[1024];
 };
-inline Run g;
+inline Launch running;
 
-#if defined(CUDAHOST_UCONTEXT)
-CUDAHOST_FN void ctx_switch(void** from, void* to) {
-  ucontext_t u;
-  *from = &u;
-  swapcontext(&u, static_cast<ucontext_t*>(to));
-}
-CUDAHOST_FN void* ctx_make(char* stack, void (*fn)()) {
-  auto* u = reinterpret_cast<ucontext_t*>(stack + 4096);
-  getcontext(u);
-  u->uc_stack.ss_sp = stack + 8192;
-  u->uc_stack.ss_size = kStack - 8192;
-  u->uc_link = nullptr;
-  makecontext(u, fn, 0);
-  return u;
-}
-#else
-__attribute__((naked, noinline)) inline void ctx_switch(void** /*rdi*/, void* /*rsi*/) {
-  asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n movq %rsp, (%rdi)\n"
-      "movq %rsi, %rsp\n popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
-}
-CUDAHOST_FN void* ctx_make(char* stack, void (*fn)()) {
-  auto** sp = reinterpret_cast<void**>(stack + kStack) - 1;  // entered by ret: rsp = 8 mod 16
-  sp[0] = nullptr;
-  *--sp = reinterpret_cast<void*>(fn);
-  return sp - 6;  // six callee-saved registers, any value
-}
-#endif
-CUDAHOST_FN void to_main([[maybe_unused]] bool last = false) {  // fiber -> scheduler
-  Thread& t = *g.cur;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(last ? nullptr : &t.fake, g.main_bot, g.main_size);
-#elif defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(g.main_tsan, __tsan_switch_to_fiber_no_sync);
-#endif
-  ctx_switch(&t.sp, g.main_sp);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(g.cur->fake, &g.main_bot, &g.main_size);
-#endif
-}
-CUDAHOST_FN void resume(Thread& t) {  // scheduler -> fiber
-  g.cur = &t;
-  threadIdx = t.idx;
-  blockIdx = t.blk->idx;
-  g.switches++;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&g.main_fake, t.stack, kStack);
-#elif defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(t.tsan, __tsan_switch_to_fiber_no_sync);
-#endif
-  ctx_switch(&g.main_sp, t.sp);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(g.main_fake, nullptr, nullptr);
-#endif
-}
-[[noreturn]] CUDAHOST_FN void fail(const char* fmt, ...) {  // from a fiber: stop the launch, throw on the host side
-  int n = std::snprintf(g.msg, sizeof g.msg, "block (%u,%u,%u) thread (%u,%u,%u): ", blockIdx.x, blockIdx.y, blockIdx.z,
-                        threadIdx.x, threadIdx.y, threadIdx.z);
-  va_list ap;
-  va_start(ap, fmt);
-  std::vsnprintf(g.msg + n, sizeof g.msg - n, fmt, ap);
-  va_end(ap);
-  g.failed = true;
-  for (;;) to_main();
-}
-CUDAHOST_FN void block_on(State s, const char* file, int line) {
-  Thread& t = *g.cur;
-  t.st = s;
-  t.file = file;
-  t.line = line;
-  to_main();
-}
-
-// Race-detector clocks live behind the arena, which is fresh for every block: sharing one would order blocks.
-CUDAHOST_FN void* clock_at(Block& b, unsigned k) {
-  return b.smem + (238 << 10) + 8 * k;
-}  // 0..1 block, 2..3 cluster, 4..5 grid, 6.. warps
-
-// --- barriers ---------------------------------------------------------------------------------------------------
-CUDAHOST_FN int barrier(Barrier& b, Block* first, unsigned nblk, State st, [[maybe_unused]] unsigned clk, int v,
-                        const char* file, int line) {
-  const unsigned p = b.gen & 1;
-  if (!b.arrived) {
-    b.file = file;
-    b.line = line;
-    b.sum[p] = 0;
-  } else if (b.line != line || std::strcmp(b.file, file))
-    fail("divergent barrier: %s:%d while other threads wait at %s:%d", file, line, b.file, b.line);
-  b.sum[p] += v != 0;
-  __tsan_release(clock_at(*first, clk + p));
-  if (++b.arrived == nblk * g.nthr) {
-    b.arrived = 0;
-    b.gen++;
-    for (unsigned i = 0; i < nblk; i++)
-      for (unsigned k = 0; k < g.nthr; k++)
-        if (first[i].t[k].st == st) first[i].t[k].st = READY;
-    if (nblk > 1) {
-      g.restart = true;
-      block_on(READY, file, line);
-    }  // let `order` alone decide which block goes first
-  } else
-    block_on(st, file, line);
-  __tsan_acquire(clock_at(*first, clk + p));
-  return int(b.sum[p]);
-}
-CUDAHOST_FN int block_barrier(int v, const char* f, int l) {
-  Block& b = *g.cur->blk;
-  return barrier(b.bar, &b, 1, BLOCK, 0, v, f, l);
-}
-CUDAHOST_FN Block* cluster_first() { return g.blk + (g.cur->blk - g.blk) / g.cfg.cluster * g.cfg.cluster; }
-
-// --- warp collectives: publish 8 bytes, wait for all live lanes of the mask, read
-// --------------------------------------
-CUDAHOST_FN void warp_release(Warp& w, WarpOp& o, Thread* lane0) {
-  if ((o.arrived | w.gone) != (o.mask | w.gone) || !o.arrived) return;
-  for (unsigned l = 0; l < 32; l++)
-    if (o.arrived >> l & 1 && lane0[l].st == WARP && lane0[l].op == &o) lane0[l].st = READY;
-  o.valid[o.gen & 1] = o.arrived;
-  o.arrived = 0;
-  o.gen++;
-}
-struct Got {
-  WarpOp* o;
-  unsigned p;
-};
-CUDAHOST_FN Got warp_exchange(const char* kind, unsigned mask, uint64_t bits, bool sync, const char* file, int line) {
-  Thread& t = *g.cur;
-  Block& b = *t.blk;
-  Warp& w = b.w[t.rank / 32];
-  const unsigned lane = t.rank % 32;
-  if (!(mask >> lane & 1)) fail("%s at %s:%d: mask %08x lacks the calling lane %u", kind, file, line, mask, lane);
-  if (!sync && mask & w.gone & ~w.missing)
-    fail("%s at %s:%d: mask %08x names exited lanes %08x", kind, file, line, mask, mask & w.gone & ~w.missing);
-  unsigned i = 0;
-  while (i < w.nops && w.ops[i].mask != mask) i++;
-  if (i == 32) fail("more than 32 distinct warp masks");
-  WarpOp* o = &w.ops[i];
-  if (i == w.nops) {
-    w.nops++;
-    o->mask = mask;
-    o->arrived = o->gen = 0;
-  }
-  const unsigned p = o->gen & 1;
-  if (!o->arrived)
-    o->kind = kind;
-  else if (std::strcmp(o->kind, kind))
-    fail("%s at %s:%d while other lanes of mask %08x wait in %s", kind, file, line, mask, o->kind);
-  o->slot[p][lane] = bits;
-  o->arrived |= 1u << lane;
-  t.op = o;
-  if (sync)
-    __tsan_release(
-        clock_at(b, 6 + (t.rank / 32 * 32 + i) * 2 + p));  // only __syncwarp orders memory, shuffles and votes do not
-  const unsigned gen = o->gen;
-  warp_release(w, *o, b.t + t.rank / 32 * 32);
-  if (o->gen == gen) block_on(WARP, file, line);
-  if (sync) __tsan_acquire(clock_at(b, 6 + (t.rank / 32 * 32 + i) * 2 + p));
-  return {o, p};
-}
-template <class T>
-CUDAHOST_FN T shfl(const char* kind, unsigned mask, T v, int arg, int width, const char* file, int line) {
-  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
-  uint64_t bits = 0;
-  __builtin_memcpy(&bits, &v, sizeof v);
-  const Got r = warp_exchange(kind, mask, bits, false, file, line);
-  const int lane = int(g.cur->rank % 32), base = lane & ~(width - 1), last = base + width - 1;
-  int src = lane;
-  switch (kind[7]) {  // "__shfl_xor", "__shfl_down", "__shfl_up", "__shfl_idx"
-    case 'x':
-      src = lane ^ arg;
-      if (src > last) src = lane;
-      break;
-    case 'd':
-      src = lane + arg;
-      if (src > last) src = lane;
-      break;
-    case 'u':
-      src = lane - arg;
-      if (src < base) src = lane;
-      break;
-    default:
-      src = base + (arg & (width - 1));
-  }
-  if (!(r.o->valid[r.p] >> src & 1))
-    fail("%s at %s:%d reads lane %d, which takes no part (mask %08x)", kind, file, line, src, mask);
-  T out;
-  __builtin_memcpy(&out, &r.o->slot[r.p][src], sizeof out);
-  return out;
-}
-CUDAHOST_FN unsigned ballot(unsigned mask, int pred, const char* file, int line) {
-  const Got r = warp_exchange("__ballot/any/all", mask, pred != 0, false, file, line);
-  unsigned out = 0;
-  for (int l = 0; l < 32; l++)
-    if (r.o->valid[r.p] >> l & 1 && r.o->slot[r.p][l]) out |= 1u << l;
-  return out;
-}
-
-// --- shared memory: one arena per resident block, [dynamic][gap][static...], same offsets in every block
-// ---------------
-CUDAHOST_FN void* shared_at(const void* tag, size_t size, size_t align) {
-  unsigned i = 0;
-  while (i < g.nslot && g.slot[i].tag != tag) i++;
-  if (i == g.nslot) {
-    if (g.nslot == 32) fail("more than 32 shared variables");
-    g.slot[i] = {tag, (g.top + kGap + align - 1) / align * align};
-    g.top = g.slot[i].off + size;
-    g.static_bytes += size;
-    g.nslot++;
-    if (g.static_bytes > kStaticMax || g.static_bytes + g.cfg.smem > kSmemMax)
-      fail("too much shared memory: %zu static + %zu dynamic", g.static_bytes, g.cfg.smem);
-  }
-  Block& b = *g.cur->blk;
-  if (!(b.slots >> i & 1)) {
-    b.slots |= 1u << i;
-    ASAN_UNPOISON_MEMORY_REGION(b.smem + g.slot[i].off, size);
-  }
-  return b.smem + g.slot[i].off;
-}
-template <class T, class Tag>
-CUDAHOST_FN T& shared(Tag) {
-  static const char tag = 0;
-  return *static_cast<T*>(shared_at(&tag, sizeof(T), alignof(T) > 16 ? alignof(T) : 16));
-}
-CUDAHOST_FN void* dyn_shared() { return g.cur->blk->smem; }
-
-// --- launch -------------------------------------------------------------------------------------------------------
-CUDAHOST_FN void fiber_main() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &g.main_bot, &g.main_size);
-#endif
-  g.call(g.arg);
-  Thread& t = *g.cur;
-  Warp& w = t.blk->w[t.rank / 32];
-  t.st = DONE;
-  g.alive--;
-  w.gone |= 1u << (t.rank % 32);
-  for (unsigned i = 0; i < w.nops; i++) {
-    if (w.ops[i].arrived && w.ops[i].mask >> t.rank % 32 & 1 && std::strcmp(w.ops[i].kind, "__syncwarp"))
-      fail("exits while lanes %08x wait in %s with mask %08x", w.ops[i].arrived, w.ops[i].kind, w.ops[i].mask);
-    warp_release(w, w.ops[i], t.blk->t + t.rank / 32 * 32);
-  }
-  if (!--t.blk->live) ASAN_POISON_MEMORY_REGION(t.blk->smem, kSmem);  // catches cluster peers that read too late
-  to_main(true);
-}
-CUDAHOST_FN void permute(unsigned* p, unsigned n,
-                         uint64_t& s) {  // order 0: ascending, 1: descending, else pseudo-random
-  for (unsigned i = 0; i < n; i++) p[i] = g.order == 1 ? n - 1 - i : i;
-  if (g.order > 1)
-    for (unsigned i = n; i > 1; i--) {
-      s = s * 6364136223846793005ull + 1442695040888963407ull;
-      std::swap(p[i - 1], p[(s >> 33) % i]);
-    }
-}
-CUDAHOST_FN void deadlock() {
-  static const char* what[] = {
-      "ready", "spinning", "in a warp collective", "at __syncthreads", "at cluster sync", "at grid sync", "exited"};
-  int n = std::snprintf(g.msg, sizeof g.msg, "deadlock:");
-  unsigned shown = 0;
-  for (unsigned b = 0; b < g.nres && shown < 6; b++) {
-    for (int s = 0; s <= DONE; s++) {
-      unsigned c = 0;
-      Thread* f = nullptr;
-      for (unsigned k = 0; k < g.nthr; k++)
-        if (g.blk[b].t[k].st == s) {
-          c++;
-          if (!f) f = &g.blk[b].t[k];
-        }
-      if (c && n < int(sizeof g.msg) - 200) {
-        n += std::snprintf(g.msg + n, sizeof g.msg - n, " block (%u,%u,%u): %u of %u threads %s", g.blk[b].idx.x,
-                           g.blk[b].idx.y, g.blk[b].idx.z, c, g.nthr, what[s]);
-        if (s != DONE) n += std::snprintf(g.msg + n, sizeof g.msg - n, " [%s:%d]", f->file ? f->file : "?", f->line);
-        n += std::snprintf(g.msg + n, sizeof g.msg - n, ";"), shown++;
-      }
-    }
-  }
-  g.failed = true;
-}
-CUDAHOST_FN void run_resident(const unsigned* bo, const unsigned* wo, const unsigned* lo) {
-  for (unsigned idle = 0; g.alive && !g.failed;) {
-    bool any = false, real = false;
-    g.restart = false;
-    for (unsigned b = 0; b < g.nres && !g.restart; b++)
-      for (unsigned w = 0; w < g.nwarp && !g.restart; w++)
-        for (bool again = true; again;) {
-          again = false;
-          for (unsigned l = 0; l < 32 && !g.restart; l++) {
-            const unsigned r = wo[w] * 32 + lo[l];
-            if (r >= g.nthr) continue;
-            Thread& t = g.blk[bo[b]].t[r];
-            if (t.st != READY) continue;
-            resume(t);
-            if (g.failed) return;
-            any = again = true;
-            real |= t.st != YIELD;
-          }
-        }
-    for (unsigned b = 0; b < g.nres; b++)
-      for (unsigned k = 0; k < g.nthr; k++)
-        if (g.blk[b].t[k].st == YIELD) {
-          g.blk[b].t[k].st = READY;
-          any = true;
-        }
-    idle = real ? 0 : idle + 1;
-    if (g.alive && (!any || idle > 100000)) deadlock();
-  }
-}
-CUDAHOST_FN char* map(size_t n) {
-  void* p = mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-  return static_cast<char*>(p);
-}
-CUDAHOST_FN char* map_stacks(
-    size_t n) {  // lowest page of each stack is a guard (while the kernel's map count allows it)
-  char* p = map(n * kStack);
-  for (size_t i = 0; i < n && n <= 8192; i++) mprotect(p + i * kStack, 4096, PROT_NONE);
-  return p;
-}
 inline unsigned order = [] {
-  const char* e = std::getenv("CUDAHOST_ORDER");
-  return e ? unsigned(std::atoi(e)) : 0u;
+  const char* const text = std::getenv("CUDAHOST_ORDER");
+  return text == nullptr ? 0u : static_cast<unsigned>(std::atoi(text));
 }();
 
-CUDAHOST_FN void run(const Config& c, void (*call)(void*), void* arg) {
-  const uint64_t nblk = uint64_t(c.grid.x) * c.grid.y * c.grid.z, nthr = uint64_t(c.block.x) * c.block.y * c.block.z;
-  if (!nblk || !nthr || nthr > 1024 || c.block.z > 64 || c.grid.x > 0x7fffffffu || c.grid.y > 65535 || c.grid.z > 65535)
+// Stops the launch; the host sees an Error.
+[[noreturn]] CUDAHOST_HIDDEN void fail(const char* format, ...) {
+  const int n =
+      std::snprintf(running.message, sizeof running.message, "block (%u,%u,%u) thread (%u,%u,%u): ", blockIdx.x,
+                    blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(running.message + n, sizeof running.message - static_cast<size_t>(n), format, arguments);
+  va_end(arguments);
+  running.failed = true;
+  for (;;) go_home(*running.current);
+}
+
+CUDAHOST_HIDDEN void wait_as(State state, Place place) {
+  Thread& thread = *running.current;
+  thread.state = state;
+  thread.place = place;
+  go_home(thread);
+}
+
+CUDAHOST_HIDDEN void* clock_of(const Block& block, unsigned clock) { return block.shared + kClocks + 8 * clock; }
+
+// --- barriers
+
+// All threads of `blocks` blocks. Returns how many of them voted.
+CUDAHOST_HIDDEN int wait_at(Barrier& barrier, Block* first, unsigned blocks, State state,
+                            [[maybe_unused]] unsigned clock, bool vote, Place place) {
+  const unsigned round = barrier.round & 1;
+  if (barrier.arrived == 0) {
+    barrier.place = place;
+    barrier.votes[round] = 0;
+  } else if (barrier.place.line != place.line || std::strcmp(barrier.place.file, place.file) != 0) {
+    fail("divergent barrier: %s:%d while other threads wait at %s:%d", place.file, place.line, barrier.place.file,
+         barrier.place.line);
+  }
+  barrier.votes[round] += vote;
+  __tsan_release(clock_of(*first, clock + round));
+  if (++barrier.arrived == blocks * running.threads) {
+    barrier.arrived = 0;
+    ++barrier.round;
+    for (Block* block = first; block < first + blocks; ++block)
+      for (unsigned i = 0; i < running.threads; ++i)
+        if (block->threads[i].state == state) block->threads[i].state = State::kReady;
+    if (blocks > 1) {  // the order alone decides which block goes first
+      running.restart = true;
+      wait_as(State::kReady, place);
+    }
+  } else {
+    wait_as(state, place);
+  }
+  __tsan_acquire(clock_of(*first, clock + round));
+  return static_cast<int>(barrier.votes[round]);
+}
+
+CUDAHOST_HIDDEN int wait_at_block(bool vote, Place place) {
+  Block& block = *running.current->block;
+  return wait_at(block.barrier, &block, 1, State::kAtBlock, kBlockClock, vote, place);
+}
+
+CUDAHOST_HIDDEN Block* first_of_cluster() {
+  const unsigned cluster = running.config.cluster;
+  return running.blocks + (running.current->block - running.blocks) / cluster * cluster;
+}
+
+// --- warps: each lane leaves eight bytes and waits for the other lanes of its mask
+
+CUDAHOST_HIDDEN void complete(const Warp& warp, Exchange& exchange, Thread* first_lane) {
+  if (exchange.arrived == 0 || (exchange.arrived | warp.exited) != (exchange.mask | warp.exited)) return;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    Thread& thread = first_lane[lane];
+    if (exchange.arrived >> lane & 1 && thread.state == State::kAtWarp && thread.exchange == &exchange)
+      thread.state = State::kReady;
+  }
+  exchange.took_part[exchange.round & 1] = exchange.arrived;
+  exchange.arrived = 0;
+  ++exchange.round;
+}
+
+struct Exchanged {
+  const uint64_t* values;
+  unsigned took_part;
+};
+
+// `syncs`: only __syncwarp orders memory, shuffles do not; and only it may name lanes that have exited.
+CUDAHOST_HIDDEN Exchanged exchange_in_warp(const char* kind, unsigned mask, uint64_t value, bool syncs, Place place) {
+  Thread& thread = *running.current;
+  Block& block = *thread.block;
+  const unsigned index = thread.rank / 32, lane = thread.rank % 32;
+  Warp& warp = block.warps[index];
+  if ((mask >> lane & 1) == 0)
+    fail("%s at %s:%d: mask %08x lacks the calling lane %u", kind, place.file, place.line, mask, lane);
+  if (const unsigned gone = mask & warp.exited & ~warp.absent; gone != 0 && !syncs)
+    fail("%s at %s:%d: mask %08x names exited lanes %08x", kind, place.file, place.line, mask, gone);
+  unsigned i = 0;
+  while (i < warp.masks && warp.exchanges[i].mask != mask) ++i;
+  if (i == Warp::kMostMasks) fail("more than %u distinct warp masks", Warp::kMostMasks);
+  Exchange& exchange = warp.exchanges[i];
+  if (i == warp.masks) {
+    ++warp.masks;
+    exchange.mask = mask;
+    exchange.arrived = exchange.round = 0;
+  }
+  if (exchange.arrived == 0)
+    exchange.kind = kind;
+  else if (std::strcmp(exchange.kind, kind) != 0)
+    fail("%s at %s:%d while other lanes of mask %08x wait in %s", kind, place.file, place.line, mask, exchange.kind);
+
+  const unsigned round = exchange.round, slot = round & 1;
+  exchange.values[slot][lane] = value;
+  exchange.arrived |= 1u << lane;
+  thread.exchange = &exchange;
+  [[maybe_unused]] void* const clock = clock_of(block, kWarpClocks + (index * 32 + i) * 2 + slot);
+  if (syncs) __tsan_release(clock);
+  complete(warp, exchange, block.threads + index * 32);
+  if (exchange.round == round) wait_as(State::kAtWarp, place);
+  if (syncs) __tsan_acquire(clock);
+  return {exchange.values[slot], exchange.took_part[slot]};
+}
+
+// The value of the lane source(lane, first, last), which are those of the segment of `width` lanes.
+template <class T, class Source>
+CUDAHOST_HIDDEN T shuffle(const char* kind, unsigned mask, T value, int width, Place place, const Source& source) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  const Exchanged exchanged = exchange_in_warp(kind, mask, bits, false, place);
+  const int lane = static_cast<int>(running.current->rank % 32), first = lane & ~(width - 1);
+  const int from = source(lane, first, first + width - 1);
+  if ((exchanged.took_part >> from & 1) == 0)
+    fail("%s at %s:%d reads lane %d, which takes no part (mask %08x)", kind, place.file, place.line, from, mask);
+  std::memcpy(&value, &exchanged.values[from], sizeof value);
+  return value;
+}
+
+// --- shared memory: a variable has the same offset in every block
+
+CUDAHOST_HIDDEN void* shared_at(const void* tag, size_t size, size_t alignment) {
+  unsigned i = 0;
+  while (i < running.variable_count && running.variables[i].tag != tag) ++i;
+  if (i == running.variable_count) {
+    if (i == 32) fail("more than 32 shared variables");
+    running.variables[i] = {tag, (running.shared_top + kGap + alignment - 1) / alignment * alignment};
+    running.shared_top = running.variables[i].offset + size;
+    running.static_bytes += size;
+    ++running.variable_count;
+    if (running.static_bytes > kMostStatic || running.static_bytes + running.config.shared_bytes > kMostShared)
+      fail("too much shared memory: %zu static + %zu dynamic", running.static_bytes, running.config.shared_bytes);
+  }
+  Block& block = *running.current->block;
+  char* const variable = block.shared + running.variables[i].offset;
+  if ((block.declared >> i & 1) == 0) {
+    block.declared |= 1u << i;
+    ASAN_UNPOISON_MEMORY_REGION(variable, size);
+  }
+  return variable;
+}
+
+// The type of a lambda is another one in each place that has it: so is the tag.
+template <class T, class Lambda>
+CUDAHOST_HIDDEN T& shared(Lambda) {
+  static const char tag = 0;
+  return *static_cast<T*>(shared_at(&tag, sizeof(T), std::max<size_t>(alignof(T), 16)));
+}
+
+CUDAHOST_HIDDEN void* dynamic_shared() { return running.current->block->shared; }
+
+// --- atomics and fences: a fence before an atomic releases, one after it acquires
+
+template <class T, class F>
+CUDAHOST_HIDDEN T atomically(T* location, F f) {
+  running.current->seen = running.current->block->seen = location;
+  T before, after;
+  __atomic_load(location, &before, __ATOMIC_RELAXED);
+  do after = f(before);
+  while (!__atomic_compare_exchange(location, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  if (running.current->fenced) __tsan_release(location);
+  return before;
+}
+
+CUDAHOST_HIDDEN void fence() {
+  Thread& thread = *running.current;
+  thread.fenced = true;
+  if (thread.seen != nullptr) __tsan_acquire(const_cast<void*>(thread.seen));
+  if (thread.block->seen != nullptr) __tsan_acquire(const_cast<void*>(thread.block->seen));
+}
+
+// --- launch
+
+CUDAHOST_HIDDEN void run_thread() {
+  arrive();
+  running.call(running.arguments);
+  Thread& thread = *running.current;
+  Block& block = *thread.block;
+  const unsigned index = thread.rank / 32, lane = thread.rank % 32;
+  Warp& warp = block.warps[index];
+  thread.state = State::kExited;
+  --running.alive;
+  warp.exited |= 1u << lane;
+  for (unsigned i = 0; i < warp.masks; ++i) {
+    Exchange& exchange = warp.exchanges[i];
+    if (exchange.arrived != 0 && exchange.mask >> lane & 1 && std::strcmp(exchange.kind, "__syncwarp") != 0)
+      fail("exits while lanes %08x wait in %s with mask %08x", exchange.arrived, exchange.kind, exchange.mask);
+    complete(warp, exchange, block.threads + index * 32);
+  }
+  if (--block.live == 0) ASAN_POISON_MEMORY_REGION(block.shared, kArenaBytes);  // others of its cluster read too late
+  go_home(thread, true);
+}
+
+CUDAHOST_HIDDEN std::vector<unsigned> in_order(size_t count, uint64_t& seed) {
+  std::vector<unsigned> indices(count);
+  std::iota(indices.begin(), indices.end(), 0u);
+  if (order == 1) std::reverse(indices.begin(), indices.end());
+  if (order > 1)
+    for (size_t i = count; i > 1; --i) {
+      seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+      std::swap(indices[i - 1], indices[(seed >> 33) % i]);
+    }
+  return indices;
+}
+
+// Says of the first blocks how many threads are where.
+CUDAHOST_HIDDEN void report_deadlock() {
+  constexpr int kMostParts = 6;
+  std::string text = "deadlock:";
+  int parts = 0;
+  for (unsigned b = 0; b < running.resident && parts < kMostParts; ++b) {
+    const Block& block = running.blocks[b];
+    for (int state = 0; state <= static_cast<int>(State::kExited); ++state) {
+      const Thread* first = nullptr;
+      unsigned count = 0;
+      for (unsigned i = 0; i < running.threads; ++i)
+        if (block.threads[i].state == static_cast<State>(state)) {
+          if (count++ == 0) first = &block.threads[i];
+        }
+      if (count == 0) continue;
+      ++parts;
+      text += " block (" + std::to_string(block.index.x) + "," + std::to_string(block.index.y) + "," +
+              std::to_string(block.index.z) + "): " + std::to_string(count) + " of " + std::to_string(running.threads) +
+              " threads " + kStateNames[state];
+      if (first->state != State::kExited && first->place.file != nullptr)
+        text += std::string(" [") + first->place.file + ":" + std::to_string(first->place.line) + "]";
+      text += ";";
+    }
+  }
+  std::snprintf(running.message, sizeof running.message, "%s", text.c_str());
+  running.failed = true;
+}
+
+// Runs a warp as far as it can go. Returns whether it did more than spin.
+CUDAHOST_HIDDEN bool run_warp(Block& block, unsigned warp, const std::vector<unsigned>& lanes) {
+  bool advanced = false;
+  for (bool again = true; again && !running.restart;) {
+    again = false;
+    for (const unsigned lane : lanes) {
+      const unsigned rank = warp * 32 + lane;
+      if (rank >= running.threads || block.threads[rank].state != State::kReady) continue;
+      Thread& thread = block.threads[rank];
+      running.current = &thread;
+      threadIdx = thread.index;
+      blockIdx = block.index;
+      resume(thread);
+      if (running.failed) return true;
+      again = true;
+      advanced |= thread.state != State::kSpinning;
+      if (running.restart) break;
+    }
+  }
+  return advanced;
+}
+
+// Runs the resident blocks to their end.
+CUDAHOST_HIDDEN void run_resident(const std::vector<unsigned>& blocks, const std::vector<unsigned>& warps,
+                                  const std::vector<unsigned>& lanes) {
+  constexpr unsigned kMostIdleRounds = 100000;  // of threads that only spin
+  unsigned idle = 0;
+  while (running.alive > 0) {
+    bool advanced = false, spinning = false;
+    running.restart = false;
+    for (const unsigned b : blocks)
+      for (const unsigned w : warps)
+        if (!running.restart && !running.failed) advanced |= run_warp(running.blocks[b], w, lanes);
+    for (Block* block = running.blocks; block < running.blocks + running.resident; ++block)
+      for (unsigned i = 0; i < running.threads; ++i)
+        if (block->threads[i].state == State::kSpinning) {
+          block->threads[i].state = State::kReady;
+          spinning = true;
+        }
+    idle = advanced ? 0 : idle + 1;
+    if (running.failed) return;
+    if (running.alive > 0 && ((!advanced && !spinning) || idle > kMostIdleRounds)) return report_deadlock();
+  }
+}
+
+// Stacks and shared memory of the resident blocks. They are kept from one launch to the next; for the race detector
+// they are new for every wave of blocks, because to it memory that is used again would look like a race.
+class Memory {
+ public:
+  CUDAHOST_HIDDEN Memory(size_t threads, size_t blocks) {
+#if defined(__SANITIZE_THREAD__)
+    release();
+#endif
+    if (kept_threads < threads || kept_blocks < blocks) {
+      release();
+      stacks = map_stacks(kept_threads = threads);
+      arenas = map_memory((kept_blocks = blocks) * kArenaBytes);
+    }
+  }
+  char* stack(size_t i) const { return stacks + i * kStackBytes; }
+  char* arena(size_t i) const { return arenas + i * kArenaBytes; }
+  // Bytes of an arena that earlier waves of a launch can have written, or all.
+  CUDAHOST_HIDDEN static size_t used([[maybe_unused]] size_t wave) {
+#if !defined(__SANITIZE_THREAD__)
+    if (wave > 0) return running.shared_top;
+#endif
+    return kArenaBytes;
+  }
+
+ private:
+  CUDAHOST_HIDDEN static void release() {
+    if (kept_threads > 0) munmap(stacks, kept_threads * kStackBytes);
+    if (kept_blocks > 0) munmap(arenas, kept_blocks * kArenaBytes);
+    kept_threads = kept_blocks = 0;
+  }
+  static inline char *stacks = nullptr, *arenas = nullptr;
+  static inline size_t kept_threads = 0, kept_blocks = 0;
+};
+
+CUDAHOST_HIDDEN void prepare(Thread& thread, Block& block, unsigned rank, char* stack) {
+  const dim3& extent = running.config.block;
+  thread = Thread{};
+  thread.block = &block;
+  thread.rank = rank;
+  thread.index = {rank % extent.x, rank / extent.x % extent.y, rank / extent.x / extent.y};
+  thread.stack = stack;
+  ASAN_UNPOISON_MEMORY_REGION(stack + kPageBytes, kStackBytes - kPageBytes);  // a failed launch leaves frames behind
+  thread.position = first_position(stack, run_thread);
+#if defined(__SANITIZE_THREAD__)
+  char name[64];
+  std::snprintf(name, sizeof name, "block(%u,%u,%u) thread(%u,%u,%u)", block.index.x, block.index.y, block.index.z,
+                thread.index.x, thread.index.y, thread.index.z);
+  thread.tsan = __tsan_create_fiber(0);
+  __tsan_set_fiber_name(thread.tsan, name);
+#endif
+}
+
+CUDAHOST_HIDDEN void prepare(Block& block, uint64_t id, char* arena, size_t used) {
+  const dim3& extent = running.config.grid;
+  block.index = {static_cast<unsigned>(id % extent.x), static_cast<unsigned>(id / extent.x % extent.y),
+                 static_cast<unsigned>(id / extent.x / extent.y)};
+  block.shared = arena;
+  block.declared = 0;
+  block.live = running.threads;
+  block.seen = nullptr;
+  block.barrier = block.cluster_barrier = {};
+  ASAN_UNPOISON_MEMORY_REGION(arena, kArenaBytes);
+  std::memset(arena, 0xff, used);
+  ASAN_POISON_MEMORY_REGION(arena, kArenaBytes);
+  ASAN_UNPOISON_MEMORY_REGION(arena, running.config.shared_bytes);
+  for (unsigned w = 0; w < running.warps; ++w) {
+    Warp& warp = block.warps[w];
+    warp.masks = 0;
+    warp.absent = (w + 1) * 32 <= running.threads ? 0u : ~0u << (running.threads - w * 32);
+    warp.exited = warp.absent;
+  }
+}
+
+CUDAHOST_HIDDEN void run(const Config& config, void (*call)(void*), void* arguments) {
+  const dim3 &grid = config.grid, &block = config.block;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
+  if (blocks == 0 || threads == 0 || threads > 1024 || block.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535)
     throw Error("invalid launch configuration");
-  if (c.smem > kSmemMax) throw Error("too much dynamic shared memory");
-  if (!c.cluster || c.cluster > 8 || c.grid.x % c.cluster)
+  if (config.shared_bytes > kMostShared) throw Error("too much dynamic shared memory");
+  if (config.cluster == 0 || config.cluster > 8 || grid.x % config.cluster != 0)
     throw Error("grid.x is not a multiple of the cluster size (1..8)");
-  const unsigned nres = c.cooperative ? unsigned(nblk) : c.cluster;
-  g.cfg = c;
-  g.nthr = unsigned(nthr);
-  g.nwarp = (g.nthr + 31) / 32;
-  g.nres = nres;
-  g.call = call;
-  g.arg = arg;
-  g.order = order;
-  g.nslot = 0;
-  g.top = (c.smem + 15) / 16 * 16;
-  g.static_bytes = 0;
-  g.grid = {};
-  g.failed = false;
-  gridDim = c.grid;
-  blockDim = c.block;
-  auto* thr = static_cast<Thread*>(std::calloc(size_t(nres) * nthr, sizeof(Thread)));
-  auto* blk = static_cast<Block*>(std::calloc(nres, sizeof(Block)));
-  auto* wrp = static_cast<Warp*>(std::calloc(size_t(nres) * g.nwarp, sizeof(Warp)));
-  auto* ord = static_cast<unsigned*>(std::calloc(nblk + nres + g.nwarp + 32, sizeof(unsigned)));
-  g.blk = blk;
-  uint64_t seed = g.order;
-  unsigned *uo = ord, *bo = ord + nblk, *wo = bo + nres, *lo = wo + g.nwarp;
-  permute(uo, unsigned(nblk / nres), seed);
-  permute(bo, nres, seed);
-  permute(wo, g.nwarp, seed);
-  permute(lo, 32, seed);
 #if defined(__SANITIZE_THREAD__)
   // ThreadSanitizer knows a thread by one of 255 slots. Threads beyond them take the slots of others, whose accesses
   // then seem to be their own: races would go unseen.
-  if (nblk * nthr > 250) throw Error("too many threads for a -fsanitize=thread build (250 per launch)");
-  g.main_tsan = __tsan_get_current_fiber();
-  auto** fib = static_cast<void**>(std::calloc(nblk * nthr, sizeof(void*)));
-  unsigned nfib = 0;
+  if (blocks * threads > 250) throw Error("too many threads for a -fsanitize=thread build (250 per launch)");
+  home.tsan = __tsan_get_current_fiber();
+  std::vector<void*> fibers;
 #endif
-  for (uint64_t u = 0; u < nblk / nres && !g.failed; u++) {
-#if defined(__SANITIZE_THREAD__)  // fresh memory per wave, else reuse would look like a race between blocks
-    g.stacks = map_stacks(nres * nthr);
-    g.smems = map(nres * kSmem);
-    g.nstack = g.nsmem = 0;
-    std::memset(g.smems, 0xFF, nres * kSmem);
-#else
-    if (g.nstack < nres * nthr) {
-      if (g.stacks) munmap(g.stacks, g.nstack * kStack);
-      g.stacks = map_stacks(g.nstack = nres * nthr);
+
+  running = Launch{};
+  running.config = config;
+  running.call = call;
+  running.arguments = arguments;
+  running.threads = static_cast<unsigned>(threads);
+  running.warps = (running.threads + 31) / 32;
+  running.resident = config.cooperative ? static_cast<unsigned>(blocks) : config.cluster;
+  running.shared_top = (config.shared_bytes + 15) / 16 * 16;
+  gridDim = grid;
+  blockDim = block;
+  std::vector<Block> resident(running.resident);
+  std::vector<Thread> all_threads(running.resident * threads);
+  std::vector<Warp> all_warps(running.resident * running.warps);
+  running.blocks = resident.data();
+  uint64_t seed = order;
+  const auto waves = in_order(blocks / running.resident, seed), block_order = in_order(running.resident, seed),
+             warp_order = in_order(running.warps, seed), lane_order = in_order(32, seed);
+
+  for (size_t wave = 0; wave < waves.size() && !running.failed; ++wave) {
+    const Memory memory(all_threads.size(), resident.size());
+    running.alive = static_cast<unsigned>(all_threads.size());
+    for (unsigned b = 0; b < running.resident; ++b) {
+      resident[b].threads = &all_threads[b * threads];
+      resident[b].warps = &all_warps[b * running.warps];
+      prepare(resident[b], uint64_t{waves[wave]} * running.resident + b, memory.arena(b), Memory::used(wave));
+      for (unsigned i = 0; i < running.threads; ++i)
+        prepare(resident[b].threads[i], resident[b], i, memory.stack(b * threads + i));
     }
-    if (g.nsmem < nres) {
-      if (g.smems) munmap(g.smems, g.nsmem * kSmem);
-      g.smems = map((g.nsmem = nres) * kSmem);
-    }
-#endif
-    g.alive = unsigned(nres * nthr);
-    for (unsigned b = 0; b < nres; b++) {
-      Block& B = blk[b];
-      const uint64_t id = uint64_t(uo[u]) * nres + b;
-      B.idx = {unsigned(id % c.grid.x), unsigned(id / c.grid.x % c.grid.y), unsigned(id / c.grid.x / c.grid.y)};
-      B.slots = 0;
-      B.seen = nullptr;
-      B.live = g.nthr;
-      B.t = thr + b * nthr;
-      B.w = wrp + size_t(b) * g.nwarp;
-      B.smem = g.smems + b * kSmem;
-      B.bar = B.cbar = {};
-#if !defined(__SANITIZE_THREAD__)
-      ASAN_UNPOISON_MEMORY_REGION(B.smem, kSmem);
-      std::memset(B.smem, 0xFF, u ? g.top : kSmem);
-      ASAN_POISON_MEMORY_REGION(B.smem, kSmem);
-      ASAN_UNPOISON_MEMORY_REGION(B.smem, c.smem);
-#endif
-      for (unsigned w = 0; w < g.nwarp; w++) {
-        B.w[w].nops = 0;
-        B.w[w].gone = B.w[w].missing = (w + 1) * 32 <= g.nthr ? 0u : ~0u << (g.nthr - w * 32);
-      }
-      for (unsigned k = 0; k < g.nthr; k++) {
-        Thread& t = B.t[k];
-        t = Thread{};
-        t.blk = &B;
-        t.rank = k;
-        t.stack = g.stacks + (b * nthr + k) * kStack;
-        t.idx = {k % c.block.x, k / c.block.x % c.block.y, k / c.block.x / c.block.y};
-        ASAN_UNPOISON_MEMORY_REGION(t.stack + 4096, kStack - 4096);  // a failed launch leaves frames behind
-        t.sp = ctx_make(t.stack, fiber_main);
 #if defined(__SANITIZE_THREAD__)
-        fib[nfib++] = t.tsan = __tsan_create_fiber(0);
-        char nm[64];
-        std::snprintf(nm, sizeof nm, "block(%u,%u,%u) thread(%u,%u,%u)", B.idx.x, B.idx.y, B.idx.z, t.idx.x, t.idx.y,
-                      t.idx.z);
-        __tsan_set_fiber_name(t.tsan, nm);
+    for (const Thread& thread : all_threads) fibers.push_back(thread.tsan);
 #endif
-      }
-    }
-    run_resident(bo, wo, lo);
+    run_resident(block_order, warp_order, lane_order);
+  }
+
 #if defined(__SANITIZE_THREAD__)
-    munmap(g.stacks, nres * nthr * kStack);
-    munmap(g.smems, nres * kSmem);
-    g.stacks = g.smems = nullptr;
-#endif
+  // Joined at the very end: blocks stay unordered, and no fiber takes the place of another in one launch.
+  static char joined;
+  for (void* const fiber : fibers) {
+    __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync);
+    __tsan_release(&joined);
+    __tsan_switch_to_fiber(home.tsan, __tsan_switch_to_fiber_no_sync);
+    __tsan_destroy_fiber(fiber);
   }
-#if defined(__SANITIZE_THREAD__)  // join at the very end: blocks stay unordered, and no thread id is reused within a
-                                  // launch
-  for (unsigned k = 0; k < nfib; k++) {
-    __tsan_switch_to_fiber(fib[k], __tsan_switch_to_fiber_no_sync);
-    __tsan_release(&g.sync);
-    __tsan_switch_to_fiber(g.main_tsan, __tsan_switch_to_fiber_no_sync);
-    __tsan_destroy_fiber(fib[k]);
-  }
-  __tsan_acquire(&g.sync);
-  std::free(fib);
+  __tsan_acquire(&joined);
 #endif
-  std::free(thr);
-  std::free(blk);
-  std::free(wrp);
-  std::free(ord);
-  if (g.failed) throw Error(g.msg);
+  if (running.failed) throw Error(running.message);
 }
+
 template <class... P, class... A>
-void launch(const Config& c, void (*kernel)(P...), A&&... a) {
-  struct Pack {
-    void (*k)(P...);
+void launch(const Config& config, void (*kernel)(P...), A&&... args) {
+  struct Call {
+    void (*kernel)(P...);
     std::tuple<P...> args;
-  } pack{kernel, std::tuple<P...>(std::forward<A>(a)...)};
-  run(
-      c,
-      [](void* p) {
-        auto* q = static_cast<Pack*>(p);
-        std::apply(q->k, q->args);
-      },
-      &pack);
+  } call{kernel, std::tuple<P...>(std::forward<A>(args)...)};
+  run(config, [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->args); }, &call);
 }
-template <class T, class F>
-CUDAHOST_FN T atomic_rmw(T* p, F f) {
-  g.cur->seen = g.cur->blk->seen = p;
-  T o, n;
-  __atomic_load(p, &o, __ATOMIC_RELAXED);
-  do n = f(o);
-  while (!__atomic_compare_exchange(p, &o, &n, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-  if (g.cur->fenced) __tsan_release(p);  // fence, then atomic: release (a fence after the atomic acquires)
-  return o;
-}
+
 }  // namespace cudahost
