@@ -176,6 +176,54 @@ void run_fine_splits(const ChannelView& view, int64_t offset, std::mt19937& rand
   ++ran["fine splits"];
 }
 
+// What costs careless sums their digits, each in a channel of its own.
+void run_extremes(const Cuda& backend, const ChannelView& view) {
+  enum { kConstant, kFarFromZero, kNaN, kInfinite, kHuge, kOutlierFirst, kOrdinary, kChannels };
+  current = backend.name() + " extremes " + describe(view);
+  std::mt19937 random(11);
+  std::normal_distribution<float> normal;
+  std::vector<float> input(view.numel());
+  std::vector<int64_t> seen(kChannels);
+  for (int64_t i = 0; i < view.numel(); ++i) {
+    const int64_t c = i / view.inner % kChannels, m = seen[c]++;
+    const float z = normal(random);
+    input[i] = c == kConstant             ? 0.1f
+               : c == kFarFromZero        ? 1e4f + z
+               : c == kHuge               ? 1e19f * z
+               : c == kOutlierFirst       ? (m == 0 ? 1e6f : z)
+               : c == kNaN && m == 7      ? std::nanf("")
+               : c == kInfinite && m == 7 ? std::numeric_limits<float>::infinity()
+                                          : z;
+  }
+  std::vector<long double> mean(kChannels), m2(kChannels);
+  for (int64_t i = 0; i < view.numel(); ++i) mean[i / view.inner % kChannels] += input[i];
+  for (auto& value : mean) value /= view.positions();
+  for (int64_t i = 0; i < view.numel(); ++i) {
+    const long double deviation = input[i] - mean[i / view.inner % kChannels];
+    m2[i / view.inner % kChannels] += deviation * deviation;
+  }
+  std::vector<double> results[4];
+  for (auto& r : results) r.resize(kChannels);
+  backend.channel_moments({view,
+                           DType::kFloat32,
+                           input.data(),
+                           {results[0].data(), results[1].data(), results[2].data(), results[3].data()}});
+  for (int c = 0; c < kChannels; ++c) {
+    const double want = static_cast<double>(mean[c]), squares = static_cast<double>(m2[c]);
+    if (c == kConstant) {
+      expect_near("mean of a constant", c, results[0][c], static_cast<double>(0.1f), 0);
+      expect_near("m2 of a constant", c, results[1][c], 0, 0);
+    } else {
+      expect_near("mean", c, results[0][c], want, 1e-7 * std::abs(want) + 1e-6 * std::sqrt(squares / view.positions()));
+      expect_near("m2", c, results[1][c], squares, 1e-5 * squares);
+    }
+    const bool unordered = c == kNaN;
+    expect_near("min is NaN", c, std::isnan(results[2][c]), unordered, 0);
+    expect_near("max is NaN", c, std::isnan(results[3][c]), unordered, 0);
+  }
+  ++ran["extremes"];
+}
+
 void run_all(const ChannelView& view, const std::vector<int64_t>& offsets, std::mt19937& random) {
   for (const int64_t offset : offsets) {
     for (const Cuda& device : kDevices) {
@@ -225,6 +273,10 @@ int main(int argc, char** argv) {
     const bool costly = view.numel() > 100000 || (view.inner > 1 && view.channels > 1000);
     run_all(view, costly ? std::vector<int64_t>{0} : std::vector<int64_t>{0, 1}, random);
   }
+  if (size != "tiny")
+    for (const Cuda& device : kDevices)
+      for (const ChannelView& view : {ChannelView{4, 7, 3001}, ChannelView{12000, 7, 1}, ChannelView{500, 7, 9}})
+        run_extremes(device, view);
   std::printf("order %u: %lld values checked\n", cudahost::order, static_cast<long long>(checks));
   for (const auto& [what, times] : ran)
     std::printf("  %-22s %5lld cases\n", what.c_str(), static_cast<long long>(times));
