@@ -259,12 +259,12 @@ int main(int argc, char** argv) {
   // and many. Counts around a vector, a warp, a block and a tile.
   std::vector<ChannelView> views{{1, 1, 2}, {1, 3, 31}, {3, 5, 49}, {2, 3, 16}, {2, 3, 1}, {31, 3, 1}, {31, 8, 1}};
   if (size != "tiny") {
-    const ChannelView more[] = {{1, 1, 1},    {4, 65, 49},  {2, 3, 4097}, {3, 9, 7},  {3, 65, 1},
-                                {4097, 3, 1}, {2, 2049, 1}, {31, 65, 1},  {40, 72, 1}};
+    const ChannelView more[] = {{1, 1, 1},  {1, 65, 1},   {31, 1, 1},   {4, 65, 49}, {2, 3, 4097}, {3, 9, 7},
+                                {3, 65, 1}, {4097, 3, 1}, {2, 2049, 1}, {31, 65, 1}, {40, 72, 1}};
     views.insert(views.end(), std::begin(more), std::end(more));
   }
   if (size == "full") {
-    const ChannelView more[] = {{31, 65, 49},  {1, 2049, 4},  {1, 1, 70000}, {1, 2, 40000},
+    const ChannelView more[] = {{4097, 1, 1},  {31, 65, 49},  {1, 2049, 4},  {1, 1, 70000}, {1, 2, 40000},
                                 {4, 3, 12544}, {4097, 65, 1}, {2049, 64, 1}, {31, 2049, 1}};
     views.insert(views.end(), std::begin(more), std::end(more));
   }
