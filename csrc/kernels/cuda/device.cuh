@@ -9,6 +9,13 @@ namespace normfused::cuda {
 inline constexpr int kWarps = kThreads / kWarp;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
+// How many neighbouring threads of a warp there are for each of `count` things: a power of two.
+NF_DEVICE int lanes_for(int64_t count) {
+  int lanes = kWarp;
+  while (lanes > 1 && count * lanes > kThreads) lanes /= 2;
+  return lanes;
+}
+
 // Joins the sums of each `lanes` neighbouring threads of a warp, a power of two, in an order that `lanes` alone
 // decides; the result is the first one's. All threads of a warp take part.
 template <class Op>

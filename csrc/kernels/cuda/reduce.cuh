@@ -76,22 +76,19 @@ NF_DEVICE void finish_channels(const Op& op, const Finish& finish, const Partial
                                int splits, int repeat, int64_t first, int64_t last) {
   using Sum = typename Op::Sum;
   NF_SHARED(Sum, repaired, [Op::kSums]);
-  // As many threads for each channel as there are to spare, within a warp.
-  int lanes = kWarp;
-  while (lanes > 1 && (last - first) * lanes > kThreads) lanes /= 2;
+  const int lanes = lanes_for(last - first);
   const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes, groups = kThreads / lanes;
-  const int entries = splits * repeat;
   for (int64_t begin = first; begin < last; begin += groups) {
     const int64_t channel = begin + group;
     Sum sums[Op::kSums];
     for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::empty(k);
     if (channel < last) {
+      for (int beside = 0; beside < repeat; ++beside) {
+        const int64_t column = channel + beside * op.view.channels;
 #pragma unroll 4
-      for (int i = lane; i < entries; i += lanes) {
-        const int split = i / repeat;
-        const int64_t column = channel + static_cast<int64_t>(i % repeat) * op.view.channels;
+        for (int split = lane; split < splits; split += lanes)
 #pragma unroll
-        for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], partials.at(split, Op::kSums, k, column));
+          for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], partials.at(split, Op::kSums, k, column));
       }
     }
     join_lanes<Op>(sums, lanes);
@@ -218,20 +215,28 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     for (int i = 0; i < kValues; ++i) states[walk.y * across + walk.x * kValues + i] = state[i];
   __syncthreads();
   const int64_t begin = blockIdx.x * static_cast<int64_t>(across);
-  for (int i = threadIdx.x; i < across && begin + i < plan.columns; i += kThreads) {
-    const int64_t channel = plan.repeat == 1 ? begin + i : (begin + i) % plan.view.channels;
+  const int lanes = lanes_for(across), lane = threadIdx.x % lanes;
+  for (int i = 0; i < across; i += kThreads / lanes) {
+    const int x = i + static_cast<int>(threadIdx.x) / lanes;
+    const int64_t column = begin + x;
+    const bool there = x < across && column < plan.columns;
     Sum sums[Op::kSums];
     for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::empty(k);
-    for (int y = 0; y < plan.height; ++y) {
-      const int64_t count = walk.count(begin + i, y);
-      if (count == 0) break;
-      Sum more[Op::kSums];
-      op.sums(states[y * across + i], count, channel, more);
+    if (there) {
+      const int64_t channel = plan.repeat == 1 ? column : column % plan.view.channels;
+      const int64_t rows = walk.rows_of(column), each = rows / plan.height, rest = rows % plan.height;
+      for (int y = lane; y < plan.height; y += lanes) {
+        const int64_t count = each + (y < rest);
+        if (count == 0) break;
+        Sum more[Op::kSums];
+        op.sums(states[y * across + x], count, channel, more);
 #pragma unroll
-      for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], more[k]);
+        for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], more[k]);
+      }
     }
-#pragma unroll
-    for (int k = 0; k < Op::kSums; ++k) partials.at(blockIdx.y, Op::kSums, k, begin + i) = sums[k];
+    join_lanes<Op>(sums, lanes);
+    if (there && lane == 0)
+      for (int k = 0; k < Op::kSums; ++k) partials.at(blockIdx.y, Op::kSums, k, column) = sums[k];
   }
 
   if (plan.splits == 1)

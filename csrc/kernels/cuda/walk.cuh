@@ -100,11 +100,10 @@ class ColumnWalk {
     row_ += plan_.height;
     return offset;
   }
-  // How many values of a column the threads at height y have.
-  NF_DEVICE int64_t count(int64_t column, int y) const {
-    const int64_t rows = (plan_.view.numel() - column + plan_.columns - 1) / plan_.columns;
-    const int64_t end = end_ < rows ? end_ : rows;
-    return end <= begin_ + y ? 0 : (end - begin_ - y + plan_.height - 1) / plan_.height;
+  // How many rows of the split a column has. The last row of all can end before it.
+  NF_DEVICE int64_t rows_of(int64_t column) const {
+    if (end_ <= begin_) return 0;
+    return end_ - begin_ - ((end_ - 1) * plan_.columns + column >= plan_.view.numel());
   }
   // The channel that a value of the thread's vectors belongs to.
   NF_DEVICE int64_t channel(int value) const {
