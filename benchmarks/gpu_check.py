@@ -128,13 +128,9 @@ def sanitize(check: Check) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.access(sanitizer, os.X_OK):
         return check.skip("sanitize", "no compute-sanitizer")
-    # The first two shapes reach the single launch, and rows and columns in several splits.
-    small = [
-        *PYTEST,
-        "-k",
-        "same_bits and (shape0 or (8, 64, 8, 8) or (32, 3, 65, 33)) or integer_sums",
-        str(ROOT / "tests/test_cuda.py"),
-    ]
+    # The single launch; several splits of rows, of columns and of columns side by side; integers.
+    few = "same_bits and (8x64x8x8 or 32x3x65x33) or integer_sums"
+    small = [*PYTEST, "-k", few, str(ROOT / "tests/test_cuda.py")]
     tools = [[sanitizer, "--tool", tool, "--error-exitcode", "1", *small] for tool in ("memcheck", "racecheck")]
     return check.run("sanitize", *tools, least_seconds=30)
 

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"  # A100, H100 and H200, B200; PTX for what comes after
+# A100, H100 and H200, B200; PTX for what comes after. An nvcc from before 12.8 does not know the last.
+DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
+EARLIER_ARCHS = "8.0;9.0+PTX"
 
 
 class Decision(NamedTuple):
@@ -61,10 +63,11 @@ def _judge(facts: Facts) -> Decision:
     return Decision(True, f"torch {facts.torch}, nvcc {facts.nvcc}", warning=warning)
 
 
-def arch_list(gpus: Iterable[tuple[int, int]], environ: Mapping[str, str]) -> str:
+def arch_list(gpus: Iterable[tuple[int, int]], nvcc: str, environ: Mapping[str, str]) -> str:
     """Return the architectures to compile for: those asked for, else those of the GPUs in sight, else a default."""
     in_sight = ";".join(f"{major}.{minor}" for major, minor in sorted(set(gpus)))
-    return environ.get("TORCH_CUDA_ARCH_LIST") or in_sight or DEFAULT_ARCHS
+    default = DEFAULT_ARCHS if tuple(map(int, nvcc.split("."))) >= (12, 8) else EARLIER_ARCHS
+    return environ.get("TORCH_CUDA_ARCH_LIST") or in_sight or default
 
 
 def nvcc_version(cuda_home: str | None) -> str | None:

@@ -79,7 +79,9 @@ class BuildExtension(cpp_extension.BuildExtension):
             print(f"normfused: warning: {decision.warning}", flush=True)
         if decision.build:
             gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-            os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(gpus, os.environ)
+            nvcc = nvcc_version(cpp_extension.CUDA_HOME)
+            assert nvcc is not None  # the decision rests on it
+            os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(gpus, nvcc, os.environ)
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
         super().run()
         record = {

@@ -21,7 +21,12 @@ def step(layer: torch.nn.Module, x: Tensor, grad_output: Tensor) -> list[Tensor]
     return [output, *torch.autograd.grad(output, [x, *layer.parameters()], grad_output)]
 
 
-@pytest.fixture(params=[(s, d, f) for s in SHAPES for d in DTYPES for f in FORMATS], ids=str)
+def variant_id(variant: tuple[tuple[int, ...], torch.dtype, torch.memory_format]) -> str:
+    shape, dtype, memory_format = variant
+    return "-".join(("x".join(map(str, shape)), str(dtype).partition(".")[2], str(memory_format).partition(".")[2]))
+
+
+@pytest.fixture(params=[(s, d, f) for s in SHAPES for d in DTYPES for f in FORMATS], ids=variant_id)
 def inputs(request: pytest.FixtureRequest, device: torch.device) -> tuple[normfused.BatchNorm2d, Tensor, Tensor]:
     shape, dtype, memory_format = request.param
     x = torch.randn(shape, device=device).to(dtype, memory_format=memory_format).requires_grad_()

@@ -31,7 +31,7 @@ SOURCES = [
 ]
 
 sys.path.insert(0, str(BACKEND))
-from cuda_choice import DEFAULT_ARCHS, Facts, arch_list, decide, nvcc_version  # noqa: E402
+from cuda_choice import DEFAULT_ARCHS, EARLIER_ARCHS, Facts, arch_list, decide, nvcc_version  # noqa: E402
 
 
 @pytest.fixture
@@ -140,7 +140,6 @@ def test_b01_cuda_is_forced_by_0_or_1() -> None:
 @pytest.mark.parametrize(
     ("gpus", "asked", "expected"),
     [
-        ([], None, DEFAULT_ARCHS),
         ([], "9.0a", "9.0a"),
         ([(9, 0), (8, 0), (9, 0)], None, "8.0;9.0"),
         ([(9, 0)], "8.0;10.0+PTX", "8.0;10.0+PTX"),
@@ -149,7 +148,15 @@ def test_b01_cuda_is_forced_by_0_or_1() -> None:
 def test_b01_architectures_are_known_without_a_gpu(
     gpus: list[tuple[int, int]], asked: str | None, expected: str
 ) -> None:
-    assert arch_list(gpus, {} if asked is None else {"TORCH_CUDA_ARCH_LIST": asked}) == expected
+    assert arch_list(gpus, "13.0", {} if asked is None else {"TORCH_CUDA_ARCH_LIST": asked}) == expected
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "expected"),
+    [("13.0", DEFAULT_ARCHS), ("12.8", DEFAULT_ARCHS), ("12.6", EARLIER_ARCHS), ("12.10", DEFAULT_ARCHS)],
+)
+def test_b01_default_architectures_are_those_that_nvcc_knows(nvcc: str, expected: str) -> None:
+    assert arch_list([], nvcc, {}) == expected
 
 
 def test_b01_nvcc_is_asked_for_its_version(tmp_path: Path) -> None:
