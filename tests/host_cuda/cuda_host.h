@@ -93,18 +93,3 @@ inline grid_group this_grid() { return {}; }
 inline cluster_group this_cluster() { return {}; }
 
 }  // namespace cooperative_groups
-
-namespace normfused::cuda {
-
-struct LaunchConfig {
-  dim3 grid, block;
-  cudaStream_t stream;
-};
-
-template <class... P, class... A>
-cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... args) {
-  cudahost::launch({config.grid, config.block, 0, config.stream}, kernel, std::forward<A>(args)...);
-  return cudaSuccess;
-}
-
-}  // namespace normfused::cuda

@@ -63,7 +63,8 @@ NF_DEVICE void apply_row_walk(const Op& op, const RowsPlan& plan, int64_t channe
 #pragma unroll
     for (int k = 0; k < Op::kInputs; ++k)
       inputs[k] = load_masked<true, typename Op::T, kValues>(op.input(k), offset, plan.view.numel());
-    store_masked(op.output, offset, apply_vector<Op, kValues>(op, inputs, [&](int) { return coefficients; }), mask);
+    const auto output = apply_vector<Op, kValues>(op, inputs, [&](int) { return coefficients; });
+    store_masked(op.output, offset, output, mask, false);
   }
 }
 
@@ -99,8 +100,8 @@ NF_DEVICE void apply_column_walk(const Op& op, const ColumnsPlan& plan, int64_t 
 #pragma unroll
     for (int k = 0; k < Op::kInputs; ++k)
       inputs[k] = load_masked<true, typename Op::T, kValues>(op.input(k), offset, numel);
-    store_masked(op.output, offset, apply_vector<Op, kValues>(op, inputs, choose),
-                 first_values<kValues>(numel - offset));
+    const uint32_t mask = first_values<kValues>(numel - offset);
+    store_masked(op.output, offset, apply_vector<Op, kValues>(op, inputs, choose), mask, streaming);
   }
 }
 
@@ -168,22 +169,21 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const int64_t row = by_inner(at + skip), from = first_channel + row;
     const int64_t channel = from - by_channels(from) * channels;
     const Coefficients<Op> here = coefficients_of(op, channels, channel);
-    const uint32_t mask = first_values<kValues>(numel - offset);
+    const auto put = [&](const auto& choose) {
+      const uint32_t mask = first_values<kValues>(numel - offset);
+      store_masked(op.output, offset, apply_vector<Op, kValues>(op, inputs[v], choose), mask, streaming);
+    };
     if constexpr (kAligned) {
-      const auto output = apply_vector<Op, kValues>(op, inputs[v], [&](int) { return here; });
-      mask == kWhole<kValues> ? output.store(op.output + offset, streaming)
-                              : store_masked(op.output, offset, output, mask);
+      put([&](int) { return here; });
     } else {
       const int64_t left = (row + 1) * inner - (at + skip);  // of this row
       const Coefficients<Op> there = coefficients_of(op, channels, channel + 1 == channels ? 0 : channel + 1);
-      const auto output = apply_vector<Op, kValues>(op, inputs[v], [&](int i) {
+      put([&](int i) {
         Coefficients<Op> chosen;
 #pragma unroll
         for (int k = 0; k < Op::kCoefficients; ++k) chosen.k[k] = i < left ? here.k[k] : there.k[k];
         return chosen;
       });
-      mask == kWhole<kValues> ? output.store(op.output + offset, streaming)
-                              : store_masked(op.output, offset, output, mask);
     }
   }
 }

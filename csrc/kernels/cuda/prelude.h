@@ -4,16 +4,22 @@
 // includes nothing of CUDA by itself.
 #pragma once
 
+#include <utility>
+
 #if defined(__CUDACC__)
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <utility>
-
 #define NF_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 #define NF_DEVICE __device__ __forceinline__
+
+#else
+
+#include "cuda_host.h"
+
+#endif
 
 namespace normfused::cuda {
 
@@ -24,17 +30,16 @@ struct LaunchConfig {
 
 template <class... P, class... A>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... args) {
+#if defined(__CUDACC__)
   cudaLaunchConfig_t launch{};
   launch.gridDim = config.grid;
   launch.blockDim = config.block;
   launch.stream = config.stream;
   return cudaLaunchKernelEx(&launch, kernel, std::forward<A>(args)...);
+#else
+  cudahost::launch({config.grid, config.block, 0, config.stream}, kernel, std::forward<A>(args)...);
+  return cudaSuccess;
+#endif
 }
 
 }  // namespace normfused::cuda
-
-#else
-
-#include "cuda_host.h"
-
-#endif

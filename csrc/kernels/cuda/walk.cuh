@@ -29,8 +29,9 @@ NF_DEVICE Vector<T, kValues> load_masked(const T* tensor, int64_t offset, int64_
 }
 
 template <class T, int kValues>
-NF_DEVICE void store_masked(T* tensor, int64_t offset, const Vector<T, kValues>& vector, uint32_t mask) {
-  if (mask == kWhole<kValues>) return vector.store(tensor + offset, false);
+NF_DEVICE void store_masked(T* tensor, int64_t offset, const Vector<T, kValues>& vector, uint32_t mask,
+                            bool streaming) {
+  if (mask == kWhole<kValues>) return vector.store(tensor + offset, streaming);
 #pragma unroll
   for (int i = 0; i < kValues; ++i)
     if (mask >> i & 1) tensor[offset + i] = vector.value[i];
