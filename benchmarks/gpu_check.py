@@ -45,8 +45,12 @@ class Check:
         self.verdicts: list[Verdict] = []
         folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, stage: str, *commands: list[str], least_seconds: float, cwd: Path | None = None) -> None:
-        """A stage passes when all of its commands do; one that has too little time left is not begun."""
+    def run(self, stage: str, *commands: list[str], least_seconds: float) -> None:
+        """A stage passes when all of its commands do; one that has too little time left is not begun.
+
+        They run in the folder of the logs: in the checkout Python would import its folder normfused, not the
+        installed package.
+        """
         start = time.monotonic()
         passed, summary = True, ""
         with (self.folder / f"{stage}.log").open("w") as log:
@@ -58,7 +62,12 @@ class Check:
                 print(f"$ {' '.join(command)}", file=log, flush=True)
                 try:
                     done = subprocess.run(
-                        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=left
+                        command,
+                        cwd=self.folder,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        timeout=left,
                     )
                     output, code = done.stdout, done.returncode
                 except subprocess.TimeoutExpired as expired:
@@ -88,8 +97,7 @@ def _text(output: str | bytes | None) -> str:
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
-# The installed package is tested, not the folder of the same name in this checkout.
-PYTEST = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
 def build(check: Check) -> None:
@@ -108,7 +116,6 @@ def build(check: Check) -> None:
     os.environ["NORMFUSED_STRICT"] = "1"
     info = [
         sys.executable,
-        "-P",
         "-c",
         "import normfused; info = normfused.info(); print(info); assert info['cuda'], info",
     ]
@@ -140,13 +147,13 @@ def large(check: Check) -> None:
 
 
 def measure(check: Check) -> None:
-    check.run("measure", _report(check, "--native"), least_seconds=60, cwd=HERE)
+    check.run("measure", _report(check, "--native"), least_seconds=60)
 
 
 def compiled(check: Check) -> None:
     only = "(forward_backward|eval_forward)-256x(64x56|512x28|2048x7)x"
     command = _report(check, "--native", "--compile", "--only", only, "--out", str(check.folder / "compile"))
-    check.run("compile", command, least_seconds=60, cwd=HERE)
+    check.run("compile", command, least_seconds=60)
 
 
 def _report(check: Check, *options: str) -> list[str]:
@@ -178,7 +185,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no CUDA device")
     name = re.sub(r"[^a-z0-9.]+", "-", f"cuda {torch.cuda.get_device_name()}".lower()).strip("-")
-    check = Check((arguments.out or HERE / "results" / name) / "check", arguments.seconds)
+    check = Check((arguments.out or HERE / "results" / name).resolve() / "check", arguments.seconds)
     for stage in arguments.stages or STAGES:
         STAGES[stage](check)
     return 0 if all(verdict.passed for verdict in check.verdicts) else 1
