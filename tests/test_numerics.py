@@ -39,7 +39,9 @@ def test_b15_variance_beside_a_large_mean(
     moments = normfused.channel_moments(x)
     biased = torch.var(x.double(), axes, correction=0)
     torch.testing.assert_close(moments.m2 / moments.count, biased, rtol=1e-5, atol=0)
-    torch.testing.assert_close(moments.mean, exact_mean, rtol=1e-12, atol=0)
+    # Threads of CUDA sum some hundred deviations in float before they go on in double.
+    cuda = device.type == "cuda" or normfused.info()["cpu_capability"] == "cuda"
+    torch.testing.assert_close(moments.mean, exact_mean, rtol=1e-10 if cuda else 1e-12, atol=0)
     expected = F.batch_norm(x.double(), None, None, training=True)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 

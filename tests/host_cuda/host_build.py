@@ -55,7 +55,14 @@ def clang() -> str:
     pytest.skip("no clang++ with ThreadSanitizer")
 
 
-def build(cache: Path, compiler: str, flags: str, sources: Sequence[Path], csrc: Path = ROOT / "csrc") -> Path:
+def build(
+    cache: Path,
+    compiler: str,
+    flags: str,
+    sources: Sequence[Path],
+    csrc: Path = ROOT / "csrc",
+    link: Sequence[str] = (),
+) -> Path:
     """The program of some sources, compiled anew where a source, a header or the command has changed."""
     include = [csrc, HERE, ROOT / "tests/kernels"]
     command = [compiler, *shlex.split(COMMON), *shlex.split(flags), *(f"-I{path}" for path in include)]
@@ -70,14 +77,14 @@ def build(cache: Path, compiler: str, flags: str, sources: Sequence[Path], csrc:
         return program
 
     def compile_one(source: Path) -> Path:
-        target = program.with_name(f"{program.name}-{source.stem}.o")
+        target = program.with_name(f"{program.name}-{source.name}.o")
         subprocess.run([*command, "-x", "c++", "-c", source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
     linked = program.with_suffix(".new")
-    subprocess.run([compiler, *shlex.split(flags), *objects, "-o", linked], check=True)
+    subprocess.run([compiler, *shlex.split(flags), *objects, *link, "-o", linked], check=True)
     linked.rename(program)
     for path in objects:
         path.unlink()

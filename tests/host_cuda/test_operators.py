@@ -1,0 +1,68 @@
+"""The operators' own tests, with the CUDA kernels in the place of the CPU's: autograd, accuracy, layouts, errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+from host_build import HERE, KERNELS, ROOT, build, gcc
+from torch.utils import cpp_extension
+
+import normfused
+
+SOURCES = [
+    HERE / "backend.cpp",
+    ROOT / "csrc/binding.cpp",
+    *(path for path in sorted((ROOT / "csrc/ops").glob("*.cpp")) if path.name != "cpu_backend.cpp"),
+    *(KERNELS / name for name in ("batch_norm.cu", "channel_stats.cu", "plan.cpp", "traffic.cpp")),
+]
+SUITES = ["test_batch_norm.py", "test_channel_stats.py", "test_modules.py", "test_numerics.py"]
+
+
+@pytest.fixture(scope="module")
+def package(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of normfused whose extension runs the CUDA kernels."""
+    include = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    flags = (
+        "-O1 -fPIC -fopenmp -shared -Wno-stringop-overflow -DTORCH_EXTENSION_NAME=_C -DTORCH_API_INCLUDE_EXTENSION_H "
+    )
+    flags += " ".join(f"-isystem {path}" for path in include)
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    extension = build(cache, gcc(), flags, SOURCES, link=libraries)
+    folder = tmp_path_factory.mktemp("package")
+    copy = folder / "normfused"
+    shutil.copytree(Path(normfused.__file__).parent, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(extension, copy / f"_C{EXTENSION_SUFFIXES[0]}")
+    return folder
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_operators_pass_their_tests_with_cuda_kernels(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(package), "NORMFUSED_STRICT": "1"}
+    probe = "import normfused; print(normfused.info()['cpu_capability'])"
+    ran = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, cwd=package, check=True
+    )
+    assert ran.stdout.strip() == "cuda", ran.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not cuda"]
+    done = subprocess.run(
+        [*command, *(str(ROOT / "tests" / suite) for suite in SUITES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=package,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 1500, done.stdout[-300:]
+    with capsys.disabled():
+        print(f"\n{passed[1]} tests of the operators passed with the CUDA kernels", end="")
