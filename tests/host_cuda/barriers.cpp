@@ -81,6 +81,7 @@ int main() {
     statistics({90, 3, 1}, true);  // columns, several positions side by side
     one_launch({3, 5, 49});
     one_launch({90, 8, 1});
+    one_launch({90, 3, 1});
   } catch (const std::exception& error) {
     std::printf("FAILED %s: %s\n", current.c_str(), error.what());
     return 1;
