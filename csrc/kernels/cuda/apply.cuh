@@ -1,7 +1,10 @@
 // Application: one value written for each, by coefficients of its channel. An Op has
+//
 //   S, T, kInputs, kCoefficients, Output
-//   input(k), output               the tensors
-//   operator()(values, coefficients)   of one value of each input
+//   input(k), output, table           the tensors, and the coefficients
+//   operator()(values, coefficients)  one value, of one value of each input
+//   before()                          what the launch does besides
+//
 // Coefficients lie in a table, (kCoefficients, channels).
 #pragma once
 
@@ -115,10 +118,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // Division of numbers below 2^31 by a fixed one: a multiplication and a shift (Granlund and Montgomery, 1994).
 struct Divider {
-  uint32_t divisor, multiplier;
+  uint32_t multiplier;
   int shift;
 
-  explicit Divider(uint32_t by) : divisor(by), shift(0) {
+  explicit Divider(uint32_t by) : shift(0) {
     while ((uint64_t{1} << shift) < by) ++shift;
     multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by)) / by + 1);
   }

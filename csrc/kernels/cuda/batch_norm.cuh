@@ -114,14 +114,18 @@ struct GradSumsOp {
 // channels.
 
 template <class S>
-NF_DEVICE void write_forward(const BatchNormForward& args, S* table, int64_t c, double mean, double invstd) {
-  const int64_t channels = args.view.channels;
-  args.mean[c] = mean;
-  args.invstd[c] = invstd;
-  const auto k = forward_coefficients<S>(mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
+NF_DEVICE void write_row(S* table, int64_t channels, int64_t c, const ForwardCoefficients<S>& k) {
   table[c] = k.pivot;
   table[channels + c] = k.scale;
   table[2 * channels + c] = k.shift;
+}
+
+template <class S>
+NF_DEVICE void write_forward(const BatchNormForward& args, S* table, int64_t c, double mean, double invstd) {
+  args.mean[c] = mean;
+  args.invstd[c] = invstd;
+  write_row(table, args.view.channels, c,
+            forward_coefficients<S>(mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0)));
 }
 
 // Results are a mean and an M2.
@@ -204,10 +208,7 @@ struct PrepareStandardize {
   S* table;
 
   NF_DEVICE void operator()(int64_t c) const {
-    const auto k = forward_coefficients<S>(read(mean, c, 0), 1 / read(std, c, 1), 1, 0);
-    table[c] = k.pivot;
-    table[channels + c] = k.scale;
-    table[2 * channels + c] = k.shift;
+    write_row(table, channels, c, forward_coefficients<S>(read(mean, c, 0), 1 / read(std, c, 1), 1, 0));
   }
 };
 

@@ -7,6 +7,8 @@ namespace normfused::cuda {
 
 namespace {
 
+// Thresholds, each with its reason. They are reasons only: none has been measured on a GPU yet.
+
 // Blocks for each multiprocessor, where there is enough to do: twice what must be resident to keep the memory busy, so
 // that some read while others merge.
 constexpr int64_t kBlocksPerMultiprocessor = 4;

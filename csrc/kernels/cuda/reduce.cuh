@@ -1,11 +1,17 @@
 // Reductions of every channel to a few sums, and what is done with them, in one launch. An Op says what is summed:
-//   S, Sum, kInputs, kSums             type of the arithmetic, type of the sums, how many tensors are read, how many
-//   sums input(k)                           the tensors State                              what a thread keeps for a
-//   channel while it reads start(channel)                     an empty one accumulate<n, masked>(state, values, mask,
-//   first)   takes in n values of each input sums(state, count, channel, sums)  a state as sums that can be joined with
-//   those of any other thread join(k, a, b), empty(k) results(channel, sums), sound(sums), repair(channel, sums)   the
-//   joined sums turned into what was asked for; whether
-//                                      it could be, and the slow way, taken by a whole block, where it could not
+//
+//   S, Sum, kInputs, kSums       types of the arithmetic and of the sums; how many tensors are read, and how many sums
+//   input(k)                     the tensors
+//   State, start(channel)        what a thread keeps for a channel while it reads, and an empty one
+//   accumulate<n, masked>(state, values, mask, first)
+//                                takes in n values of each input
+//   sums(state, count, channel, sums)
+//                                a state as sums that can be joined with those of any other thread
+//   join(k, a, b), empty(k)
+//   results(channel, sums)       turns the joined sums into what was asked for
+//   kRepairs, sound(sums), repair(channel, sums)
+//                                whether that can fail, whether it did, and the slow way, taken by a whole block
+//
 // A Finish says what becomes of a channel's results; it is called once for each channel. An Apply, where there is one,
 // is done by the block itself.
 #pragma once
