@@ -140,7 +140,7 @@ def test_every_architecture_has_every_kernel(kernels: list[Kernel]) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_vectors_are_read_by_one_instruction(objects: dict[tuple[str, str], tuple[Path, str]], arch: str) -> None:
-    """LDG.E.128 in each kernel whose vectors are 16 bytes, and none narrower than 16 bytes there for the main loop."""
+    """LDG.E.128 in each kernel whose vectors are 16 bytes."""
     cuobjdump = tool("cuobjdump")
     without, seen = [], 0
     for source in SOURCES:
