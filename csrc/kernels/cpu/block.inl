@@ -29,6 +29,15 @@ struct Block {
   }
 };
 
+// As many values of a as there are lanes, and b's behind them; in the order they have in memory as T.
+template <class S, class T>
+NF_FN Block<S, T> joined(const Block<S, T>& a, const Block<S, T>& b, int64_t lanes) {
+  constexpr int64_t kParts = Block<S, T>::kParts;
+  return Block<S, T>::each([&](int64_t i) {
+    return lane_index<S>() < static_cast<lane_index_t<S>>((lanes + kParts - 1 - i) / kParts) ? a.part[i] : b.part[i];
+  });
+}
+
 template <class V, class Body>
 NF_FN void for_each_block(int64_t n, const Body& body) {
   for_each_part<V::kWidth>(n, body);
@@ -65,18 +74,12 @@ NF_FN V load_block(const T* p, Part part, const V& fill = V{}) {
   } else {
 #if NF_VECTOR_BYTES == 64
     const V values = taken_apart((U32)_mm512_maskz_loadu_epi16((1u << part.lanes) - 1, p));
-    return V::each([&](int64_t i) {
-      const auto mask = static_cast<__mmask16>((1u << (part.lanes + 1 - i) / 2) - 1);
-      return (Vec<float>)_mm512_mask_blend_ps(mask, (__m512)fill.part[i], (__m512)values.part[i]);
-    });
 #else
     T buffer[V::kWidth] = {};
     std::memcpy(buffer, p, static_cast<size_t>(part.lanes) * sizeof(T));
     const V values = load_block<V>(static_cast<const T*>(buffer), Whole{});
-    return V::each([&](int64_t i) {
-      return lane_index<float>() < static_cast<int32_t>((part.lanes + 1 - i) / 2) ? values.part[i] : fill.part[i];
-    });
 #endif
+    return joined(values, fill, part.lanes);
   }
 }
 

@@ -303,21 +303,6 @@ NF_FN int64_t bytes_to_alignment(const void* p, int64_t alignment) {
   return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(alignment));
 }
 
-// A copy whose destination bypasses the caches.
-template <class T>
-NF_FN void stream_copy(T* destination, const T* source, int64_t n) {
-  auto* to = reinterpret_cast<char*>(destination);
-  auto* from = reinterpret_cast<const char*>(source);
-  int64_t bytes = n * static_cast<int64_t>(sizeof(T));
-  int64_t head = bytes_to_alignment(to, kVectorBytes);
-  if (head > bytes) head = bytes;
-  std::memcpy(to, from, static_cast<size_t>(head));
-  for (to += head, from += head, bytes -= head; bytes >= kVectorBytes;
-       to += kVectorBytes, from += kVectorBytes, bytes -= kVectorBytes)
-    stream_raw(to, read_as<Vec<uint32_t>>(from));
-  std::memcpy(to, from, static_cast<size_t>(bytes));
-}
-
 // Makes streamed stores visible before the task ends.
 NF_FN void finish_streams() {
 #if NF_VECTOR_BYTES > 16
