@@ -4,7 +4,7 @@ from normfused import functional, reference
 from normfused._extension import info
 from normfused._version import __version__
 from normfused.functional import ChannelMoments, ChannelSums, channel_moments, channel_sums
-from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, no_stats_update
 
 __all__ = [
     "BatchNorm1d",
@@ -17,5 +17,6 @@ __all__ = [
     "channel_sums",
     "functional",
     "info",
+    "no_stats_update",
     "reference",
 ]

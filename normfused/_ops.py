@@ -23,6 +23,10 @@ def _statistics(input: Tensor) -> Tensor:
     return input.new_empty((2, input.size(1)), dtype=torch.float64)
 
 
+def _mask(input: Tensor, wanted: bool) -> Tensor:
+    return input.new_empty(((input.numel() + 7) // 8 + 8 if wanted else 0,), dtype=torch.uint8)
+
+
 @torch.library.register_fake("normfused::batch_norm_training")
 def _batch_norm_training(
     input: Tensor,
@@ -33,9 +37,15 @@ def _batch_norm_training(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked)
-    return _output_like(input), _statistics(input)
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+    save_mask: bool = False,
+    correction: int = 1,
+    skipped: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked, residual, skipped)
+    return _output_like(input), _statistics(input), _mask(input, save_mask)
 
 
 @torch.library.register_fake("normfused::batch_norm_inference")
@@ -46,9 +56,13 @@ def _batch_norm_inference(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    _check_device(input, weight, bias, running_mean, running_var)
-    return _output_like(input), _statistics(input)
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device(input, weight, bias, running_mean, running_var, residual)
+    return _output_like(input), _statistics(input), _mask(input, save_mask)
 
 
 @torch.library.register_fake("normfused::batch_norm_backward")
@@ -59,17 +73,24 @@ def _batch_norm_backward(
     statistics: Tensor,
     training: bool,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_device(input, grad_output, weight, statistics)
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_device(input, grad_output, weight, statistics, bias, residual, mask)
     if weight is not None:
         dtype = weight.dtype
     else:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    grad_input = _output_like(input) if output_mask[0] else input.new_empty((0,))
-    grad_weight, grad_bias = (
-        input.new_empty((input.size(1) if wanted else 0,), dtype=dtype) for wanted in output_mask[1:]
+    grad_input, grad_residual = (
+        _output_like(input) if wanted else input.new_empty((0,)) for wanted in (output_mask[0], output_mask[3])
     )
-    return grad_input, grad_weight, grad_bias
+    grad_weight, grad_bias = (
+        input.new_empty((input.size(1) if wanted else 0,), dtype=dtype) for wanted in output_mask[1:3]
+    )
+    return grad_input, grad_weight, grad_bias, grad_residual
 
 
 @torch.library.register_fake("normfused::channel_moments")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normfused import _extension, reference
-from normfused.reference import ChannelMoments, ChannelSums, values_per_channel
+from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 
 __all__ = ["ChannelMoments", "ChannelSums", "batch_norm", "channel_moments", "channel_sums"]
 
@@ -29,17 +30,23 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     num_batches_tracked: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_param: float | None = None,
+    mask: Tensor | None = None,
+    running_var_correction: int = 1,
+    nonfinite_batches: Tensor | None = None,
 ) -> Tensor:
-    """Normalize each channel of ``input`` over all its other dimensions.
+    """Normalize each channel of ``input`` over all its other dimensions; then, if wanted, add and activate.
 
-    ``(input - mean) / sqrt(var + eps) * weight + bias``, where mean and (biased) variance are the batch's own in
-    training and the running ones otherwise. Drop-in for :func:`torch.nn.functional.batch_norm`.
+    ``activation((input - mean) / sqrt(var + eps) * weight + bias + residual)``, where mean and (biased) variance are
+    the batch's own in training and the running ones otherwise. Drop-in for :func:`torch.nn.functional.batch_norm`.
 
     Args:
         input: shape ``(N, C, ...)``, float32, float64, float16 or bfloat16, any strides. Not written.
         running_mean, running_var: shape ``(C,)``, given together or not at all; needed unless ``training``. In
-            training they are updated in place: ``(1 - momentum) * running + momentum * batch``, with the unbiased
-            variance. Never saved for backward.
+            training they are updated in place: ``(1 - momentum) * running + momentum * batch``. Never saved for
+            backward.
         weight, bias: shape ``(C,)``; default 1 and 0. Parameters and buffers have ``input``'s dtype, or float32 where
             that is float16 or bfloat16; all arithmetic is in float32 or wider.
         training: whether the batch's own statistics are used.
@@ -47,19 +54,31 @@ def batch_norm(
             ``num_batches_tracked``.
         eps: added to the variance; finite, not negative.
         num_batches_tracked: 0-d int64 tensor, counted up in place in training.
+        residual: added before the activation; ``input``'s shape, dtype and device.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``, ``"silu"``,
+            ``"gelu"`` (by erf), ``"gelu_tanh"``, or ``"identity"``, the default.
+        activation_param: leaky ReLU's negative slope (default 0.01), ELU's alpha (default 1).
+        mask: bool, shape ``(N, ...)``, which is ``input``'s without the channels: the positions that are there. Results
+            are those of these positions alone; the others give zeros, and have zero gradients.
+        running_var_correction: 1 updates ``running_var`` with the unbiased variance, as torch does; 0 with the
+            variance that normalizes, so that ``momentum=1`` makes evaluation equal training.
+        nonfinite_batches: shape ``(C,)``, int64. Where given, a channel whose batch has an infinity or a NaN leaves
+            its running statistics as they are, and is counted up here, in place.
 
     Returns:
         Shape, dtype and memory format of ``input``. First and second derivatives are exact; the third raises
-        ``NotImplementedError``. An empty batch gives an empty output and changes no buffer.
+        ``NotImplementedError``. Kept for backward: ``input``; one bit a value for ReLU and leaky ReLU of a sum; for the
+        other activations of a sum the residual. An empty batch gives an empty output and changes no buffer.
 
     Raises:
-        ValueError: a shape, device or value that does not fit, or one value per channel in training.
+        ValueError: a shape, device, name or value that does not fit, or one value per channel in training.
         TypeError: a dtype that is not supported.
         RuntimeError: a CUDA tensor where the extension was built without CUDA.
 
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167;
     https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.batch_norm.html
     """
+    activation = "identity" if activation is None else activation
     return named_batch_norm(
         "batch_norm",
         None,
@@ -72,6 +91,12 @@ def batch_norm(
         momentum,
         eps,
         num_batches_tracked,
+        residual,
+        activation,
+        ACTIVATION_PARAMS.get(activation, 0.0) if activation_param is None else activation_param,
+        mask,
+        running_var_correction,
+        nonfinite_batches,
     )
 
 
@@ -87,15 +112,22 @@ def named_batch_norm(
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+    mask: Tensor | None = None,
+    running_var_correction: int = 1,
+    nonfinite_batches: Tensor | None = None,
 ) -> Tensor:
     """:func:`batch_norm` for a caller of that name, whose input must have one of these ranks (``None``: any).
 
     The ranks are looked at here because only here is ``input`` surely a tensor: ``torch.fx`` traces this call whole.
     """
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+    tensors = (input, running_mean, running_var, weight, bias, residual, mask)
+    if has_torch_function_variadic(*tensors):
         return handle_torch_function(
             named_batch_norm,
-            (input, running_mean, running_var, weight, bias),
+            tensors,
             name,
             ranks,
             input,
@@ -107,26 +139,88 @@ def named_batch_norm(
             momentum,
             eps,
             num_batches_tracked,
+            residual,
+            activation,
+            activation_param,
+            mask,
+            running_var_correction,
+            nonfinite_batches,
+        )
+    if mask is not None:
+        return _masked(
+            name,
+            mask,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked,
+            residual,
+            activation,
+            activation_param,
+            running_var_correction,
+            nonfinite_batches,
         )
     _check_shape(name, ranks, input, training, running_mean is not None)
-    arguments = (weight, bias, running_mean, running_var)
-    if torch.compiler.is_compiling():
-        _check(input, *arguments, training, momentum, eps, num_batches_tracked)
-        if _extension.C is not None:
-            return _compiled(input, *arguments, training, momentum, eps, num_batches_tracked)
-    elif _extension.C is not None and not _is_transformed():
+    compiling = torch.compiler.is_compiling()
+    refusal = None
+    if _extension.C is not None and not compiling and not _is_transformed():
         try:
             if training:
                 return _extension.C.batch_norm_training(  # type: ignore[no-any-return]
-                    input, *arguments, num_batches_tracked, momentum, eps
+                    input,
+                    weight,
+                    bias,
+                    running_mean,
+                    running_var,
+                    num_batches_tracked,
+                    momentum,
+                    eps,
+                    residual,
+                    activation,
+                    activation_param,
+                    False,
+                    running_var_correction,
+                    nonfinite_batches,
                 )
-            return _extension.C.batch_norm_inference(input, *arguments, eps)  # type: ignore[no-any-return]
-        except (RuntimeError, TypeError, ValueError):
-            # The operator refuses in few words; this finds the argument and says what it must be.
-            _check(input, *arguments, training, momentum, eps, num_batches_tracked)
-            raise
-    else:
-        _check(input, *arguments, training, momentum, eps, num_batches_tracked)
+            return _extension.C.batch_norm_inference(  # type: ignore[no-any-return]
+                input, weight, bias, running_mean, running_var, eps, residual, activation, activation_param, False
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            refusal = error  # in few words; the check finds the argument and says what it must be
+    _check(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked,
+        residual,
+        activation,
+        activation_param,
+        running_var_correction,
+        nonfinite_batches,
+    )
+    if refusal is not None:
+        raise refusal
+    after: dict[str, Any] = {"residual": residual, "activation": activation, "activation_param": activation_param}
+    if compiling and _extension.C is not None:
+        # The operators as compilers see them; the pybind11 module is opaque to them.
+        ops = torch.ops.normfused
+        if training:
+            buffers = (running_mean, running_var, num_batches_tracked)
+            updates = {"correction": running_var_correction, "skipped": nonfinite_batches}
+            results = ops.batch_norm_training(input, weight, bias, *buffers, momentum, eps, **after, **updates)
+        else:
+            results = ops.batch_norm_inference(input, weight, bias, running_mean, running_var, eps, **after)
+        return results[0]  # type: ignore[no-any-return]
     return reference.batch_norm(
         input,
         running_mean,
@@ -137,7 +231,51 @@ def named_batch_norm(
         momentum,
         eps,
         num_batches_tracked=num_batches_tracked,
+        running_var_correction=running_var_correction,
+        nonfinite_batches=nonfinite_batches,
+        **after,
     )
+
+
+def _masked(name: str, mask: Tensor, input: Tensor, *arguments: Any) -> Tensor:
+    """:func:`named_batch_norm` of the valid positions, as rows of a matrix; zeros elsewhere."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name}: mask must be a bool tensor, got {got}")
+    shape = (*input.shape[:1], *input.shape[2:])
+    if mask.shape != shape:
+        raise ValueError(
+            f"{name}: mask must have the shape of input without its channels, {tuple(shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.device != input.device:
+        raise ValueError(f"{name}: mask is on {mask.device}, but input is on {input.device}")
+    rows = input.movedim(1, -1)[mask]
+    if rows.size(0) == 0 and input.numel() != 0:
+        raise ValueError(f"{name}: mask has no valid position")
+    running_mean, running_var, weight, bias, training, momentum, eps, counter, residual, *after = arguments
+    if residual is not None:
+        _check_residual(input, residual)
+        residual = residual.movedim(1, -1)[mask]
+    buffers = running_mean, running_var, weight, bias
+    fused, parameter, correction, nonfinite = after
+    valid = named_batch_norm(
+        name,
+        None,
+        rows,
+        *buffers,
+        training,
+        momentum,
+        eps,
+        counter,
+        residual,
+        fused,
+        parameter,
+        None,
+        correction,
+        nonfinite,
+    )
+    output = valid.new_zeros(input.movedim(1, -1).shape).index_put((mask,), valid).movedim(-1, 1)
+    return reference.laid_out_as(output, input)
 
 
 def _is_transformed() -> bool:
@@ -146,28 +284,6 @@ def _is_transformed() -> bool:
     Autograd Functions written in C++ refuse the one, and would lose the other's tangents without a word.
     """
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
-def _compiled(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
-    """The operators as compilers see them; the pybind11 module is opaque to them."""
-    ops = torch.ops.normfused
-    if training:
-        output, _ = ops.batch_norm_training(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-        )
-    else:
-        output, _ = ops.batch_norm_inference(input, weight, bias, running_mean, running_var, eps)
-    return output  # type: ignore[no-any-return]
 
 
 def channel_sums(input: Tensor) -> ChannelSums:
@@ -254,6 +370,27 @@ def _check_device(input: Tensor) -> None:
         raise RuntimeError(_extension.no_cuda_message())
 
 
+def _check_residual(input: Tensor, residual: Tensor) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"batch_norm: residual must be a tensor or None, got {type(residual).__name__}")
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"batch_norm: residual must have input's shape {tuple(input.shape)}, got {tuple(residual.shape)}"
+        )
+    if residual.dtype != input.dtype:
+        raise TypeError(f"batch_norm: residual must be {input.dtype} as input is, got {residual.dtype}")
+    if residual.device != input.device:
+        raise ValueError(f"batch_norm: residual is on {residual.device}, but input is on {input.device}")
+
+
+def check_activation(name: str, activation: str, parameter: float) -> None:
+    """Raise ``ValueError`` where there is no such activation, or not with that parameter."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: unknown activation {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+    if not isinstance(parameter, (int, float)) or not -math.inf < parameter < math.inf:
+        raise ValueError(f"{name}: activation_param must be a finite number, got {parameter!r}")
+
+
 def _check(
     input: Tensor,
     weight: Tensor | None,
@@ -264,6 +401,11 @@ def _check(
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_param: float,
+    running_var_correction: int,
+    nonfinite_batches: Tensor | None,
 ) -> None:
     """Raise what is wrong with the arguments of :func:`batch_norm`, if anything."""
     if input.dtype not in _DTYPES:
@@ -312,3 +454,17 @@ def _check(
         raise ValueError(f"batch_norm: momentum must be a finite number or None, got {momentum}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"batch_norm: eps must be a non-negative finite number, got {eps}")
+    if residual is not None:
+        _check_residual(input, residual)
+    check_activation("batch_norm", activation, activation_param)
+    if running_var_correction not in (0, 1):
+        raise ValueError(f"batch_norm: running_var_correction must be 0 or 1, got {running_var_correction!r}")
+    if nonfinite_batches is not None and (
+        nonfinite_batches.dtype != torch.int64
+        or nonfinite_batches.shape != (input.size(1),)
+        or nonfinite_batches.device != input.device
+    ):
+        raise ValueError(
+            f"batch_norm: nonfinite_batches must be an int64 tensor of shape ({input.size(1)},) on {input.device}, "
+            f"got {nonfinite_batches.dtype} of shape {tuple(nonfinite_batches.shape)} on {nonfinite_batches.device}"
+        )

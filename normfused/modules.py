@@ -2,35 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, fx, nn
+from typing_extensions import Self
 
-from normfused.functional import named_batch_norm
+from normfused.functional import check_activation, named_batch_norm
+from normfused.reference import ACTIVATION_PARAMS
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "no_stats_update"]
 
 if TYPE_CHECKING:
     _Base = nn.modules.batchnorm._BatchNorm
 else:
     _Base = object
 
+_stats_update = True
+
+
+@contextmanager
+def no_stats_update() -> Iterator[None]:
+    """Leave running statistics and counters alone: training forwards inside use the batch's own and update nothing.
+
+    For warm-ups, probes and second passes over a batch. It holds for the whole process, not for one thread. A forward
+    that is run again during a backward pass, as by :func:`torch.utils.checkpoint.checkpoint`, updates nothing either.
+    """
+    global _stats_update
+    before, _stats_update = _stats_update, False
+    try:
+        yield
+    finally:
+        _stats_update = before
+
+
+def _may_update() -> bool:
+    # Within backward it is a recomputation, whose statistics have been taken already.
+    return _stats_update and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
+
 
 class _BatchNorm(_Base):
-    """The forward pass; construction, parameters, buffers and state are those of the torch.nn class mixed in."""
+    """The forward pass and what we add; parameters, buffers and state are those of the torch.nn class mixed in."""
 
     _ranks: ClassVar[tuple[int, ...]]
 
-    def forward(self, input: Tensor) -> Tensor:
+    # Defaults at the class, so that a torch.nn layer can become one of ours by its class alone.
+    activation: str | None = None
+    activation_param: float | None = None
+    running_var_correction: int = 1
+    nonfinite: str = "propagate"
+    frozen: bool = False
+    nonfinite_batches: Tensor  # where nonfinite is "skip"
+
+    def __init__(
+        self,
+        *args: Any,
+        activation: str | None = None,
+        activation_param: float | None = None,
+        running_var_correction: int = 1,
+        nonfinite: str = "propagate",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        name = type(self).__name__
+        if activation is not None:
+            check_activation(name, activation, 0.0 if activation_param is None else activation_param)
+            self.activation = activation
+        if activation_param is not None:
+            if activation not in ACTIVATION_PARAMS:
+                raise ValueError(
+                    f"{name}: activation_param is for {' and '.join(ACTIVATION_PARAMS)}, got it for {activation!r}"
+                )
+            self.activation_param = activation_param
+        if running_var_correction not in (0, 1):
+            raise ValueError(f"{name}: running_var_correction must be 0 or 1, got {running_var_correction!r}")
+        if running_var_correction != 1:
+            self.running_var_correction = running_var_correction
+        if nonfinite not in ("propagate", "skip"):
+            raise ValueError(f"{name}: nonfinite must be 'propagate' or 'skip', got {nonfinite!r}")
+        if nonfinite == "skip":
+            if not self.track_running_stats:
+                raise ValueError(f"{name}: nonfinite='skip' needs track_running_stats=True")
+            self.nonfinite = nonfinite
+            assert self.running_mean is not None
+            counts = torch.zeros(self.num_features, dtype=torch.int64, device=self.running_mean.device)
+            # Not in state_dict, which stays torch.nn's.
+            self.register_buffer("nonfinite_batches", counts, persistent=False)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         if isinstance(input, fx.Proxy):
-            leaf = _traced_as_leaf(self, input)
+            leaf = _traced_as_leaf(self, input, residual, mask)
             if leaf is not None:
                 return leaf
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         running_mean, running_var = self.running_mean, self.running_var  # once: nn.Module takes 0.7 us to find each
         training = self.training or (running_mean is None and running_var is None)
-        buffered = not self.training or self.track_running_stats
-        counter = self.num_batches_tracked if self.training and self.track_running_stats else None
+        updates = self.training and self.track_running_stats and _may_update()
+        buffered = updates or not self.training
+        counter = self.num_batches_tracked if updates else None
+        activation = self.activation or "identity"
+        parameter = self.activation_param
         return named_batch_norm(
             type(self).__name__,
             self._ranks,
@@ -44,10 +117,46 @@ class _BatchNorm(_Base):
             0.0 if self.momentum is None and counter is None else self.momentum,
             self.eps,
             counter,
+            residual,
+            activation,
+            ACTIVATION_PARAMS.get(activation, 0.0) if parameter is None else parameter,
+            mask,
+            self.running_var_correction,
+            self.nonfinite_batches if updates and self.nonfinite == "skip" else None,
         )
 
+    def freeze(self) -> Self:
+        """Normalize with the running statistics from now on, whatever :meth:`train` says, and update nothing.
 
-def _traced_as_leaf(module: nn.Module, input: fx.Proxy) -> Any:
+        ``weight`` and ``bias`` still learn; with ``requires_grad_(False)`` the layer is one pass over memory each way
+        and keeps no activation for backward. Not part of ``state_dict``.
+
+        Raises:
+            ValueError: there are no running statistics.
+        """
+        if self.running_mean is None:
+            raise ValueError(f"{type(self).__name__}: there are no running statistics to freeze")
+        self.frozen = True
+        return self.train(False)
+
+    def unfreeze(self) -> Self:
+        """Undo :meth:`freeze`: the layer is in training mode, and follows :meth:`train` again."""
+        self.frozen = False
+        return self.train(True)
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and not self.frozen)
+
+    def extra_repr(self) -> str:
+        ours = [
+            f"{name}={getattr(self, name)!r}"
+            for name in ("activation", "activation_param", "running_var_correction", "nonfinite", "frozen")
+            if getattr(self, name) != getattr(_BatchNorm, name)
+        ]
+        return ", ".join([str(super().extra_repr()), *ours])  # type: ignore[no-untyped-call]
+
+
+def _traced_as_leaf(module: nn.Module, input: fx.Proxy, *others: Any) -> Any:
     """Return the call of `module` as one node, as torch.fx traces torch.nn's layers: it follows train() and eval().
 
     None where `module` is itself what is traced.
@@ -55,7 +164,9 @@ def _traced_as_leaf(module: nn.Module, input: fx.Proxy) -> Any:
     if not isinstance(input.tracer, fx.Tracer):
         return None
     path = input.tracer.path_of_module(module)
-    return input.tracer.create_proxy("call_module", path, (input,), {}) if path else None
+    while others and others[-1] is None:
+        others = others[:-1]
+    return input.tracer.create_proxy("call_module", path, (input, *others), {}) if path else None
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -63,7 +174,19 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
     Arguments, parameters, buffers and ``state_dict`` are torch.nn's. The arithmetic, what is updated and what raises:
     :func:`normfused.functional.batch_norm`. Running statistics and ``num_batches_tracked`` are updated in place by each
-    training forward, inside the one operator.
+    training forward, inside the one operator; not inside :func:`normfused.no_stats_update`, and not when a forward is
+    run again by checkpointing.
+
+    Args:
+        activation, activation_param: what follows the normalization, in the same pass over memory.
+        running_var_correction: 1 as torch; 0 makes evaluation equal training at ``momentum=1``.
+        nonfinite: ``"propagate"`` as torch; ``"skip"``: a channel in whose batch there is an infinity or a NaN leaves
+            its running statistics as they are, and is counted in the buffer ``nonfinite_batches``, int64 of shape
+            ``(C,)``, which is not part of ``state_dict``.
+
+    Called with ``(input, residual=None, mask=None, lengths=None)``: ``residual`` is added before the activation;
+    ``mask``, bool of shape ``(N,)`` or ``(N, L)``, names the positions that are there; ``lengths``, integers of shape
+    ``(N,)``, says the same of sequences by how long they are.
 
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167;
     https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html
@@ -71,11 +194,34 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
     _ranks = (2, 3)
 
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Normalize ``input``; see the class."""
+        if lengths is not None:
+            mask = self._mask_of(input, mask, lengths)
+        return super().forward(input, residual, mask)
+
+    def _mask_of(self, input: Tensor, mask: Tensor | None, lengths: Tensor) -> Tensor:
+        if mask is not None:
+            raise ValueError("BatchNorm1d: mask and lengths say the same, got both")
+        if input.dim() != 3 or lengths.shape != input.shape[:1] or lengths.is_floating_point():
+            raise ValueError(
+                f"BatchNorm1d: lengths must be integers of shape (N,) for an input of shape (N, C, L), "
+                f"got {lengths.dtype} of shape {tuple(lengths.shape)} for {tuple(input.shape)}"
+            )
+        return torch.arange(input.size(2), device=input.device) < lengths.to(input.device).unsqueeze(1)
+
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """Batch norm over ``(N, C, H, W)``; drop-in for :class:`torch.nn.BatchNorm2d`, which it subclasses.
 
-    Otherwise as :class:`BatchNorm1d`.
+    Called with ``(input, residual=None, mask=None)``, ``mask`` of shape ``(N, H, W)``. Otherwise as
+    :class:`BatchNorm1d`.
     """
 
     _ranks = (4,)
@@ -84,7 +230,8 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """Batch norm over ``(N, C, D, H, W)``; drop-in for :class:`torch.nn.BatchNorm3d`, which it subclasses.
 
-    Otherwise as :class:`BatchNorm1d`.
+    Called with ``(input, residual=None, mask=None)``, ``mask`` of shape ``(N, D, H, W)``. Otherwise as
+    :class:`BatchNorm1d`.
     """
 
     _ranks = (5,)

@@ -5,10 +5,28 @@ Everything is computed in float64 and differentiable by torch's own autograd.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# What may follow the normalization, by name: a function of its input and of a parameter.
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "identity": lambda z, _: z,
+    "relu": lambda z, _: F.relu(z),
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "hardswish": lambda z, _: F.hardswish(z),
+    "sigmoid": lambda z, _: z.sigmoid(),
+    "tanh": lambda z, _: z.tanh(),
+    "silu": lambda z, _: F.silu(z),
+    "gelu": lambda z, _: F.gelu(z),
+    "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
+}
+# The parameter where none is given: leaky ReLU's negative slope, ELU's alpha.
+ACTIVATION_PARAMS = {"leaky_relu": 0.01, "elu": 1.0}
 
 
 class ChannelSums(NamedTuple):
@@ -48,6 +66,11 @@ def _strides_of_view(input: Tensor) -> tuple[int, ...]:
 def _laid_out(values: Tensor, strides: tuple[int, ...]) -> Tensor:
     # Made from `values`: vmap may have batched them and not the tensor that the strides are from.
     return values.new_empty_strided(values.shape, strides).copy_(values)
+
+
+def laid_out_as(values: Tensor, input: Tensor) -> Tensor:
+    """`values` in the layout that results of `input` have."""
+    return _laid_out(values, _strides_of_view(input))
 
 
 class _KeepLayout(torch.autograd.Function):
@@ -100,8 +123,13 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     num_batches_tracked: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+    running_var_correction: int = 1,
+    nonfinite_batches: Tensor | None = None,
 ) -> Tensor:
-    """:func:`normfused.functional.batch_norm` in plain torch, without its argument checks."""
+    """:func:`normfused.functional.batch_norm` in plain torch, without its argument checks and defaults."""
     x = with_view(_KeepLayout.apply(input)).double()  # type: ignore[no-untyped-call]
     shape = [1, -1] + [1] * (input.dim() - 2)
     if training:
@@ -111,7 +139,8 @@ def batch_norm(
         else:
             row_mean, deviations = _mean_and_deviations(_by_channel(x))
             mean, var = row_mean[:, 0], deviations.square().mean(1)
-            _update(running_mean, running_var, num_batches_tracked, momentum, mean, var, count)
+            new_var = var * count / (count - running_var_correction)
+            _update(running_mean, running_var, num_batches_tracked, nonfinite_batches, momentum, mean, new_var)
     else:
         assert running_mean is not None
         assert running_var is not None
@@ -122,7 +151,10 @@ def batch_norm(
     y = (x - mean.view(shape)) * scale.view(shape)
     if bias is not None:
         y = y + bias.double().view(shape)
-    return _laid_out(y.to(input.dtype), _strides_of_view(input))
+    if residual is not None:
+        y = y + residual.double()
+    y = ACTIVATIONS[activation](y, activation_param)
+    return laid_out_as(y.to(input.dtype), input)
 
 
 @torch.no_grad()
@@ -130,17 +162,21 @@ def _update(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    nonfinite_batches: Tensor | None,
     momentum: float | None,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
+    new_mean: Tensor,
+    new_var: Tensor,
 ) -> None:
-    for written in (running_mean, running_var, num_batches_tracked):
+    for written in (running_mean, running_var, num_batches_tracked, nonfinite_batches):
         if written is not None:
             written.mul_(1)  # raises where torch refuses to write, before anything is written
     if num_batches_tracked is not None:
         num_batches_tracked += 1
-    for buffer, value in ((running_mean, mean), (running_var, var * count / (count - 1))):
+    taken = torch.ones_like(new_mean, dtype=torch.bool)
+    if nonfinite_batches is not None:
+        taken = new_mean.isfinite() & new_var.isfinite()
+        nonfinite_batches += ~taken
+    for buffer, value in ((running_mean, new_mean), (running_var, new_var)):
         if buffer is None:
             continue
         if momentum is None:
@@ -148,7 +184,7 @@ def _update(
             factor: float | Tensor = 1 / num_batches_tracked.double()
         else:
             factor = momentum
-        buffer.copy_((1 - factor) * buffer.double() + factor * value)
+        buffer.copy_(torch.where(taken, (1 - factor) * buffer.double() + factor * value, buffer.double()))
 
 
 def channel_sums(input: Tensor) -> ChannelSums:

@@ -51,10 +51,10 @@ def test_b28_opcheck_forward(
 @pytest.mark.parametrize(
     ("layout", "mask", "affine"),
     [
-        ("contiguous", [True, True, True], True),
-        ("channels_last", [True, False, False], False),
-        ("sliced", [False, True, True], True),
-        ("permuted", [True, True, True], False),
+        ("contiguous", [True, True, True, False], True),
+        ("channels_last", [True, False, False, False], False),
+        ("sliced", [False, True, True, False], True),
+        ("permuted", [True, True, True, True], False),
     ],
 )
 def test_b28_opcheck_backward(layout: str, mask: list[bool], affine: bool, training: bool) -> None:

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/types.h"
+
 #if defined(__CUDACC__)
 #define NF_FN __host__ __device__ __forceinline__
 #else
@@ -57,10 +59,13 @@ NF_FN double running_average(double running, double value, double factor) {
   return (1 - factor) * running + factor * value;
 }
 
-// Bessel's correction for running_var. One value has no unbiased variance; callers refuse that case in training.
-NF_FN double unbiased(double variance, int64_t count) {
-  return variance * static_cast<double>(count) / static_cast<double>(count - 1);
+// What running_var takes: with a correction of 1 (Bessel's) the unbiased variance, which one value does not have;
+// callers refuse that case in training.
+NF_FN double corrected(double variance, int64_t count, int64_t correction) {
+  return variance * static_cast<double>(count) / static_cast<double>(count - correction);
 }
+
+NF_FN bool is_finite(double value) { return value - value == 0; }
 
 // output = (x - pivot) * scale + shift. The pivot is the mean rounded to S and subtracted first, because x * a + b
 // cancels where |mean| >> std; what the rounding dropped is put back through `shift`.
@@ -95,6 +100,108 @@ NF_FN BackwardCoefficients<S> backward_coefficients(double mean, double invstd, 
   const double slope = -scale * invstd * invstd * centred / n;
   const double shift = slope * dropped - scale * sum_g / n;
   return {pivot, static_cast<S>(scale), static_cast<S>(slope), static_cast<S>(shift), centred * invstd, sum_g};
+}
+
+// ---- activations -------------------------------------------------------------------------------------------------
+// Of a floating type V, or a vector of one. E has its elementary functions: exp(x), expm1(x) for x <= 0, and
+// normal_cdf(x), the standard normal distribution.
+
+template <class V>
+NF_FN V where_positive(const V& z, const V& then, const V& otherwise) {
+  return z > V{} ? then : otherwise;
+}
+
+template <class E, class S, class V>
+NF_FN V sigmoid(const V& z) {
+  return S(1) / (S(1) + E::exp(-z));
+}
+
+// GELU's approximation by tanh is z * sigmoid(p): p, and its derivative. The factor is the square root of 8 / pi.
+inline constexpr double kGeluFactor = 1.5957691216057308, kGeluCube = 0.044715;
+
+template <class S, class V>
+NF_FN V gelu_argument(const V& z) {
+  return z * (S(kGeluFactor) + S(kGeluFactor * kGeluCube) * z * z);
+}
+template <class S, class V>
+NF_FN V gelu_argument_slope(const V& z) {
+  return S(kGeluFactor) + S(3 * kGeluFactor * kGeluCube) * z * z;
+}
+
+template <class S, class V>
+NF_FN V six_times_gate(const V& z) {
+  const V t = z + S(3) < V{} ? V{} : z + S(3);
+  return t > V{} + S(6) ? V{} + S(6) : t;
+}
+
+template <class E, class S, class V>
+NF_FN V activated(const Activation& activation, const V& z) {
+  const S parameter = static_cast<S>(activation.parameter);
+  switch (activation.kind) {
+    case ActivationKind::kIdentity:
+      return z;
+    case ActivationKind::kRelu:
+      return z < V{} ? V{} : z;  // NaN passes
+    case ActivationKind::kLeakyRelu:
+      return where_positive(z, z, V(z * parameter));
+    case ActivationKind::kElu:
+      return where_positive(z, z, V(E::expm1(z > V{} ? V{} : z) * parameter));
+    case ActivationKind::kHardswish:
+      return z * six_times_gate<S>(z) * S(1. / 6);
+    case ActivationKind::kSigmoid:
+      return sigmoid<E, S>(z);
+    case ActivationKind::kTanh: {
+      const V e = E::expm1(z > V{} ? V(z * S(-2)) : V(z * S(2)));  // tanh |z| = -e / (2 + e), without cancellation
+      const V t = e / (S(2) + e);
+      return where_positive(z, V(-t), t);
+    }
+    case ActivationKind::kSilu:
+      return z * sigmoid<E, S>(z);
+    case ActivationKind::kGelu:
+      return z * E::normal_cdf(z);
+    case ActivationKind::kGeluTanh:
+      return z * sigmoid<E, S>(gelu_argument<S>(z));
+  }
+  return z;
+}
+
+// The gradient of z where `grad` is that of the activated z.
+template <class E, class S, class V>
+NF_FN V activation_gradient(const Activation& activation, const V& z, const V& grad) {
+  const S parameter = static_cast<S>(activation.parameter);
+  switch (activation.kind) {
+    case ActivationKind::kIdentity:
+      return grad;
+    case ActivationKind::kRelu:
+      return z <= V{} ? V{} : grad;
+    case ActivationKind::kLeakyRelu:
+      return where_positive(z, grad, V(grad * parameter));
+    case ActivationKind::kElu:
+      return where_positive(z, grad, V(grad * (E::exp(z > V{} ? V{} : z) * parameter)));
+    case ActivationKind::kHardswish: {
+      const V inside = grad * (z * S(1. / 3) + S(0.5));
+      return z <= V{} - S(3) ? V{} : (z >= V{} + S(3) ? grad : inside);
+    }
+    case ActivationKind::kSigmoid: {
+      const V s = sigmoid<E, S>(z);
+      return grad * (s * (S(1) - s));
+    }
+    case ActivationKind::kTanh: {
+      const V t = activated<E, S>(activation, z);
+      return grad * (S(1) - t * t);
+    }
+    case ActivationKind::kSilu: {
+      const V s = sigmoid<E, S>(z);
+      return grad * (s + z * (s * (S(1) - s)));
+    }
+    case ActivationKind::kGelu:
+      return grad * (E::normal_cdf(z) + z * (S(0.3989422804014327) * E::exp(z * z * S(-0.5))));
+    case ActivationKind::kGeluTanh: {
+      const V s = sigmoid<E, S>(gelu_argument<S>(z));
+      return grad * (s + z * (s * (S(1) - s)) * gelu_argument_slope<S>(z));
+    }
+  }
+  return grad;
 }
 
 }  // namespace normfused

@@ -34,6 +34,24 @@ struct ChannelVector {
   constexpr explicit operator bool() const { return data != nullptr; }
 };
 
+// What is applied to the normalized value, after the residual is added.
+enum class ActivationKind : uint8_t {
+  kIdentity,
+  kRelu,
+  kLeakyRelu,
+  kElu,
+  kHardswish,
+  kSigmoid,
+  kTanh,
+  kSilu,
+  kGelu,
+  kGeluTanh
+};
+struct Activation {
+  ActivationKind kind = ActivationKind::kIdentity;
+  double parameter = 0;  // leaky ReLU's negative slope, ELU's alpha
+};
+
 struct BatchNormForward {
   ChannelView view;
   DType dtype;
@@ -46,6 +64,17 @@ struct BatchNormForward {
   double eps;
   double* mean;    // (C): what normalized the output, kept for backward
   double* invstd;  // (C)
+  Activation activation{};
+  const void* residual = nullptr;  // added before the activation; as the input in dtype and layout
+  // One bit for each value, in the order of memory: whether what the activation took in was above zero. Null: not
+  // wanted. Eight bytes past its end must be there.
+  uint8_t* mask = nullptr;
+  int64_t correction = 1;      // running_var takes M2 / (count - correction)
+  int64_t* skipped = nullptr;  // (C): counted up where a channel's statistics are not finite, and so not taken; or null
+
+  constexpr bool fused() const {
+    return activation.kind != ActivationKind::kIdentity || residual != nullptr || mask != nullptr;
+  }
 };
 
 struct BatchNormBackward {
@@ -59,6 +88,17 @@ struct BatchNormBackward {
   const double* mean;
   const double* invstd;
   bool training;  // statistics came from this input, so gradients flow through them
+  // What the gradient passes before it comes to the normalization: as in forward, with the bias that this added. With a
+  // mask neither bias nor residual is read, and the input only for statistics or grad_weight.
+  Activation activation{};
+  ChannelVector bias{};
+  const void* residual = nullptr;
+  const uint8_t* mask = nullptr;
+  void* grad_residual = nullptr;  // null: not wanted; written where grad_input is
+
+  constexpr bool fused() const {
+    return activation.kind != ActivationKind::kIdentity || residual != nullptr || grad_residual != nullptr;
+  }
 };
 
 struct ChannelStats {

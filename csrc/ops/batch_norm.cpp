@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "ops/activation.h"
 #include "ops/backend.h"
 #include "ops/find_operator.h"
 #include "ops/layout.h"
@@ -53,31 +54,51 @@ BatchNormForward forward_args(const at::Tensor& input, const at::Tensor& output,
                               const OptionalTensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps) {
   double* const mean = statistics.mutable_data_ptr<double>();
-  return {*view_of(input),
-          dtype_of(input.scalar_type()),
-          input.const_data_ptr(),
-          output.mutable_data_ptr(),
-          channel_vector(weight),
-          channel_vector(bias),
-          channel_vector(running_mean),
-          channel_vector(running_var),
-          nullptr,
-          0,
-          eps,
-          mean,
-          mean + input.size(1)};
+  BatchNormForward args{};
+  args.view = *view_of(input);
+  args.dtype = dtype_of(input.scalar_type());
+  args.input = input.const_data_ptr();
+  args.output = output.mutable_data_ptr();
+  args.weight = channel_vector(weight);
+  args.bias = channel_vector(bias);
+  args.running_mean = channel_vector(running_mean);
+  args.running_var = channel_vector(running_var);
+  args.eps = eps;
+  args.mean = mean;
+  args.invstd = mean + input.size(1);
+  return args;
+}
+
+// As the input in shape, dtype and device, and laid out in memory as `dense`.
+OptionalTensor like_input(const char* name, const OptionalTensor& tensor, const at::Tensor& dense) {
+  if (!tensor) return std::nullopt;
+  TORCH_CHECK_VALUE(tensor->sizes() == dense.sizes(), name, " has shape ", tensor->sizes(), ", input ", dense.sizes());
+  TORCH_CHECK_TYPE(tensor->scalar_type() == dense.scalar_type(), name, " is ", tensor->scalar_type(), ", input ",
+                   dense.scalar_type());
+  TORCH_CHECK_VALUE(tensor->device() == dense.device(), name, " is on ", tensor->device(), ", input on ",
+                    dense.device());
+  return laid_out_as(*tensor, dense);
+}
+
+const void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+// Bits for all values, and eight bytes that kernels may read past them.
+int64_t mask_bytes(const at::Tensor& input) { return (input.numel() + 7) / 8 + 8; }
+
+at::Tensor empty_mask(const at::Tensor& input, bool wanted) {
+  return at::empty({wanted ? mask_bytes(input) : 0},
+                   input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
 }
 
 at::Tensor empty_statistics(const at::Tensor& input) {
   return at::empty({2, input.size(1)}, input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_training_kernels(const at::Tensor& input, const OptionalTensor& weight,
-                                                               const OptionalTensor& bias,
-                                                               const OptionalTensor& running_mean,
-                                                               const OptionalTensor& running_var,
-                                                               const OptionalTensor& num_batches_tracked,
-                                                               std::optional<double> momentum, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training_kernels(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped) {
   check_input(input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
@@ -94,32 +115,44 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_training_kernels(const at::Tensor&
   TORCH_CHECK_VALUE(momentum || num_batches_tracked || !running_mean, "momentum=None needs num_batches_tracked");
   TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be a non-negative finite number, got ", eps);
 
+  TORCH_CHECK_VALUE(correction == 0 || correction == 1, "correction must be 0 or 1, got ", correction);
+  TORCH_CHECK_VALUE(
+      !skipped || (skipped->scalar_type() == at::kLong && skipped->dim() == 1 && skipped->size(0) == input.size(1) &&
+                   skipped->is_contiguous() && skipped->device() == input.device()),
+      "skipped must be a contiguous int64 tensor of shape (channels) on ", input.device());
+
   const at::Tensor dense = with_view(input);
+  const OptionalTensor residual_dense = like_input("residual", residual, dense);
+  const Activation applied = activation_of(activation, activation_param);
   at::Tensor output = empty_output_like(dense);
   at::Tensor statistics = empty_statistics(input);
-  if (input.numel() == 0) return {output, statistics.zero_()};
+  at::Tensor mask = empty_mask(input, save_mask);
+  if (input.numel() == 0) return {output, statistics.zero_(), mask};
   TORCH_CHECK_VALUE(view_of(dense)->positions() > 1, "expected more than 1 value per channel when training, got ",
                     input.sizes());
 
-  begin_update(running_mean);
-  begin_update(running_var);
-  begin_update(num_batches_tracked);
+  for (const OptionalTensor& buffer : {running_mean, running_var, num_batches_tracked, skipped}) begin_update(buffer);
   const OptionalTensor mean_buffer = contiguous(running_mean), var_buffer = contiguous(running_var);
   const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
   BatchNormForward args =
       forward_args(dense, output, statistics, weight_dense, bias_dense, mean_buffer, var_buffer, eps);
   args.num_batches_tracked = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
   args.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
+  args.correction = correction;
+  args.skipped = skipped ? skipped->mutable_data_ptr<int64_t>() : nullptr;
+  args.residual = data_of(residual_dense);
+  args.activation = applied;
+  args.mask = save_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   backend_of(input).batch_norm_training(args, input.device());
   finish_update(running_mean, mean_buffer);
   finish_update(running_var, var_buffer);
-  return {output, statistics};
+  return {output, statistics, mask};
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_inference_kernels(const at::Tensor& input, const OptionalTensor& weight,
-                                                                const OptionalTensor& bias,
-                                                                const at::Tensor& running_mean,
-                                                                const at::Tensor& running_var, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference_kernels(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& running_mean,
+    const at::Tensor& running_var, double eps, const OptionalTensor& residual, std::string_view activation,
+    double activation_param, bool save_mask) {
   check_input(input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
@@ -128,32 +161,43 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_inference_kernels(const at::Tensor
   TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be a non-negative finite number, got ", eps);
 
   const at::Tensor dense = with_view(input);
+  const OptionalTensor residual_dense = like_input("residual", residual, dense);
+  const Activation applied = activation_of(activation, activation_param);
   at::Tensor output = empty_output_like(dense);
   at::Tensor statistics = empty_statistics(input);
-  if (input.numel() == 0) return {output, statistics.zero_()};
+  at::Tensor mask = empty_mask(input, save_mask);
+  if (input.numel() == 0) return {output, statistics.zero_(), mask};
   const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
-  backend_of(input).batch_norm_inference(forward_args(dense, output, statistics, weight_dense, bias_dense,
-                                                      running_mean.contiguous(), running_var.contiguous(), eps),
-                                         input.device());
-  return {output, statistics};
+  const at::Tensor mean_dense = running_mean.contiguous(), var_dense = running_var.contiguous();
+  BatchNormForward args = forward_args(dense, output, statistics, weight_dense, bias_dense, mean_dense, var_dense, eps);
+  args.residual = data_of(residual_dense);
+  args.activation = applied;
+  args.mask = save_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  backend_of(input).batch_norm_inference(args, input.device());
+  return {output, statistics, mask};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_kernels(const at::Tensor& grad_output,
-                                                                           const at::Tensor& input,
-                                                                           const OptionalTensor& weight,
-                                                                           const at::Tensor& statistics, bool training,
-                                                                           std::array<bool, 3> output_mask) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_kernels(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& statistics,
+    bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
+    const OptionalTensor& mask, std::string_view activation, double activation_param) {
   check_input(input);
   check_channels("weight", weight, input);
-  TORCH_CHECK_VALUE(grad_output.sizes() == input.sizes() && grad_output.scalar_type() == input.scalar_type() &&
-                        grad_output.device() == input.device(),
-                    "grad_output must have input's shape, dtype and device");
+  check_channels("bias", bias, input);
   TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.dim() == 2 &&
                         statistics.size(0) == 2 && statistics.size(1) == input.size(1) &&
                         statistics.device() == input.device(),
                     "statistics must be contiguous float64 of shape (2, channels) on ", input.device());
+  const Activation applied = activation_of(activation, activation_param);
+  TORCH_CHECK_VALUE(
+      !mask || (gradient_is_by_sign(applied) && mask->scalar_type() == at::kByte && mask->dim() == 1 &&
+                mask->is_contiguous() && mask->numel() == mask_bytes(input) && mask->device() == input.device()),
+      "mask must be contiguous uint8 of shape (", mask_bytes(input), ") on ", input.device(),
+      ", and the activation's gradient one by sign");
 
   const at::Tensor dense = with_view(input);
+  const OptionalTensor grad_dense = like_input("grad_output", grad_output, dense);
+  const OptionalTensor residual_dense = mask ? std::nullopt : like_input("residual", residual, dense);
   const auto parameter_options = input.options()
                                      .dtype(weight                               ? weight->scalar_type()
                                             : input.scalar_type() == at::kDouble ? at::kDouble
@@ -163,48 +207,70 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_kernels(const
     return input.numel() == 0 ? at::zeros({wanted ? input.size(1) : 0}, parameter_options)
                               : at::empty({wanted ? input.size(1) : 0}, parameter_options);
   };
-  at::Tensor grad_input = output_mask[0] ? empty_output_like(dense) : at::empty({0}, input.options());
+  const auto grad_like_input = [&](bool wanted) {
+    return wanted ? empty_output_like(dense) : at::empty({0}, input.options());
+  };
+  at::Tensor grad_input = grad_like_input(output_mask[0]);
   at::Tensor grad_weight = parameter_grad(output_mask[1]);
   at::Tensor grad_bias = parameter_grad(output_mask[2]);
-  if (input.numel() == 0) return {grad_input, grad_weight, grad_bias};
+  at::Tensor grad_residual = grad_like_input(output_mask[3]);
+  if (input.numel() == 0) return {grad_input, grad_weight, grad_bias, grad_residual};
 
-  const at::Tensor grad_dense = laid_out_as(grad_output, dense);
-  const OptionalTensor weight_dense = contiguous(weight);
-  const double* const mean = statistics.const_data_ptr<double>();
-  backend_of(input).batch_norm_backward(
-      {*view_of(dense), dtype_of(input.scalar_type()), grad_dense.const_data_ptr(), dense.const_data_ptr(),
-       output_mask[0] ? grad_input.mutable_data_ptr() : nullptr, channel_vector(weight_dense),
-       output_mask[1] ? channel_vector(grad_weight) : ChannelVector{},
-       output_mask[2] ? channel_vector(grad_bias) : ChannelVector{}, mean, mean + input.size(1), training},
-      input.device());
-  return {grad_input, grad_weight, grad_bias};
+  const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
+  BatchNormBackward args{};
+  args.view = *view_of(dense);
+  args.dtype = dtype_of(input.scalar_type());
+  args.grad_output = grad_dense->const_data_ptr();
+  args.input = dense.const_data_ptr();
+  args.weight = channel_vector(weight_dense);
+  args.bias = channel_vector(bias_dense);
+  args.mean = statistics.const_data_ptr<double>();
+  args.invstd = args.mean + input.size(1);
+  args.training = training;
+  args.activation = applied;
+  args.residual = data_of(residual_dense);
+  args.mask = static_cast<const uint8_t*>(data_of(mask));
+  if (output_mask[1]) args.grad_weight = channel_vector(grad_weight);
+  if (output_mask[2]) args.grad_bias = channel_vector(grad_bias);
+  // The kernels write the residual's gradient on their way to the input's.
+  at::Tensor unasked;
+  if (output_mask[0] || output_mask[3]) {
+    unasked = output_mask[0] ? grad_input : empty_output_like(dense);
+    args.grad_input = unasked.mutable_data_ptr();
+  }
+  if (output_mask[3]) args.grad_residual = grad_residual.mutable_data_ptr();
+  backend_of(input).batch_norm_backward(args, input.device());
+  return {grad_input, grad_weight, grad_bias, grad_residual};
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_training(const at::Tensor& input, const OptionalTensor& weight,
-                                                       const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                                       const OptionalTensor& running_var,
-                                                       const OptionalTensor& num_batches_tracked,
-                                                       std::optional<double> momentum, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped) {
   static const auto op = find_operator<decltype(batch_norm_training)>("normfused::batch_norm_training");
-  return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
+  return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
+                 activation, activation_param, save_mask, correction, skipped);
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_inference(const at::Tensor& input, const OptionalTensor& weight,
-                                                        const OptionalTensor& bias, const at::Tensor& running_mean,
-                                                        const at::Tensor& running_var, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& running_mean,
+    const at::Tensor& running_var, double eps, const OptionalTensor& residual, std::string_view activation,
+    double activation_param, bool save_mask) {
   static const auto op = find_operator<decltype(batch_norm_inference)>("normfused::batch_norm_inference");
-  return op.call(input, weight, bias, running_mean, running_var, eps);
+  return op.call(input, weight, bias, running_mean, running_var, eps, residual, activation, activation_param,
+                 save_mask);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Tensor& grad_output,
-                                                                   const at::Tensor& input,
-                                                                   const OptionalTensor& weight,
-                                                                   const at::Tensor& statistics, bool training,
-                                                                   std::array<bool, 3> output_mask) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& statistics,
+    bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
+    const OptionalTensor& mask, std::string_view activation, double activation_param) {
   static const auto op = find_operator<decltype(batch_norm_backward)>("normfused::batch_norm_backward");
-  return op.call(grad_output, input, weight, statistics, training, output_mask);
+  return op.call(grad_output, input, weight, statistics, training, output_mask, bias, residual, mask, activation,
+                 activation_param);
 }
 
 TORCH_LIBRARY_IMPL(normfused, CPU, m) {

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 namespace normfused::ops {
@@ -13,25 +14,33 @@ namespace normfused::ops {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Each calls the operator of its name through the dispatcher: autograd, compilers and device backends see it.
+//
+// output = activation(normalized * weight + bias + residual), by the activation's name and its parameter (see
+// activation.h). `mask` has one bit for each value, in the order of memory: whether what the activation took in was
+// above zero. It is empty unless save_mask asks for it.
 
 // Normalizes with the batch's statistics and updates running_mean, running_var and num_batches_tracked where given.
-// Without momentum they are cumulative averages. Returns output and statistics.
-std::tuple<at::Tensor, at::Tensor> batch_norm_training(const at::Tensor& input, const OptionalTensor& weight,
-                                                       const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                                       const OptionalTensor& running_var,
-                                                       const OptionalTensor& num_batches_tracked,
-                                                       std::optional<double> momentum, double eps);
+// Without momentum they are cumulative averages. The variance that goes into running_var is the sum of squares divided
+// by count - correction. With `skipped`, int64 of shape (C), a channel whose statistics are not finite leaves its
+// running ones as they are and is counted there. Returns output, statistics and mask.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped);
 
-// Normalizes with the running statistics. Returns output and statistics.
-std::tuple<at::Tensor, at::Tensor> batch_norm_inference(const at::Tensor& input, const OptionalTensor& weight,
-                                                        const OptionalTensor& bias, const at::Tensor& running_mean,
-                                                        const at::Tensor& running_var, double eps);
+// Normalizes with the running statistics. Returns output, statistics and mask.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& running_mean,
+    const at::Tensor& running_var, double eps, const OptionalTensor& residual, std::string_view activation,
+    double activation_param, bool save_mask);
 
-// Gradients of input, weight and bias, those that the mask asks for; the others are empty.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Tensor& grad_output,
-                                                                   const at::Tensor& input,
-                                                                   const OptionalTensor& weight,
-                                                                   const at::Tensor& statistics, bool training,
-                                                                   std::array<bool, 3> output_mask);
+// Gradients of input, weight, bias and residual, those that output_mask asks for; the others are empty. `bias` and
+// `residual` are not needed with a mask. Of `input` only the layout is used where neither the statistics nor weight nor
+// the activation have a gradient that depends on it.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& statistics,
+    bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
+    const OptionalTensor& mask, std::string_view activation, double activation_param);
 
 }  // namespace normfused::ops

@@ -1,10 +1,16 @@
 // Derivatives of batch norm: the first by the backward operator, the second by formula, the third refused.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <iterator>
+
+#include "ops/activation.h"
 #include "ops/batch_norm.h"
+#include "ops/layout.h"
 
 namespace normfused::ops {
 
@@ -24,11 +30,14 @@ void check_buffers(const OptionalTensor& running_mean, const OptionalTensor& run
 
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
+// `tensor` in the given strides.
+Tensor laid_out(const Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  return tensor.strides() == strides ? tensor : at::empty_strided(sizes, strides, tensor.options()).copy_(tensor);
+}
+
 // Passes a second derivative on, so that it still counts as depending on what it was computed from.
 struct ThirdOrder : torch::autograd::Function<ThirdOrder> {
-  static Tensor forward(AutogradContext*, const Tensor& result, const Tensor&, const Tensor&, const OptionalTensor&) {
-    return result.view_as(result);
-  }
+  static Tensor forward(AutogradContext*, const Tensor& result, at::TensorList) { return result.view_as(result); }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK_NOT_IMPLEMENTED(false, "normfused: batch norm has no third derivative");
   }
@@ -85,17 +94,65 @@ variable_list batch_norm_double_backward(const Tensor& u_in, const Tensor& v_in,
   return {as(grad_g, g_in), as(grad_x, x_in), as(grad_weight, weight_in)};
 }
 
+// The operators' arguments that have derivatives, in their order.
+enum Argument { kInput, kWeight, kBias, kResidual, kArguments };
+
+// What backward needs besides the tensors: whether the statistics were the batch's own, and what came after them.
+struct Mode {
+  bool training;
+  Activation activation;
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["training"] = training;
+    if (activation.kind == ActivationKind::kIdentity) return;
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation.kind);
+    ctx->saved_data["activation_param"] = activation.parameter;
+  }
+  static Mode saved(AutogradContext* ctx) {
+    Mode mode{ctx->saved_data["training"].toBool(), {}};
+    if (const auto kind = ctx->saved_data.find("activation"); kind != ctx->saved_data.end())
+      mode.activation = {static_cast<ActivationKind>(kind->second.toInt()),
+                         ctx->saved_data["activation_param"].toDouble()};
+    return mode;
+  }
+};
+
+// The bits of a mask as a tensor of bools like `like`, which is laid out in memory as the values were.
+Tensor unpacked(const Tensor& mask, const Tensor& like) {
+  const Tensor places = at::arange(8, mask.options());
+  const Tensor bits = at::bitwise_and(at::bitwise_right_shift(mask.unsqueeze(1), places), 1).view(-1).to(at::kBool);
+  return bits.slice(0, 0, like.numel()).as_strided(like.sizes(), like.strides());
+}
+
+// What the activation took in, from what was saved.
+Tensor before_activation(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const Tensor& statistics, const OptionalTensor& residual) {
+  const auto type = at::toOpMathType(input.scalar_type());
+  at::DimVector shape(input.dim(), 1);
+  shape[1] = -1;
+  Tensor scale = statistics[1];
+  if (weight) scale = scale * weight->to(at::kDouble);
+  Tensor z = (input.to(at::kDouble) - statistics[0].view(shape)) * scale.view(shape);
+  if (bias) z = z + bias->to(at::kDouble).view(shape);
+  if (residual) z = z + residual->to(at::kDouble);
+  return z.to(type);
+}
+
 struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
-                               const OptionalTensor& weight, const Tensor& statistics, bool training,
-                               std::array<bool, 3> output_mask) {
+                               const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                               const Tensor& statistics, const OptionalTensor& mask, const Mode& mode,
+                               std::array<bool, 4> output_mask) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [grad_input, grad_weight, grad_bias] =
-        batch_norm_backward(grad_output, input, weight, statistics, training, output_mask);
-    ctx->save_for_backward({grad_output, input, weight.value_or(Tensor()), statistics});
-    ctx->saved_data["training"] = training;
+    const auto [grad_input, grad_weight, grad_bias, grad_residual] =
+        batch_norm_backward(grad_output, input, weight, statistics, mode.training, output_mask, bias, residual, mask,
+                            name_of(mode.activation), mode.activation.parameter);
+    const Tensor none;
+    ctx->save_for_backward({grad_output, input, weight.value_or(none), bias.value_or(none), residual.value_or(none),
+                            statistics, mask.value_or(none)});
+    mode.save(ctx);
     ctx->set_materialize_grads(false);
-    const variable_list results{grad_input, grad_weight, grad_bias};
+    const variable_list results{grad_input, grad_weight, grad_bias, grad_residual};
     variable_list unwanted;
     for (size_t i = 0; i < results.size(); ++i)
       if (!output_mask[i]) unwanted.push_back(results[i]);
@@ -103,112 +160,186 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
     return results;
   }
 
+  // With z what the activation takes in and h its gradient, the first derivative is h = grad_output * activation'(z)
+  // and then batch norm's own, of h; grad_residual is h. So its derivative is batch norm's second with respect to h, x
+  // and weight, and what comes to z by way of h goes through batch norm's first.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &grad_output = saved[0], &input = saved[1], &weight = saved[2];
-    variable_list results = batch_norm_double_backward(grads[0], grads[1], grads[2], grad_output, input, weight,
-                                                       saved[3], ctx->saved_data["training"].toBool());
-    if (at::GradMode::is_enabled())
+    const Tensor &grad_output = saved[0], &input = saved[1], &weight = saved[2], &bias = saved[3], &residual = saved[4],
+                 &statistics = saved[5], &mask = saved[6];
+    const Mode mode = Mode::saved(ctx);
+    const Activation& activation = mode.activation;
+    Tensor h = grad_output, z_leaf, grad_leaf;
+    Tensor slope;  // of the activation, where it depends on the sign alone
+    if (mask.defined()) {
+      const double below = activation.kind == ActivationKind::kLeakyRelu ? activation.parameter : 0;
+      slope = at::where(unpacked(mask, with_view(input)), 1., below).to(grad_output.scalar_type());
+      h = grad_output * slope;
+    } else if (activation.kind != ActivationKind::kIdentity) {
+      const at::AutoGradMode with_grad(true);
+      z_leaf = before_activation(input.detach(), detached(weight), detached(bias), statistics, detached(residual))
+                   .requires_grad_();
+      grad_leaf = grad_output.detach().to(z_leaf.scalar_type()).requires_grad_();
+      h = torch::autograd::grad({activate(activation, z_leaf)}, {z_leaf}, {grad_leaf}, true, true)[0];
+    }
+
+    variable_list second =
+        batch_norm_double_backward(grads[0], grads[1], grads[2], h.detach(), input, weight, statistics, mode.training);
+    Tensor grad_h = second[0], grad_input = second[1], grad_weight = second[2], grad_bias, grad_residual;
+    if (grads[3].defined()) grad_h = grad_h.defined() ? grad_h + grads[3] : grads[3];
+    if (grad_h.defined() && slope.defined()) {
+      grad_h = grad_h * slope;
+    } else if (grad_h.defined() && z_leaf.defined()) {
+      const variable_list through = torch::autograd::grad({h}, {grad_leaf, z_leaf}, {grad_h.to(h.scalar_type())},
+                                                          std::nullopt, false, /*allow_unused=*/true);
+      grad_h = through[0];
+      if (through[1].defined()) {
+        const at::NoGradGuard no_grad;
+        const Tensor grad_z = through[1].to(input.scalar_type());
+        const auto [of_input, of_weight, of_bias, unused] = batch_norm_backward(
+            grad_z, input, optional(weight), statistics, mode.training, {true, weight.defined(), bias.defined(), false},
+            std::nullopt, std::nullopt, std::nullopt, "identity", 0);
+        grad_input = grad_input.defined() ? grad_input + of_input : of_input;
+        if (weight.defined()) grad_weight = grad_weight.defined() ? grad_weight + of_weight : of_weight;
+        if (bias.defined()) grad_bias = of_bias;
+        if (residual.defined()) grad_residual = grad_z;
+      }
+    }
+    if (grad_h.defined()) grad_h = grad_h.to(grad_output.scalar_type());
+
+    variable_list results{grad_h, grad_input, grad_weight, grad_bias, grad_residual};
+    if (at::GradMode::is_enabled()) {
+      variable_list sources;
+      for (const variable_list& some : {saved, grads})
+        std::copy_if(some.begin(), some.end(), std::back_inserter(sources),
+                     [](const Tensor& t) { return t.defined(); });
       for (Tensor& result : results)
-        if (result.defined()) result = ThirdOrder::apply(result, grad_output, input, optional(weight));
-    return {results[0], results[1], results[2], Tensor(), Tensor(), Tensor()};
+        if (result.defined()) result = ThirdOrder::apply(result, at::TensorList(sources));
+    }
+    results.resize(9);
+    return results;
+  }
+
+  static OptionalTensor detached(const Tensor& tensor) {
+    return tensor.defined() ? OptionalTensor(tensor.detach()) : std::nullopt;
   }
 };
 
-// What training and inference share: the edges of input, weight and bias, and their gradients.
-template <class Forward>
-std::tuple<Tensor, Tensor> save(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
-                                const OptionalTensor& bias, bool training, const Forward& forward) {
-  const at::AutoDispatchBelowADInplaceOrView below;
-  auto [output, statistics] = forward();
-  ctx->save_for_backward({input, weight.value_or(Tensor()), statistics});
-  ctx->mark_non_differentiable({statistics});
-  ctx->set_materialize_grads(false);
-  ctx->saved_data["training"] = training;
-  ctx->saved_data["has_bias"] = bias.has_value();
-  return {output, statistics};
-}
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
-// The gradients of input, weight and bias, followed by nothing for the other arguments of forward.
-variable_list gradients(AutogradContext* ctx, const variable_list& grads, size_t arguments) {
-  variable_list results(arguments);
-  if (!grads[0].defined()) return results;
-  const variable_list saved = ctx->get_saved_variables();
-  const Tensor &input = saved[0], &weight = saved[1];
-  // Only tensors that are there have an edge.
-  const bool has_bias = ctx->saved_data["has_bias"].toBool();
-  const size_t bias_edge = weight.defined() ? 2 : 1;
-  const std::array<bool, 3> mask{ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
-                                 has_bias && ctx->needs_input_grad(bias_edge)};
-  const auto [grad_input, grad_weight, grad_bias] =
-      batch_norm_backward(grads[0], input, optional(weight), saved[2], ctx->saved_data["training"].toBool(), mask);
-  if (mask[0]) results[0] = grad_input;
-  if (mask[1]) results[1] = grad_weight;
-  if (mask[2]) results[2] = grad_bias;
-  return results;
-}
-
-struct TrainingFunction : torch::autograd::Function<TrainingFunction> {
+// Training and inference alike; `call` runs the operator below autograd, and is told whether to give a mask.
+struct ForwardFunction : torch::autograd::Function<ForwardFunction> {
+  template <class Call>
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const OptionalTensor& running_mean,
-                               const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                               std::optional<double> momentum, double eps) {
-    const auto [output, statistics] = save(ctx, input, weight, bias, true, [&] {
-      return batch_norm_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
-    });
-    return {output, statistics};
+                               const OptionalTensor& bias, const OptionalTensor& residual, const Mode& mode,
+                               const Call& call) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Activation& activation = mode.activation;
+    // Constant statistics make grad_input a multiple of the activation's gradient.
+    const bool reads_input = mode.training || needs_grad(weight);
+    const bool is_identity = activation.kind == ActivationKind::kIdentity;
+    const bool by_mask = gradient_is_by_sign(activation) && (residual || !reads_input);
+    const bool recomputes = !is_identity && !by_mask;
+    const auto [output, statistics, mask] = call(by_mask);
+    const bool saves_input = reads_input || recomputes;
+    const Tensor none;
+    ctx->save_for_backward({saves_input ? input : none, weight.value_or(none), recomputes ? bias.value_or(none) : none,
+                            recomputes ? residual.value_or(none) : none, statistics, by_mask ? mask : none});
+    // Only tensors that are there have an edge.
+    int64_t given = 0;
+    for (const bool there : {true, weight.has_value(), bias.has_value(), residual.has_value()})
+      given = 2 * given + there;
+    ctx->saved_data["given"] = given;
+    if (!saves_input) {
+      ctx->saved_data["sizes"] = output.sizes();
+      ctx->saved_data["strides"] = output.strides();
+    }
+    mode.save(ctx);
+    ctx->mark_non_differentiable({statistics, mask});
+    ctx->set_materialize_grads(false);
+    return {output, statistics, mask};
   }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return gradients(ctx, grads, 8); }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list results(6);
+    if (!grads[0].defined()) return results;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &weight = saved[1], &bias = saved[2], &residual = saved[3], &statistics = saved[4], &mask = saved[5];
+    // Where the input's values are not needed, any tensor laid out as it was serves.
+    const Tensor input = saved[0].defined() ? saved[0]
+                                            : laid_out(grads[0], ctx->saved_data["sizes"].toIntVector(),
+                                                       ctx->saved_data["strides"].toIntVector());
+    const Mode mode = Mode::saved(ctx);
+    std::array<bool, 4> wanted{};
+    const int64_t given = ctx->saved_data["given"].toInt();
+    for (size_t argument = 0, edge = 0; argument < kArguments; ++argument)
+      if (given >> (kArguments - 1 - argument) & 1) wanted[argument] = ctx->needs_input_grad(edge++);
+    const bool passes_on = wanted[kResidual] && mode.activation.kind == ActivationKind::kIdentity;
+    if (passes_on) results[kResidual] = grads[0];
+    wanted[kResidual] = wanted[kResidual] && !passes_on;
+    const auto [grad_input, grad_weight, grad_bias, grad_residual] =
+        batch_norm_backward(grads[0], input, optional(weight), statistics, mode.training, wanted, optional(bias),
+                            optional(residual), optional(mask), name_of(mode.activation), mode.activation.parameter);
+    if (wanted[kInput]) results[kInput] = grad_input;
+    if (wanted[kWeight]) results[kWeight] = grad_weight;
+    if (wanted[kBias]) results[kBias] = grad_bias;
+    if (wanted[kResidual]) results[kResidual] = grad_residual;
+    return results;
+  }
 };
 
-struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
-                               double eps) {
-    const auto [output, statistics] = save(ctx, input, weight, bias, false, [&] {
-      return batch_norm_inference(input, weight, bias, running_mean, running_var, eps);
-    });
-    return {output, statistics};
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return gradients(ctx, grads, 6); }
-};
-
-std::tuple<Tensor, Tensor> batch_norm_training_autograd(const Tensor& input, const OptionalTensor& weight,
-                                                        const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                                        const OptionalTensor& running_var,
-                                                        const OptionalTensor& num_batches_tracked,
-                                                        std::optional<double> momentum, double eps) {
-  check_buffers(running_mean, running_var);
-  if (at::GradMode::is_enabled() && (needs_grad(input) || needs_grad(weight) || needs_grad(bias))) {
-    const auto results =
-        TrainingFunction::apply(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
-    return {results[0], results[1]};
-  }
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return batch_norm_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
-}
-
-std::tuple<Tensor, Tensor> batch_norm_inference_autograd(const Tensor& input, const OptionalTensor& weight,
-                                                         const OptionalTensor& bias, const Tensor& running_mean,
-                                                         const Tensor& running_var, double eps) {
-  check_buffers(running_mean, running_var);
-  if (at::GradMode::is_enabled() && (needs_grad(input) || needs_grad(weight) || needs_grad(bias))) {
-    const auto results = InferenceFunction::apply(input, weight, bias, running_mean, running_var, eps);
-    return {results[0], results[1]};
-  }
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return batch_norm_inference(input, weight, bias, running_mean, running_var, eps);
-}
-
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_autograd(const Tensor& grad_output, const Tensor& input,
-                                                                const OptionalTensor& weight, const Tensor& statistics,
-                                                                bool training, std::array<bool, 3> output_mask) {
-  if (at::GradMode::is_enabled() && (needs_grad(grad_output) || needs_grad(input) || needs_grad(weight))) {
-    const auto results = BackwardFunction::apply(grad_output, input, weight, statistics, training, output_mask);
+template <class Call>
+Outputs differentiable(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& residual, const Mode& mode, bool save_mask, const Call& call) {
+  if (at::GradMode::is_enabled() &&
+      (needs_grad(input) || needs_grad(weight) || needs_grad(bias) || needs_grad(residual))) {
+    const auto results = ForwardFunction::apply(input, weight, bias, residual, mode, call);
     return {results[0], results[1], results[2]};
   }
   const at::AutoDispatchBelowADInplaceOrView below;
-  return batch_norm_backward(grad_output, input, weight, statistics, training, output_mask);
+  return call(save_mask);
+}
+
+Outputs batch_norm_training_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                     const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                     const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+                                     double eps, const OptionalTensor& residual, std::string_view activation,
+                                     double activation_param, bool save_mask, int64_t correction,
+                                     const OptionalTensor& skipped) {
+  check_buffers(running_mean, running_var);
+  const Mode mode{true, activation_of(activation, activation_param)};
+  return differentiable(input, weight, bias, residual, mode, save_mask, [&](bool with_mask) {
+    return batch_norm_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
+                               residual, activation, activation_param, with_mask, correction, skipped);
+  });
+}
+
+Outputs batch_norm_inference_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                      const Tensor& running_mean, const Tensor& running_var, double eps,
+                                      const OptionalTensor& residual, std::string_view activation,
+                                      double activation_param, bool save_mask) {
+  check_buffers(running_mean, running_var);
+  const Mode mode{false, activation_of(activation, activation_param)};
+  return differentiable(input, weight, bias, residual, mode, save_mask, [&](bool with_mask) {
+    return batch_norm_inference(input, weight, bias, running_mean, running_var, eps, residual, activation,
+                                activation_param, with_mask);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_autograd(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& statistics,
+    bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
+    const OptionalTensor& mask, std::string_view activation, double activation_param) {
+  if (at::GradMode::is_enabled() && (needs_grad(grad_output) || needs_grad(input) || needs_grad(weight) ||
+                                     needs_grad(bias) || needs_grad(residual))) {
+    const Mode mode{training, activation_of(activation, activation_param)};
+    const auto results =
+        BackwardFunction::apply(grad_output, input, weight, bias, residual, statistics, mask, mode, output_mask);
+    return {results[0], results[1], results[2], results[3]};
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return batch_norm_backward(grad_output, input, weight, statistics, training, output_mask, bias, residual, mask,
+                             activation, activation_param);
 }
 
 }  // namespace

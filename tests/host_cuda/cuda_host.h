@@ -47,6 +47,10 @@ T atomicAdd(T* location, std::common_type_t<T> value) {
   return cudahost::atomically(location, [=](T before) { return static_cast<T>(before + value); });
 }
 template <class T>
+T atomicOr(T* location, std::common_type_t<T> value) {
+  return cudahost::atomically(location, [=](T before) { return static_cast<T>(before | value); });
+}
+template <class T>
 T atomicExch(T* location, std::common_type_t<T> value) {
   return cudahost::atomically(location, [=](T) { return value; });
 }

@@ -1,7 +1,8 @@
-// Walks a unit of the tensor and writes one value for each. What is written is the Op's business; an Op has
-//   V, T, kCoefficients, output           block it gives at once, type of the output, per-channel constants, where to
-//                                         write
-//   operator()(offset, width, coefficients)  the values at an offset
+// Walks a unit of the tensor and writes values for each. What is written is the Op's business; an Op has
+//   V, T, kCoefficients, output           block it takes at once, type of the output, per-channel constants, where it
+//                                         begins
+//   outputs_are_aligned_alike()           whether all outputs begin at the same place of a cache line
+//   operator()(offset, width, coefficients, put)  puts the values at an offset
 // Channels first, positions are walked backwards: what the reduction before read last is still in cache. Channels last
 // they are not: rows that follow each other in memory are what hardware prefetchers follow, and against them eval of
 // (32, 512, 28, 28) in bfloat16 took twice as long.
@@ -10,9 +11,16 @@
 // with ordinary stores (Ice Lake server, 1.25 MiB of L2 a core).
 inline constexpr int64_t kStreamBytes = 4 << 20;
 
-template <class Op>
-struct Coefficients {
-  typename Op::V k[Op::kCoefficients];
+// Writes one of an Op's outputs.
+template <bool kStream>
+struct Put {
+  template <class T, class V, class Width>
+  NF_INLINE void operator()(T* output, const V& values, Width width) const {
+    if constexpr (kStream && std::is_same_v<Width, Whole>)
+      stream_block(output, values);
+    else
+      store_block(output, values, width);
+  }
 };
 
 // `rows` rows of n values each, which follow each other in memory: a channel each, whose constants are in the table's
@@ -38,11 +46,7 @@ NF_FN void apply_run(const Op& op, int64_t offset, int64_t rows, int64_t n, cons
       next_row();
       unroll<Op::kCoefficients>([&](auto k) { mixed.k[k] = joined(mixed.k[k], row.k[k], end - i); });
     }
-    const V values = op(offset + i, width, mixed);
-    if constexpr (kStream && std::is_same_v<decltype(width), Whole>)
-      stream_block(output + i, values);
-    else
-      store_block(output + i, values, width);
+    op(offset + i, width, mixed, Put<kStream>{});
   };
 
   const int64_t total = rows * n;
@@ -73,14 +77,7 @@ NF_FN void apply_rows(const Op& op, int64_t offset, int64_t stride, int64_t lane
   for_each_block<V>(lanes, [&](int64_t i, auto width) {
     Coefficients<Op> coefficients;
     unroll<Op::kCoefficients>([&](auto k) { coefficients.k[k] = in_block_order<V>(table + k * table_stride + i); });
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t at = offset + row * stride + i;
-      const V values = op(at, width, coefficients);
-      if constexpr (kStream && std::is_same_v<decltype(width), Whole>)
-        stream_block(op.output + at, values);
-      else
-        store_block(op.output + at, values, width);
-    }
+    for (int64_t row = 0; row < rows; ++row) op(offset + row * stride + i, width, coefficients, Put<kStream>{});
   });
 }
 
@@ -117,7 +114,7 @@ void apply_channels_last(const Op& op, const ChannelView& view, const Unit& unit
 template <class Op>
 bool worth_streaming(const Op& op, const ChannelView& view, const Plan& plan) {
   constexpr int64_t kItem = sizeof(typename Op::T);
-  if (kVectorBytes == 16 || view.numel() * kItem < kStreamBytes) return false;
+  if (kVectorBytes == 16 || view.numel() * kItem < kStreamBytes || !op.outputs_are_aligned_alike()) return false;
   if (view.inner > 1) return true;
   const int64_t row = view.channels * rows_in_one<typename Op::V::S>(view.channels);
   return row * kItem % kVectorBytes == 0 && plan.position_block * view.channels * kItem % kVectorBytes == 0 &&

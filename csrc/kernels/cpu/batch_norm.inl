@@ -1,7 +1,12 @@
 // Batch norm: what is done per value, and the drivers that put reduction, per-channel math and application together.
 
-// (x - pivot) * scale + shift
-template <class T_>
+template <class S, class T>
+NF_FN Block<S, T> activated(const Activation& activation, const Block<S, T>& z) {
+  return Block<S, T>::each([&](int64_t i) { return normfused::activated<Elementary, S>(activation, z.part[i]); });
+}
+
+// z = (x - pivot) * scale + shift. Fused: z + residual, activated; the residual may be null.
+template <class T_, bool kFused>
 struct NormalizeOp {
   using T = T_;
   using V = Block<compute_t<T>, T>;
@@ -9,24 +14,76 @@ struct NormalizeOp {
 
   const T* input;
   T* output;
+  const T* residual;
+  Activation activation;
+  uint8_t* mask;
 
-  template <class Width>
-  NF_INLINE V operator()(int64_t offset, Width width, const Coefficients<NormalizeOp>& c) const {
-    return (load_block<V>(input + offset, width) - c.k[0]) * c.k[1] + c.k[2];
+  NF_INLINE bool outputs_are_aligned_alike() const { return true; }
+
+  template <class Width, class Put>
+  NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<NormalizeOp>& c, const Put& put) const {
+    V z = (load_block<V>(input + offset, width) - c.k[0]) * c.k[1] + c.k[2];
+    if constexpr (kFused) {
+      if (residual != nullptr) z = z + load_block<V>(residual + offset, width);
+      if (mask != nullptr) store_bits(mask, offset, positive_bits(z), values_in<V>(width));
+      z = activated(activation, z);
+    }
+    put(output + offset, z, width);
   }
 };
 
-// Sums of grad_output and of grad_output * (x - pivot), where pivot is the mean rounded to S.
-template <class T>
+// The gradient of z, from that of the output.
+template <class T, bool kFused>
+struct Gradient {
+  using S = compute_t<T>;
+  using V = Block<S, T>;
+
+  const T* grad_output;
+  const T* residual;
+  Activation activation;
+  const uint8_t* mask;
+
+  // normalize() is z before the residual; it is called where the activation's gradient depends on it.
+  template <class Width, class F>
+  NF_INLINE V operator()(int64_t offset, Width width, const F& normalize) const {
+    const V grad = load_block<V>(grad_output + offset, width);
+    if constexpr (!kFused) return grad;
+    if (mask != nullptr) {
+      const bool leaky = activation.kind == ActivationKind::kLeakyRelu;
+      const V below = leaky ? grad * V::filled(static_cast<S>(activation.parameter)) : V{};
+      return choose_by_bits(mask, offset, grad, below);
+    }
+    V z = normalize();
+    if (residual != nullptr) z = z + load_block<V>(residual + offset, width);
+    return V::each([&](int64_t i) { return activation_gradient<Elementary, S>(activation, z.part[i], grad.part[i]); });
+  }
+
+  NF_INLINE void prefetch(int64_t offset, int64_t n) const {
+    prefetch_row(grad_output + offset, n);
+    if (kFused && residual != nullptr) prefetch_row(residual + offset, n);
+  }
+};
+
+// Rows of the table of coefficients in backward. The last, forward's shift, is there only where z is needed.
+struct Row {
+  static constexpr int64_t kScale = 0, kPivot = 1, kSlope = 2, kShift = 3, kForwardShift = 4;
+};
+template <bool kFused>
+inline constexpr int64_t kRows = kFused ? 5 : 4;
+
+// Sums of g and of g * (x - pivot), where g is the gradient of z and pivot is the mean rounded to S.
+template <class T, bool kFused>
 struct GradSumsOp {
   using S = compute_t<T>;
   using V = Block<S, T>;
-  static constexpr int64_t kSums = 2;
+  static constexpr int64_t kSums = 2, kCoefficients = kFused ? 3 : 1;
   static constexpr bool kSeeksPivot = false;
 
-  const T* grad_output;
+  Gradient<T, kFused> gradient;
   const T* input;
   const double* mean;
+  const S* table;
+  int64_t channels;
 
   static NF_INLINE S empty(int64_t) { return 0; }
   template <class V>
@@ -35,18 +92,25 @@ struct GradSumsOp {
   }
 
   template <class Width>
-  NF_INLINE void accumulate(Sums<GradSumsOp>& sums, int64_t offset, Width width, const V& pivot) const {
-    const V grad = load_block<V>(grad_output + offset, width);
-    const V deviation = load_block(input + offset, width, pivot) - pivot;
+  NF_INLINE void accumulate(Sums<GradSumsOp>& sums, int64_t offset, Width width,
+                            const Coefficients<GradSumsOp>& c) const {
+    const V deviation = load_block(input + offset, width, c.k[0]) - c.k[0];
+    const V grad = gradient(offset, width, [&]() __attribute__((always_inline)) {
+      if constexpr (!kFused) return deviation;
+      return deviation * c.k[kCoefficients - 2] + c.k[kCoefficients - 1];
+    });
     sums.k[0] = sums.k[0] + grad;
     sums.k[1] = sums.k[1] + grad * deviation;
   }
 
   NF_INLINE void prefetch(int64_t offset, int64_t n) const {
     prefetch_row(input + offset, n);
-    prefetch_row(grad_output + offset, n);
+    gradient.prefetch(offset, n);
   }
-  NF_INLINE S first_pivot(int64_t c, int64_t) const { return static_cast<S>(mean[c]); }
+  NF_INLINE S coefficient(int64_t k, int64_t c, int64_t) const {
+    if (k == 0) return static_cast<S>(mean[c]);
+    return table[(k == 1 ? Row::kScale : Row::kForwardShift) * channels + c];
+  }
 
   NF_INLINE Lanes<GradSumsOp> results_of(Vec<double>, int64_t, const Lanes<GradSumsOp>& sums) const { return sums; }
   NF_INLINE Lanes<GradSumsOp> merge(int64_t, const Lanes<GradSumsOp>& a, int64_t, const Lanes<GradSumsOp>& b) const {
@@ -55,37 +119,58 @@ struct GradSumsOp {
   NF_INLINE Vec<double> next_pivot(Vec<double> pivot, const Lanes<GradSumsOp>&) const { return pivot; }
 };
 
-// grad_output * scale + (x - pivot) * slope + shift
-template <class T_>
+// grad_input = g * scale + (x - pivot) * slope + shift, where g is the gradient of z; grad_residual = g
+template <class T_, bool kFused>
 struct GradInputOp {
   using T = T_;
   using V = Block<compute_t<T>, T>;
-  static constexpr int64_t kCoefficients = 4;
+  static constexpr int64_t kCoefficients = kRows<kFused>;
 
-  const T* grad_output;
+  Gradient<T, kFused> gradient;
   const T* input;
   T* output;
+  T* grad_residual;
 
-  template <class Width>
-  NF_INLINE V operator()(int64_t offset, Width width, const Coefficients<GradInputOp>& c) const {
-    const V deviation = load_block<V>(input + offset, width) - c.k[0];
-    return load_block<V>(grad_output + offset, width) * c.k[1] + (deviation * c.k[2] + c.k[3]);
+  NF_INLINE bool outputs_are_aligned_alike() const {
+    return grad_residual == nullptr ||
+           bytes_to_alignment(grad_residual, kVectorBytes) == bytes_to_alignment(output, kVectorBytes);
+  }
+
+  template <class Width, class Put>
+  NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<GradInputOp>& c, const Put& put) const {
+    const V deviation = load_block<V>(input + offset, width) - c.k[Row::kPivot];
+    const V grad = gradient(offset, width, [&]() __attribute__((always_inline)) {
+      return deviation * c.k[Row::kScale] + c.k[kCoefficients - 1];
+    });
+    if (kFused && grad_residual != nullptr) put(grad_residual + offset, grad, width);
+    put(output + offset, grad * c.k[Row::kScale] + (deviation * c.k[Row::kSlope] + c.k[Row::kShift]), width);
   }
 };
 
-// grad_output * scale: where the statistics are constants, x has no part in its gradient, be it infinite.
-template <class T_>
+// grad_input = g * scale: where the statistics are constants, x has no part in its gradient, be it infinite.
+template <class T_, bool kFused>
 struct ScaleOp {
   using T = T_;
   using V = Block<compute_t<T>, T>;
-  static constexpr int64_t kCoefficients = 1;
+  static constexpr int64_t kCoefficients = kFused ? kRows<kFused> : 1;
 
+  Gradient<T, kFused> gradient;
   const T* input;
   T* output;
+  T* grad_residual;
 
-  template <class Width>
-  NF_INLINE V operator()(int64_t offset, Width width, const Coefficients<ScaleOp>& c) const {
-    return load_block<V>(input + offset, width) * c.k[0];
+  NF_INLINE bool outputs_are_aligned_alike() const {
+    return grad_residual == nullptr ||
+           bytes_to_alignment(grad_residual, kVectorBytes) == bytes_to_alignment(output, kVectorBytes);
+  }
+
+  template <class Width, class Put>
+  NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<ScaleOp>& c, const Put& put) const {
+    const V grad = gradient(offset, width, [&]() __attribute__((always_inline)) {
+      return (load_block<V>(input + offset, width) - c.k[Row::kPivot]) * c.k[Row::kScale] + c.k[kCoefficients - 1];
+    });
+    if (kFused && grad_residual != nullptr) put(grad_residual + offset, grad, width);
+    put(output + offset, grad * c.k[Row::kScale], width);
   }
 };
 
@@ -122,15 +207,37 @@ void finish_training(const BatchNormForward& args, const Results& results, doubl
     const double variance = biased_variance({count, mean, results(1, c0 + i)});
     args.mean[c0 + i] = mean;
     args.invstd[c0 + i] = invstd_of(variance, args.eps);
-    running_mean[i] = running_average(running_mean[i], mean, factor);
-    running_var[i] = running_average(running_var[i], unbiased(variance, count), factor);
+    const bool keep = args.skipped != nullptr && !is_finite(variance);
+    const double new_var = corrected(variance, count, args.correction);
+    running_mean[i] = keep ? running_mean[i] : running_average(running_mean[i], mean, factor);
+    running_var[i] = keep ? running_var[i] : running_average(running_var[i], new_var, factor);
   }
+  if (args.skipped != nullptr)
+    for (int64_t i = 0; i < n; ++i)
+      args.skipped[c0 + i] += !is_finite(args.invstd[c0 + i]) || !is_finite(args.mean[c0 + i]);
   write(args.running_mean, c0, n, running_mean);
   write(args.running_var, c0, n, running_var);
   forward_table(args, table, c0, n);
 }
 
-// Results are the sums of GradSumsOp; the table is GradInputOp's.
+// What is needed before any gradient has been read: forward's coefficients.
+template <class S, bool kFused>
+void prepare_backward(const BatchNormBackward& args, S* table, int64_t c0, int64_t n) {
+  const int64_t channels = args.view.channels;
+  double weight[kEntries], bias[kEntries];
+  read(args.weight, c0, n, 1, weight);
+  read(args.bias, c0, n, 0, bias);
+  NF_NO_ALIASES
+  for (int64_t i = 0; i < n; ++i) {
+    const auto k = forward_coefficients<S>(args.mean[c0 + i], args.invstd[c0 + i], weight[i], bias[i]);
+    table[Row::kScale * channels + c0 + i] = k.scale;
+    if constexpr (!kFused) continue;
+    table[Row::kPivot * channels + c0 + i] = k.pivot;
+    table[Row::kForwardShift * channels + c0 + i] = k.shift;
+  }
+}
+
+// Results are the sums of GradSumsOp.
 template <class S>
 void finish_backward(const BatchNormBackward& args, const Results& results, S* table, int64_t c0, int64_t n) {
   const int64_t channels = args.view.channels, count = args.view.positions();
@@ -140,15 +247,28 @@ void finish_backward(const BatchNormBackward& args, const Results& results, S* t
   for (int64_t i = 0; i < n; ++i) {
     const auto k = backward_coefficients<S>(args.mean[c0 + i], args.invstd[c0 + i], weight[i], count,
                                             results(0, c0 + i), results(1, c0 + i));
-    table[c0 + i] = k.pivot;
-    table[channels + c0 + i] = k.scale;
-    table[2 * channels + c0 + i] = k.slope;
-    table[3 * channels + c0 + i] = k.shift;
+    table[Row::kScale * channels + c0 + i] = k.scale;
+    table[Row::kPivot * channels + c0 + i] = k.pivot;
+    table[Row::kSlope * channels + c0 + i] = k.slope;
+    table[Row::kShift * channels + c0 + i] = k.shift;
     grad_weight[i] = k.grad_weight;
     grad_bias[i] = k.grad_bias;
   }
   write(args.grad_weight, c0, n, grad_weight);
   write(args.grad_bias, c0, n, grad_bias);
+}
+
+// Calls f with the answer as a constant.
+template <class F>
+void for_fused(bool fused, const F& f) {
+  fused ? f(std::true_type{}) : f(std::false_type{});
+}
+
+template <bool kFused, class T>
+NormalizeOp<T, kFused> normalize_op(const BatchNormForward& args) {
+  if (args.mask != nullptr) std::memset(args.mask, 0, static_cast<size_t>((args.view.numel() + 7) / 8 + 8));
+  return {static_cast<const T*>(args.input), static_cast<T*>(args.output), static_cast<const T*>(args.residual),
+          args.activation, args.mask};
 }
 
 template <class T>
@@ -157,30 +277,38 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
   using Reduce = MomentsOp<T, false>;
   const ChannelView& view = args.view;
   const Reduce moments{static_cast<const T*>(args.input)};
-  const NormalizeOp<T> normalize{moments.input, static_cast<T*>(args.output)};
   const Plan plan = plan_reduction(view, sizeof(T), 1);
-  const bool streaming = worth_streaming(normalize, view, plan);
   const Workspace workspace(plan.position_units * Reduce::kSums * view.channels, 3 * view.channels * sizeof(S));
   const Results results{workspace.results, view.channels};
   S* const table = static_cast<S*>(workspace.table);
   const double factor = update_factor(args.momentum, args.num_batches_tracked ? ++*args.num_batches_tracked : 1);
 
-  sweep(
-      moments, view, plan, parallel, results,
-      [&](int64_t c0, int64_t c1) {
-        repair_moments(moments, view, results, c0, c1);
-        for_entries(c0, c1, [&](int64_t c, int64_t n) { finish_training(args, results, factor, table, c, n); });
-      },
-      [&](const Unit& unit) { apply(normalize, view, unit, table, streaming); });
+  for_fused(args.fused(), [&](auto fused) {
+    const auto normalize = normalize_op<fused(), T>(args);
+    const bool streaming = worth_streaming(normalize, view, plan);
+    sweep(
+        moments, view, plan, parallel, results,
+        [&](int64_t c0, int64_t c1) {
+          repair_moments(moments, view, results, c0, c1);
+          for_entries(c0, c1, [&](int64_t c, int64_t n) { finish_training(args, results, factor, table, c, n); });
+        },
+        [&](const Unit& unit) { apply(normalize, view, unit, table, streaming); });
+  });
+}
+
+// A pass over the tensor without a reduction before it.
+template <class Op>
+void apply_all(const Op& op, const ChannelView& view, const Parallel& parallel, const typename Op::V::S* table) {
+  const Plan plan = plan_elementwise(view, sizeof(typename Op::T), 2);
+  const bool streaming = worth_streaming(op, view, plan);
+  parallel(plan.units(), grain(plan),
+           [&](int64_t index) { apply(op, view, unit_of(plan, view, index), table, streaming); });
 }
 
 template <class T>
 void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel) {
   using S = compute_t<T>;
   const ChannelView& view = args.view;
-  const NormalizeOp<T> normalize{static_cast<const T*>(args.input), static_cast<T*>(args.output)};
-  const Plan plan = plan_elementwise(view, sizeof(T), 2);
-  const bool streaming = worth_streaming(normalize, view, plan);
   const Workspace workspace(0, 3 * view.channels * sizeof(S));
   S* const table = static_cast<S*>(workspace.table);
   for_entries(0, view.channels, [&](int64_t c0, int64_t n) {
@@ -189,42 +317,34 @@ void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel
     for (int64_t c = c0; c < c0 + n; ++c) args.invstd[c] = invstd_of(args.invstd[c], args.eps);
     forward_table(args, table, c0, n);
   });
-  parallel(plan.units(), grain(plan),
-           [&](int64_t index) { apply(normalize, view, unit_of(plan, view, index), table, streaming); });
+  for_fused(args.fused(), [&](auto fused) { apply_all(normalize_op<fused(), T>(args), view, parallel, table); });
 }
 
-template <class T>
+template <class T, bool kFused>
 void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel) {
   using S = compute_t<T>;
-  using Reduce = GradSumsOp<T>;
+  using Reduce = GradSumsOp<T, kFused>;
   const ChannelView& view = args.view;
-  const Reduce sums{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.input), args.mean};
+  const Gradient<T, kFused> gradient{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.residual),
+                                     args.activation, args.mask};
+  const T* const input = static_cast<const T*>(args.input);
   T* const grad_input = static_cast<T*>(args.grad_input);
-  const GradInputOp<T> through_statistics{sums.grad_output, sums.input, grad_input};
-  const ScaleOp<T> past_statistics{sums.grad_output, grad_input};
+  T* const grad_residual = static_cast<T*>(args.grad_residual);
+  const GradInputOp<T, kFused> through_statistics{gradient, input, grad_input, grad_residual};
+  const ScaleOp<T, kFused> past_statistics{gradient, input, grad_input, grad_residual};
 
-  if (!args.training && !args.grad_weight && !args.grad_bias) {
-    const Plan plan = plan_elementwise(view, sizeof(T), 2);
-    const bool streaming = worth_streaming(past_statistics, view, plan);
-    const Workspace workspace(0, view.channels * sizeof(S));
-    S* const scale = static_cast<S*>(workspace.table);
-    for_entries(0, view.channels, [&](int64_t c0, int64_t n) {
-      double weight[kEntries];
-      read(args.weight, c0, n, 1, weight);
-      for (int64_t i = 0; i < n; ++i) scale[c0 + i] = static_cast<S>(weight[i] * args.invstd[c0 + i]);
-    });
-    parallel(plan.units(), grain(plan),
-             [&](int64_t index) { apply(past_statistics, view, unit_of(plan, view, index), scale, streaming); });
-    return;
-  }
-
+  const bool reduces = args.training || args.grad_weight || args.grad_bias;
   const Plan plan = plan_reduction(view, sizeof(T), 2);
-  const bool streaming = worth_streaming(through_statistics, view, plan);
-  const Workspace workspace(plan.position_units * Reduce::kSums * view.channels, 4 * view.channels * sizeof(S));
-  const Results results{workspace.results, view.channels};
+  const Workspace workspace(reduces ? plan.position_units * Reduce::kSums * view.channels : 0,
+                            kRows<kFused> * view.channels * sizeof(S));
   S* const table = static_cast<S*>(workspace.table);
-  S* const scale = table + view.channels;
+  if (kFused || !reduces)
+    for_entries(0, view.channels, [&](int64_t c0, int64_t n) { prepare_backward<S, kFused>(args, table, c0, n); });
+  if (!reduces) return apply_all(past_statistics, view, parallel, table);
 
+  const Reduce sums{gradient, input, args.mean, table, view.channels};
+  const Results results{workspace.results, view.channels};
+  const bool streaming = worth_streaming(through_statistics, view, plan);
   sweep(
       sums, view, plan, parallel, results,
       [&](int64_t c0, int64_t c1) {
@@ -235,6 +355,11 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
         if (args.training)
           apply(through_statistics, view, unit, table, streaming);
         else
-          apply(past_statistics, view, unit, scale, streaming);
+          apply(past_statistics, view, unit, table, streaming);
       });
+}
+
+template <class T>
+void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel) {
+  for_fused(args.fused(), [&](auto fused) { batch_norm_backward<T, fused()>(args, parallel); });
 }

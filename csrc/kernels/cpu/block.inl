@@ -38,6 +38,15 @@ NF_FN Block<S, T> joined(const Block<S, T>& a, const Block<S, T>& b, int64_t lan
   });
 }
 
+template <class V>
+NF_FN int64_t values_in(Whole) {
+  return V::kWidth;
+}
+template <class V>
+NF_FN int64_t values_in(Part part) {
+  return part.lanes;
+}
+
 template <class V, class Body>
 NF_FN void for_each_block(int64_t n, const Body& body) {
   for_each_part<V::kWidth>(n, body);
@@ -148,4 +157,60 @@ NF_FN V in_own_order(const V& block) {
 template <class V, class T>
 NF_FN void stream_block(T* p, const V& values) {
   stream_raw(p, put_together<T>(values));
+}
+
+// ---- one bit for each value --------------------------------------------------------------------------------------
+
+// Bit k of the result tells whether value k in memory is above zero, or NaN.
+template <class S, class T>
+NF_FN uint64_t positive_bits(const Block<S, T>& block) {
+  constexpr int64_t kParts = Block<S, T>::kParts;
+  uint64_t bits = 0;
+  unroll<kParts>([&](auto part) {
+    const auto above = ~(block.part[part] <= Vec<S>{});
+    uint64_t lanes = 0;
+#if NF_VECTOR_BYTES == 64
+    lanes = sizeof(S) == 4 ? _mm512_movepi32_mask((__m512i)above) : _mm512_movepi64_mask((__m512i)above);
+#elif NF_VECTOR_BYTES == 32
+    lanes =
+        static_cast<uint64_t>(sizeof(S) == 4 ? _mm256_movemask_ps((__m256)above) : _mm256_movemask_pd((__m256d)above));
+#else
+    for (int64_t lane = 0; lane < kLanes<S>; ++lane) lanes |= static_cast<uint64_t>(above[lane] & 1) << lane;
+#endif
+    if constexpr (kParts == 2) {  // every other bit is the other part's
+      lanes = (lanes | lanes << 8) & 0x00ff00ff;
+      lanes = (lanes | lanes << 4) & 0x0f0f0f0f;
+      lanes = (lanes | lanes << 2) & 0x33333333;
+      lanes = (lanes | lanes << 1) & 0x55555555;
+    }
+    bits |= lanes << part;
+  });
+  return bits;
+}
+
+// Sets the bits of n values from an offset on; they are zero before. Bytes that are not wholly theirs may be written by
+// another thread meanwhile.
+NF_FN void store_bits(uint8_t* mask, int64_t offset, uint64_t bits, int64_t n) {
+  uint8_t* byte = mask + offset / 8;
+  if (offset % 8 == 0 && n % 8 == 0) {
+    std::memcpy(byte, &bits, static_cast<size_t>(n / 8));
+    return;
+  }
+  bits = (bits & ((uint64_t{1} << n) - 1)) << offset % 8;
+  for (; bits != 0; bits >>= 8, ++byte) __atomic_fetch_or(byte, static_cast<uint8_t>(bits), __ATOMIC_RELAXED);
+}
+
+// Values of `then` where the bits from an offset on are set, of `otherwise` elsewhere.
+template <class S, class T>
+NF_FN Block<S, T> choose_by_bits(const uint8_t* mask, int64_t offset, const Block<S, T>& then,
+                                 const Block<S, T>& otherwise) {
+  using Bits = std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>;
+  constexpr int64_t kParts = Block<S, T>::kParts;
+  uint64_t word;
+  std::memcpy(&word, mask + offset / 8, sizeof word);
+  const Vec<Bits> bits = broadcast(static_cast<Bits>(word >> offset % 8));
+  return Block<S, T>::each([&](int64_t part) {
+    const auto place = (Vec<Bits>)(kParts * lane_index<S>() + static_cast<lane_index_t<S>>(part));
+    return ((bits >> place) & 1) != 0 ? then.part[part] : otherwise.part[part];
+  });
 }

@@ -5,7 +5,7 @@ template <class T, bool kExtremes>
 struct MomentsOp {
   using S = compute_t<T>;
   using V = Block<S, T>;
-  static constexpr int64_t kSums = kExtremes ? 4 : 2;
+  static constexpr int64_t kSums = kExtremes ? 4 : 2, kCoefficients = 1;
   static constexpr bool kSeeksPivot = true;
 
   const T* input;
@@ -22,9 +22,10 @@ struct MomentsOp {
   }
 
   template <class Width>
-  NF_INLINE void accumulate(Sums<MomentsOp>& sums, int64_t offset, Width width, const V& pivot) const {
-    const V value = load_block(input + offset, width, pivot);
-    const V deviation = value - pivot;
+  NF_INLINE void accumulate(Sums<MomentsOp>& sums, int64_t offset, Width width,
+                            const Coefficients<MomentsOp>& c) const {
+    const V value = load_block(input + offset, width, c.k[0]);
+    const V deviation = value - c.k[0];
     sums.k[0] = sums.k[0] + deviation;
     sums.k[1] = sums.k[1] + deviation * deviation;
     if constexpr (kExtremes)
@@ -34,7 +35,7 @@ struct MomentsOp {
   }
 
   NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); }
-  NF_INLINE S first_pivot(int64_t, int64_t offset) const { return load<S>(input + offset, Part{1})[0]; }
+  NF_INLINE S coefficient(int64_t, int64_t, int64_t offset) const { return load<S>(input + offset, Part{1})[0]; }
 
   NF_INLINE Lanes<MomentsOp> results_of(Vec<double> pivot, int64_t count, Lanes<MomentsOp> sums) const {
     const auto moments = moments_about(pivot, count, sums.k[0], sums.k[1]);
@@ -59,7 +60,7 @@ template <class T>
 struct SumsOp {
   using S = double;
   using V = Block<S, T>;
-  static constexpr int64_t kSums = 2;
+  static constexpr int64_t kSums = 2, kCoefficients = 1;
   static constexpr bool kSeeksPivot = false;
 
   const T* input;
@@ -71,14 +72,14 @@ struct SumsOp {
   }
 
   template <class Width>
-  NF_INLINE void accumulate(Sums<SumsOp>& sums, int64_t offset, Width width, const V&) const {
+  NF_INLINE void accumulate(Sums<SumsOp>& sums, int64_t offset, Width width, const Coefficients<SumsOp>&) const {
     const V value = load_block<V>(input + offset, width);
     sums.k[0] = sums.k[0] + value;
     sums.k[1] = sums.k[1] + value * value;
   }
 
   NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); }
-  NF_INLINE S first_pivot(int64_t, int64_t) const { return 0; }
+  NF_INLINE S coefficient(int64_t, int64_t, int64_t) const { return 0; }
 
   NF_INLINE Lanes<SumsOp> results_of(Vec<double>, int64_t, const Lanes<SumsOp>& sums) const { return sums; }
   NF_INLINE Lanes<SumsOp> merge(int64_t, const Lanes<SumsOp>& a, int64_t, const Lanes<SumsOp>& b) const {

@@ -1,10 +1,14 @@
 // All CPU kernels for one instruction set: define NF_ISA, its namespace, and NF_VECTOR_BYTES, and include this.
 #define NF_INLINE inline __attribute__((always_inline))
 
+#include "kernels/math.h"  // for these instructions too: what it is given to call is
+
 namespace normfused::cpu::NF_ISA {
 namespace {
 
 #include "kernels/cpu/vec.inl"
+
+#include "kernels/cpu/elementary.inl"
 
 #include "kernels/cpu/block.inl"
 

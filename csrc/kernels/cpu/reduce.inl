@@ -2,8 +2,9 @@
 //   V, kSums            block it takes in at once, V::S the type of its arithmetic, and number of accumulators
 //   empty(k)            what accumulator k starts from
 //   join(k, a, b)       two partial accumulators made one
-//   accumulate(sums, offset, width, pivot)       takes in the values at an offset of the tensor
-//   first_pivot(c, offset)                       a pivot for channel c, whose first value lies at the offset
+//   kCoefficients       number of per-channel constants; the first is the pivot
+//   coefficient(k, c, offset)                    constant k of channel c, whose first value lies at the offset
+//   accumulate(sums, offset, width, coefficients)  takes in the values at an offset of the tensor
 //   results_of(pivot, count, sums)               what a tile's sums come to
 //   merge(n, a, m, b)                            results of n values and of m values made one
 //   kSeeksPivot, next_pivot(pivot, results)      whether a trial over the first values finds a better pivot; the next
@@ -25,6 +26,12 @@ inline constexpr int64_t kRowsTogether = 16;
 inline constexpr int64_t kTileRows = 1024;
 // Channels that one task merges after a split reduction.
 inline constexpr int64_t kMergeBlock = 256;
+
+// Constants of the channels that a block's values belong to.
+template <class Op>
+struct Coefficients {
+  typename Op::V k[Op::kCoefficients];
+};
 
 // A range of channels and a range of positions.
 struct Unit {
@@ -128,7 +135,8 @@ template <class V>
 inline constexpr int64_t kLongRow = 2 * kBlocks<V> * V::kWidth;
 
 template <class Op>
-NF_FN void accumulate_row(const Op& op, ChannelSums<Op>& sums, int64_t offset, int64_t n, const typename Op::V& pivot) {
+NF_FN void accumulate_row(const Op& op, ChannelSums<Op>& sums, int64_t offset, int64_t n,
+                          const Coefficients<Op>& coefficients) {
   using V = typename Op::V;
   Sums<Op> row;
   row.clear();
@@ -139,14 +147,15 @@ NF_FN void accumulate_row(const Op& op, ChannelSums<Op>& sums, int64_t offset, i
     Sums<Op> part[kBlocks<V>];
     unroll<kBlocks<V>>([&](auto b) { part[b].clear(); });
     for (int64_t i = 0; i < done; i += kStep)
-      unroll<kBlocks<V>>([&](auto b) { op.accumulate(part[b], offset + i + b * V::kWidth, Whole{}, pivot); });
+      unroll<kBlocks<V>>([&](auto b) { op.accumulate(part[b], offset + i + b * V::kWidth, Whole{}, coefficients); });
     unroll<kBlocks<V>>([&](auto b) { row.join(part[b]); });
   }
-  for_each_block<V>(n - done, [&](int64_t i, auto width) { op.accumulate(row, offset + done + i, width, pivot); });
+  for_each_block<V>(n - done,
+                    [&](int64_t i, auto width) { op.accumulate(row, offset + done + i, width, coefficients); });
   sums.join(row);
 }
 
-// The state of a unit between tiles: a pivot and a tile's sums for each of its channels, the sums as rows of kChannels.
+// The state of a unit between tiles: coefficients and a tile's sums for each of its channels, as rows of kChannels.
 template <class Op, int64_t kChannels>
 struct Tile {
   using V = typename Op::V;
@@ -155,19 +164,26 @@ struct Tile {
   const Op& op;
   const Unit& unit;
   const Results& results;
-  alignas(64) S pivots[kChannels];
+  alignas(64) S table[Op::kCoefficients * kChannels];  // the first row: pivots
   alignas(64) double sums[Op::kSums * kChannels];
 
   // Leaves the arrays as they are: clearing them would take longer than many a unit.
   Tile(const Op& op, const Unit& unit, const Results& results) : op(op), unit(unit), results(results) {}
+
+  // `offset` is that of the unit's first value, and those of its channels lie `stride` apart.
+  void begin(int64_t offset, int64_t stride) {
+    for (int64_t k = 0; k < Op::kCoefficients; ++k)
+      for (int64_t c = 0; c < unit.c1 - unit.c0; ++c)
+        table[k * kChannels + c] = op.coefficient(k, unit.c0 + c, offset + c * stride);
+  }
 
   // Takes the sums of a trial over the unit's first values for better pivots.
   void seek_pivots(int64_t count) {
     for_each_vector<double>(unit.c1 - unit.c0, [&](int64_t i, auto width) {
       Lanes<Op> tile;
       tile.load_rows(sums + i, kChannels, width);
-      const Vec<double> pivot = load<double>(pivots + i, width);
-      store_as(pivots + i, op.next_pivot(pivot, op.results_of(pivot, count, tile)), width);
+      const Vec<double> pivot = load<double>(table + i, width);
+      store_as(table + i, op.next_pivot(pivot, op.results_of(pivot, count, tile)), width);
     });
   }
 
@@ -176,7 +192,7 @@ struct Tile {
     for_each_vector<double>(unit.c1 - unit.c0, [&](int64_t i, auto width) {
       Lanes<Op> tile;
       tile.load_rows(sums + i, kChannels, width);
-      const Vec<double> pivot = load<double>(pivots + i, width);
+      const Vec<double> pivot = load<double>(table + i, width);
       Lanes<Op> total = op.results_of(pivot, count, tile);
       double* const rows = &results(0, unit.c0 + i);
       if (done > 0) {
@@ -185,7 +201,7 @@ struct Tile {
         total = op.merge(done, before, count, total);
       }
       total.store_rows(rows, results.channels, width);
-      store_as(pivots + i, op.next_pivot(pivot, total), width);
+      store_as(table + i, op.next_pivot(pivot, total), width);
     });
   }
 };
@@ -195,8 +211,7 @@ void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& un
   using V = typename Op::V;
   const int64_t channels = unit.c1 - unit.c0;
   Tile<Op, kMaxChannelsFirst> tile(op, unit, results);
-  for (int64_t c = 0; c < channels; ++c)
-    tile.pivots[c] = op.first_pivot(unit.c0 + c, offset_of(view, unit.c0 + c, unit.m0));
+  tile.begin(offset_of(view, unit.c0, unit.m0), view.inner);
 
   const auto accumulate = [&](int64_t m, int64_t end) {
     ChannelSums<Op> sums[kMaxChannelsFirst];
@@ -206,7 +221,10 @@ void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& un
       const int64_t offset = offset_of(view, unit.c0, m);
       for (int64_t c = 0; c < channels; ++c) {
         op.prefetch(offset + (view.channels + c) * view.inner, view.inner);
-        accumulate_row(op, sums[c], offset + c * view.inner, n, V::filled(tile.pivots[c]));
+        Coefficients<Op> coefficients;
+        unroll<Op::kCoefficients>(
+            [&](auto k) { coefficients.k[k] = V::filled(tile.table[k * kMaxChannelsFirst + c]); });
+        accumulate_row(op, sums[c], offset + c * view.inner, n, coefficients);
       }
     }
     for (int64_t c = 0; c < channels; ++c)
@@ -238,18 +256,20 @@ NF_FN int64_t rows_in_one(int64_t channels) {
 // to the tile's, which are double.
 template <int64_t blocks, class Op, class Width>
 NF_FN void accumulate_rows(const Op& op, int64_t offset, int64_t stride, int64_t rows, Width width,
-                           const typename Op::V::S* pivots, double* sums) {
+                           const typename Op::V::S* table, double* sums) {
   using V = typename Op::V;
   using S = typename V::S;
   Sums<Op> part[blocks];
-  V pivot[blocks];
+  Coefficients<Op> coefficients[blocks];
   unroll<blocks>([&](auto b) {
-    pivot[b] = in_block_order<V>(pivots + b * V::kWidth);
+    unroll<Op::kCoefficients>(
+        [&](auto k) { coefficients[b].k[k] = in_block_order<V>(table + k * kMaxChannelsLast + b * V::kWidth); });
     part[b].clear();
   });
   for (int64_t row = 0; row < rows; ++row) {
     op.prefetch(offset + (row + rows) * stride, blocks * V::kWidth);
-    unroll<blocks>([&](auto b) { op.accumulate(part[b], offset + row * stride + b * V::kWidth, width, pivot[b]); });
+    unroll<blocks>(
+        [&](auto b) { op.accumulate(part[b], offset + row * stride + b * V::kWidth, width, coefficients[b]); });
   }
   unroll<blocks * Op::kSums>([&](auto i) {
     constexpr int64_t b = i / Op::kSums, k = i % Op::kSums;
@@ -273,21 +293,22 @@ void reduce_channels_last(const Op& op, const ChannelView& view, const Unit& uni
   const int64_t lanes = channels * together;
   const int64_t padded = (lanes + V::kWidth - 1) / V::kWidth * V::kWidth;  // the last block may use all of its lanes
   Tile<Op, kMaxChannelsLast> tile(op, unit, results);
-  for (int64_t c = 0; c < channels; ++c)
-    tile.pivots[c] = op.first_pivot(unit.c0 + c, unit.m0 * view.channels + unit.c0 + c);
+  tile.begin(unit.m0 * view.channels + unit.c0, 1);
 
   const auto accumulate_block = [&](int64_t m, int64_t rows, int64_t stride, int64_t n) {
     const int64_t offset = m * view.channels + unit.c0;
     int64_t i = 0;
     for (; i + kBlocks<V> * V::kWidth <= n; i += kBlocks<V> * V::kWidth)
-      accumulate_rows<kBlocks<V>>(op, offset + i, stride, rows, Whole{}, tile.pivots + i, tile.sums + i);
+      accumulate_rows<kBlocks<V>>(op, offset + i, stride, rows, Whole{}, tile.table + i, tile.sums + i);
     for_each_block<V>(n - i, [&](int64_t j, auto width) {
-      accumulate_rows<1>(op, offset + i + j, stride, rows, width, tile.pivots + i + j, tile.sums + i + j);
+      accumulate_rows<1>(op, offset + i + j, stride, rows, width, tile.table + i + j, tile.sums + i + j);
     });
   };
   const auto accumulate = [&](int64_t m, int64_t end) {
-    for (int64_t lane = channels; lane < padded; ++lane)
-      tile.pivots[lane] = lane < lanes ? tile.pivots[lane - channels] : S(0);
+    for (int64_t k = 0; k < Op::kCoefficients; ++k) {
+      S* const row = tile.table + k * kMaxChannelsLast;
+      for (int64_t lane = channels; lane < padded; ++lane) row[lane] = lane < lanes ? row[lane - channels] : S(0);
+    }
     for (int64_t k = 0; k < Op::kSums; ++k)
       for (int64_t lane = 0; lane < padded; ++lane)
         tile.sums[k * kMaxChannelsLast + lane] = static_cast<double>(Op::empty(k));

@@ -22,7 +22,6 @@
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/table.h"
 #include "kernels/cpu/workspace.h"
-#include "kernels/math.h"
 #include "kernels/types.h"
 
 // GCC instantiates templates at the end of the file, so there the pragma stays in force; clang wants it closed. Before

@@ -4,70 +4,116 @@
 
 namespace normfused::cuda {
 
+namespace {
+
+// f(Type<T>, whether anything follows the normalization), both known to the compiler.
+template <class Args, class F>
+cudaError_t for_variant(const Args& args, const F& f) {
+  return for_floating(args.dtype,
+                      [&](auto type) { return args.fused() ? f(type, std::true_type{}) : f(type, std::false_type{}); });
+}
+
+template <class Op>
+cudaError_t apply_planned(const Op& op, const ChannelView& view, bool aligned, const Resources& resources) {
+  const auto itemsize = static_cast<int>(sizeof(typename Op::Output));
+  return apply(op, plan_apply(view, planned_itemsize<Op>(), itemsize, aligned, resources.limits), resources.stream);
+}
+
+// NormalizeOp, with its mask as it must be before. Nobody but the owner of a byte writes it, unless values go one by
+// one.
+template <class Normalize>
+cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_t* counter,
+                              typename Normalize::S* table, const Resources& resources, Normalize& normalize) {
+  using T = typename Normalize::T;
+  normalize = {static_cast<const T*>(args.input),
+               static_cast<T*>(args.output),
+               table,
+               counter,
+               static_cast<const T*>(args.residual),
+               args.activation,
+               args.mask};
+  if (args.mask == nullptr) return cudaSuccess;
+  const ApplyPlan plan = plan_apply(args.view, planned_itemsize<Normalize>(), sizeof(T), aligned, resources.limits);
+  if ((plan.by_rows ? plan.flat.values : plan.columns.values) > 1) return cudaSuccess;
+  return for_each_channel(ClearBits{args.mask}, args.view.numel() / 32 + 1, resources.stream);
+}
+
+}  // namespace
+
 cudaError_t batch_norm_training(const BatchNormForward& args, Resources& resources) {
-  return for_floating(args.dtype, [&](auto type) {
+  return for_variant(args, [&](auto type, auto fused) {
     using T = typename decltype(type)::type;
-    using Normalize = NormalizeOp<T>;
+    using Normalize = NormalizeOp<T, T, fused()>;
     using S = typename Normalize::S;
     S* const table = table_for<Normalize>(args.view, resources);
     const MomentsOp<T, false> moments{static_cast<const T*>(args.input), args.view};
-    const Normalize normalize{moments.tensor, static_cast<T*>(args.output), table, args.num_batches_tracked};
-    const FinishTraining<S> finish{args, table};
-    const bool aligned = all_aligned(args.input, args.output);
-    // A cumulative average reads the counter, which the apply counts up: in one launch, blocks would race.
-    const bool may_finish = args.momentum == args.momentum;
-    const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 1, aligned, may_finish, resources.limits);
-    if (plan.single()) return reduce(moments, finish, normalize, plan, resources);
-    const cudaError_t error = reduce(moments, finish, Nothing{}, plan, resources);
+    const bool aligned = all_aligned(args.input, args.output, args.residual);
+    Normalize normalize;
+    cudaError_t error = prepare_normalize(args, aligned, args.num_batches_tracked, table, resources, normalize);
     if (error != cudaSuccess) return error;
-    return apply(normalize, plan_apply(args.view, sizeof(T), sizeof(T), aligned, resources.limits), resources.stream);
+    const FinishTraining<S> finish{args, table};
+    // A cumulative average reads the counter, which the apply counts up: in one launch, blocks would race.
+    const bool may_finish = args.momentum == args.momentum && !fused();
+    const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 1, aligned, may_finish, resources.limits);
+    if constexpr (!fused())
+      if (plan.single()) return reduce(moments, finish, normalize, plan, resources);
+    error = reduce(moments, finish, Nothing{}, plan, resources);
+    return error != cudaSuccess ? error : apply_planned(normalize, args.view, aligned, resources);
   });
 }
 
 cudaError_t batch_norm_inference(const BatchNormForward& args, Resources& resources) {
-  return for_floating(args.dtype, [&](auto type) {
+  return for_variant(args, [&](auto type, auto fused) {
     using T = typename decltype(type)::type;
-    using Normalize = NormalizeOp<T>;
+    using Normalize = NormalizeOp<T, T, fused()>;
     using S = typename Normalize::S;
     S* const table = table_for<Normalize>(args.view, resources);
-    const Normalize normalize{static_cast<const T*>(args.input), static_cast<T*>(args.output), table, nullptr};
-    const cudaError_t error = for_each_channel(PrepareInference<S>{args, table}, args.view.channels, resources.stream);
-    if (error != cudaSuccess) return error;
-    const bool aligned = all_aligned(args.input, args.output);
-    return apply(normalize, plan_apply(args.view, sizeof(T), sizeof(T), aligned, resources.limits), resources.stream);
+    const bool aligned = all_aligned(args.input, args.output, args.residual);
+    Normalize normalize;
+    cudaError_t error = prepare_normalize(args, aligned, nullptr, table, resources, normalize);
+    if (error == cudaSuccess)
+      error = for_each_channel(PrepareInference<S>{args, table}, args.view.channels, resources.stream);
+    return error != cudaSuccess ? error : apply_planned(normalize, args.view, aligned, resources);
   });
 }
 
 cudaError_t batch_norm_backward(const BatchNormBackward& args, Resources& resources) {
-  return for_floating(args.dtype, [&](auto type) {
+  return for_variant(args, [&](auto type, auto fused) {
     using T = typename decltype(type)::type;
-    using GradInput = GradInputOp<T>;
-    using Scale = ScaleOp<T>;
+    using GradInput = GradInputOp<T, fused()>;
     using S = typename GradInput::S;
+    const bool reduces = args.training || args.grad_weight || args.grad_bias;
     const T* const grad_output = static_cast<const T*>(args.grad_output);
-    const T* const input = static_cast<const T*>(args.input);
+    const T* const input = reduces || args.mask == nullptr ? static_cast<const T*>(args.input) : nullptr;
+    const T* const residual = static_cast<const T*>(args.residual);
     T* const grad_input = static_cast<T*>(args.grad_input);
+    T* const grad_residual = static_cast<T*>(args.grad_residual);
     S* const table = table_for<GradInput>(args.view, resources);
-    const GradInput through_statistics{grad_output, input, grad_input, table};
-    const bool aligned = all_aligned(grad_output, input, grad_input);
-    const auto apply_planned = [&](const auto& op) {
-      return apply(op, plan_apply(args.view, sizeof(T), sizeof(T), aligned, resources.limits), resources.stream);
+    const GradInput through{grad_output,   input,           grad_input, table,        residual,
+                            grad_residual, args.activation, args.mask,  args.training};
+    const ScaleOp<T> past{grad_output, grad_input, table + Row::kScale * args.view.channels};
+    const bool aligned = all_aligned(grad_output, input, residual, grad_input, grad_residual);
+    const auto apply_last = [&] {
+      if (grad_input == nullptr) return cudaSuccess;
+      return args.training || fused() ? apply_planned(through, args.view, aligned, resources)
+                                      : apply_planned(past, args.view, aligned, resources);
     };
 
-    if (!args.training && !args.grad_weight && !args.grad_bias) {
-      const cudaError_t error = for_each_channel(PrepareScale<S>{args, table}, args.view.channels, resources.stream);
-      return error != cudaSuccess ? error : apply_planned(Scale{grad_output, grad_input, table});
-    }
+    cudaError_t error = cudaSuccess;
+    if (fused() || !reduces)
+      error = for_each_channel(PrepareBackward<S, fused()>{args, table}, args.view.channels, resources.stream);
+    if (error != cudaSuccess) return error;
+    if (!reduces) return apply_last();
 
-    const GradSumsOp<T> sums{grad_output, input, args.mean, args.view};
+    const GradSumsOp<T, fused()> sums{grad_output, input,    args.mean,       args.view,
+                                      table,       residual, args.activation, args.mask};
     const FinishBackward<S> finish{args, table};
-    const bool may_finish = args.training && grad_input != nullptr;
+    const bool may_finish = args.training && grad_input != nullptr && !fused();
     const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 2, aligned, may_finish, resources.limits);
-    if (plan.single()) return reduce(sums, finish, through_statistics, plan, resources);
-    const cudaError_t error = reduce(sums, finish, Nothing{}, plan, resources);
-    if (error != cudaSuccess || grad_input == nullptr) return error;
-    return args.training ? apply_planned(through_statistics)
-                         : apply_planned(Scale{grad_output, grad_input, table + args.view.channels});
+    if constexpr (!fused())
+      if (plan.single()) return reduce(sums, finish, through, plan, resources);
+    error = reduce(sums, finish, Nothing{}, plan, resources);
+    return error != cudaSuccess ? error : apply_last();
   });
 }
 

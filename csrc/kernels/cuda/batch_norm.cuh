@@ -5,94 +5,264 @@
 
 namespace normfused::cuda {
 
-// (x - pivot) * scale + shift
-template <class T_, class Output_ = T_>
+// Elementary functions of what a thread has in registers.
+struct Elementary {
+  static NF_DEVICE float exp(float x) { return ::expf(x); }
+  static NF_DEVICE double exp(double x) { return ::exp(x); }
+  static NF_DEVICE float expm1(float x) { return ::expm1f(x); }
+  static NF_DEVICE double expm1(double x) { return ::expm1(x); }
+  static NF_DEVICE float normal_cdf(float x) { return 0.5f * ::erfcf(x * -0.70710678f); }
+  static NF_DEVICE double normal_cdf(double x) { return 0.5 * ::erfc(x * -0.70710678118654752); }
+};
+
+// Calls f with the activation, whose kind the compiler then knows: one branch for all values of a vector.
+template <class F>
+NF_DEVICE void for_activation(const Activation& activation, const F& f) {
+  const double parameter = activation.parameter;
+  switch (activation.kind) {
+    case ActivationKind::kIdentity:
+      return f(Activation{ActivationKind::kIdentity, parameter});
+    case ActivationKind::kRelu:
+      return f(Activation{ActivationKind::kRelu, parameter});
+    case ActivationKind::kLeakyRelu:
+      return f(Activation{ActivationKind::kLeakyRelu, parameter});
+    case ActivationKind::kElu:
+      return f(Activation{ActivationKind::kElu, parameter});
+    case ActivationKind::kHardswish:
+      return f(Activation{ActivationKind::kHardswish, parameter});
+    case ActivationKind::kSigmoid:
+      return f(Activation{ActivationKind::kSigmoid, parameter});
+    case ActivationKind::kTanh:
+      return f(Activation{ActivationKind::kTanh, parameter});
+    case ActivationKind::kSilu:
+      return f(Activation{ActivationKind::kSilu, parameter});
+    case ActivationKind::kGelu:
+      return f(Activation{ActivationKind::kGelu, parameter});
+    case ActivationKind::kGeluTanh:
+      return f(Activation{ActivationKind::kGeluTanh, parameter});
+  }
+}
+
+// The bits of n values from an offset on, a multiple of n.
+template <int n>
+NF_DEVICE uint32_t load_bits(const uint8_t* bits, int64_t offset) {
+  return bits[offset / 8] >> (offset % 8) & kWhole<n>;
+}
+
+// A byte at once, or single bits of what was zero.
+template <int n>
+NF_DEVICE void store_bits(uint8_t* bits, int64_t offset, uint32_t values, uint32_t mask) {
+  static_assert(n == 8 || n == 1);
+  if constexpr (n == 8)
+    bits[offset / 8] = static_cast<uint8_t>(values & mask);
+  else if (values & mask)
+    atomicOr(reinterpret_cast<unsigned*>(bits) + offset / 32, 1u << (offset % 32));
+}
+
+// z = (x - pivot) * scale + shift. Fused: z + residual, activated; the residual may be null.
+template <class T_, class Output_ = T_, bool kFused = false>
 struct NormalizeOp {
   using T = T_;
   using Output = Output_;
   using S = compute_t<std::conditional_t<std::is_integral_v<T>, Output, T>>;
-  static constexpr int kInputs = 1, kCoefficients = 3;
+  static constexpr int kInputs = kFused ? 2 : 1, kRequired = 1, kOutputs = 1, kCoefficients = 3;
+  static constexpr bool kWritesBits = kFused;
 
   const T* tensor;
-  Output* output;
+  Output* target;
   const S* table;
   int64_t* counter;  // counted up by the first block, once all readers of the old value are done; or null
+  const T* residual;
+  Activation activation;
+  uint8_t* bits;
 
-  NF_DEVICE const T* input(int) const { return tensor; }
-  NF_DEVICE S operator()(const S (&x)[1], const S (&k)[3]) const { return (x[0] - k[0]) * k[1] + k[2]; }
+  NF_DEVICE const T* input(int k) const { return k == 0 ? tensor : residual; }
+  NF_DEVICE Output* output(int) const { return target; }
+
+  template <int n, class Choose>
+  NF_DEVICE void operator()(const S (&x)[kInputs][n], S (&y)[1][n], const Choose& choose, int64_t offset,
+                            uint32_t mask) const {
+    uint32_t positive = 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const auto& c = choose(i);
+      y[0][i] = (x[0][i] - c.k[0]) * c.k[1] + c.k[2];
+      if constexpr (kFused) {
+        y[0][i] += x[1][i];
+        positive |= static_cast<uint32_t>(!(y[0][i] <= 0)) << i;
+      }
+    }
+    if constexpr (kFused) {
+      if (bits != nullptr) store_bits<n>(bits, offset, positive, mask);
+      for_activation(activation, [&](const Activation& known) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) y[0][i] = activated<Elementary, S>(known, y[0][i]);
+      });
+    }
+  }
   NF_DEVICE void before() const {
     if (counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*counter;
   }
 };
 
-// grad_output * scale + (x - pivot) * slope + shift
-template <class T_>
+// Turns gradients of the output into those of z, which is given without the residual.
+template <int n, class S>
+NF_DEVICE void to_gradient_of_z(const Activation& activation, S (&grad)[n], const S (&z)[n], const S (&residual)[n],
+                                bool by_bits, uint32_t bits) {
+  if (by_bits) {
+    const S below = activation.kind == ActivationKind::kLeakyRelu ? static_cast<S>(activation.parameter) : 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i) grad[i] = bits >> i & 1 ? grad[i] : (below != 0 ? grad[i] * below : 0);
+    return;
+  }
+  for_activation(activation, [&](const Activation& known) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) grad[i] = activation_gradient<Elementary, S>(known, z[i] + residual[i], grad[i]);
+  });
+}
+
+// Rows of the table of coefficients in backward. The last, forward's shift, is there only where z is needed.
+struct Row {
+  static constexpr int kScale = 0, kPivot = 1, kSlope = 2, kShift = 3, kForwardShift = 4;
+};
+
+// grad_input = g * scale + (x - pivot) * slope + shift, where g is the gradient of z; grad_residual = g. Where the
+// statistics are constants it is g * scale: x then has no part in it, be it infinite.
+template <class T_, bool kFused>
 struct GradInputOp {
   using T = T_;
   using Output = T;
   using S = compute_t<T>;
-  static constexpr int kInputs = 2, kCoefficients = 4;
+  static constexpr int kInputs = kFused ? 3 : 2, kRequired = kFused ? 1 : 2, kOutputs = kFused ? 2 : 1;
+  static constexpr int kCoefficients = kFused ? 5 : 4;
+  static constexpr bool kWritesBits = false;
 
   const T* grad_output;
-  const T* tensor;
-  T* output;
+  const T* tensor;  // fused: may be null where neither statistics nor activation ask for it
+  T* grad_input;
   const S* table;
+  const T* residual;
+  T* grad_residual;
+  Activation activation;
+  const uint8_t* bits;
+  bool training;
 
-  NF_DEVICE const T* input(int k) const { return k == 0 ? grad_output : tensor; }
-  NF_DEVICE S operator()(const S (&x)[2], const S (&k)[4]) const { return x[0] * k[1] + ((x[1] - k[0]) * k[2] + k[3]); }
+  NF_DEVICE const T* input(int k) const { return k == 0 ? grad_output : k == 1 ? tensor : residual; }
+  NF_DEVICE T* output(int k) const { return k == 0 ? grad_input : grad_residual; }
+
+  template <int n, class Choose>
+  NF_DEVICE void operator()(const S (&x)[kInputs][n], S (&y)[kOutputs][n], const Choose& choose, int64_t offset,
+                            uint32_t) const {
+    if constexpr (!kFused) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const auto& c = choose(i);
+        y[0][i] = x[0][i] * c.k[Row::kScale] + ((x[1][i] - c.k[Row::kPivot]) * c.k[Row::kSlope] + c.k[Row::kShift]);
+      }
+    } else {
+      S z[n];
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const auto& c = choose(i);
+        y[1][i] = x[0][i];
+        z[i] = (x[1][i] - c.k[Row::kPivot]) * c.k[Row::kScale] + c.k[Row::kForwardShift];
+      }
+      to_gradient_of_z(activation, y[1], z, x[2], bits != nullptr, bits != nullptr ? load_bits<n>(bits, offset) : 0);
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const auto& c = choose(i);
+        const S through = (x[1][i] - c.k[Row::kPivot]) * c.k[Row::kSlope] + c.k[Row::kShift];
+        y[0][i] = y[1][i] * c.k[Row::kScale] + (training ? through : 0);
+      }
+    }
+  }
   NF_DEVICE void before() const {}
 };
 
-// grad_output * scale: where the statistics are constants, x has no part in its gradient, be it infinite.
+// grad_output * scale: where the statistics are constants and nothing follows.
 template <class T_>
 struct ScaleOp {
   using T = T_;
   using Output = T;
   using S = compute_t<T>;
-  static constexpr int kInputs = 1, kCoefficients = 1;
+  static constexpr int kInputs = 1, kRequired = 1, kOutputs = 1, kCoefficients = 1;
+  static constexpr bool kWritesBits = false;
 
   const T* grad_output;
-  T* output;
+  T* grad_input;
   const S* table;
 
   NF_DEVICE const T* input(int) const { return grad_output; }
-  NF_DEVICE S operator()(const S (&x)[1], const S (&k)[1]) const { return x[0] * k[0]; }
+  NF_DEVICE T* output(int) const { return grad_input; }
+  template <int n, class Choose>
+  NF_DEVICE void operator()(const S (&x)[1][n], S (&y)[1][n], const Choose& choose, int64_t, uint32_t) const {
+#pragma unroll
+    for (int i = 0; i < n; ++i) y[0][i] = x[0][i] * choose(i).k[0];
+  }
   NF_DEVICE void before() const {}
 };
 
-// Sums of grad_output and of grad_output * (x - pivot), where pivot is the mean rounded to S.
-template <class T_>
+// Sums of g and of g * (x - pivot), where g is the gradient of z and pivot is the mean rounded to S.
+template <class T_, bool kFused>
 struct GradSumsOp {
   using T = T_;
   using S = compute_t<T>;
   using Sum = double;
-  static constexpr int kInputs = 2, kSums = 2;
+  static constexpr int kInputs = kFused ? 3 : 2, kRequired = 2, kSums = 2;
   static constexpr bool kRepairs = false;
 
-  struct State {
+  struct Plain {
     S pivot, sum, product;
   };
+  struct Fused : Plain {
+    S scale, shift;  // of z
+  };
+  using State = std::conditional_t<kFused, Fused, Plain>;
 
   const T* grad_output;
   const T* tensor;
   const double* mean;
   ChannelView view;
+  const S* table;
+  const T* residual;
+  Activation activation;
+  const uint8_t* mask_bits;
 
-  NF_DEVICE const T* input(int k) const { return k == 0 ? grad_output : tensor; }
+  NF_DEVICE const T* input(int k) const { return k == 0 ? grad_output : k == 1 ? tensor : residual; }
   static NF_DEVICE double empty(int) { return 0; }
   static NF_DEVICE double join(int, double a, double b) { return a + b; }
-  NF_DEVICE State start(int64_t channel) const { return {static_cast<S>(mean[channel]), 0, 0}; }
+  NF_DEVICE State start(int64_t channel) const {
+    State state{};
+    state.pivot = static_cast<S>(mean[channel]);
+    if constexpr (kFused) {
+      state.scale = table[Row::kScale * view.channels + channel];
+      state.shift = table[Row::kForwardShift * view.channels + channel];
+    }
+    return state;
+  }
+  template <int n>
+  NF_DEVICE uint32_t bits(int64_t offset) const {
+    return kFused && mask_bits != nullptr ? load_bits<n>(mask_bits, offset) : 0;
+  }
 
   template <int n, bool kMasked>
-  NF_DEVICE void accumulate(State& state, const S (&values)[2][n], uint32_t mask, bool) const {
+  NF_DEVICE void accumulate(State& state, const S (&values)[kInputs][n], uint32_t mask, uint32_t bits, bool) const {
     constexpr int kChains = n < 4 ? n : 4;
+    S grad[n];
+#pragma unroll
+    for (int i = 0; i < n; ++i) grad[i] = values[0][i];
+    if constexpr (kFused) {
+      S z[n];
+#pragma unroll
+      for (int i = 0; i < n; ++i) z[i] = (values[1][i] - state.pivot) * state.scale + state.shift;
+      to_gradient_of_z(activation, grad, z, values[2], mask_bits != nullptr, bits);
+    }
     S sum[kChains]{}, product[kChains]{};
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const bool counts = !kMasked || (mask >> i & 1);
-      const S grad = counts ? values[0][i] : 0;
-      sum[i % kChains] += grad;
-      product[i % kChains] += counts ? grad * (values[1][i] - state.pivot) : 0;
+      sum[i % kChains] += counts ? grad[i] : 0;
+      product[i % kChains] += counts ? grad[i] * (values[1][i] - state.pivot) : 0;
     }
 #pragma unroll
     for (int i = 1; i < kChains; ++i) {
@@ -141,14 +311,19 @@ struct FinishTraining {
       // The counter is read only where the plan leaves its update to the next launch, see batch_norm.cu.
       const bool cumulative = args.momentum != args.momentum;
       const double factor = update_factor(args.momentum, cumulative ? *args.num_batches_tracked + 1 : 1);
-      write(args.running_mean, c, running_average(read(args.running_mean, c, 0), results[0], factor));
-      write(args.running_var, c, running_average(read(args.running_var, c, 0), unbiased(variance, count), factor));
+      const double new_var = corrected(variance, count, args.correction);
+      if (args.skipped != nullptr && !is_finite(variance)) {
+        ++args.skipped[c];
+      } else {
+        write(args.running_mean, c, running_average(read(args.running_mean, c, 0), results[0], factor));
+        write(args.running_var, c, running_average(read(args.running_var, c, 0), new_var, factor));
+      }
     }
     write_forward(args, table, c, results[0], invstd_of(variance, args.eps));
   }
 };
 
-// Results are the sums of GradSumsOp; the table is GradInputOp's, whose second row is ScaleOp's.
+// Results are the sums of GradSumsOp.
 template <class S>
 struct FinishBackward {
   BatchNormBackward args;
@@ -158,10 +333,10 @@ struct FinishBackward {
     const int64_t channels = args.view.channels;
     const auto k = backward_coefficients<S>(args.mean[c], args.invstd[c], read(args.weight, c, 1),
                                             args.view.positions(), sums[0], sums[1]);
-    table[c] = k.pivot;
-    table[channels + c] = k.scale;
-    table[2 * channels + c] = k.slope;
-    table[3 * channels + c] = k.shift;
+    table[Row::kScale * channels + c] = k.scale;
+    table[Row::kPivot * channels + c] = k.pivot;
+    table[Row::kSlope * channels + c] = k.slope;
+    table[Row::kShift * channels + c] = k.shift;
     write(args.grad_weight, c, k.grad_weight);
     write(args.grad_bias, c, k.grad_bias);
   }
@@ -191,13 +366,31 @@ struct PrepareInference {
   }
 };
 
-// ScaleOp's table.
-template <class S>
-struct PrepareScale {
+// What backward needs before it has read any gradient: forward's coefficients.
+template <class S, bool kFused>
+struct PrepareBackward {
   BatchNormBackward args;
   S* table;
 
-  NF_DEVICE void operator()(int64_t c) const { table[c] = static_cast<S>(read(args.weight, c, 1) * args.invstd[c]); }
+  NF_DEVICE void operator()(int64_t c) const {
+    const int64_t channels = args.view.channels;
+    const auto k =
+        forward_coefficients<S>(args.mean[c], args.invstd[c], read(args.weight, c, 1), read(args.bias, c, 0));
+    table[Row::kScale * channels + c] = k.scale;
+    if constexpr (kFused) {
+      table[Row::kPivot * channels + c] = k.pivot;
+      table[Row::kSlope * channels + c] = 0;
+      table[Row::kShift * channels + c] = 0;
+      table[Row::kForwardShift * channels + c] = k.shift;
+    }
+  }
+};
+
+// The bits of so many values made zero, a word at once.
+struct ClearBits {
+  uint8_t* bits;
+
+  NF_DEVICE void operator()(int64_t word) const { reinterpret_cast<unsigned*>(bits)[word] = 0; }
 };
 
 // NormalizeOp's table from a mean and a standard deviation.

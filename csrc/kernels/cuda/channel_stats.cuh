@@ -17,7 +17,7 @@ struct MomentsOp {
   using T = T_;
   using S = compute_t<T>;
   using Sum = double;
-  static constexpr int kInputs = 1, kSums = kExtremes ? 4 : 2;
+  static constexpr int kInputs = 1, kRequired = 1, kSums = kExtremes ? 4 : 2;
   static constexpr bool kRepairs = true;
 
   struct State {
@@ -29,6 +29,10 @@ struct MomentsOp {
   ChannelView view;
 
   NF_DEVICE const T* input(int) const { return tensor; }
+  template <int>
+  NF_DEVICE uint32_t bits(int64_t) const {
+    return 0;
+  }
   NF_DEVICE double origin(int64_t channel) const { return widen<double>(tensor[channel * view.inner]); }
 
   static NF_DEVICE double empty(int k) { return k == 2 ? infinity() : k == 3 ? -infinity() : 0; }
@@ -47,7 +51,7 @@ struct MomentsOp {
   }
 
   template <int n, bool kMasked>
-  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t mask, bool first) const {
+  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t mask, uint32_t, bool first) const {
     const auto counts = [&](int i) { return !kMasked || (mask >> i & 1); };
     const S(&x)[n] = values[0];
     if (first) {
@@ -134,7 +138,7 @@ struct SumsOp {
   using T = T_;
   using S = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
   using Sum = S;
-  static constexpr int kInputs = 1, kSums = 2;
+  static constexpr int kInputs = 1, kRequired = 1, kSums = 2;
   static constexpr bool kRepairs = false;
 
   struct State {
@@ -145,12 +149,16 @@ struct SumsOp {
   ChannelView view;
 
   NF_DEVICE const T* input(int) const { return tensor; }
+  template <int>
+  NF_DEVICE uint32_t bits(int64_t) const {
+    return 0;
+  }
   static NF_DEVICE Sum empty(int) { return 0; }
   static NF_DEVICE Sum join(int, Sum a, Sum b) { return a + b; }
   NF_DEVICE State start(int64_t) const { return {}; }
 
   template <int n, bool kMasked>
-  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t mask, bool) const {
+  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t mask, uint32_t, bool) const {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const S value = !kMasked || (mask >> i & 1) ? values[0][i] : 0;

@@ -1,9 +1,10 @@
 // Reductions of every channel to a few sums, and what is done with them, in one launch. An Op says what is summed:
 //
 //   S, Sum, kInputs, kSums       types of the arithmetic and of the sums; how many tensors are read, and how many sums
-//   input(k)                     the tensors
+//   input(k), kRequired          the tensors, and how many are always there; others may be null, and then read as 0
+//   bits<n>(offset)              what else is read with n values at an offset: a bit for each
 //   State, start(channel)        what a thread keeps for a channel while it reads, and an empty one
-//   accumulate<n, masked>(state, values, mask, first)
+//   accumulate<n, masked>(state, values, mask, bits, first)
 //                                takes in n values of each input
 //   sums(state, count, channel, sums)
 //                                a state as sums that can be joined with those of any other thread
@@ -50,16 +51,21 @@ NF_DEVICE typename Op::State reduce_row_walk(const Op& op, const RowsPlan& plan,
   const auto take = [&](auto vectors) {
     constexpr int kVectors = decltype(vectors)::value, kCount = kVectors * kValues;
     Vector<T, kValues> loaded[Op::kInputs][kVectors];
-    uint32_t mask = 0;
+    uint32_t mask = 0, bits = 0;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       uint32_t within;
       const int64_t offset = walk.next(within);
       mask |= within << (v * kValues);
+      bits |= op.template bits<kValues>(offset) << (v * kValues);
 #pragma unroll
-      for (int k = 0; k < Op::kInputs; ++k)
-        loaded[k][v] = kMasked ? load_masked<false, T, kValues>(op.input(k), offset, numel)
-                               : Vector<T, kValues>::load(op.input(k) + offset);
+      for (int k = 0; k < Op::kInputs; ++k) {
+        if (k >= Op::kRequired && op.input(k) == nullptr)
+          loaded[k][v] = {};
+        else
+          loaded[k][v] = kMasked ? load_masked<false, T, kValues>(op.input(k), offset, numel)
+                                 : Vector<T, kValues>::load(op.input(k) + offset);
+      }
     }
     if (kMasked && mask == 0) return;
     S values[Op::kInputs][kCount];
@@ -67,7 +73,7 @@ NF_DEVICE typename Op::State reduce_row_walk(const Op& op, const RowsPlan& plan,
     for (int k = 0; k < Op::kInputs; ++k)
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[k][i] = widen<S>(loaded[k][i / kValues].value[i % kValues]);
-    op.template accumulate<kCount, kMasked>(state, values, mask, count == 0);
+    op.template accumulate<kCount, kMasked>(state, values, mask, bits, count == 0);
     count += kMasked ? __popc(mask) : kCount;
   };
   constexpr int kVectors = kUnroll<Op, kValues>;
@@ -181,35 +187,47 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   constexpr int kRows = 8 / Op::kInputs / (sizeof(S) > sizeof(float) ? 2 : 1);
   while (walk.has(kRows) && (plan.repeat == 1 || walk.ahead(kRows - 1) + kValues <= numel)) {
     Vector<T, kValues> loaded[Op::kInputs][kRows];
+    uint32_t bits[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t offset = walk.next();
+      bits[r] = op.template bits<kValues>(offset);
 #pragma unroll
-      for (int k = 0; k < Op::kInputs; ++k) loaded[k][r] = Vector<T, kValues>::load(op.input(k) + offset);
+      for (int k = 0; k < Op::kInputs; ++k)
+        loaded[k][r] = k < Op::kRequired || op.input(k) != nullptr ? Vector<T, kValues>::load(op.input(k) + offset)
+                                                                   : Vector<T, kValues>{};
     }
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       S values[Op::kInputs][kRows];
+      uint32_t own = 0;
 #pragma unroll
-      for (int k = 0; k < Op::kInputs; ++k)
+      for (int r = 0; r < kRows; ++r) {
+        own |= (bits[r] >> i & 1) << r;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) values[k][r] = widen<S>(loaded[k][r].value[i]);
-      op.template accumulate<kRows, false>(state[i], values, 0, first);
+        for (int k = 0; k < Op::kInputs; ++k) values[k][r] = widen<S>(loaded[k][r].value[i]);
+      }
+      op.template accumulate<kRows, false>(state[i], values, 0, own, first);
     }
     first = false;
   }
   while (walk.has(1)) {
     const int64_t offset = walk.next();
+    if (offset >= numel) break;  // the last row can be short
     Vector<T, kValues> loaded[Op::kInputs];
 #pragma unroll
-    for (int k = 0; k < Op::kInputs; ++k) loaded[k] = load_masked<false, T, kValues>(op.input(k), offset, numel);
+    for (int k = 0; k < Op::kInputs; ++k)
+      loaded[k] = k < Op::kRequired || op.input(k) != nullptr
+                      ? load_masked<false, T, kValues>(op.input(k), offset, numel)
+                      : Vector<T, kValues>{};
+    const uint32_t bits = op.template bits<kValues>(offset);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       if (offset + i >= numel) continue;
       S values[Op::kInputs][1];
 #pragma unroll
       for (int k = 0; k < Op::kInputs; ++k) values[k][0] = widen<S>(loaded[k].value[i]);
-      op.template accumulate<1, false>(state[i], values, 0, first);
+      op.template accumulate<1, false>(state[i], values, 0, bits >> i & 1, first);
     }
     first = false;
   }

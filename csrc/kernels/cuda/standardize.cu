@@ -10,13 +10,15 @@ cudaError_t run(const Standardize& args, Resources& resources) {
   using Normalize = NormalizeOp<T, Output>;
   using S = typename Normalize::S;
   S* const table = table_for<Normalize>(args.view, resources);
-  const Normalize normalize{static_cast<const T*>(args.input), static_cast<Output*>(args.output), table, nullptr};
+  const Normalize normalize{
+      static_cast<const T*>(args.input), static_cast<Output*>(args.output), table, nullptr, nullptr, {}, nullptr};
   const cudaError_t error = for_each_channel(PrepareStandardize<S>{args.mean, args.std, args.view.channels, table},
                                              args.view.channels, resources.stream);
   if (error != cudaSuccess) return error;
-  constexpr int kSize = sizeof(T) > sizeof(Output) ? sizeof(T) : sizeof(Output);
   const bool aligned = all_aligned(args.input, args.output);
-  return apply(normalize, plan_apply(args.view, kSize, sizeof(Output), aligned, resources.limits), resources.stream);
+  return apply(normalize,
+               plan_apply(args.view, planned_itemsize<Normalize>(), sizeof(Output), aligned, resources.limits),
+               resources.stream);
 }
 
 }  // namespace

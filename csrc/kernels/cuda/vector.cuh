@@ -59,29 +59,47 @@ struct Word<1> {
   using type = uint8_t;
 };
 
-// kValues neighbours in memory, read and written by one instruction. They must lie on a multiple of their size.
+// kValues neighbours in memory, read and written by one instruction, or by as many as it takes at 16 bytes each. They
+// must lie on a multiple of that.
 template <class T, int kValues>
 struct Vector {
-  using Access = typename Word<kValues* static_cast<int>(sizeof(T))>::type;
+  static constexpr int kBytes = kValues * static_cast<int>(sizeof(T));
+  static constexpr int kAccesses = kBytes > 16 ? kBytes / 16 : 1;
+  using Access = typename Word<kBytes / kAccesses>::type;
 
   T value[kValues];
 
-  static NF_DEVICE Vector from(Access word) {
+  NF_DEVICE char* part(int i) { return reinterpret_cast<char*>(value) + i * sizeof(Access); }
+  static NF_DEVICE Vector load(const T* source) {
     Vector vector;
-    memcpy(static_cast<void*>(vector.value), &word, sizeof word);
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      const Access word = reinterpret_cast<const Access*>(source)[i];
+      memcpy(vector.part(i), &word, sizeof word);
+    }
     return vector;
   }
-  static NF_DEVICE Vector load(const T* source) { return from(*reinterpret_cast<const Access*>(source)); }
   // For what is not read again: first to leave the caches.
-  static NF_DEVICE Vector load_last(const T* source) { return from(__ldcs(reinterpret_cast<const Access*>(source))); }
+  static NF_DEVICE Vector load_last(const T* source) {
+    Vector vector;
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      const Access word = __ldcs(reinterpret_cast<const Access*>(source) + i);
+      memcpy(vector.part(i), &word, sizeof word);
+    }
+    return vector;
+  }
 
   NF_DEVICE void store(T* target, bool streaming) const {
-    Access word;
-    memcpy(&word, static_cast<const void*>(value), sizeof word);
-    if (streaming)
-      __stcs(reinterpret_cast<Access*>(target), word);
-    else
-      *reinterpret_cast<Access*>(target) = word;
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      Access word;
+      memcpy(&word, reinterpret_cast<const char*>(value) + i * sizeof(Access), sizeof word);
+      if (streaming)
+        __stcs(reinterpret_cast<Access*>(target) + i, word);
+      else
+        reinterpret_cast<Access*>(target)[i] = word;
+    }
   }
 };
 

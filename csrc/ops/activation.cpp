@@ -1,0 +1,72 @@
+#include "ops/activation.h"
+
+#include <ATen/Functions.h>
+#include <c10/util/Exception.h>
+
+#include <string>
+
+namespace normfused::ops {
+
+namespace {
+
+struct Named {
+  std::string_view name;
+  ActivationKind kind;
+};
+constexpr Named kActivations[] = {
+    {"identity", ActivationKind::kIdentity},
+    {"relu", ActivationKind::kRelu},
+    {"leaky_relu", ActivationKind::kLeakyRelu},
+    {"elu", ActivationKind::kElu},
+    {"hardswish", ActivationKind::kHardswish},
+    {"sigmoid", ActivationKind::kSigmoid},
+    {"tanh", ActivationKind::kTanh},
+    {"silu", ActivationKind::kSilu},
+    {"gelu", ActivationKind::kGelu},
+    {"gelu_tanh", ActivationKind::kGeluTanh},
+};
+
+}  // namespace
+
+Activation activation_of(std::string_view name, double parameter) {
+  std::string known;
+  for (const Named& activation : kActivations) {
+    if (activation.name == name) return {activation.kind, parameter};
+    known += (known.empty() ? "" : ", ") + std::string(activation.name);
+  }
+  TORCH_CHECK_VALUE(false, "unknown activation '", std::string(name), "': must be one of ", known);
+}
+
+std::string_view name_of(const Activation& activation) {
+  for (const Named& named : kActivations)
+    if (named.kind == activation.kind) return named.name;
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+at::Tensor activate(const Activation& activation, const at::Tensor& z) {
+  switch (activation.kind) {
+    case ActivationKind::kIdentity:
+      return z;
+    case ActivationKind::kRelu:
+      return at::relu(z);
+    case ActivationKind::kLeakyRelu:
+      return at::leaky_relu(z, activation.parameter);
+    case ActivationKind::kElu:
+      return at::elu(z, activation.parameter);
+    case ActivationKind::kHardswish:
+      return at::hardswish(z);
+    case ActivationKind::kSigmoid:
+      return at::sigmoid(z);
+    case ActivationKind::kTanh:
+      return at::tanh(z);
+    case ActivationKind::kSilu:
+      return at::silu(z);
+    case ActivationKind::kGelu:
+      return at::gelu(z, "none");
+    case ActivationKind::kGeluTanh:
+      return at::gelu(z, "tanh");
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+}  // namespace normfused::ops

@@ -1,0 +1,26 @@
+// Activations by the names that users give them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+
+#include "kernels/types.h"
+
+namespace normfused::ops {
+
+// `parameter`: leaky ReLU's negative slope, ELU's alpha. Throws a ValueError that lists the names where there is no
+// such.
+Activation activation_of(std::string_view name, double parameter);
+
+std::string_view name_of(const Activation& activation);
+
+// Whether the gradient asks only which values were above zero.
+inline bool gradient_is_by_sign(const Activation& activation) {
+  return activation.kind == ActivationKind::kRelu || activation.kind == ActivationKind::kLeakyRelu;
+}
+
+// The activation in torch's own operators, for derivatives of higher order.
+at::Tensor activate(const Activation& activation, const at::Tensor& z);
+
+}  // namespace normfused::ops
