@@ -55,8 +55,8 @@ def batch_norm(
         eps: added to the variance; finite, not negative.
         num_batches_tracked: 0-d int64 tensor, counted up in place in training.
         residual: added before the activation; ``input``'s shape, dtype and device.
-        activation: ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``, ``"silu"``,
-            ``"gelu"`` (by erf), ``"gelu_tanh"``, or ``"identity"``, the default.
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``,
+            ``"silu"``, ``"gelu"`` (by erf), ``"gelu_tanh"``, or ``"identity"``, the default.
         activation_param: leaky ReLU's negative slope (default 0.01), ELU's alpha (default 1).
         mask: bool, shape ``(N, ...)``, which is ``input``'s without the channels: the positions that are there. Results
             are those of these positions alone; the others give zeros, and have zero gradients.

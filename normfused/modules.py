@@ -96,14 +96,23 @@ class _BatchNorm(_Base):
             leaf = _traced_as_leaf(self, input, residual, mask)
             if leaf is not None:
                 return leaf
+        return self.normalized(input, residual, mask, self.activation or "identity", self.activation_param)
+
+    def normalized(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        activation: str,
+        activation_param: float | None,
+    ) -> Tensor:
+        """What a call of the layer does, with another activation behind it than its own, and without its hooks."""
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         running_mean, running_var = self.running_mean, self.running_var  # once: nn.Module takes 0.7 us to find each
         training = self.training or (running_mean is None and running_var is None)
         updates = self.training and self.track_running_stats and _may_update()
         buffered = updates or not self.training
         counter = self.num_batches_tracked if updates else None
-        activation = self.activation or "identity"
-        parameter = self.activation_param
         return named_batch_norm(
             type(self).__name__,
             self._ranks,
@@ -119,7 +128,7 @@ class _BatchNorm(_Base):
             counter,
             residual,
             activation,
-            ACTIVATION_PARAMS.get(activation, 0.0) if parameter is None else parameter,
+            ACTIVATION_PARAMS.get(activation, 0.0) if activation_param is None else activation_param,
             mask,
             self.running_var_correction,
             self.nonfinite_batches if updates and self.nonfinite == "skip" else None,
@@ -148,12 +157,15 @@ class _BatchNorm(_Base):
         return super().train(mode and not self.frozen)
 
     def extra_repr(self) -> str:
-        ours = [
-            f"{name}={getattr(self, name)!r}"
-            for name in ("activation", "activation_param", "running_var_correction", "nonfinite", "frozen")
-            if getattr(self, name) != getattr(_BatchNorm, name)
-        ]
+        ours = [f"{name}={value!r}" for name, value in own_options(self).items()]
         return ", ".join([str(super().extra_repr()), *ours])  # type: ignore[no-untyped-call]
+
+
+def own_options(layer: nn.Module) -> dict[str, Any]:
+    """What one of our layers has been told that torch.nn's layers cannot be."""
+    names = ("activation", "activation_param", "running_var_correction", "nonfinite", "frozen")
+    options = {name: getattr(layer, name) for name in names}
+    return {name: value for name, value in options.items() if value != getattr(_BatchNorm, name)}
 
 
 def _traced_as_leaf(module: nn.Module, input: fx.Proxy, *others: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, _: z,
     "relu": lambda z, _: F.relu(z),
+    "relu6": lambda z, _: F.relu6(z),
     "leaky_relu": F.leaky_relu,
     "elu": F.elu,
     "hardswish": lambda z, _: F.hardswish(z),

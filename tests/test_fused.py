@@ -20,6 +20,7 @@ BLOCKS = {
     None: lambda z: z,
     "identity": lambda z: z,
     "relu": F.relu,
+    "relu6": F.relu6,
     "leaky_relu": F.leaky_relu,
     "elu": F.elu,
     "hardswish": F.hardswish,
@@ -332,14 +333,14 @@ BAD = [
     (
         lambda: normfused.BatchNorm2d(3, activation="swish"),
         ValueError,
-        "BatchNorm2d: unknown activation 'swish': must be one of identity, relu, leaky_relu, elu, hardswish, sigmoid, "
-        "tanh, silu, gelu, gelu_tanh",
+        "BatchNorm2d: unknown activation 'swish': must be one of identity, relu, relu6, leaky_relu, elu, "
+        "hardswish, sigmoid, tanh, silu, gelu, gelu_tanh",
     ),
     (
         lambda: batch_norm(X, None, None, training=True, activation="ReLU"),
         ValueError,
-        "batch_norm: unknown activation 'ReLU': must be one of identity, relu, leaky_relu, elu, hardswish, sigmoid, "
-        "tanh, silu, gelu, gelu_tanh",
+        "batch_norm: unknown activation 'ReLU': must be one of identity, relu, relu6, leaky_relu, elu, "
+        "hardswish, sigmoid, tanh, silu, gelu, gelu_tanh",
     ),
     (
         lambda: normfused.BatchNorm2d(3, activation="relu", activation_param=0.1),

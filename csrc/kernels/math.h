@@ -129,8 +129,8 @@ NF_FN V gelu_argument_slope(const V& z) {
 }
 
 template <class S, class V>
-NF_FN V six_times_gate(const V& z) {
-  const V t = z + S(3) < V{} ? V{} : z + S(3);
+NF_FN V within_six(const V& z) {
+  const V t = z < V{} ? V{} : z;
   return t > V{} + S(6) ? V{} + S(6) : t;
 }
 
@@ -142,12 +142,14 @@ NF_FN V activated(const Activation& activation, const V& z) {
       return z;
     case ActivationKind::kRelu:
       return z < V{} ? V{} : z;  // NaN passes
+    case ActivationKind::kRelu6:
+      return within_six<S>(z);
     case ActivationKind::kLeakyRelu:
       return where_positive(z, z, V(z * parameter));
     case ActivationKind::kElu:
       return where_positive(z, z, V(E::expm1(z > V{} ? V{} : z) * parameter));
     case ActivationKind::kHardswish:
-      return z * six_times_gate<S>(z) * S(1. / 6);
+      return z * within_six<S>(V(z + S(3))) * S(1. / 6);
     case ActivationKind::kSigmoid:
       return sigmoid<E, S>(z);
     case ActivationKind::kTanh: {
@@ -174,6 +176,8 @@ NF_FN V activation_gradient(const Activation& activation, const V& z, const V& g
       return grad;
     case ActivationKind::kRelu:
       return z <= V{} ? V{} : grad;
+    case ActivationKind::kRelu6:
+      return z <= V{} ? V{} : (z >= V{} + S(6) ? V{} : grad);
     case ActivationKind::kLeakyRelu:
       return where_positive(z, grad, V(grad * parameter));
     case ActivationKind::kElu:

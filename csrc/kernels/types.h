@@ -38,6 +38,7 @@ struct ChannelVector {
 enum class ActivationKind : uint8_t {
   kIdentity,
   kRelu,
+  kRelu6,
   kLeakyRelu,
   kElu,
   kHardswish,

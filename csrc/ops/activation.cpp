@@ -16,6 +16,7 @@ struct Named {
 constexpr Named kActivations[] = {
     {"identity", ActivationKind::kIdentity},
     {"relu", ActivationKind::kRelu},
+    {"relu6", ActivationKind::kRelu6},
     {"leaky_relu", ActivationKind::kLeakyRelu},
     {"elu", ActivationKind::kElu},
     {"hardswish", ActivationKind::kHardswish},
@@ -49,6 +50,8 @@ at::Tensor activate(const Activation& activation, const at::Tensor& z) {
       return z;
     case ActivationKind::kRelu:
       return at::relu(z);
+    case ActivationKind::kRelu6:
+      return at::hardtanh(z, 0, 6);
     case ActivationKind::kLeakyRelu:
       return at::leaky_relu(z, activation.parameter);
     case ActivationKind::kElu:

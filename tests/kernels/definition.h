@@ -122,6 +122,8 @@ inline double activate(const Activation& activation, double z) {
       return z;
     case ActivationKind::kRelu:
       return z > 0 ? z : 0;
+    case ActivationKind::kRelu6:
+      return std::clamp(z, 0.0, 6.0);
     case ActivationKind::kLeakyRelu:
       return z > 0 ? z : z * activation.parameter;
     case ActivationKind::kElu:
@@ -147,7 +149,9 @@ inline double slope(const Activation& activation, double z) {
   const double h = 1e-5;
   return (activate(activation, z + h) - activate(activation, z - h)) / (2 * h);
 }
-inline bool near_a_kink(double z) { return std::min({std::abs(z), std::abs(z - 3), std::abs(z + 3)}) < 1e-3; }
+inline bool near_a_kink(double z) {
+  return std::min({std::abs(z), std::abs(z - 3), std::abs(z + 3), std::abs(z - 6)}) < 1e-3;
+}
 
 // Each call takes another activation, every other a residual; where the gradient is by sign, also a mask.
 struct Fusion {
@@ -156,7 +160,7 @@ struct Fusion {
 
   static Fusion next() {
     static int turn = 0;
-    const int kind = turn % 11 % 10, round = turn / 11;  // 11: every dtype, of which there are four, meets every kind
+    const int kind = turn % 11, round = turn / 11;  // of the four dtypes in turn, each meets every kind
     ++turn;
     const auto activation = static_cast<ActivationKind>(kind);
     const bool by_sign = activation == ActivationKind::kRelu || activation == ActivationKind::kLeakyRelu;

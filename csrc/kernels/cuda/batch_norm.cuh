@@ -24,6 +24,8 @@ NF_DEVICE void for_activation(const Activation& activation, const F& f) {
       return f(Activation{ActivationKind::kIdentity, parameter});
     case ActivationKind::kRelu:
       return f(Activation{ActivationKind::kRelu, parameter});
+    case ActivationKind::kRelu6:
+      return f(Activation{ActivationKind::kRelu6, parameter});
     case ActivationKind::kLeakyRelu:
       return f(Activation{ActivationKind::kLeakyRelu, parameter});
     case ActivationKind::kElu:
