@@ -46,6 +46,8 @@ OPERATIONS = {
     "training_forward": Operation("BN training, forward", (1, 1), (2, 1)),
     "training_backward": Operation("BN training, backward", (2, 1), (4, 1)),
     "training_forward_backward": Operation("BN training, forward + backward", (3, 2), (6, 2)),
+    "relu_forward_backward": Operation("BN + ReLU training, forward + backward", (3, 2), (6, 2)),
+    "add_relu_forward_backward": Operation("BN + add + ReLU training, forward + backward", (4, 3), (7, 3)),
     "eval_forward": Operation("BN eval, forward", (1, 1), (1, 1)),
     "channel_moments": Operation("channel_moments", (1, 0), (1, 0)),
     "small_call": Operation("Small call, BN forward + backward", (3, 2), (6, 2)),
@@ -90,7 +92,7 @@ def _planned_bytes(case: Case) -> int:
         "training_backward": ["BACKWARD"],
         "eval_forward": ["INFERENCE"],
         "channel_moments": ["MOMENTS"],
-    }.get(case.operation, ["TRAINING", "BACKWARD"])
+    }.get(case.operation, ["TRAINING", "BACKWARD"])  # an activation moves no more bytes; a residual is added below
     n, c, h, w = case.shape
     view = (n * h * w, c, 1) if case.layout == "channels_last" else (n, c, h * w)
     properties = torch.cuda.get_device_properties(0)
@@ -98,7 +100,8 @@ def _planned_bytes(case: Case) -> int:
     plans = [
         extension.cuda_traffic(getattr(extension.Operation, o), view, case.dtype.itemsize, *device) for o in operations
     ]
-    return sum(plan["read"] + plan["written"] for plan in plans)
+    residual = 2 * case.tensor_bytes if case.operation.startswith("add") else 0  # read once, its gradient written once
+    return residual + sum(plan["read"] + plan["written"] for plan in plans)
 
 
 def grid(device: str, *, quick: bool = False) -> list[Case]:
@@ -176,6 +179,8 @@ def _call(
 
     parameter_dtype = torch.promote_types(x.dtype, torch.float32)
     norm = _initialized(layer(x.size(1)).to(x.device, parameter_dtype))
+    if "relu" in operation:
+        return _block(operation, norm, x, grad_output)
     if operation == "eval_forward":
         norm.eval()
         return torch.no_grad()(lambda: (norm(x),))
@@ -190,6 +195,24 @@ def _call(
 
     def forward_backward() -> Sequence[Tensor]:
         output = norm(leaf)
+        return output, *torch.autograd.grad(output, inputs, grad_output)
+
+    return forward_backward
+
+
+def _block(operation: str, norm: nn.Module, x: Tensor, grad_output: Tensor) -> Call:
+    """Batch norm and what follows it: in one pass where the layer is ours, as separate layers where it is torch's."""
+    leaf = x.detach().requires_grad_()
+    residuals = [grad_output.detach().requires_grad_()] if operation.startswith("add") else []
+    inputs = (leaf, *norm.parameters(), *residuals)
+    if isinstance(norm, normfused.BatchNorm2d):
+        norm.activation = "relu"
+        block: Callable[..., Tensor] = norm
+    else:
+        block = lambda x, *residual: torch.relu(sum(residual, start=norm(x)))  # noqa: E731
+
+    def forward_backward() -> Sequence[Tensor]:
+        output = block(leaf, *residuals)
         return output, *torch.autograd.grad(output, inputs, grad_output)
 
     return forward_backward
