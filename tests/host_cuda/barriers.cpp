@@ -61,8 +61,8 @@ void one_launch(const ChannelView& view) {
   args.invstd = invstd.data();
   args.eps = 1e-5;
   const cuda::MomentsOp<float, false> op{data.x.data(), view};
-  reduce(op, cuda::FinishTraining<float>{args, table.data()},
-         cuda::NormalizeOp<float>{data.x.data(), output.data(), table.data(), nullptr}, plan, resources);
+  const cuda::NormalizeOp<float> normalize{data.x.data(), output.data(), table.data(), nullptr, nullptr, {}, nullptr};
+  reduce(op, cuda::FinishTraining<float>{args, table.data()}, normalize, plan, resources);
   for (int64_t i = 0; i < view.numel(); ++i) {
     const int64_t c = data.channel(i);
     const double invstd_wanted = 1 / std::sqrt(data.m2[c] / static_cast<double>(view.positions()) + 1e-5);
