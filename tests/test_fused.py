@@ -128,6 +128,7 @@ def test_b18_second_derivatives(activation: str | None, with_residual: bool, tra
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.usefixtures("needs_extension")
 def test_b18_third_derivative_raises() -> None:
     x, residual = double(3, 2, 3).requires_grad_(), double(3, 2, 3).requires_grad_()
     y = batch_norm(x, None, None, training=True, residual=residual, activation="silu")
