@@ -51,7 +51,7 @@ class Conversion:
             share = 1 - self.bytes_after / max(self.bytes_before, 1)
             lines.append(
                 f"kept for backward: {self.bytes_before / 2**20:.1f} MiB before, "
-                f"{self.bytes_after / 2**20:.1f} MiB after ({share:.0%} less)"
+                f"{self.bytes_after / 2**20:.1f} MiB after ({abs(share):.0%} {'less' if share > 0 else 'more'})"
             )
         return "\n".join(lines)
 
