@@ -306,14 +306,14 @@ def _fuse_graph(root: nn.Module, graph: fx.Graph, path: str, report: Conversion)
         where = _join(path, str(node.target))
         if len(node.args) != 1 or node.kwargs or (isinstance(layer, modules._BatchNorm) and layer.activation):
             continue  # ours already, with something of its own behind it
-        match = _what_follows(root, node, order)
+        match = _what_follows(root, node)
         if isinstance(match, str):
             report.skipped.append((where, match))
             continue
         if match is None:
             continue
         last, residual, (activation, parameter) = match
-        reason = _obstacle(root, graph, node, last, residual, order)
+        reason = _obstacle(root, node, last, residual, order)
         if reason is not None:
             report.skipped.append((where, reason))
             continue
@@ -336,9 +336,7 @@ def _fuse_graph(root: nn.Module, graph: fx.Graph, path: str, report: Conversion)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
-def _what_follows(
-    root: nn.Module, node: fx.Node, order: dict[fx.Node, int]
-) -> tuple[fx.Node, fx.Node | None, Activation] | str | None:
+def _what_follows(root: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node | None, Activation] | str | None:
     """The last node of what can be fused behind a batch norm, what is added on the way, and the activation.
 
     None where nothing follows that could be fused; a reason where it cannot though it looks like it.
@@ -356,9 +354,8 @@ def _what_follows(
     residual = b if a is node else a
     if not isinstance(residual, fx.Node) or residual is node:
         return None
-    changed = user.target is operator.iadd or user.target == "add_"
-    if changed and a is residual and any(order[u] > order[user] for u in residual.users):
-        return "what is added is changed in place and read again"
+    if a is residual and (user.target is operator.iadd or user.target == "add_"):
+        return "it is added in place to something that others may read"
     if len(user.users) == 1:
         (after,) = user.users
         activation = _activation_of(root, after)
@@ -377,7 +374,6 @@ def _is_addition(node: fx.Node) -> bool:
 
 def _obstacle(
     root: nn.Module,
-    graph: fx.Graph,
     node: fx.Node,
     last: fx.Node,
     residual: fx.Node | None,

@@ -146,11 +146,17 @@ def named_batch_norm(
             running_var_correction,
             nonfinite_batches,
         )
+    _check_shape(name, ranks, input, training and mask is None, running_mean is not None)
     if mask is not None:
-        return _masked(
+        # The positions that are there, as the rows of a matrix.
+        _check_mask(name, mask, input)
+        if residual is not None:
+            _check_residual(input, residual)
+            residual = residual.movedim(1, -1)[mask]
+        rows = named_batch_norm(
             name,
-            mask,
-            input,
+            None,
+            input.movedim(1, -1)[mask],
             running_mean,
             running_var,
             weight,
@@ -162,10 +168,12 @@ def named_batch_norm(
             residual,
             activation,
             activation_param,
+            None,
             running_var_correction,
             nonfinite_batches,
         )
-    _check_shape(name, ranks, input, training, running_mean is not None)
+        output = rows.new_zeros(input.movedim(1, -1).shape).index_put((mask,), rows).movedim(-1, 1)
+        return reference.laid_out_as(output, input)
     compiling = torch.compiler.is_compiling()
     refusal = None
     if _extension.C is not None and not compiling and not _is_transformed():
@@ -235,47 +243,6 @@ def named_batch_norm(
         nonfinite_batches=nonfinite_batches,
         **after,
     )
-
-
-def _masked(name: str, mask: Tensor, input: Tensor, *arguments: Any) -> Tensor:
-    """:func:`named_batch_norm` of the valid positions, as rows of a matrix; zeros elsewhere."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name}: mask must be a bool tensor, got {got}")
-    shape = (*input.shape[:1], *input.shape[2:])
-    if mask.shape != shape:
-        raise ValueError(
-            f"{name}: mask must have the shape of input without its channels, {tuple(shape)}, got {tuple(mask.shape)}"
-        )
-    if mask.device != input.device:
-        raise ValueError(f"{name}: mask is on {mask.device}, but input is on {input.device}")
-    rows = input.movedim(1, -1)[mask]
-    if rows.size(0) == 0 and input.numel() != 0:
-        raise ValueError(f"{name}: mask has no valid position")
-    running_mean, running_var, weight, bias, training, momentum, eps, counter, residual, *after = arguments
-    if residual is not None:
-        _check_residual(input, residual)
-        residual = residual.movedim(1, -1)[mask]
-    buffers = running_mean, running_var, weight, bias
-    fused, parameter, correction, nonfinite = after
-    valid = named_batch_norm(
-        name,
-        None,
-        rows,
-        *buffers,
-        training,
-        momentum,
-        eps,
-        counter,
-        residual,
-        fused,
-        parameter,
-        None,
-        correction,
-        nonfinite,
-    )
-    output = valid.new_zeros(input.movedim(1, -1).shape).index_put((mask,), valid).movedim(-1, 1)
-    return reference.laid_out_as(output, input)
 
 
 def _is_transformed() -> bool:
@@ -368,6 +335,21 @@ def _check_statistics_input(name: str, input: Tensor, dtypes: tuple[torch.dtype,
 def _check_device(input: Tensor) -> None:
     if input.is_cuda and _extension.C is not None and not _extension.C.has_cuda():
         raise RuntimeError(_extension.no_cuda_message())
+
+
+def _check_mask(name: str, mask: Tensor, input: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name}: mask must be a bool tensor, got {got}")
+    shape = (*input.shape[:1], *input.shape[2:])
+    if mask.shape != shape:
+        raise ValueError(
+            f"{name}: mask must have the shape of input without its channels, {tuple(shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.device != input.device:
+        raise ValueError(f"{name}: mask is on {mask.device}, but input is on {input.device}")
+    if input.numel() != 0 and not mask.any():
+        raise ValueError(f"{name}: mask has no valid position")
 
 
 def _check_residual(input: Tensor, residual: Tensor) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
-from typing_extensions import Self
 
 from normfused.functional import check_activation, named_batch_norm
 from normfused.reference import ACTIVATION_PARAMS
@@ -16,6 +15,8 @@ from normfused.reference import ACTIVATION_PARAMS
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "no_stats_update"]
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     _Base = nn.modules.batchnorm._BatchNorm
 else:
     _Base = object

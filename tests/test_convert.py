@@ -233,6 +233,13 @@ def changed_residual(m: Case, x: Tensor) -> Tensor:
     return m.relu(z) * y
 
 
+def added_to_what_the_caller_has(m: Case, x: Tensor) -> Tensor:
+    x = x * 1
+    y = x.view(-1)
+    x += m.a(x * 3)
+    return torch.relu(x) + y.view_as(x)
+
+
 def residual_of_one_channel(m: Case, x: Tensor) -> Tensor:
     return torch.relu(m.a(x) + x[:, :1])
 
@@ -260,7 +267,8 @@ def added_to_a_number(m: Case, x: Tensor) -> Tensor:
 CASES: list[tuple[Callable[[Case, Tensor], Tensor], list[str], str | None]] = [
     (read_twice, [], "its output is read by others too"),
     (changed_operand, [], "what it reads is changed in place before"),
-    (changed_residual, [], "what is added is changed in place and read again"),
+    (changed_residual, [], "it is added in place to something that others may read"),
+    (added_to_what_the_caller_has, [], "it is added in place to something that others may read"),
     (residual_of_one_channel, ["BatchNorm2d + add + relu"], None),
     (by_mode, [], "not traced: does not do the same in training and evaluation"),
     (both_normalized, ["BatchNorm2d + add + leaky_relu"], None),

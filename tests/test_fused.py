@@ -380,6 +380,11 @@ BAD = [
         "got torch.float32 of shape (3,) on cpu",
     ),
     (
+        lambda: normfused.BatchNorm2d(3)(X[0], mask=torch.ones(4, 5, dtype=torch.bool)),
+        ValueError,
+        "BatchNorm2d: expected a 4D input, got 3D input of shape (3, 5, 5)",
+    ),
+    (
         lambda: normfused.BatchNorm2d(3)(X, mask=torch.ones(4, 5, dtype=torch.bool)),
         ValueError,
         "BatchNorm2d: mask must have the shape of input without its channels, (4, 5, 5), got (4, 5)",

@@ -30,11 +30,10 @@ constexpr Named kActivations[] = {
 }  // namespace
 
 Activation activation_of(std::string_view name, double parameter) {
-  std::string known;
-  for (const Named& activation : kActivations) {
+  for (const Named& activation : kActivations)
     if (activation.name == name) return {activation.kind, parameter};
-    known += (known.empty() ? "" : ", ") + std::string(activation.name);
-  }
+  std::string known;
+  for (const Named& activation : kActivations) known += (known.empty() ? "" : ", ") + std::string(activation.name);
   TORCH_CHECK_VALUE(false, "unknown activation '", std::string(name), "': must be one of ", known);
 }
 

@@ -1,4 +1,4 @@
-// Elementary functions of vectors. In float within 2 ulp; in double, which need not be fast, the C library's.
+// Elementary functions of vectors. In double, which need not be fast, they are the C library's.
 template <class F>
 NF_FN Vec<double> lane_by_lane(const Vec<double>& x, const F& f) {
   Vec<double> result{};
