@@ -50,6 +50,11 @@ def _seed() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     # From the reports: with several processes this one has run no test itself.
+    stats = terminalreporter.stats
+    for report in [*stats.get("passed", []), *stats.get("failed", [])]:
+        for name, text in report.user_properties:
+            if name == "table":
+                terminalreporter.write_line(f"{report.nodeid}\n{text.strip()}\n")
     skipped = sum(str(_WHY_NO_CUDA) in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
     if skipped:
         terminalreporter.write_line(f"{skipped} CUDA cases skipped: {_WHY_NO_CUDA}")

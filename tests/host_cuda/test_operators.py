@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def package(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("needs_extension")
-def test_operators_pass_their_tests_with_cuda_kernels(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_operators_pass_their_tests_with_cuda_kernels(
+    package: Path, record_property: Callable[[str, str], None]
+) -> None:
     environment = {**os.environ, "PYTHONPATH": str(package), "NORMFUSED_STRICT": "1"}
     probe = "import normfused; print(normfused.info()['cpu_capability'])"
     ran = subprocess.run(
@@ -64,5 +67,4 @@ def test_operators_pass_their_tests_with_cuda_kernels(package: Path, capsys: pyt
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
     assert int(passed[1]) > 1500, done.stdout[-300:]
-    with capsys.disabled():
-        print(f"\n{passed[1]} tests of the operators passed with the CUDA kernels", end="")
+    record_property("table", f"{passed[1]} tests of the operators passed with the CUDA kernels")
