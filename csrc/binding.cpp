@@ -19,9 +19,17 @@ TORCH_LIBRARY(normfused, m) {
       "float eps, Tensor? residual=None, str activation=\"identity\", float activation_param=0., "
       "bool save_mask=False) -> (Tensor output, Tensor statistics, Tensor mask)");
   m.def(
+      "batch_norm_training_(Tensor(a!) input, Tensor? weight, Tensor? bias, Tensor(b!)? running_mean, "
+      "Tensor(c!)? running_var, Tensor(d!)? num_batches_tracked, float? momentum, float eps, "
+      "str activation=\"identity\", float activation_param=0., int correction=1, Tensor(e!)? skipped=None) -> "
+      "Tensor statistics");
+  m.def(
+      "batch_norm_inference_(Tensor(a!) input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "float eps, str activation=\"identity\", float activation_param=0.) -> Tensor statistics");
+  m.def(
       "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor statistics, bool training, "
       "bool[4] output_mask, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
-      "str activation=\"identity\", float activation_param=0.) -> "
+      "str activation=\"identity\", float activation_param=0., bool from_output=False) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
   m.def("channel_moments(Tensor input) -> (Tensor mean, Tensor m2, Tensor min, Tensor max)");
   m.def("channel_sums(Tensor input) -> (Tensor sum, Tensor sum_of_squares)");
@@ -53,6 +61,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // The eager way in: the same operators without the cost of torch.ops' argument matching.
   m.def("batch_norm_training", output_of<&ops::batch_norm_training>(), py::call_guard<py::gil_scoped_release>());
   m.def("batch_norm_inference", output_of<&ops::batch_norm_inference>(), py::call_guard<py::gil_scoped_release>());
+  m.def("batch_norm_training_", &ops::batch_norm_training_, py::call_guard<py::gil_scoped_release>());
+  m.def("batch_norm_inference_", &ops::batch_norm_inference_, py::call_guard<py::gil_scoped_release>());
   m.def("channel_moments", &ops::channel_moments, py::call_guard<py::gil_scoped_release>());
   m.def("channel_sums", &ops::channel_sums, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &cpu::capability);

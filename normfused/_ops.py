@@ -65,6 +65,40 @@ def _batch_norm_inference(
     return _output_like(input), _statistics(input), _mask(input, save_mask)
 
 
+@torch.library.register_fake("normfused::batch_norm_training_")
+def _batch_norm_training_inplace(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+    correction: int = 1,
+    skipped: Tensor | None = None,
+) -> Tensor:
+    _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked, skipped)
+    return _statistics(input)
+
+
+@torch.library.register_fake("normfused::batch_norm_inference_")
+def _batch_norm_inference_inplace(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+) -> Tensor:
+    _check_device(input, weight, bias, running_mean, running_var)
+    return _statistics(input)
+
+
 @torch.library.register_fake("normfused::batch_norm_backward")
 def _batch_norm_backward(
     grad_output: Tensor,
@@ -78,6 +112,7 @@ def _batch_norm_backward(
     mask: Tensor | None = None,
     activation: str = "identity",
     activation_param: float = 0.0,
+    from_output: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_device(input, grad_output, weight, statistics, bias, residual, mask)
     if weight is not None:

@@ -304,8 +304,12 @@ def _fuse_graph(root: nn.Module, graph: fx.Graph, path: str, report: Conversion)
         if type(layer) not in _OURS and type(layer) not in _STOCK:
             continue
         where = _join(path, str(node.target))
-        if len(node.args) != 1 or node.kwargs or (isinstance(layer, modules._BatchNorm) and layer.activation):
-            continue  # ours already, with something of its own behind it
+        if (
+            len(node.args) != 1
+            or node.kwargs
+            or (isinstance(layer, modules._BatchNorm) and (layer.activation or layer.inplace))
+        ):
+            continue  # ours already, with something of its own behind it, or written over what it reads
         match = _what_follows(root, node)
         if isinstance(match, str):
             report.skipped.append((where, match))

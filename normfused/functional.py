@@ -36,6 +36,7 @@ def batch_norm(
     mask: Tensor | None = None,
     running_var_correction: int = 1,
     nonfinite_batches: Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """Normalize each channel of ``input`` over all its other dimensions; then, if wanted, add and activate.
 
@@ -43,7 +44,7 @@ def batch_norm(
     the batch's own in training and the running ones otherwise. Drop-in for :func:`torch.nn.functional.batch_norm`.
 
     Args:
-        input: shape ``(N, C, ...)``, float32, float64, float16 or bfloat16, any strides. Not written.
+        input: shape ``(N, C, ...)``, float32, float64, float16 or bfloat16, any strides. Written if ``inplace``.
         running_mean, running_var: shape ``(C,)``, given together or not at all; needed unless ``training``. In
             training they are updated in place: ``(1 - momentum) * running + momentum * batch``. Never saved for
             backward.
@@ -64,6 +65,13 @@ def batch_norm(
             variance that normalizes, so that ``momentum=1`` makes evaluation equal training.
         nonfinite_batches: shape ``(C,)``, int64. Where given, a channel whose batch has an infinity or a NaN leaves
             its running statistics as they are, and is counted up here, in place.
+        inplace: write the output over ``input`` and return that; backward works from the output, and nothing else is
+            kept. For an activation that can be undone, ``"identity"`` or ``"leaky_relu"`` with a positive parameter,
+            without ``residual`` and ``mask``. Gradients are those of the input as the rounded output tells it: in
+            float16 and bfloat16 off by about the output's rounding. A channel whose weight is too small for that
+            (``abs(bias) > 8 * abs(weight)``, or a weight near the least normal number) keeps its input; on CUDA, to
+            see which do, forward waits for the device. Compiled it is out of place, and compilers plan memory
+            themselves.
 
     Returns:
         Shape, dtype and memory format of ``input``. First and second derivatives are exact; the third raises
@@ -73,10 +81,12 @@ def batch_norm(
     Raises:
         ValueError: a shape, device, name or value that does not fit, or one value per channel in training.
         TypeError: a dtype that is not supported.
-        RuntimeError: a CUDA tensor where the extension was built without CUDA.
+        RuntimeError: a CUDA tensor where the extension was built without CUDA; ``inplace`` for an input that cannot
+            be overwritten: a leaf that requires grad, overlapping memory, one that its producer keeps for backward.
 
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167;
-    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.batch_norm.html
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.batch_norm.html; in place: Rota Bulò, Porzi and
+    Kontschieder, 2018, arXiv:1712.02616
     """
     activation = "identity" if activation is None else activation
     return named_batch_norm(
@@ -97,6 +107,7 @@ def batch_norm(
         mask,
         running_var_correction,
         nonfinite_batches,
+        inplace,
     )
 
 
@@ -118,6 +129,7 @@ def named_batch_norm(
     mask: Tensor | None = None,
     running_var_correction: int = 1,
     nonfinite_batches: Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """:func:`batch_norm` for a caller of that name, whose input must have one of these ranks (``None``: any).
 
@@ -145,8 +157,11 @@ def named_batch_norm(
             mask,
             running_var_correction,
             nonfinite_batches,
+            inplace,
         )
     _check_shape(name, ranks, input, training and mask is None, running_mean is not None)
+    if inplace:
+        _check_inplace(name, input, residual, mask, activation, activation_param)
     if mask is not None:
         # The positions that are there, as the rows of a matrix.
         _check_mask(name, mask, input)
@@ -178,6 +193,27 @@ def named_batch_norm(
     refusal = None
     if _extension.C is not None and not compiling and not _is_transformed():
         try:
+            if inplace:
+                if training:
+                    _extension.C.batch_norm_training_(
+                        input,
+                        weight,
+                        bias,
+                        running_mean,
+                        running_var,
+                        num_batches_tracked,
+                        momentum,
+                        eps,
+                        activation,
+                        activation_param,
+                        running_var_correction,
+                        nonfinite_batches,
+                    )
+                else:
+                    _extension.C.batch_norm_inference_(
+                        input, weight, bias, running_mean, running_var, eps, activation, activation_param
+                    )
+                return input
             if training:
                 return _extension.C.batch_norm_training(  # type: ignore[no-any-return]
                     input,
@@ -219,30 +255,34 @@ def named_batch_norm(
     if refusal is not None:
         raise refusal
     after: dict[str, Any] = {"residual": residual, "activation": activation, "activation_param": activation_param}
+    # Autograd may keep what these read: over it nothing must be written.
+    source = input.clone() if inplace else input
     if compiling and _extension.C is not None:
         # The operators as compilers see them; the pybind11 module is opaque to them.
         ops = torch.ops.normfused
         if training:
             buffers = (running_mean, running_var, num_batches_tracked)
             updates = {"correction": running_var_correction, "skipped": nonfinite_batches}
-            results = ops.batch_norm_training(input, weight, bias, *buffers, momentum, eps, **after, **updates)
+            results = ops.batch_norm_training(source, weight, bias, *buffers, momentum, eps, **after, **updates)
         else:
-            results = ops.batch_norm_inference(input, weight, bias, running_mean, running_var, eps, **after)
-        return results[0]  # type: ignore[no-any-return]
-    return reference.batch_norm(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        num_batches_tracked=num_batches_tracked,
-        running_var_correction=running_var_correction,
-        nonfinite_batches=nonfinite_batches,
-        **after,
-    )
+            results = ops.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **after)
+        output = results[0]
+    else:
+        output = reference.batch_norm(
+            source,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked=num_batches_tracked,
+            running_var_correction=running_var_correction,
+            nonfinite_batches=nonfinite_batches,
+            **after,
+        )
+    return input.copy_(output) if inplace else output
 
 
 def _is_transformed() -> bool:
@@ -371,6 +411,52 @@ def check_activation(name: str, activation: str, parameter: float) -> None:
         raise ValueError(f"{name}: unknown activation {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
     if not isinstance(parameter, (int, float)) or not -math.inf < parameter < math.inf:
         raise ValueError(f"{name}: activation_param must be a finite number, got {parameter!r}")
+
+
+def check_undoable(name: str, activation: str | None, parameter: float) -> None:
+    """Raise ``ValueError`` where an activation's input cannot be told from its output."""
+    if activation in (None, "identity") or (activation == "leaky_relu" and parameter > 0):
+        return
+    got = f"{activation!r} with {parameter}" if activation == "leaky_relu" else repr(activation)
+    raise ValueError(
+        f"{name}: inplace=True needs an activation that can be undone, 'identity' or 'leaky_relu' with a positive "
+        f"activation_param, got {got}"
+    )
+
+
+def _check_inplace(
+    name: str,
+    input: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+    activation_param: float,
+) -> None:
+    check_activation(name, activation, activation_param)
+    check_undoable(name, activation, activation_param)
+    for other, value in (("residual", residual), ("mask", mask)):
+        if value is not None:
+            raise ValueError(f"{name}: inplace=True takes no {other}")
+    if torch.compiler.is_compiling():
+        return
+    if torch._debug_has_internal_overlap(input) == 1:
+        raise RuntimeError(
+            f"{name}: inplace=True cannot write over input, whose elements share memory: shape {tuple(input.shape)}, "
+            f"strides {input.stride()}; clone it first"
+        )
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return
+    base = input._base if input._is_view() else input
+    if base is not None and base.is_leaf and base.requires_grad:
+        kind = "a leaf" if base is input else "a view of a leaf"
+        raise RuntimeError(f"{name}: inplace=True cannot write over input, {kind} that requires grad")
+    # The attribute is one of the class, so that nothing is unpacked to see it.
+    if hasattr(input.grad_fn, "_raw_saved_result"):
+        assert input.grad_fn is not None
+        raise RuntimeError(
+            f"{name}: inplace=True cannot write over input, which {input.grad_fn.name()} made and keeps for backward; "
+            "use inplace=False here"
+        )
 
 
 def _check(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from normfused.functional import check_activation, named_batch_norm
+from normfused.functional import check_activation, check_undoable, named_batch_norm
 from normfused.reference import ACTIVATION_PARAMS
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "no_stats_update"]
@@ -54,6 +54,7 @@ class _BatchNorm(_Base):
     activation_param: float | None = None
     running_var_correction: int = 1
     nonfinite: str = "propagate"
+    inplace: bool = False
     frozen: bool = False
     nonfinite_batches: Tensor  # where nonfinite is "skip"
 
@@ -64,6 +65,7 @@ class _BatchNorm(_Base):
         activation_param: float | None = None,
         running_var_correction: int = 1,
         nonfinite: str = "propagate",
+        inplace: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -83,6 +85,13 @@ class _BatchNorm(_Base):
             self.running_var_correction = running_var_correction
         if nonfinite not in ("propagate", "skip"):
             raise ValueError(f"{name}: nonfinite must be 'propagate' or 'skip', got {nonfinite!r}")
+        if inplace:
+            check_undoable(
+                name,
+                activation,
+                ACTIVATION_PARAMS.get(activation or "", 0.0) if activation_param is None else activation_param,
+            )
+            self.inplace = inplace
         if nonfinite == "skip":
             if not self.track_running_stats:
                 raise ValueError(f"{name}: nonfinite='skip' needs track_running_stats=True")
@@ -133,6 +142,7 @@ class _BatchNorm(_Base):
             mask,
             self.running_var_correction,
             self.nonfinite_batches if updates and self.nonfinite == "skip" else None,
+            self.inplace,
         )
 
     def freeze(self) -> Self:
@@ -164,7 +174,7 @@ class _BatchNorm(_Base):
 
 def own_options(layer: nn.Module) -> dict[str, Any]:
     """What one of our layers has been told that torch.nn's layers cannot be."""
-    names = ("activation", "activation_param", "running_var_correction", "nonfinite", "frozen")
+    names = ("activation", "activation_param", "running_var_correction", "nonfinite", "inplace", "frozen")
     options = {name: getattr(layer, name) for name in names}
     return {name: value for name, value in options.items() if value != getattr(_BatchNorm, name)}
 
@@ -196,6 +206,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         nonfinite: ``"propagate"`` as torch; ``"skip"``: a channel in whose batch there is an infinity or a NaN leaves
             its running statistics as they are, and is counted in the buffer ``nonfinite_batches``, int64 of shape
             ``(C,)``, which is not part of ``state_dict``.
+        inplace: write the output over the input, and keep no other activation for backward; for no activation or a
+            leaky ReLU. What this asks of the input: :func:`normfused.functional.batch_norm`.
 
     Called with ``(input, residual=None, mask=None, lengths=None)``: ``residual`` is added before the activation;
     ``mask``, bool of shape ``(N,)`` or ``(N, L)``, names the positions that are there; ``lengths``, integers of shape

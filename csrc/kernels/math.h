@@ -67,6 +67,23 @@ NF_FN double corrected(double variance, int64_t count, int64_t correction) {
 
 NF_FN bool is_finite(double value) { return value - value == 0; }
 
+// What the values of a channel go through: z = (x - mean) * invstd * weight + bias.
+struct Normalization {
+  double mean, invstd, weight, bias;
+};
+
+// The normalization of z that gives the same deviations and the same gradients as that of x: backward from the output
+// is backward with these four, where x stands for z.
+NF_FN Normalization seen_from_output(const Normalization& n) {
+  return {n.bias, 1 / n.weight, n.weight * n.weight * n.invstd, n.bias};
+}
+
+// What backward undoes in a channel with this weight and bias.
+NF_FN Normalization normalization_of(const BatchNormBackward& args, int64_t c, double weight, double bias) {
+  const Normalization n{args.mean[c], args.invstd[c], weight, bias};
+  return args.from_output ? seen_from_output(n) : n;
+}
+
 // output = (x - pivot) * scale + shift. The pivot is the mean rounded to S and subtracted first, because x * a + b
 // cancels where |mean| >> std; what the rounding dropped is put back through `shift`.
 template <class S>
@@ -75,10 +92,10 @@ struct ForwardCoefficients {
 };
 
 template <class S>
-NF_FN ForwardCoefficients<S> forward_coefficients(double mean, double invstd, double weight, double bias) {
-  const S pivot = static_cast<S>(mean);
-  const double scale = invstd * weight;
-  return {pivot, static_cast<S>(scale), static_cast<S>(bias + (static_cast<double>(pivot) - mean) * scale)};
+NF_FN ForwardCoefficients<S> forward_coefficients(const Normalization& n) {
+  const S pivot = static_cast<S>(n.mean);
+  const double scale = n.invstd * n.weight;
+  return {pivot, static_cast<S>(scale), static_cast<S>(n.bias + (static_cast<double>(pivot) - n.mean) * scale)};
 }
 
 // grad_input = grad_output * scale + (x - pivot) * slope + shift, and the parameters' gradients.
@@ -90,16 +107,15 @@ struct BackwardCoefficients {
 
 // `sum_g` is the sum of grad_output, `sum_gd` that of grad_output * (x - pivot) with pivot = S(mean).
 template <class S>
-NF_FN BackwardCoefficients<S> backward_coefficients(double mean, double invstd, double weight, int64_t count,
-                                                    double sum_g, double sum_gd) {
-  const S pivot = static_cast<S>(mean);
-  const double dropped = static_cast<double>(pivot) - mean;
+NF_FN BackwardCoefficients<S> backward_coefficients(const Normalization& n, int64_t count, double sum_g,
+                                                    double sum_gd) {
+  const S pivot = static_cast<S>(n.mean);
+  const double dropped = static_cast<double>(pivot) - n.mean;
   const double centred = sum_gd + dropped * sum_g;  // sum of grad_output * (x - mean)
-  const double scale = weight * invstd;
-  const double n = static_cast<double>(count);
-  const double slope = -scale * invstd * invstd * centred / n;
-  const double shift = slope * dropped - scale * sum_g / n;
-  return {pivot, static_cast<S>(scale), static_cast<S>(slope), static_cast<S>(shift), centred * invstd, sum_g};
+  const double scale = n.weight * n.invstd;
+  const double slope = -scale * n.invstd * n.invstd * centred / static_cast<double>(count);
+  const double shift = slope * dropped - scale * sum_g / static_cast<double>(count);
+  return {pivot, static_cast<S>(scale), static_cast<S>(slope), static_cast<S>(shift), centred * n.invstd, sum_g};
 }
 
 // ---- activations -------------------------------------------------------------------------------------------------
@@ -165,6 +181,13 @@ NF_FN V activated(const Activation& activation, const V& z) {
       return z * sigmoid<E, S>(gelu_argument<S>(z));
   }
   return z;
+}
+
+// z from what it was activated to, where that can be undone: identity and leaky ReLU with a positive slope.
+template <class S, class V>
+NF_FN V deactivated(const Activation& activation, const V& y) {
+  if (activation.kind != ActivationKind::kLeakyRelu) return y;
+  return where_positive(y, y, V(y * static_cast<S>(1 / activation.parameter)));
 }
 
 // The gradient of z where `grad` is that of the activated z.

@@ -96,9 +96,13 @@ struct BatchNormBackward {
   const void* residual = nullptr;
   const uint8_t* mask = nullptr;
   void* grad_residual = nullptr;  // null: not wanted; written where grad_input is
+  // Whether `input` is what forward gave: x is no longer there. Only for an activation that can be undone (see
+  // deactivated() in math.h), without a residual, and for channels whose weight is not 0.
+  bool from_output = false;
 
   constexpr bool fused() const {
-    return activation.kind != ActivationKind::kIdentity || residual != nullptr || grad_residual != nullptr;
+    return activation.kind != ActivationKind::kIdentity || residual != nullptr || grad_residual != nullptr ||
+           from_output;
   }
 };
 

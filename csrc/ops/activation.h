@@ -20,6 +20,12 @@ inline bool gradient_is_by_sign(const Activation& activation) {
   return activation.kind == ActivationKind::kRelu || activation.kind == ActivationKind::kLeakyRelu;
 }
 
+// Whether z can be told from the activated z.
+inline bool can_be_undone(const Activation& activation) {
+  return activation.kind == ActivationKind::kIdentity ||
+         (activation.kind == ActivationKind::kLeakyRelu && activation.parameter > 0);
+}
+
 // The activation in torch's own operators, for derivatives of higher order.
 at::Tensor activate(const Activation& activation, const at::Tensor& z);
 

@@ -94,8 +94,15 @@ at::Tensor empty_statistics(const at::Tensor& input) {
   return at::empty({2, input.size(1)}, input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training_kernels(
-    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+// Where the values go: over those of the input, or beside them.
+enum class Target { kNew, kInput };
+
+at::Tensor target_of(Target target, const at::Tensor& dense) {
+  return target == Target::kInput ? dense : empty_output_like(dense);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_batch(
+    Target target, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
     double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped) {
@@ -124,13 +131,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training_kernels(
   const at::Tensor dense = with_view(input);
   const OptionalTensor residual_dense = like_input("residual", residual, dense);
   const Activation applied = activation_of(activation, activation_param);
-  at::Tensor output = empty_output_like(dense);
+  at::Tensor output = target_of(target, dense);
   at::Tensor statistics = empty_statistics(input);
   at::Tensor mask = empty_mask(input, save_mask);
   if (input.numel() == 0) return {output, statistics.zero_(), mask};
   TORCH_CHECK_VALUE(view_of(dense)->positions() > 1, "expected more than 1 value per channel when training, got ",
                     input.sizes());
 
+  if (target == Target::kInput) begin_update(input);
   for (const OptionalTensor& buffer : {running_mean, running_var, num_batches_tracked, skipped}) begin_update(buffer);
   const OptionalTensor mean_buffer = contiguous(running_mean), var_buffer = contiguous(running_var);
   const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
@@ -144,15 +152,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training_kernels(
   args.activation = applied;
   args.mask = save_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   backend_of(input).batch_norm_training(args, input.device());
+  if (target == Target::kInput) finish_update(input, dense);
   finish_update(running_mean, mean_buffer);
   finish_update(running_var, var_buffer);
   return {output, statistics, mask};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference_kernels(
-    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& running_mean,
-    const at::Tensor& running_var, double eps, const OptionalTensor& residual, std::string_view activation,
-    double activation_param, bool save_mask) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_constants(
+    Target target, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const at::Tensor& running_mean, const at::Tensor& running_var, double eps, const OptionalTensor& residual,
+    std::string_view activation, double activation_param, bool save_mask) {
   check_input(input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
@@ -163,10 +172,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference_kernels(
   const at::Tensor dense = with_view(input);
   const OptionalTensor residual_dense = like_input("residual", residual, dense);
   const Activation applied = activation_of(activation, activation_param);
-  at::Tensor output = empty_output_like(dense);
+  at::Tensor output = target_of(target, dense);
   at::Tensor statistics = empty_statistics(input);
   at::Tensor mask = empty_mask(input, save_mask);
   if (input.numel() == 0) return {output, statistics.zero_(), mask};
+  if (target == Target::kInput) begin_update(input);
   const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
   const at::Tensor mean_dense = running_mean.contiguous(), var_dense = running_var.contiguous();
   BatchNormForward args = forward_args(dense, output, statistics, weight_dense, bias_dense, mean_dense, var_dense, eps);
@@ -174,13 +184,51 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference_kernels(
   args.activation = applied;
   args.mask = save_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   backend_of(input).batch_norm_inference(args, input.device());
+  if (target == Target::kInput) finish_update(input, dense);
   return {output, statistics, mask};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training_kernels(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped) {
+  return normalize_by_batch(Target::kNew, input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+                            eps, residual, activation, activation_param, save_mask, correction, skipped);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference_kernels(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& running_mean,
+    const at::Tensor& running_var, double eps, const OptionalTensor& residual, std::string_view activation,
+    double activation_param, bool save_mask) {
+  return normalize_by_constants(Target::kNew, input, weight, bias, running_mean, running_var, eps, residual, activation,
+                                activation_param, save_mask);
+}
+
+at::Tensor batch_norm_training_inplace_kernels(const at::Tensor& input, const OptionalTensor& weight,
+                                               const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                               const OptionalTensor& running_var,
+                                               const OptionalTensor& num_batches_tracked,
+                                               std::optional<double> momentum, double eps, std::string_view activation,
+                                               double activation_param, int64_t correction,
+                                               const OptionalTensor& skipped) {
+  return std::get<1>(normalize_by_batch(Target::kInput, input, weight, bias, running_mean, running_var,
+                                        num_batches_tracked, momentum, eps, std::nullopt, activation, activation_param,
+                                        /*save_mask=*/false, correction, skipped));
+}
+
+at::Tensor batch_norm_inference_inplace_kernels(const at::Tensor& input, const OptionalTensor& weight,
+                                                const OptionalTensor& bias, const at::Tensor& running_mean,
+                                                const at::Tensor& running_var, double eps, std::string_view activation,
+                                                double activation_param) {
+  return std::get<1>(normalize_by_constants(Target::kInput, input, weight, bias, running_mean, running_var, eps,
+                                            std::nullopt, activation, activation_param, /*save_mask=*/false));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_kernels(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& statistics,
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& mask, std::string_view activation, double activation_param) {
+    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output) {
   check_input(input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
@@ -194,6 +242,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_k
                 mask->is_contiguous() && mask->numel() == mask_bytes(input) && mask->device() == input.device()),
       "mask must be contiguous uint8 of shape (", mask_bytes(input), ") on ", input.device(),
       ", and the activation's gradient one by sign");
+  TORCH_CHECK_VALUE(!from_output || (can_be_undone(applied) && !residual && !mask),
+                    "from_output needs an activation that can be undone, and neither residual nor mask");
 
   const at::Tensor dense = with_view(input);
   const OptionalTensor grad_dense = like_input("grad_output", grad_output, dense);
@@ -230,6 +280,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_k
   args.activation = applied;
   args.residual = data_of(residual_dense);
   args.mask = static_cast<const uint8_t*>(data_of(mask));
+  args.from_output = from_output;
   if (output_mask[1]) args.grad_weight = channel_vector(grad_weight);
   if (output_mask[2]) args.grad_bias = channel_vector(grad_bias);
   // The kernels write the residual's gradient on their way to the input's.
@@ -264,18 +315,37 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference(
                  save_mask);
 }
 
+at::Tensor batch_norm_training_(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                                std::string_view activation, double activation_param, int64_t correction,
+                                const OptionalTensor& skipped) {
+  static const auto op = find_operator<decltype(batch_norm_training_)>("normfused::batch_norm_training_");
+  return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation,
+                 activation_param, correction, skipped);
+}
+
+at::Tensor batch_norm_inference_(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
+                                 std::string_view activation, double activation_param) {
+  static const auto op = find_operator<decltype(batch_norm_inference_)>("normfused::batch_norm_inference_");
+  return op.call(input, weight, bias, running_mean, running_var, eps, activation, activation_param);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& statistics,
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& mask, std::string_view activation, double activation_param) {
+    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output) {
   static const auto op = find_operator<decltype(batch_norm_backward)>("normfused::batch_norm_backward");
   return op.call(grad_output, input, weight, statistics, training, output_mask, bias, residual, mask, activation,
-                 activation_param);
+                 activation_param, from_output);
 }
 
 TORCH_LIBRARY_IMPL(normfused, CPU, m) {
   m.impl("batch_norm_training", batch_norm_training_kernels);
   m.impl("batch_norm_inference", batch_norm_inference_kernels);
+  m.impl("batch_norm_training_", batch_norm_training_inplace_kernels);
+  m.impl("batch_norm_inference_", batch_norm_inference_inplace_kernels);
   m.impl("batch_norm_backward", batch_norm_backward_kernels);
 }
 
@@ -283,6 +353,8 @@ TORCH_LIBRARY_IMPL(normfused, CPU, m) {
 TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
   m.impl("batch_norm_training", batch_norm_training_kernels);
   m.impl("batch_norm_inference", batch_norm_inference_kernels);
+  m.impl("batch_norm_training_", batch_norm_training_inplace_kernels);
+  m.impl("batch_norm_inference_", batch_norm_inference_inplace_kernels);
   m.impl("batch_norm_backward", batch_norm_backward_kernels);
 }
 #endif

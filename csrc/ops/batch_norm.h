@@ -35,12 +35,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference(
     const at::Tensor& running_var, double eps, const OptionalTensor& residual, std::string_view activation,
     double activation_param, bool save_mask);
 
+// The same in place: the output is written over the input. They return the statistics. With gradients the activation
+// must be one that can be undone.
+at::Tensor batch_norm_training_(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                                std::string_view activation, double activation_param, int64_t correction,
+                                const OptionalTensor& skipped);
+at::Tensor batch_norm_inference_(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
+                                 std::string_view activation, double activation_param);
+
 // Gradients of input, weight, bias and residual, those that output_mask asks for; the others are empty. `bias` and
 // `residual` are not needed with a mask. Of `input` only the layout is used where neither the statistics nor weight nor
-// the activation have a gradient that depends on it.
+// the activation have a gradient that depends on it. With `from_output` it is what forward gave instead: this needs an
+// activation that can be undone and weights that are not too small, and takes neither residual nor mask.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& statistics,
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& mask, std::string_view activation, double activation_param);
+    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output = false);
 
 }  // namespace normfused::ops

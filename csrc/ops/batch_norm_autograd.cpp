@@ -2,14 +2,12 @@
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <iterator>
 
-#include "ops/activation.h"
-#include "ops/batch_norm.h"
+#include "ops/autograd.h"
 #include "ops/layout.h"
 
 namespace normfused::ops {
@@ -19,16 +17,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-bool needs_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
-bool needs_grad(const OptionalTensor& tensor) { return tensor && needs_grad(*tensor); }
-
-void check_buffers(const OptionalTensor& running_mean, const OptionalTensor& running_var) {
-  TORCH_CHECK_VALUE(!at::GradMode::is_enabled() || (!needs_grad(running_mean) && !needs_grad(running_var)),
-                    "running statistics are not differentiated");
-}
-
-OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 // `tensor` in the given strides.
 Tensor laid_out(const Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides) {
@@ -93,29 +81,6 @@ variable_list batch_norm_double_backward(const Tensor& u_in, const Tensor& v_in,
   };
   return {as(grad_g, g_in), as(grad_x, x_in), as(grad_weight, weight_in)};
 }
-
-// The operators' arguments that have derivatives, in their order.
-enum Argument { kInput, kWeight, kBias, kResidual, kArguments };
-
-// What backward needs besides the tensors: whether the statistics were the batch's own, and what came after them.
-struct Mode {
-  bool training;
-  Activation activation;
-
-  void save(AutogradContext* ctx) const {
-    ctx->saved_data["training"] = training;
-    if (activation.kind == ActivationKind::kIdentity) return;
-    ctx->saved_data["activation"] = static_cast<int64_t>(activation.kind);
-    ctx->saved_data["activation_param"] = activation.parameter;
-  }
-  static Mode saved(AutogradContext* ctx) {
-    Mode mode{ctx->saved_data["training"].toBool(), {}};
-    if (const auto kind = ctx->saved_data.find("activation"); kind != ctx->saved_data.end())
-      mode.activation = {static_cast<ActivationKind>(kind->second.toInt()),
-                         ctx->saved_data["activation_param"].toDouble()};
-    return mode;
-  }
-};
 
 // The bits of a mask as a tensor of bools like `like`, which is laid out in memory as the values were.
 Tensor unpacked(const Tensor& mask, const Tensor& like) {
@@ -245,11 +210,7 @@ struct ForwardFunction : torch::autograd::Function<ForwardFunction> {
     const Tensor none;
     ctx->save_for_backward({saves_input ? input : none, weight.value_or(none), recomputes ? bias.value_or(none) : none,
                             recomputes ? residual.value_or(none) : none, statistics, by_mask ? mask : none});
-    // Only tensors that are there have an edge.
-    int64_t given = 0;
-    for (const bool there : {true, weight.has_value(), bias.has_value(), residual.has_value()})
-      given = 2 * given + there;
-    ctx->saved_data["given"] = given;
+    save_given(ctx, weight, bias, residual);
     if (!saves_input) {
       ctx->saved_data["sizes"] = output.sizes();
       ctx->saved_data["strides"] = output.strides();
@@ -270,10 +231,7 @@ struct ForwardFunction : torch::autograd::Function<ForwardFunction> {
                                             : laid_out(grads[0], ctx->saved_data["sizes"].toIntVector(),
                                                        ctx->saved_data["strides"].toIntVector());
     const Mode mode = Mode::saved(ctx);
-    std::array<bool, 4> wanted{};
-    const int64_t given = ctx->saved_data["given"].toInt();
-    for (size_t argument = 0, edge = 0; argument < kArguments; ++argument)
-      if (given >> (kArguments - 1 - argument) & 1) wanted[argument] = ctx->needs_input_grad(edge++);
+    std::array<bool, kArguments> wanted = wanted_gradients(ctx);
     const bool passes_on = wanted[kResidual] && mode.activation.kind == ActivationKind::kIdentity;
     if (passes_on) results[kResidual] = grads[0];
     wanted[kResidual] = wanted[kResidual] && !passes_on;
@@ -329,9 +287,10 @@ Outputs batch_norm_inference_autograd(const Tensor& input, const OptionalTensor&
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_autograd(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& statistics,
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& mask, std::string_view activation, double activation_param) {
+    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output) {
   if (at::GradMode::is_enabled() && (needs_grad(grad_output) || needs_grad(input) || needs_grad(weight) ||
                                      needs_grad(bias) || needs_grad(residual))) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!from_output, "backward from the output has no derivative");
     const Mode mode{training, activation_of(activation, activation_param)};
     const auto results =
         BackwardFunction::apply(grad_output, input, weight, bias, residual, statistics, mask, mode, output_mask);
@@ -339,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_autograd(
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   return batch_norm_backward(grad_output, input, weight, statistics, training, output_mask, bias, residual, mask,
-                             activation, activation_param);
+                             activation, activation_param, from_output);
 }
 
 }  // namespace

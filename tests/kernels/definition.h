@@ -262,6 +262,69 @@ void run_fused(Backend& backend, const Fusion& fusion, const Case<T>& data, Batc
   }
 }
 
+// Forward over its own input, and backward from what that left there.
+template <class T, class Backend>
+void run_in_place(Backend& backend, const Activation& activation, const Case<T>& data, BatchNormForward forward,
+                  int64_t offset, const std::vector<double>& mean, const std::vector<double>& invstd,
+                  const std::vector<double>& weight, const std::vector<double>& bias) {
+  current += " in place, activation " + std::to_string(static_cast<int>(activation.kind));
+  const int64_t n = data.view.numel(), channels = data.view.channels, count = data.view.positions();
+  const double epsilon = Format<T>::epsilon, sums = Format<T>::dtype == DType::kFloat64 ? 6e-16 : 6e-8;
+  Buffer<T> tensor(n, offset), grad_input(n, offset);
+  forward.activation = activation;
+  forward.input = forward.output = tensor.data;
+  for (const bool training : {true, false}) {
+    std::memcpy(tensor.data, data.input.data, static_cast<size_t>(n) * sizeof(T));
+    training ? backend.batch_norm_training(forward) : backend.batch_norm_inference(forward);
+    std::vector<double> d(n), g(n), total(channels), product(channels), size(channels);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t c = data.channel(i);
+      const double z = (data.x(i) - mean[c]) * invstd[c] * weight[c] + bias[c], want = activate(activation, z);
+      const double y = decode(tensor.data + i);
+      expect_near("output", i, y, want, 1.1 * epsilon * std::abs(want) + 40 * sums * (1 + std::abs(z)));
+      const bool scaled = activation.kind == ActivationKind::kLeakyRelu && y <= 0;
+      d[i] = ((scaled ? y / activation.parameter : y) - bias[c]) / weight[c];
+      g[i] = scaled ? data.g(i) * activation.parameter : data.g(i);
+      total[c] += g[i];
+      product[c] += g[i] * d[i];
+      size[c] += std::abs(g[i]) * (2 + std::abs(d[i]));
+    }
+
+    std::vector<double> grad_weight(channels), grad_bias(channels);
+    BatchNormBackward args{};
+    args.view = data.view;
+    args.dtype = Format<T>::dtype;
+    args.grad_output = data.grad.data;
+    args.input = tensor.data;
+    args.grad_input = grad_input.data;
+    args.weight = forward.weight;
+    args.grad_weight = {grad_weight.data(), DType::kFloat64};
+    args.grad_bias = {grad_bias.data(), DType::kFloat64};
+    args.mean = mean.data();
+    args.invstd = invstd.data();
+    args.training = training;
+    args.activation = activation;
+    args.bias = forward.bias;
+    args.from_output = true;
+    for (const bool parameters : {true, false}) {
+      if (!parameters) args.grad_weight = args.grad_bias = {};
+      backend.batch_norm_backward(args);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t c = data.channel(i);
+        double want = g[i];
+        if (training) want -= (total[c] + d[i] * product[c]) / static_cast<double>(count);
+        want *= weight[c] * invstd[c];
+        expect_near(training ? "grad_input" : "grad_input in inference", i, decode(grad_input.data + i), want,
+                    1.1 * epsilon * std::abs(want) + 100 * sums * (1 + std::abs(want)) * (1 + invstd[c]));
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      expect_near("grad_weight", c, grad_weight[c], product[c], 40 * sums * size[c]);
+      expect_near("grad_bias", c, grad_bias[c], total[c], 40 * sums * size[c]);
+    }
+  }
+}
+
 // Runs all kernels of a backend, a class with the functions of kernels/cpu/kernels.h.
 template <class T, class Backend>
 void run(Backend& backend, ChannelView view, int64_t offset, std::mt19937& random) {
@@ -426,6 +489,8 @@ void run(Backend& backend, ChannelView view, int64_t offset, std::mt19937& rando
   fused.running_mean = {centre.data(), DType::kFloat64};
   fused.running_var = {var.data(), DType::kFloat64};
   run_fused(backend, Fusion::next(), data, fused, offset, centre, invstd, wide_weight, wide_bias, random);
+  for (const ActivationKind kind : {ActivationKind::kIdentity, ActivationKind::kLeakyRelu})
+    run_in_place(backend, {kind, 0.3}, data, fused, offset, centre, invstd, wide_weight, wide_bias);
 }
 
 }  // namespace normfused::testing

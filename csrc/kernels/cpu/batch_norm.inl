@@ -32,16 +32,29 @@ struct NormalizeOp {
   }
 };
 
-// The gradient of z, from that of the output.
+// What backward reads: x, and the gradient of z from that of the output.
 template <class T, bool kFused>
 struct Gradient {
   using S = compute_t<T>;
   using V = Block<S, T>;
 
   const T* grad_output;
+  const T* input;
   const T* residual;
   Activation activation;
   const uint8_t* mask;
+  bool from_output;
+
+  // From the output it is z that stands for x.
+  template <class Width>
+  NF_INLINE V value(int64_t offset, Width width, const V& fill = V{}) const {
+    const V x = load_block(input + offset, width, fill);
+    if (!kFused || !from_output) return x;
+    return V::each([&](int64_t i) { return deactivated<S>(activation, x.part[i]); });
+  }
+  NF_INLINE V normalized(const V& x, const V& pivot, const V& scale, const V& shift) const {
+    return from_output ? x : (x - pivot) * scale + shift;
+  }
 
   // normalize() is z before the residual; it is called where the activation's gradient depends on it.
   template <class Width, class F>
@@ -59,6 +72,7 @@ struct Gradient {
   }
 
   NF_INLINE void prefetch(int64_t offset, int64_t n) const {
+    prefetch_row(input + offset, n);
     prefetch_row(grad_output + offset, n);
     if (kFused && residual != nullptr) prefetch_row(residual + offset, n);
   }
@@ -80,7 +94,6 @@ struct GradSumsOp {
   static constexpr bool kSeeksPivot = false;
 
   Gradient<T, kFused> gradient;
-  const T* input;
   const double* mean;
   const S* table;
   int64_t channels;
@@ -94,22 +107,19 @@ struct GradSumsOp {
   template <class Width>
   NF_INLINE void accumulate(Sums<GradSumsOp>& sums, int64_t offset, Width width,
                             const Coefficients<GradSumsOp>& c) const {
-    const V deviation = load_block(input + offset, width, c.k[0]) - c.k[0];
+    const V x = gradient.value(offset, width, c.k[0]);
+    const V deviation = x - c.k[0];
     const V grad = gradient(offset, width, [&]() __attribute__((always_inline)) {
-      if constexpr (!kFused) return deviation;
-      return deviation * c.k[kCoefficients - 2] + c.k[kCoefficients - 1];
+      return gradient.normalized(x, c.k[0], c.k[kCoefficients / 2], c.k[kCoefficients - 1]);
     });
     sums.k[0] = sums.k[0] + grad;
     sums.k[1] = sums.k[1] + grad * deviation;
   }
 
-  NF_INLINE void prefetch(int64_t offset, int64_t n) const {
-    prefetch_row(input + offset, n);
-    gradient.prefetch(offset, n);
-  }
+  NF_INLINE void prefetch(int64_t offset, int64_t n) const { gradient.prefetch(offset, n); }
   NF_INLINE S coefficient(int64_t k, int64_t c, int64_t) const {
-    if (k == 0) return static_cast<S>(mean[c]);
-    return table[(k == 1 ? Row::kScale : Row::kForwardShift) * channels + c];
+    if constexpr (!kFused) return static_cast<S>(mean[c]);
+    return table[(k == 0 ? Row::kPivot : k == 1 ? Row::kScale : Row::kForwardShift) * channels + c];
   }
 
   NF_INLINE Lanes<GradSumsOp> results_of(Vec<double>, int64_t, const Lanes<GradSumsOp>& sums) const { return sums; }
@@ -127,7 +137,6 @@ struct GradInputOp {
   static constexpr int64_t kCoefficients = kRows<kFused>;
 
   Gradient<T, kFused> gradient;
-  const T* input;
   T* output;
   T* grad_residual;
 
@@ -138,9 +147,10 @@ struct GradInputOp {
 
   template <class Width, class Put>
   NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<GradInputOp>& c, const Put& put) const {
-    const V deviation = load_block<V>(input + offset, width) - c.k[Row::kPivot];
+    const V x = gradient.value(offset, width);
+    const V deviation = x - c.k[Row::kPivot];
     const V grad = gradient(offset, width, [&]() __attribute__((always_inline)) {
-      return deviation * c.k[Row::kScale] + c.k[kCoefficients - 1];
+      return gradient.normalized(x, c.k[Row::kPivot], c.k[Row::kScale], c.k[kCoefficients - 1]);
     });
     if (kFused && grad_residual != nullptr) put(grad_residual + offset, grad, width);
     put(output + offset, grad * c.k[Row::kScale] + (deviation * c.k[Row::kSlope] + c.k[Row::kShift]), width);
@@ -155,7 +165,6 @@ struct ScaleOp {
   static constexpr int64_t kCoefficients = kFused ? kRows<kFused> : 1;
 
   Gradient<T, kFused> gradient;
-  const T* input;
   T* output;
   T* grad_residual;
 
@@ -167,7 +176,8 @@ struct ScaleOp {
   template <class Width, class Put>
   NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<ScaleOp>& c, const Put& put) const {
     const V grad = gradient(offset, width, [&]() __attribute__((always_inline)) {
-      return (load_block<V>(input + offset, width) - c.k[Row::kPivot]) * c.k[Row::kScale] + c.k[kCoefficients - 1];
+      return gradient.normalized(gradient.value(offset, width), c.k[Row::kPivot], c.k[Row::kScale],
+                                 c.k[kCoefficients - 1]);
     });
     if (kFused && grad_residual != nullptr) put(grad_residual + offset, grad, width);
     put(output + offset, grad * c.k[Row::kScale], width);
@@ -186,7 +196,7 @@ void forward_table(const BatchNormForward& args, S* table, int64_t c0, int64_t n
   read(args.bias, c0, n, 0, bias);
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const auto k = forward_coefficients<S>(args.mean[c0 + i], args.invstd[c0 + i], weight[i], bias[i]);
+    const auto k = forward_coefficients<S>({args.mean[c0 + i], args.invstd[c0 + i], weight[i], bias[i]});
     table[c0 + i] = k.pivot;
     table[channels + c0 + i] = k.scale;
     table[2 * channels + c0 + i] = k.shift;
@@ -229,7 +239,7 @@ void prepare_backward(const BatchNormBackward& args, S* table, int64_t c0, int64
   read(args.bias, c0, n, 0, bias);
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const auto k = forward_coefficients<S>(args.mean[c0 + i], args.invstd[c0 + i], weight[i], bias[i]);
+    const auto k = forward_coefficients<S>(normalization_of(args, c0 + i, weight[i], bias[i]));
     table[Row::kScale * channels + c0 + i] = k.scale;
     if constexpr (!kFused) continue;
     table[Row::kPivot * channels + c0 + i] = k.pivot;
@@ -241,11 +251,12 @@ void prepare_backward(const BatchNormBackward& args, S* table, int64_t c0, int64
 template <class S>
 void finish_backward(const BatchNormBackward& args, const Results& results, S* table, int64_t c0, int64_t n) {
   const int64_t channels = args.view.channels, count = args.view.positions();
-  double weight[kEntries], grad_weight[kEntries], grad_bias[kEntries];
+  double weight[kEntries], bias[kEntries], grad_weight[kEntries], grad_bias[kEntries];
   read(args.weight, c0, n, 1, weight);
+  read(args.bias, c0, n, 0, bias);
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const auto k = backward_coefficients<S>(args.mean[c0 + i], args.invstd[c0 + i], weight[i], count,
+    const auto k = backward_coefficients<S>(normalization_of(args, c0 + i, weight[i], bias[i]), count,
                                             results(0, c0 + i), results(1, c0 + i));
     table[Row::kScale * channels + c0 + i] = k.scale;
     table[Row::kPivot * channels + c0 + i] = k.pivot;
@@ -325,13 +336,16 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
   using S = compute_t<T>;
   using Reduce = GradSumsOp<T, kFused>;
   const ChannelView& view = args.view;
-  const Gradient<T, kFused> gradient{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.residual),
-                                     args.activation, args.mask};
-  const T* const input = static_cast<const T*>(args.input);
+  const Gradient<T, kFused> gradient{static_cast<const T*>(args.grad_output),
+                                     static_cast<const T*>(args.input),
+                                     static_cast<const T*>(args.residual),
+                                     args.activation,
+                                     args.mask,
+                                     args.from_output};
   T* const grad_input = static_cast<T*>(args.grad_input);
   T* const grad_residual = static_cast<T*>(args.grad_residual);
-  const GradInputOp<T, kFused> through_statistics{gradient, input, grad_input, grad_residual};
-  const ScaleOp<T, kFused> past_statistics{gradient, input, grad_input, grad_residual};
+  const GradInputOp<T, kFused> through_statistics{gradient, grad_input, grad_residual};
+  const ScaleOp<T, kFused> past_statistics{gradient, grad_input, grad_residual};
 
   const bool reduces = args.training || args.grad_weight || args.grad_bias;
   const Plan plan = plan_reduction(view, sizeof(T), 2);
@@ -342,7 +356,7 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
     for_entries(0, view.channels, [&](int64_t c0, int64_t n) { prepare_backward<S, kFused>(args, table, c0, n); });
   if (!reduces) return apply_all(past_statistics, view, parallel, table);
 
-  const Reduce sums{gradient, input, args.mean, table, view.channels};
+  const Reduce sums{gradient, args.mean, table, view.channels};
   const Results results{workspace.results, view.channels};
   const bool streaming = worth_streaming(through_statistics, view, plan);
   sweep(

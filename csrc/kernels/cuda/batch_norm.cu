@@ -89,8 +89,8 @@ cudaError_t batch_norm_backward(const BatchNormBackward& args, Resources& resour
     T* const grad_input = static_cast<T*>(args.grad_input);
     T* const grad_residual = static_cast<T*>(args.grad_residual);
     S* const table = table_for<GradInput>(args.view, resources);
-    const GradInput through{grad_output,   input,           grad_input, table,        residual,
-                            grad_residual, args.activation, args.mask,  args.training};
+    const GradInput through{grad_output,   input,           grad_input, table,         residual,
+                            grad_residual, args.activation, args.mask,  args.training, args.from_output};
     const ScaleOp<T> past{grad_output, grad_input, table + Row::kScale * args.view.channels};
     const bool aligned = all_aligned(grad_output, input, residual, grad_input, grad_residual);
     const auto apply_last = [&] {
@@ -105,8 +105,8 @@ cudaError_t batch_norm_backward(const BatchNormBackward& args, Resources& resour
     if (error != cudaSuccess) return error;
     if (!reduces) return apply_last();
 
-    const GradSumsOp<T, fused()> sums{grad_output, input,    args.mean,       args.view,
-                                      table,       residual, args.activation, args.mask};
+    const GradSumsOp<T, fused()> sums{grad_output, input,           args.mean, args.view,       table,
+                                      residual,    args.activation, args.mask, args.from_output};
     const FinishBackward<S> finish{args, table};
     const bool may_finish = args.training && grad_input != nullptr && !fused();
     const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 2, aligned, may_finish, resources.limits);

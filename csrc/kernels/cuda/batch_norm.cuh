@@ -107,6 +107,17 @@ struct NormalizeOp {
   }
 };
 
+// From the output, puts z where the output was; elsewhere z, without the residual, is the normalized value.
+template <int n, class S, class Normalize>
+NF_DEVICE void find_z(bool from_output, const Activation& activation, S (&x)[n], S (&z)[n],
+                      const Normalize& normalize) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (from_output) x[i] = deactivated<S>(activation, x[i]);
+    z[i] = from_output ? x[i] : normalize(i, x[i]);
+  }
+}
+
 // Turns gradients of the output into those of z, which is given without the residual.
 template <int n, class S>
 NF_DEVICE void to_gradient_of_z(const Activation& activation, S (&grad)[n], const S (&z)[n], const S (&residual)[n],
@@ -147,7 +158,7 @@ struct GradInputOp {
   T* grad_residual;
   Activation activation;
   const uint8_t* bits;
-  bool training;
+  bool training, from_output;
 
   NF_DEVICE const T* input(int k) const { return k == 0 ? grad_output : k == 1 ? tensor : residual; }
   NF_DEVICE T* output(int k) const { return k == 0 ? grad_input : grad_residual; }
@@ -162,18 +173,21 @@ struct GradInputOp {
         y[0][i] = x[0][i] * c.k[Row::kScale] + ((x[1][i] - c.k[Row::kPivot]) * c.k[Row::kSlope] + c.k[Row::kShift]);
       }
     } else {
-      S z[n];
+      S value[n], z[n];
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        const auto& c = choose(i);
         y[1][i] = x[0][i];
-        z[i] = (x[1][i] - c.k[Row::kPivot]) * c.k[Row::kScale] + c.k[Row::kForwardShift];
+        value[i] = x[1][i];
       }
+      find_z(from_output, activation, value, z, [&](int i, S v) {
+        const auto& c = choose(i);
+        return (v - c.k[Row::kPivot]) * c.k[Row::kScale] + c.k[Row::kForwardShift];
+      });
       to_gradient_of_z(activation, y[1], z, x[2], bits != nullptr, bits != nullptr ? load_bits<n>(bits, offset) : 0);
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const auto& c = choose(i);
-        const S through = (x[1][i] - c.k[Row::kPivot]) * c.k[Row::kSlope] + c.k[Row::kShift];
+        const S through = (value[i] - c.k[Row::kPivot]) * c.k[Row::kSlope] + c.k[Row::kShift];
         y[0][i] = y[1][i] * c.k[Row::kScale] + (training ? through : 0);
       }
     }
@@ -229,14 +243,17 @@ struct GradSumsOp {
   const T* residual;
   Activation activation;
   const uint8_t* mask_bits;
+  bool from_output;
 
   NF_DEVICE const T* input(int k) const { return k == 0 ? grad_output : k == 1 ? tensor : residual; }
   static NF_DEVICE double empty(int) { return 0; }
   static NF_DEVICE double join(int, double a, double b) { return a + b; }
   NF_DEVICE State start(int64_t channel) const {
     State state{};
-    state.pivot = static_cast<S>(mean[channel]);
-    if constexpr (kFused) {
+    if constexpr (!kFused) {
+      state.pivot = static_cast<S>(mean[channel]);
+    } else {
+      state.pivot = table[Row::kPivot * view.channels + channel];
       state.scale = table[Row::kScale * view.channels + channel];
       state.shift = table[Row::kForwardShift * view.channels + channel];
     }
@@ -250,13 +267,16 @@ struct GradSumsOp {
   template <int n, bool kMasked>
   NF_DEVICE void accumulate(State& state, const S (&values)[kInputs][n], uint32_t mask, uint32_t bits, bool) const {
     constexpr int kChains = n < 4 ? n : 4;
-    S grad[n];
+    S grad[n], value[n];
 #pragma unroll
-    for (int i = 0; i < n; ++i) grad[i] = values[0][i];
+    for (int i = 0; i < n; ++i) {
+      grad[i] = values[0][i];
+      value[i] = values[1][i];
+    }
     if constexpr (kFused) {
       S z[n];
-#pragma unroll
-      for (int i = 0; i < n; ++i) z[i] = (values[1][i] - state.pivot) * state.scale + state.shift;
+      find_z(from_output, activation, value, z,
+             [&](int, S v) { return (v - state.pivot) * state.scale + state.shift; });
       to_gradient_of_z(activation, grad, z, values[2], mask_bits != nullptr, bits);
     }
     S sum[kChains]{}, product[kChains]{};
@@ -264,7 +284,7 @@ struct GradSumsOp {
     for (int i = 0; i < n; ++i) {
       const bool counts = !kMasked || (mask >> i & 1);
       sum[i % kChains] += counts ? grad[i] : 0;
-      product[i % kChains] += counts ? grad[i] * (values[1][i] - state.pivot) : 0;
+      product[i % kChains] += counts ? grad[i] * (value[i] - state.pivot) : 0;
     }
 #pragma unroll
     for (int i = 1; i < kChains; ++i) {
@@ -297,7 +317,7 @@ NF_DEVICE void write_forward(const BatchNormForward& args, S* table, int64_t c, 
   args.mean[c] = mean;
   args.invstd[c] = invstd;
   write_row(table, args.view.channels, c,
-            forward_coefficients<S>(mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0)));
+            forward_coefficients<S>({mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0)}));
 }
 
 // Results are a mean and an M2.
@@ -333,7 +353,7 @@ struct FinishBackward {
 
   NF_DEVICE void operator()(int64_t c, const double (&sums)[2]) const {
     const int64_t channels = args.view.channels;
-    const auto k = backward_coefficients<S>(args.mean[c], args.invstd[c], read(args.weight, c, 1),
+    const auto k = backward_coefficients<S>(normalization_of(args, c, read(args.weight, c, 1), read(args.bias, c, 0)),
                                             args.view.positions(), sums[0], sums[1]);
     table[Row::kScale * channels + c] = k.scale;
     table[Row::kPivot * channels + c] = k.pivot;
@@ -376,8 +396,7 @@ struct PrepareBackward {
 
   NF_DEVICE void operator()(int64_t c) const {
     const int64_t channels = args.view.channels;
-    const auto k =
-        forward_coefficients<S>(args.mean[c], args.invstd[c], read(args.weight, c, 1), read(args.bias, c, 0));
+    const auto k = forward_coefficients<S>(normalization_of(args, c, read(args.weight, c, 1), read(args.bias, c, 0)));
     table[Row::kScale * channels + c] = k.scale;
     if constexpr (kFused) {
       table[Row::kPivot * channels + c] = k.pivot;
@@ -403,7 +422,7 @@ struct PrepareStandardize {
   S* table;
 
   NF_DEVICE void operator()(int64_t c) const {
-    write_row(table, channels, c, forward_coefficients<S>(read(mean, c, 0), 1 / read(std, c, 1), 1, 0));
+    write_row(table, channels, c, forward_coefficients<S>({read(mean, c, 0), 1 / read(std, c, 1), 1, 0}));
   }
 };
 
