@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = demo.add_argument
-    add("--experiment", choices=("cnn", "mlp"), default="cnn", help="the network")
+    add("--experiment", choices=("cnn", "mlp", "resnet"), default="cnn", help="the network")
     add(
         "--data",
         type=Path,

@@ -34,6 +34,7 @@ class Conversion:
     """What :func:`convert` did. ``print`` gives a table."""
 
     model: nn.Module
+    inplace: bool = False  # as asked for
     replaced: list[tuple[str, str]] = field(default_factory=list)  # path, class
     fused: list[tuple[str, str]] = field(default_factory=list)  # path, what now follows in the same pass
     skipped: list[tuple[str, str]] = field(default_factory=list)  # path, why
@@ -56,7 +57,12 @@ class Conversion:
         return "\n".join(lines)
 
 
-def convert(model: nn.Module, fuse: bool = True, example_inputs: tuple[Any, ...] | None = None) -> Conversion:
+def convert(
+    model: nn.Module,
+    fuse: bool = True,
+    inplace: bool = False,
+    example_inputs: tuple[Any, ...] | None = None,
+) -> Conversion:
     """Make every ``torch.nn.BatchNorm1d/2d/3d`` in ``model`` ours, and fuse what follows it.
 
     The layers change their class in place: parameters, buffers, training flag, hooks, names and sharing are as before.
@@ -70,15 +76,20 @@ def convert(model: nn.Module, fuse: bool = True, example_inputs: tuple[Any, ...]
     Args:
         model: any module, in training or evaluation mode; its layers are changed.
         fuse: whether to look for what follows.
+        inplace: whether batch norms with a leaky ReLU behind them are written over their input, where that comes from a
+            convolution or a linear layer, nothing else reads it, and nothing is written over the result. What that
+            means for gradients: :func:`normfused.functional.batch_norm`. Needs ``fuse``.
         example_inputs: arguments of ``model``. Where given, a copy of the model runs on them, before and after, and the
             report says how many bytes each keeps for backward.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module. ValueError: ``inplace`` without ``fuse``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
-    report = Conversion(model)
+    if inplace and not fuse:
+        raise ValueError("convert: inplace=True needs fuse=True, which finds where it can be")
+    report = Conversion(model, inplace)
     if example_inputs is not None:
         report.bytes_before = kept_for_backward(copy.deepcopy(model), *example_inputs)
     if fuse:
@@ -137,17 +148,24 @@ def kept_for_backward(model: nn.Module, *inputs: Any) -> int:
 # ---- fusion ----------------------------------------------------------------------------------------------------------
 
 
-def fused_call(layer: nn.Module, input: Tensor, residual: Tensor | None, activation: str, parameter: float) -> Tensor:
+def fused_call(
+    layer: nn.Module,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    parameter: float,
+    inplace: bool,
+) -> Tensor:
     """``activation(layer(input) + residual)``, in one pass where it can be.
 
     It cannot where the two summands differ in shape or dtype, or where the layer has got hooks meanwhile.
     """
     if has_torch_function_variadic(input, residual):  # a loaded graph is traced anew, and keeps this call whole
-        arguments = (layer, input, residual, activation, parameter)
+        arguments = (layer, input, residual, activation, parameter, inplace)
         return handle_torch_function(fused_call, (input, residual), *arguments)
     alike = residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
     if alike and isinstance(layer, modules._BatchNorm) and not _has_hooks(layer):
-        return layer.normalized(input, residual, None, activation, parameter)
+        return layer.normalized(input, residual, None, activation, parameter, inplace)
     output = layer(input) if residual is None else layer(input) + residual
     return ACTIVATIONS[activation](output, parameter)
 
@@ -279,7 +297,7 @@ def _unfused(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not fused_call:
             continue
-        layer, x, residual, activation, parameter = node.args
+        layer, x, residual, activation, parameter, _ = node.args
         with graph.inserting_before(node):
             y = graph.call_module(layer.target, (x,))
             if residual is not None:
@@ -321,9 +339,12 @@ def _fuse_graph(root: nn.Module, graph: fx.Graph, path: str, report: Conversion)
         if reason is not None:
             report.skipped.append((where, reason))
             continue
+        undoable = residual is None and activation == "leaky_relu" and parameter > 0
+        inplace = report.inplace and undoable and _may_write_over_input(root, node, last)
         with graph.inserting_before(last):
             layer_node = graph.get_attr(str(node.target))
-            new = graph.call_function(fused_call, (layer_node, node.args[0], residual, activation, parameter))
+            arguments = (layer_node, node.args[0], residual, activation, parameter, inplace)
+            new = graph.call_function(fused_call, arguments)
         last.replace_all_uses_with(new)
         while last is not node:
             before = next(n for n in last.all_input_nodes if n is node or node in n.all_input_nodes)
@@ -332,7 +353,8 @@ def _fuse_graph(root: nn.Module, graph: fx.Graph, path: str, report: Conversion)
         graph.erase_node(node)
         order[new] = order[last]
         words = [*(["add"] if residual is not None else []), *([activation] if activation != "identity" else [])]
-        report.fused.append((where, f"{type(layer).__name__} + {' + '.join(words)}"))
+        place = ", in place" if inplace else ""
+        report.fused.append((where, f"{type(layer).__name__} + {' + '.join(words)}{place}"))
         fused = True
     return fused
 
@@ -396,6 +418,16 @@ def _obstacle(
             if between and _changes_operands(root, user):
                 return "what it reads is changed in place before"
     return None
+
+
+def _may_write_over_input(root: nn.Module, node: fx.Node, last: fx.Node) -> bool:
+    """Whether a batch norm's input is its own to write over, and what stands there at the last node stays."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+        return False
+    module = root.get_submodule(str(source.target))
+    changed = any(_changes_operands(root, user) for user in last.users)
+    return isinstance(module, _FOLDABLE) and not _has_hooks(module) and not changed
 
 
 def _changes_operands(root: nn.Module, node: fx.Node) -> bool:

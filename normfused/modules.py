@@ -106,7 +106,9 @@ class _BatchNorm(_Base):
             leaf = _traced_as_leaf(self, input, residual, mask)
             if leaf is not None:
                 return leaf
-        return self.normalized(input, residual, mask, self.activation or "identity", self.activation_param)
+        return self.normalized(
+            input, residual, mask, self.activation or "identity", self.activation_param, self.inplace
+        )
 
     def normalized(
         self,
@@ -115,8 +117,9 @@ class _BatchNorm(_Base):
         mask: Tensor | None,
         activation: str,
         activation_param: float | None,
+        inplace: bool,
     ) -> Tensor:
-        """What a call of the layer does, with another activation behind it than its own, and without its hooks."""
+        """What a call of the layer does, with an activation and a place other than its own, and without its hooks."""
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         running_mean, running_var = self.running_mean, self.running_var  # once: nn.Module takes 0.7 us to find each
         training = self.training or (running_mean is None and running_var is None)
@@ -142,7 +145,7 @@ class _BatchNorm(_Base):
             mask,
             self.running_var_correction,
             self.nonfinite_batches if updates and self.nonfinite == "skip" else None,
-            self.inplace,
+            inplace,
         )
 
     def freeze(self) -> Self:

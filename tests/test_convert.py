@@ -299,6 +299,48 @@ def test_b25_graphs(function: Callable[[Case, Tensor], Tensor], fused: list[str]
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
+class Leaky(nn.Module):
+    """Layers with a leaky ReLU behind them: some of whose input nothing else reads, and others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(5))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(6))
+        self.act = nn.LeakyReLU(0.1, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norms[0](self.convs[0](x)))
+        y = self.convs[1](x)
+        x = self.act(self.norms[1](y)) + y  # read twice
+        x = self.act(self.norms[2](x * 2))  # of no layer
+        x = F.leaky_relu(self.norms[3](self.convs[2](x)))
+        x += 1  # written over
+        x = self.act(self.norms[4](self.convs[3](x)) + x)  # of a sum
+        return F.leaky_relu(self.norms[5](self.convs[4](x)), 0.2)
+
+
+def test_b25_in_place_where_nothing_else_reads_the_input() -> None:
+    stock = Leaky().double()
+    report = normfused.convert(copy.deepcopy(stock), inplace=True)
+    assert {path: what for path, what in report.fused} == {
+        "norms.0": "BatchNorm2d + leaky_relu, in place",
+        "norms.1": "BatchNorm2d + leaky_relu",
+        "norms.2": "BatchNorm2d + leaky_relu",
+        "norms.3": "BatchNorm2d + leaky_relu",
+        "norms.4": "BatchNorm2d + add + leaky_relu",
+        "norms.5": "BatchNorm2d + leaky_relu, in place",
+    }
+    results = []
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    for model in (stock, report.model):
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters()), *model.buffers()])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+    assert types(normfused.revert(report.model)) == types(stock)
+
+
 def test_b25_kept_bytes_are_counted() -> None:
     x = torch.randn(4, 8, 6, 6)
     size = x.numel() * 4
@@ -346,6 +388,11 @@ def test_b26_half_is_folded_in_float32() -> None:
 
 
 BAD = [
+    (
+        lambda: normfused.convert(nn.BatchNorm1d(3), fuse=False, inplace=True),
+        ValueError,
+        "convert: inplace=True needs fuse=True, which finds where it can be",
+    ),
     (lambda: normfused.convert(3), TypeError, "convert: model must be a torch.nn.Module, got int"),
     (lambda: normfused.revert("x"), TypeError, "revert: model must be a torch.nn.Module, got str"),
     (

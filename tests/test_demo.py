@@ -419,9 +419,9 @@ def test_accuracy_is_that_of_eval_mode() -> None:
 
 
 def test_comparison_takes_largest_difference_and_best_epochs() -> None:
-    ours = Curve(experiments.OURS, [Epoch(0.5, 1.0, 9.0), Epoch(0.75, 0.5, 2.0)], None)
-    theirs = Curve(experiments.THEIRS, [Epoch(0.25, 1.0, 3.0), Epoch(0.75, 0.5, 4.0)], None)
-    assert compare([ours, theirs]) == Comparison(largest_difference=0.25, time_ratio=1.5)
+    ours = Curve(experiments.OURS, [Epoch(0.5, 1.0, 9.0), Epoch(0.75, 0.5, 2.0)], None, 100)
+    theirs = Curve(experiments.THEIRS, [Epoch(0.25, 1.0, 3.0), Epoch(0.75, 0.5, 4.0)], None, 125)
+    assert compare([ours, theirs]) == Comparison(largest_difference=0.25, time_ratio=1.5, kept_ratio=1.25)
     assert compare([ours]) is None
 
 
@@ -457,6 +457,20 @@ def test_demo_trains_and_both_batch_norms_agree(tmp_path: Path, capsys: pytest.C
     for curve in results["runs"]:
         accuracy = f"{curve['epochs'][-1]['accuracy']:.4f}"
         assert any(line.startswith(f"{curve['run']} ") and accuracy in line for line in printed.splitlines())
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_resnet_is_converted_and_trains_alike(tmp_path: Path) -> None:
+    arguments = ["--experiment", "resnet", "--epochs", "2", "--limit", "400", "--out", str(tmp_path)]
+    assert main(["demo", *arguments]) == 0
+    runs = {run["run"]: run for run in json.loads((tmp_path / "results.json").read_text())["runs"]}
+    assert list(runs) == ["batch norm", "batch norm, in place", "batch norm (torch.nn)"]
+    first = [run["epochs"][0]["loss"] for run in runs.values()]
+    assert first == pytest.approx([first[-1]] * 3, rel=0.01)
+    kept = [run["kept_bytes"] for run in runs.values()]
+    if normfused.info()["extension"] == "loaded":
+        assert kept[1] < 0.8 * kept[2]
+        assert kept[0] < 1.01 * kept[2]
 
 
 @pytest.mark.usefixtures("nothing_installed")

@@ -19,9 +19,11 @@ from torch import nn
 import normfused
 from normfused.demo.dataset import CLASSES
 from normfused.demo.errors import DemoError
+from normfused.demo.resnet import ResNet
 
 OURS = "batch norm"
 THEIRS = "batch norm (torch.nn)"
+IN_PLACE = "batch norm, in place"
 
 STEPS_PER_EPOCH = 15  # at least: a small data set gets smaller batches
 
@@ -45,6 +47,7 @@ class Run:
     name: str
     layers: NormLayers | None
     standardized: bool = True
+    inplace: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Experiment:
     """A network, trained with Adam in several runs."""
 
     name: str
-    network: Callable[[torch.Size, NormLayers | None], nn.Sequential]
+    network: Callable[[torch.Size, Run], nn.Module]
     learning_rate: float
     largest_batch: int
     runs: tuple[Run, ...]
@@ -111,12 +114,18 @@ def mlp(image: torch.Size, layers: NormLayers | None) -> nn.Sequential:
     )
 
 
+def resnet(image: torch.Size, run: Run) -> nn.Module:
+    """A residual network of torch.nn's layers; with ours, the same converted."""
+    network = ResNet(image[0], CLASSES)
+    return normfused.convert(network, inplace=run.inplace).model if run.layers is normfused else network
+
+
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
         Experiment(
             name="cnn",
-            network=cnn,
+            network=lambda image, run: cnn(image, run.layers),
             learning_rate=0.01,
             largest_batch=1000,
             runs=(
@@ -128,10 +137,17 @@ EXPERIMENTS = {
         ),
         Experiment(
             name="mlp",
-            network=mlp,
+            network=lambda image, run: mlp(image, run.layers),
             learning_rate=1e-4,
             largest_batch=10,
             runs=(Run(OURS, normfused), Run("no batch norm", None), Run(THEIRS, nn)),
+        ),
+        Experiment(
+            name="resnet",
+            network=resnet,
+            learning_rate=1e-3,
+            largest_batch=200,
+            runs=(Run(OURS, normfused), Run(IN_PLACE, normfused, inplace=True), Run(THEIRS, nn)),
         ),
     )
 }

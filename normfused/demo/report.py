@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 import normfused
 from normfused.demo.errors import DemoError
-from normfused.demo.experiments import OURS, THEIRS
+from normfused.demo.experiments import IN_PLACE, OURS, THEIRS
 from normfused.demo.training import Curve, Training
 
 PLOT = "curves.png"
@@ -27,6 +27,7 @@ RESULTS = "results.json"
 _STYLES: dict[str, dict[str, Any]] = {
     OURS: {"color": "#7fb3e6", "linewidth": 5},
     THEIRS: {"color": "#0b3c6f", "linewidth": 1.5, "linestyle": "--", "zorder": 3},
+    IN_PLACE: {"color": "#3c9d6b", "linewidth": 2.5, "linestyle": ":", "zorder": 4},
     "no batch norm": {"color": "#d1692b", "linewidth": 2},
     "raw inputs": {"color": "#7a7a7a", "linewidth": 2},
 }
@@ -36,17 +37,19 @@ _STYLES: dict[str, dict[str, Any]] = {
 class Comparison:
     """normfused's layers against torch.nn's.
 
-    The largest difference in an epoch's training accuracy, and torch.nn's time over normfused's,
-    best epoch over best epoch.
+    The largest difference in an epoch's training accuracy; torch.nn's time over normfused's, best
+    epoch over best epoch; and torch.nn's bytes kept for backward over normfused's.
     """
 
     largest_difference: float
     time_ratio: float
+    kept_ratio: float
 
     def __str__(self) -> str:
         return (
             "batch norm, normfused and torch.nn: training accuracies differ by at most "
-            f"{self.largest_difference:.4f}; torch.nn takes {self.time_ratio:.2f} times as long"
+            f"{self.largest_difference:.4f}; torch.nn takes {self.time_ratio:.2f} times as long "
+            f"and keeps {self.kept_ratio:.2f} times as much for backward"
         )
 
 
@@ -59,6 +62,7 @@ def compare(curves: list[Curve]) -> Comparison | None:
     return Comparison(
         largest_difference=max(abs(a.accuracy - b.accuracy) for a, b in zip(ours.epochs, theirs.epochs, strict=True)),
         time_ratio=best_seconds(theirs) / best_seconds(ours),
+        kept_ratio=theirs.kept_bytes / ours.kept_bytes,
     )
 
 
@@ -77,6 +81,7 @@ def row(curve: Curve) -> str:
         f"{last.loss:.4f}",
         f"{best_seconds(curve):.2f}",
         f"{sum(epoch.seconds for epoch in curve.epochs):.1f}",
+        f"{curve.kept_bytes / 1e6:.1f}",
     )
 
 
@@ -84,7 +89,7 @@ def _align(run: str, *figures: str) -> str:
     return f"{run:<21}" + "".join(f"{figure:>15}" for figure in figures)
 
 
-HEADER = _align("run", "train accuracy", "test accuracy", "train loss", "best epoch, s", "total, s")
+HEADER = _align("run", "train accuracy", "test accuracy", "train loss", "best epoch, s", "total, s", "kept, MB")
 
 
 class Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn, optim
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from normfused.convert import kept_for_backward
 from normfused.demo.dataset import Dataset, Split, Standardization
 from normfused.demo.experiments import Experiment, Run
 
@@ -69,11 +71,16 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run gave; ``test_accuracy`` is the trained network's, None without a test split."""
+    """What a run gave.
+
+    ``test_accuracy`` is the trained network's, None without a test split; ``kept_bytes`` what a forward pass of one
+    batch keeps for backward.
+    """
 
     run: str
     epochs: list[Epoch]
     test_accuracy: float | None
+    kept_bytes: int
 
 
 def train(run: Run, training: Training) -> Curve:
@@ -84,9 +91,10 @@ def train(run: Run, training: Training) -> Curve:
     """
     torch.manual_seed(training.seed)
     dataset, experiment = training.dataset, training.experiment
-    network = experiment.network(dataset.train.images.shape[1:], run.layers).to(training.device)
+    network = experiment.network(dataset.train.images.shape[1:], run).to(training.device)
     optimizer = optim.Adam(network.parameters(), lr=experiment.learning_rate)
     examples = _prepare(dataset.train, run, training)
+    kept_bytes = kept_for_backward(copy.deepcopy(network), examples.inputs[: training.batch_size])
     steps = training.epochs * training.steps_per_epoch
     with tqdm(desc=run.name, total=steps, leave=False, disable=None) as bar:
         epochs = []
@@ -96,7 +104,7 @@ def train(run: Run, training: Training) -> Curve:
     test_accuracy = None
     if dataset.test:
         test_accuracy = accuracy(network, _prepare(dataset.test, run, training))
-    return Curve(run.name, epochs, test_accuracy)
+    return Curve(run.name, epochs, test_accuracy, kept_bytes)
 
 
 class Examples(NamedTuple):
