@@ -37,7 +37,7 @@ STYLE = {
 class Chart:
     name: str
     title: str
-    operations: tuple[str, str, str, str]
+    operations: tuple[str, ...]
     bar: Figure
     tick: Figure | None = None
 
@@ -46,7 +46,11 @@ CHARTS = (
     Chart(
         "speedup",
         "Times faster than torch eager. Dashed: target for the geometric mean",
-        ("training_forward", "training_forward_backward", "eval_forward", "channel_moments"),
+        (
+            *("training_forward", "training_forward_backward"),
+            *("relu_forward_backward", "add_relu_forward_backward"),
+            *("eval_forward", "channel_moments"),
+        ),
         "speedup",
     ),
     Chart(
@@ -74,7 +78,8 @@ def draw(machine: dict[str, Any], results: list[Result], folder: Path) -> None:
 def _draw(chart: Chart, title: str, results: list[Result], device: str, path: Path) -> None:
     shapes = list(dict.fromkeys((r["shape"][1], r["shape"][2]) for r in results))
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(2, 2, figsize=(12, 7), layout="constrained")
+        rows = len(chart.operations) // 2
+        fig, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), layout="constrained")
         for ax, operation in zip(axes.flat, chart.operations, strict=True):
             ax.set_title(OPERATIONS[operation].title)
             ax.set_xticks(range(len(shapes)), [f"{channels}×{side}²" for channels, side in shapes])

@@ -15,8 +15,8 @@ import plots
 import tables
 import torch
 from cases import Case, grid
+from growth import Growth, measure_growth
 from measure import Result, measure, summarize
-from memory import Growth, measure_growth
 from timing import FULL, QUICK
 
 import normfused

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cases import DTYPES, LAYOUTS, OPERATIONS, Traffic, dtype_name
+from growth import LEAK_KB, Growth
 from measure import Result
-from memory import LEAK_KB, Growth
 from targets import TARGETS, figure
 
 PEERS = {
@@ -44,7 +44,7 @@ def summary(machine: dict[str, Any], settings: dict[str, Any], results: list[Res
     return "\n\n".join(parts)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
     rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
@@ -80,7 +80,7 @@ def _targets(device: str, results: list[Result], memory: list[Growth]) -> str:
         ours = growth["peer"] == "normfused"
         verdict = "" if not ours else "reached" if kb < LEAK_KB else "**not reached**"
         rows.append((title, "", f"< {LEAK_KB:.0f} kB" if ours else "", f"{kb:+.0f} kB", "", verdict))
-    return _table(("what", "over the cases", "target", "measured", "at copy speed", ""), rows, text_columns=2)
+    return table(("what", "over the cases", "target", "measured", "at copy speed", ""), rows, text_columns=2)
 
 
 def _geometric_means(results: list[Result]) -> str:
@@ -94,7 +94,7 @@ def _geometric_means(results: list[Result]) -> str:
         least = min(group, key=lambda r: figure(r, "speedup"))
         rows.append((info.title, *map(_mean, cells), _mean(group), f"{figure(least, 'speedup'):.2f} ({_where(least)})"))
     header = ["operation", *(f"{dtype} {layout}" for dtype, layout in columns), "all", "least"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _mean(results: list[Result]) -> str:
@@ -119,7 +119,7 @@ def _details(results: list[Result]) -> Iterable[str]:
             *("times faster", "quartiles", *(f"share of the floor, {counts}" for counts in floors)),
         ]
         yield f"## {info.title}"
-        yield _table(header, (_row(result, peers, floors.values()) for result in group), text_columns=3)
+        yield table(header, (_row(result, peers, floors.values()) for result in group), text_columns=3)
 
 
 def _counts(traffic: tuple[int, int]) -> str:
