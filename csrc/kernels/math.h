@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/types.h"
 
@@ -150,18 +151,51 @@ NF_FN V within_six(const V& z) {
   return t > V{} + S(6) ? V{} + S(6) : t;
 }
 
+// Identity, ReLU, ReLU6 and leaky ReLU in one: a slope below 0, and none above the ceiling, which is NaN where there is
+// no ceiling.
+template <class S>
+struct Bend {
+  S below, ceiling;
+};
+
+template <class S>
+NF_FN Bend<S> bend_of(const Activation& activation) {
+  const S none = std::numeric_limits<S>::quiet_NaN();
+  switch (activation.kind) {
+    case ActivationKind::kRelu:
+      return {0, none};
+    case ActivationKind::kRelu6:
+      return {0, 6};
+    case ActivationKind::kLeakyRelu:
+      return {static_cast<S>(activation.parameter), none};
+    default:
+      return {1, none};
+  }
+}
+
+// a * below, and 0 of infinities too where the slope is 0.
+template <class S, class V>
+NF_FN V sloped(const Bend<S>& bend, const V& a) {
+  return bend.below == 0 ? V{} : V(a * bend.below);
+}
+template <class E, class S, class V>
+NF_FN V activated(const Bend<S>& bend, const V& z) {
+  return z < V{} ? sloped(bend, z) : (z > V{} + bend.ceiling ? V{} + bend.ceiling : z);  // NaN passes
+}
+template <class E, class S, class V>
+NF_FN V activation_gradient(const Bend<S>& bend, const V& z, const V& grad) {
+  return z <= V{} ? sloped(bend, grad) : (z >= V{} + bend.ceiling ? V{} : grad);
+}
+
 template <class E, class S, class V>
 NF_FN V activated(const Activation& activation, const V& z) {
   const S parameter = static_cast<S>(activation.parameter);
   switch (activation.kind) {
     case ActivationKind::kIdentity:
-      return z;
     case ActivationKind::kRelu:
-      return z < V{} ? V{} : z;  // NaN passes
     case ActivationKind::kRelu6:
-      return within_six<S>(z);
     case ActivationKind::kLeakyRelu:
-      return where_positive(z, z, V(z * parameter));
+      return activated<E, S>(bend_of<S>(activation), z);
     case ActivationKind::kElu:
       return where_positive(z, z, V(E::expm1(z > V{} ? V{} : z) * parameter));
     case ActivationKind::kHardswish:
@@ -185,9 +219,8 @@ NF_FN V activated(const Activation& activation, const V& z) {
 
 // z from what it was activated to, where that can be undone: identity and leaky ReLU with a positive slope.
 template <class S, class V>
-NF_FN V deactivated(const Activation& activation, const V& y) {
-  if (activation.kind != ActivationKind::kLeakyRelu) return y;
-  return where_positive(y, y, V(y * static_cast<S>(1 / activation.parameter)));
+NF_FN V deactivated(const Bend<S>& bend, const V& y) {
+  return y < V{} ? V(y * (1 / bend.below)) : y;
 }
 
 // The gradient of z where `grad` is that of the activated z.
@@ -196,13 +229,10 @@ NF_FN V activation_gradient(const Activation& activation, const V& z, const V& g
   const S parameter = static_cast<S>(activation.parameter);
   switch (activation.kind) {
     case ActivationKind::kIdentity:
-      return grad;
     case ActivationKind::kRelu:
-      return z <= V{} ? V{} : grad;
     case ActivationKind::kRelu6:
-      return z <= V{} ? V{} : (z >= V{} + S(6) ? V{} : grad);
     case ActivationKind::kLeakyRelu:
-      return where_positive(z, grad, V(grad * parameter));
+      return activation_gradient<E, S>(bend_of<S>(activation), z, grad);
     case ActivationKind::kElu:
       return where_positive(z, grad, V(grad * (E::exp(z > V{} ? V{} : z) * parameter)));
     case ActivationKind::kHardswish: {

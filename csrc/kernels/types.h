@@ -39,7 +39,7 @@ enum class ActivationKind : uint8_t {
   kIdentity,
   kRelu,
   kRelu6,
-  kLeakyRelu,
+  kLeakyRelu,  // so far they are straight but for a bend at 0
   kElu,
   kHardswish,
   kSigmoid,
@@ -51,6 +51,8 @@ enum class ActivationKind : uint8_t {
 struct Activation {
   ActivationKind kind = ActivationKind::kIdentity;
   double parameter = 0;  // leaky ReLU's negative slope, ELU's alpha
+
+  constexpr bool is_straight() const { return kind <= ActivationKind::kLeakyRelu; }
 };
 
 struct BatchNormForward {

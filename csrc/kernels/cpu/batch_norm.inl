@@ -1,9 +1,36 @@
 // Batch norm: what is done per value, and the drivers that put reduction, per-channel math and application together.
 
-template <class S, class T>
-NF_FN Block<S, T> activated(const Activation& activation, const Block<S, T>& z) {
-  return Block<S, T>::each([&](int64_t i) { return normfused::activated<Elementary, S>(activation, z.part[i]); });
+// What is not straight is called: inlined, its registers would be missing from every loop.
+template <class S>
+NF_CALLED Vec<S> curved(const Activation& activation, Vec<S> z) {
+  return normfused::activated<Elementary, S>(activation, z);
 }
+template <class S>
+NF_CALLED Vec<S> curved_gradient(const Activation& activation, Vec<S> z, Vec<S> grad) {
+  return activation_gradient<Elementary, S>(activation, z, grad);
+}
+
+// An activation of blocks of S.
+template <class S>
+struct Activate {
+  Activation activation;
+  Bend<S> bend = bend_of<S>(activation);
+
+  template <class T>
+  NF_INLINE Block<S, T> operator()(const Block<S, T>& z) const {
+    return Block<S, T>::each([&](int64_t i) {
+      return activation.is_straight() ? normfused::activated<Elementary, S>(bend, z.part[i])
+                                      : curved<S>(activation, z.part[i]);
+    });
+  }
+  template <class T>
+  NF_INLINE Block<S, T> gradient(const Block<S, T>& z, const Block<S, T>& grad) const {
+    return Block<S, T>::each([&](int64_t i) {
+      return activation.is_straight() ? activation_gradient<Elementary, S>(bend, z.part[i], grad.part[i])
+                                      : curved_gradient<S>(activation, z.part[i], grad.part[i]);
+    });
+  }
+};
 
 // z = (x - pivot) * scale + shift. Fused: z + residual, activated; the residual may be null.
 template <class T_, bool kFused>
@@ -15,7 +42,7 @@ struct NormalizeOp {
   const T* input;
   T* output;
   const T* residual;
-  Activation activation;
+  Activate<compute_t<T>> activate;
   uint8_t* mask;
 
   NF_INLINE bool outputs_are_aligned_alike() const { return true; }
@@ -26,7 +53,7 @@ struct NormalizeOp {
     if constexpr (kFused) {
       if (residual != nullptr) z = z + load_block<V>(residual + offset, width);
       if (mask != nullptr) store_bits(mask, offset, positive_bits(z), values_in<V>(width));
-      z = activated(activation, z);
+      z = activate(z);
     }
     put(output + offset, z, width);
   }
@@ -41,7 +68,7 @@ struct Gradient {
   const T* grad_output;
   const T* input;
   const T* residual;
-  Activation activation;
+  Activate<S> activate;
   const uint8_t* mask;
   bool from_output;
 
@@ -50,7 +77,7 @@ struct Gradient {
   NF_INLINE V value(int64_t offset, Width width, const V& fill = V{}) const {
     const V x = load_block(input + offset, width, fill);
     if (!kFused || !from_output) return x;
-    return V::each([&](int64_t i) { return deactivated<S>(activation, x.part[i]); });
+    return V::each([&](int64_t i) { return deactivated(activate.bend, x.part[i]); });
   }
   NF_INLINE V normalized(const V& x, const V& pivot, const V& scale, const V& shift) const {
     return from_output ? x : (x - pivot) * scale + shift;
@@ -62,13 +89,12 @@ struct Gradient {
     const V grad = load_block<V>(grad_output + offset, width);
     if constexpr (!kFused) return grad;
     if (mask != nullptr) {
-      const bool leaky = activation.kind == ActivationKind::kLeakyRelu;
-      const V below = leaky ? grad * V::filled(static_cast<S>(activation.parameter)) : V{};
+      const V below = V::each([&](int64_t i) { return sloped(activate.bend, grad.part[i]); });
       return choose_by_bits(mask, offset, grad, below);
     }
     V z = normalize();
     if (residual != nullptr) z = z + load_block<V>(residual + offset, width);
-    return V::each([&](int64_t i) { return activation_gradient<Elementary, S>(activation, z.part[i], grad.part[i]); });
+    return activate.gradient(z, grad);
   }
 
   NF_INLINE void prefetch(int64_t offset, int64_t n) const {
@@ -278,8 +304,11 @@ void for_fused(bool fused, const F& f) {
 template <bool kFused, class T>
 NormalizeOp<T, kFused> normalize_op(const BatchNormForward& args) {
   if (args.mask != nullptr) std::memset(args.mask, 0, static_cast<size_t>((args.view.numel() + 7) / 8 + 8));
-  return {static_cast<const T*>(args.input), static_cast<T*>(args.output), static_cast<const T*>(args.residual),
-          args.activation, args.mask};
+  return {static_cast<const T*>(args.input),
+          static_cast<T*>(args.output),
+          static_cast<const T*>(args.residual),
+          {args.activation},
+          args.mask};
 }
 
 template <class T>
@@ -339,7 +368,7 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
   const Gradient<T, kFused> gradient{static_cast<const T*>(args.grad_output),
                                      static_cast<const T*>(args.input),
                                      static_cast<const T*>(args.residual),
-                                     args.activation,
+                                     {args.activation},
                                      args.mask,
                                      args.from_output};
   T* const grad_input = static_cast<T*>(args.grad_input);

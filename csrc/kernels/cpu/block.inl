@@ -161,29 +161,46 @@ NF_FN void stream_block(T* p, const V& values) {
 
 // ---- one bit for each value --------------------------------------------------------------------------------------
 
+#if NF_VECTOR_BYTES == 64
+// A bit for each lane; of the even or odd values, where these are a vector.
+NF_FN uint64_t not_above_zero(Vec<float> z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_LE_OQ); }
+NF_FN uint64_t not_above_zero(Vec<double> z) { return _mm512_cmp_pd_mask((__m512d)z, _mm512_setzero_pd(), _CMP_LE_OQ); }
+NF_FN uint64_t all_lanes(Vec<float>) { return 0xffff; }
+NF_FN uint64_t all_lanes(Vec<double>) { return 0xff; }
+NF_FN Vec<float> choose(uint64_t lanes, Vec<float> then, Vec<float> otherwise) {
+  return (Vec<float>)_mm512_mask_blend_ps(static_cast<__mmask16>(lanes), (__m512)otherwise, (__m512)then);
+}
+NF_FN Vec<double> choose(uint64_t lanes, Vec<double> then, Vec<double> otherwise) {
+  return (Vec<double>)_mm512_mask_blend_pd(static_cast<__mmask8>(lanes), (__m512d)otherwise, (__m512d)then);
+}
+constexpr uint64_t kEveryOther = 0x5555555555555555;
+#endif
+
 // Bit k of the result tells whether value k in memory is above zero, or NaN.
 template <class S, class T>
 NF_FN uint64_t positive_bits(const Block<S, T>& block) {
   constexpr int64_t kParts = Block<S, T>::kParts;
   uint64_t bits = 0;
   unroll<kParts>([&](auto part) {
+#if NF_VECTOR_BYTES == 64
+    const uint64_t lanes = all_lanes(block.part[part]) & ~not_above_zero(block.part[part]);
+    bits |= kParts == 2 ? _pdep_u64(lanes, kEveryOther << part) : lanes;
+#else
     const auto above = ~(block.part[part] <= Vec<S>{});
     uint64_t lanes = 0;
-#if NF_VECTOR_BYTES == 64
-    lanes = sizeof(S) == 4 ? _mm512_movepi32_mask((__m512i)above) : _mm512_movepi64_mask((__m512i)above);
-#elif NF_VECTOR_BYTES == 32
+#if NF_VECTOR_BYTES == 32
     lanes =
         static_cast<uint64_t>(sizeof(S) == 4 ? _mm256_movemask_ps((__m256)above) : _mm256_movemask_pd((__m256d)above));
 #else
     for (int64_t lane = 0; lane < kLanes<S>; ++lane) lanes |= static_cast<uint64_t>(above[lane] & 1) << lane;
 #endif
     if constexpr (kParts == 2) {  // every other bit is the other part's
-      lanes = (lanes | lanes << 8) & 0x00ff00ff;
-      lanes = (lanes | lanes << 4) & 0x0f0f0f0f;
-      lanes = (lanes | lanes << 2) & 0x33333333;
-      lanes = (lanes | lanes << 1) & 0x55555555;
+      lanes = (lanes | lanes << 4) & 0x0f0f;
+      lanes = (lanes | lanes << 2) & 0x3333;
+      lanes = (lanes | lanes << 1) & 0x5555;
     }
     bits |= lanes << part;
+#endif
   });
   return bits;
 }
@@ -204,13 +221,21 @@ NF_FN void store_bits(uint8_t* mask, int64_t offset, uint64_t bits, int64_t n) {
 template <class S, class T>
 NF_FN Block<S, T> choose_by_bits(const uint8_t* mask, int64_t offset, const Block<S, T>& then,
                                  const Block<S, T>& otherwise) {
-  using Bits = std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>;
   constexpr int64_t kParts = Block<S, T>::kParts;
   uint64_t word;
   std::memcpy(&word, mask + offset / 8, sizeof word);
-  const Vec<Bits> bits = broadcast(static_cast<Bits>(word >> offset % 8));
+  word >>= offset % 8;
+#if NF_VECTOR_BYTES == 64
+  return Block<S, T>::each([&](int64_t part) {
+    const uint64_t lanes = kParts == 2 ? _pext_u64(word, kEveryOther << part) : word;
+    return choose(lanes, then.part[part], otherwise.part[part]);
+  });
+#else
+  using Bits = std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>;
+  const Vec<Bits> bits = broadcast(static_cast<Bits>(word));
   return Block<S, T>::each([&](int64_t part) {
     const auto place = (Vec<Bits>)(kParts * lane_index<S>() + static_cast<lane_index_t<S>>(part));
     return ((bits >> place) & 1) != 0 ? then.part[part] : otherwise.part[part];
   });
+#endif
 }

@@ -20,7 +20,8 @@ InstructionSet choose() {
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("bmi2");
   const auto allowed = [&](const char* narrower) { return wanted == nullptr || std::strcmp(wanted, narrower) != 0; };
   if (has_avx512 && allowed("avx2") && allowed("baseline")) return {"avx512", avx512::kernels};
   if (has_avx2 && allowed("baseline")) return {"avx2", avx2::kernels};

@@ -1,5 +1,6 @@
 // All CPU kernels for one instruction set: define NF_ISA, its namespace, and NF_VECTOR_BYTES, and include this.
 #define NF_INLINE inline __attribute__((always_inline))
+#define NF_CALLED static __attribute__((noinline))
 
 #include "kernels/math.h"  // for these instructions too: what it is given to call is
 

@@ -15,19 +15,12 @@ struct Elementary {
   static NF_DEVICE double normal_cdf(double x) { return 0.5 * ::erfc(x * -0.70710678118654752); }
 };
 
-// Calls f with the activation, whose kind the compiler then knows: one branch for all values of a vector.
-template <class F>
+// Calls f with the activation, whose kind the compiler then knows, or its bend: one branch for all values of a vector.
+template <class S, class F>
 NF_DEVICE void for_activation(const Activation& activation, const F& f) {
+  if (activation.is_straight()) return f(bend_of<S>(activation));
   const double parameter = activation.parameter;
   switch (activation.kind) {
-    case ActivationKind::kIdentity:
-      return f(Activation{ActivationKind::kIdentity, parameter});
-    case ActivationKind::kRelu:
-      return f(Activation{ActivationKind::kRelu, parameter});
-    case ActivationKind::kRelu6:
-      return f(Activation{ActivationKind::kRelu6, parameter});
-    case ActivationKind::kLeakyRelu:
-      return f(Activation{ActivationKind::kLeakyRelu, parameter});
     case ActivationKind::kElu:
       return f(Activation{ActivationKind::kElu, parameter});
     case ActivationKind::kHardswish:
@@ -42,6 +35,8 @@ NF_DEVICE void for_activation(const Activation& activation, const F& f) {
       return f(Activation{ActivationKind::kGelu, parameter});
     case ActivationKind::kGeluTanh:
       return f(Activation{ActivationKind::kGeluTanh, parameter});
+    default:
+      return;
   }
 }
 
@@ -96,7 +91,7 @@ struct NormalizeOp {
     }
     if constexpr (kFused) {
       if (bits != nullptr) store_bits<n>(bits, offset, positive, mask);
-      for_activation(activation, [&](const Activation& known) {
+      for_activation<S>(activation, [&](const auto& known) {
 #pragma unroll
         for (int i = 0; i < n; ++i) y[0][i] = activated<Elementary, S>(known, y[0][i]);
       });
@@ -113,7 +108,7 @@ NF_DEVICE void find_z(bool from_output, const Activation& activation, S (&x)[n],
                       const Normalize& normalize) {
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    if (from_output) x[i] = deactivated<S>(activation, x[i]);
+    if (from_output) x[i] = deactivated(bend_of<S>(activation), x[i]);
     z[i] = from_output ? x[i] : normalize(i, x[i]);
   }
 }
@@ -123,12 +118,12 @@ template <int n, class S>
 NF_DEVICE void to_gradient_of_z(const Activation& activation, S (&grad)[n], const S (&z)[n], const S (&residual)[n],
                                 bool by_bits, uint32_t bits) {
   if (by_bits) {
-    const S below = activation.kind == ActivationKind::kLeakyRelu ? static_cast<S>(activation.parameter) : 0;
+    const Bend<S> bend = bend_of<S>(activation);
 #pragma unroll
-    for (int i = 0; i < n; ++i) grad[i] = bits >> i & 1 ? grad[i] : (below != 0 ? grad[i] * below : 0);
+    for (int i = 0; i < n; ++i) grad[i] = bits >> i & 1 ? grad[i] : sloped(bend, grad[i]);
     return;
   }
-  for_activation(activation, [&](const Activation& known) {
+  for_activation<S>(activation, [&](const auto& known) {
 #pragma unroll
     for (int i = 0; i < n; ++i) grad[i] = activation_gradient<Elementary, S>(known, z[i] + residual[i], grad[i]);
   });
