@@ -8,6 +8,7 @@ sanitize  a few of them under compute-sanitizer's memcheck and racecheck, where 
 large     tensors of 2^31 values, where memory allows
 measure   the grid against torch eager, with cuDNN and without, and the copy floor; table and plots
 compile   some shapes of it against torch.compile too
+memory    what training keeps, by mode; what each activation costs
 """
 
 from __future__ import annotations
@@ -161,6 +162,12 @@ def _report(check: Check, *options: str) -> list[str]:
     return [sys.executable, str(HERE / "report.py"), "--device", "cuda", *options, *out]
 
 
+def memory(check: Check) -> None:
+    scripts = [HERE / name for name in ("memory.py", "activations.py")]
+    options = ["--device", "cuda", "--out", str(check.folder.parent)]
+    check.run("memory", *([sys.executable, str(script), *options] for script in scripts), least_seconds=60)
+
+
 STAGES: dict[str, Callable[[Check], None]] = {
     "build": build,
     "test": test,
@@ -168,6 +175,7 @@ STAGES: dict[str, Callable[[Check], None]] = {
     "large": large,
     "measure": measure,
     "compile": compiled,
+    "memory": memory,
 }
 
 

@@ -1,0 +1,121 @@
+"""What an activation costs: forward and backward with each, against ReLU's and against torch's separate layers.
+
+``python benchmarks/activations.py`` writes activations.json and activations.md to results/<device>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import machine
+import tables
+import torch
+from cases import DTYPES, LAYOUTS, MEMORY_FORMATS, QUICK, dtype_name
+from timing import FULL, interleave, make_stopwatch, ratios
+from torch import Tensor, nn
+
+import normfused
+from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS
+
+# Its time over ReLU's at most; the others take exponentials.
+CHEAP = {"identity": 1.15, "relu6": 1.15, "leaky_relu": 1.15, "hardswish": 1.15}
+COSTLY = 2.0
+
+
+def calls(x: Tensor, grad: Tensor) -> dict[str, Callable[[], Sequence[Tensor]]]:
+    """Forward and backward with each activation, by normfused and by torch.nn's layers."""
+    leaf = x.detach().requires_grad_()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+
+    def step(forward: Callable[[Tensor], Tensor], norm: nn.Module) -> Callable[[], Sequence[Tensor]]:
+        inputs = (leaf, *norm.parameters())
+        return lambda: torch.autograd.grad(forward(leaf), inputs, grad)
+
+    result = {}
+    for name, function in ACTIVATIONS.items():
+        ours = normfused.BatchNorm2d(x.size(1), activation=name, device=x.device, dtype=dtype)
+        stock = nn.BatchNorm2d(x.size(1), device=x.device, dtype=dtype)
+        parameter = ACTIVATION_PARAMS.get(name, 0.0)
+        result[name] = step(ours, ours)
+        result[f"torch {name}"] = step(lambda t, n=stock, f=function, p=parameter: f(n(t), p), stock)  # type: ignore[misc]
+    return result
+
+
+def measure(device: str) -> list[dict[str, Any]]:
+    """Medians over the rounds of each case: time over ReLU's, and torch's time over ours."""
+    stopwatch = make_stopwatch(device)
+    rows = []
+    for channels, side in QUICK:
+        for dtype in DTYPES:
+            for layout in LAYOUTS:
+                shape = (32, channels, side, side)
+                x, grad = (
+                    torch.randn(shape, device=device).to(dtype, memory_format=MEMORY_FORMATS[layout]) for _ in range(2)
+                )
+                todo = calls(x, grad)
+                for call in [*todo.values()] * 2:
+                    stopwatch(call)
+                samples = interleave(todo, stopwatch, FULL)
+                case = {"shape": shape, "dtype": dtype_name(dtype), "layout": layout}
+                for name in ACTIVATIONS:
+                    to_relu = statistics.median(ratios(samples, name, "relu"))
+                    speedup = statistics.median(ratios(samples, f"torch {name}", name))
+                    rows.append({**case, "activation": name, "to_relu": to_relu, "speedup": speedup})
+                print(f"{'x'.join(map(str, shape))} {case['dtype']} {layout}", flush=True)
+    return rows
+
+
+def render(description: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Geometric means over the cases, and the worst of them."""
+    lines = []
+    for name in ACTIVATIONS:
+        mine = [row for row in rows if row["activation"] == name]
+        cost = [row["to_relu"] for row in mine]
+        mean, bound = statistics.geometric_mean(cost), CHEAP.get(name, COSTLY)
+        verdict = "" if name == "relu" else "reached" if mean <= bound else "**not reached**"
+        faster = statistics.geometric_mean(row["speedup"] for row in mine)
+        limit = "" if name == "relu" else f"≤ {bound:.3g}×"
+        lines.append((name, f"{mean:.2f}×", f"{max(cost):.2f}×", limit, verdict, f"{faster:.2f}×"))
+    versions = f"normfused {description['normfused']} ({description['revision']}), torch {description['torch']}"
+    parts = [
+        f"# Activations: {description.get('gpu', description['cpu'])}",
+        f"{versions}, {description['threads']} threads, {description['date']}",
+        f"Batch norm with the activation, forward + backward in training, over {len(rows) // len(ACTIVATIONS)} cases "
+        "(shapes, dtypes, layouts); medians of rounds in which each ran once.",
+        tables.table(
+            ("activation", "time over ReLU's, mean", "worst", "target for the mean", "", "times faster than torch"),
+            lines,
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="2")
+    parser.add_argument("--out", type=Path, help="folder; benchmarks/results/<device>")
+    arguments = parser.parse_args()
+    if normfused.info()["extension"] != "loaded":
+        print(f"nothing to measure, the extension is not loaded: {normfused.info()['why_fallback']}", file=sys.stderr)
+        return 1
+    torch.set_num_threads(arguments.threads)
+    description = machine.describe(arguments.device)
+    folder: Path = arguments.out or Path(__file__).parent / "results" / machine.slug(description)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = measure(arguments.device)
+    results = {"machine": description, "activations": rows}
+    (folder / "activations.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "activations.md").write_text(render(description, rows))
+    print(f"\n{render(description, rows)}\nwritten to {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
