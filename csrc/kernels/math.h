@@ -121,7 +121,12 @@ NF_FN BackwardCoefficients<S> backward_coefficients(const Normalization& n, int6
 
 // ---- activations -------------------------------------------------------------------------------------------------
 // Of a floating type V, or a vector of one. E has its elementary functions: exp(x), expm1(x) for x <= 0, and
-// normal_cdf(x), the standard normal distribution.
+// normal(x), the standard normal distribution.
+
+template <class V>
+struct Normal {
+  V distribution, density;
+};
 
 template <class V>
 NF_FN V where_positive(const V& z, const V& then, const V& otherwise) {
@@ -210,7 +215,7 @@ NF_FN V activated(const Activation& activation, const V& z) {
     case ActivationKind::kSilu:
       return z * sigmoid<E, S>(z);
     case ActivationKind::kGelu:
-      return z * E::normal_cdf(z);
+      return z * E::normal(z).distribution;
     case ActivationKind::kGeluTanh:
       return z * sigmoid<E, S>(gelu_argument<S>(z));
   }
@@ -251,8 +256,10 @@ NF_FN V activation_gradient(const Activation& activation, const V& z, const V& g
       const V s = sigmoid<E, S>(z);
       return grad * (s + z * (s * (S(1) - s)));
     }
-    case ActivationKind::kGelu:
-      return grad * (E::normal_cdf(z) + z * (S(0.3989422804014327) * E::exp(z * z * S(-0.5))));
+    case ActivationKind::kGelu: {
+      const Normal<V> normal = E::normal(z);
+      return grad * (normal.distribution + z * normal.density);
+    }
     case ActivationKind::kGeluTanh: {
       const V s = sigmoid<E, S>(gelu_argument<S>(z));
       return grad * (s + z * (s * (S(1) - s)) * gelu_argument_slope<S>(z));

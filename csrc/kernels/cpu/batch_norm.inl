@@ -1,6 +1,6 @@
 // Batch norm: what is done per value, and the drivers that put reduction, per-channel math and application together.
 
-// What is not straight is called: inlined, its registers would be missing from every loop.
+// What takes exponentials is called: inlined, its registers would be missing from every loop.
 template <class S>
 NF_CALLED Vec<S> curved(const Activation& activation, Vec<S> z) {
   return normfused::activated<Elementary, S>(activation, z);
@@ -15,19 +15,23 @@ template <class S>
 struct Activate {
   Activation activation;
   Bend<S> bend = bend_of<S>(activation);
+  static constexpr Activation kHardswish{ActivationKind::kHardswish};
 
   template <class T>
   NF_INLINE Block<S, T> operator()(const Block<S, T>& z) const {
     return Block<S, T>::each([&](int64_t i) {
-      return activation.is_straight() ? normfused::activated<Elementary, S>(bend, z.part[i])
-                                      : curved<S>(activation, z.part[i]);
+      if (activation.is_straight()) return normfused::activated<Elementary, S>(bend, z.part[i]);
+      if (activation.kind == kHardswish.kind) return normfused::activated<Elementary, S>(kHardswish, z.part[i]);
+      return curved<S>(activation, z.part[i]);
     });
   }
   template <class T>
   NF_INLINE Block<S, T> gradient(const Block<S, T>& z, const Block<S, T>& grad) const {
     return Block<S, T>::each([&](int64_t i) {
-      return activation.is_straight() ? activation_gradient<Elementary, S>(bend, z.part[i], grad.part[i])
-                                      : curved_gradient<S>(activation, z.part[i], grad.part[i]);
+      if (activation.is_straight()) return activation_gradient<Elementary, S>(bend, z.part[i], grad.part[i]);
+      if (activation.kind == kHardswish.kind)
+        return activation_gradient<Elementary, S>(kHardswish, z.part[i], grad.part[i]);
+      return curved_gradient<S>(activation, z.part[i], grad.part[i]);
     });
   }
 };

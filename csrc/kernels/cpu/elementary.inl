@@ -32,9 +32,13 @@ struct Elementary {
   static NF_INLINE Vec<float> exp(Vec<float> x) {
     x = x > 89.f ? Vec<float>{} + 89.f : (x < -104.f ? Vec<float>{} - 104.f : x);
     const Reduced e = reduced(x);
+#if NF_VECTOR_BYTES == 64
+    return (Vec<float>)_mm512_scalef_ps((__m512)(e.expm1 + 1.f), (__m512)e.n);
+#else
     // In two factors, for neither infinity nor the subnormals are one.
     const Vec<float> half = (e.n * 0.5f + 12582912.f) - 12582912.f;
     return (e.expm1 + 1.f) * power_of_two(half) * power_of_two(e.n - half);
+#endif
   }
 
   static NF_INLINE Vec<float> expm1(Vec<float> x) {
@@ -46,7 +50,7 @@ struct Elementary {
 
   // The tail beyond u is exp(-u^2 / 2) t P(t) with t = 1 / (1 + 0.35 u); P is the minimax fit up to u = 14.5, beyond
   // which the tail is zero in float. Its relative error is below 5e-8.
-  static NF_INLINE Vec<float> normal_cdf(Vec<float> x) {
+  static NF_INLINE Normal<Vec<float>> normal(Vec<float> x) {
     const Vec<float> u = x < 0.f ? -x : x;
     const Vec<float> t = 1.f / (u * 0.35f + 1.f);
     Vec<float> p = t * -0.029158112f + 0.14403266f;
@@ -57,8 +61,8 @@ struct Elementary {
     p = p * t + 0.11982057f;
     p = p * t + 0.13986361f;
     p = p * t + 0.1396213f;
-    const Vec<float> tail = exp(u * u * -0.5f) * (p * t);
-    return x > 0.f ? 1.f - tail : tail;
+    const Vec<float> e = exp(u * u * -0.5f), tail = e * (p * t);
+    return {x > 0.f ? 1.f - tail : tail, e * 0.39894228f};
   }
 
   static NF_INLINE Vec<double> exp(Vec<double> x) {
@@ -67,7 +71,8 @@ struct Elementary {
   static NF_INLINE Vec<double> expm1(Vec<double> x) {
     return lane_by_lane(x, [](double v) { return std::expm1(v); });
   }
-  static NF_INLINE Vec<double> normal_cdf(Vec<double> x) {
-    return lane_by_lane(x, [](double v) { return 0.5 * std::erfc(v * -0.70710678118654752); });
+  static NF_INLINE Normal<Vec<double>> normal(Vec<double> x) {
+    return {lane_by_lane(x, [](double v) { return 0.5 * std::erfc(v * -0.70710678118654752); }),
+            exp(x * x * -0.5) * 0.3989422804014327};
   }
 };
