@@ -309,7 +309,7 @@ def channel_sums(input: Tensor) -> ChannelSums:
     """
     _check_statistics_input("channel_sums", input, _DTYPES + _INTEGERS)
     input = input.detach()
-    if _extension.C is None or not (input.is_floating_point() or input.is_cuda):
+    if _extension.C is None:
         return reference.channel_sums(input)
     operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
     return ChannelSums(values_per_channel(input), *operators.channel_sums(input))

@@ -77,6 +77,13 @@ def test_b38_many_bytes(device: torch.device) -> None:
     assert sums.sum_of_squares.tolist() == [3_000_000 * 255**2] * 2
 
 
+def test_b38_more_rows_of_bytes_than_32_bits_hold(device: torch.device) -> None:
+    x = torch.full((1, 8400, 8400, 3), 255, dtype=torch.uint8, device=device).movedim(-1, 1)
+    sums = channel_sums(x)
+    assert sums.sum.tolist() == [8400**2 * 255] * 3
+    assert sums.sum_of_squares.tolist() == [8400**2 * 255**2] * 3
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (4, 3, 0), (0, 3, 5, 5), (5, 0), (2, 0, 3)], ids=str)
 def test_b06_empty(device: torch.device, shape: tuple[int, ...]) -> None:
     moments = channel_moments(torch.empty(shape, device=device))

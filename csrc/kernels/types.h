@@ -15,6 +15,8 @@ struct BFloat16 {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kUInt8, kInt8, kInt16, kInt32, kInt64 };
 
+constexpr bool is_integer(DType dtype) { return dtype >= DType::kUInt8; }
+
 // A dense tensor as (outer, channels, inner): the value (o, c, i) lies at (o * channels + c) * inner + i.
 // inner > 1 is channels first, inner == 1 is channels last; there is no third layout.
 struct ChannelView {

@@ -18,7 +18,7 @@ using Kernel = void (*)(const ChannelStats&, const at::Device&);
 template <size_t count>
 std::array<at::Tensor, count> run(const at::Tensor& input, at::ScalarType type, Kernel kernel) {
   TORCH_CHECK_VALUE(input.dim() >= 2, "input needs at least 2 dimensions, got shape ", input.sizes());
-  const DType dtype = input.is_cuda() ? any_dtype_of(input.scalar_type()) : dtype_of(input.scalar_type());
+  const DType dtype = any_dtype_of(input.scalar_type());
   const at::Tensor dense = with_view(input);
   std::array<at::Tensor, count> results;
   for (at::Tensor& result : results)
@@ -30,6 +30,7 @@ std::array<at::Tensor, count> run(const at::Tensor& input, at::ScalarType type, 
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments_kernels(const at::Tensor& input) {
+  if (input.is_cpu()) dtype_of(input.scalar_type());  // which throws for integers
   auto [mean, m2, min, max] = run<4>(input, at::kDouble, backend_of(input).channel_moments);
   if (input.numel() == 0) {
     constexpr double kInfinity = std::numeric_limits<double>::infinity();

@@ -51,6 +51,18 @@ int main() {
     run<Half>(backend, view, 1, random);
     cases += 6;
   }
+  // Integers; of bytes also so many that 32 bits do not hold their squares.
+  for (const ChannelView& view : views)
+    for (const int64_t offset : {0, 1}) {
+      run_integer_sums<uint8_t>(backend, DType::kUInt8, view, offset, false, random);
+      run_integer_sums<int8_t>(backend, DType::kInt8, view, offset, false, random);
+      run_integer_sums<int16_t>(backend, DType::kInt16, view, offset, false, random);
+      run_integer_sums<int32_t>(backend, DType::kInt32, view, offset, false, random);
+      run_integer_sums<int64_t>(backend, DType::kInt64, view, offset, false, random);
+      cases += 5;
+    }
+  run_integer_sums<uint8_t>(backend, DType::kUInt8, {1, 2, 140000}, 0, true, random);
+  ++cases;
   // Outputs large enough to be streamed past the caches, from short rows, long rows and channels last.
   run<float>(backend, {64, 350, 49}, 1, random);
   run<float>(backend, {2, 70, 7600}, 0, random);

@@ -89,14 +89,7 @@ void run_integers(const Cuda& backend, DType dtype, const ChannelView& view, int
     expect_near("min", c, results[2][c], low[c], 0);
     expect_near("max", c, results[3][c], high[c], 0);
   }
-  backend.channel_sums(args);
-  for (int64_t c = 0; c < channels; ++c) {
-    int64_t got[2];
-    std::memcpy(&got[0], &results[0][c], sizeof(int64_t));
-    std::memcpy(&got[1], &results[1][c], sizeof(int64_t));
-    expect_near("sum", c, static_cast<double>(got[0]), static_cast<double>(sum[c]), 0);
-    expect_near("sum_of_squares", c, static_cast<double>(got[1]), static_cast<double>(squares[c]), 0);
-  }
+  run_integer_sums<T>(backend, dtype, view, offset, false, random);
 }
 
 template <class T, class Output>

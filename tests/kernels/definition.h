@@ -325,6 +325,34 @@ void run_in_place(Backend& backend, const Activation& activation, const Case<T>&
   }
 }
 
+// Sums of integers of the whole range of T, or of 16 bits where T is wider, and exactly; all of them at the upper end
+// if `extreme`, which is where narrow sums overflow first.
+template <class T, class Backend>
+void run_integer_sums(Backend& backend, DType dtype, const ChannelView& view, int64_t offset, bool extreme,
+                      std::mt19937& random) {
+  current = backend.name() + " sums of integers of " + std::to_string(sizeof(T)) + " bytes, outer " +
+            std::to_string(view.outer) + " channels " + std::to_string(view.channels) + " inner " +
+            std::to_string(view.inner) + " offset " + std::to_string(offset);
+  const int64_t channels = view.channels;
+  Buffer<T> input(view.numel(), offset);
+  constexpr bool kWide = sizeof(T) > 2;
+  const int64_t lowest = kWide ? -(1 << 15) : std::numeric_limits<T>::min();
+  const int64_t highest = kWide ? 1 << 15 : std::numeric_limits<T>::max();
+  std::uniform_int_distribution<int64_t> values(extreme ? highest : lowest, highest);
+  std::vector<int64_t> sum(channels), squares(channels), got_sum(channels), got_squares(channels);
+  for (int64_t i = 0; i < view.numel(); ++i) {
+    const int64_t value = values(random), c = i / view.inner % channels;
+    input.data[i] = static_cast<T>(value);
+    sum[c] += value;
+    squares[c] += value * value;
+  }
+  backend.channel_sums({view, dtype, input.data, {got_sum.data(), got_squares.data()}});
+  for (int64_t c = 0; c < channels; ++c) {
+    expect_near("sum", c, static_cast<double>(got_sum[c] - sum[c]), 0, 0);
+    expect_near("sum_of_squares", c, static_cast<double>(got_squares[c] - squares[c]), 0, 0);
+  }
+}
+
 // Runs all kernels of a backend, a class with the functions of kernels/cpu/kernels.h.
 template <class T, class Backend>
 void run(Backend& backend, ChannelView view, int64_t offset, std::mt19937& random) {

@@ -67,7 +67,8 @@ void channel_moments(const ChannelStats& args, const Parallel& parallel) {
 }
 
 void channel_sums(const ChannelStats& args, const Parallel& parallel) {
-  kernels_for(args.dtype).channel_sums(args, parallel);
+  const auto kernel = is_integer(args.dtype) ? chosen().kernels().integer_sums : kernels_for(args.dtype).channel_sums;
+  kernel(args, parallel);
 }
 
 const char* capability() { return chosen().name; }

@@ -21,6 +21,8 @@ namespace {
 
 #include "kernels/cpu/channel_stats.inl"
 
+#include "kernels/cpu/integer_sums.inl"
+
 #include "kernels/cpu/batch_norm.inl"
 
 template <class T>
@@ -32,7 +34,7 @@ constexpr KernelsOf make_kernels() {
 
 const KernelTable& kernels() {
   static constexpr KernelTable table{make_kernels<float>(), make_kernels<double>(), make_kernels<Half>(),
-                                     make_kernels<BFloat16>()};
+                                     make_kernels<BFloat16>(), integer_sums_of};
   return table;
 }
 
