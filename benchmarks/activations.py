@@ -58,10 +58,10 @@ def measure(device: str) -> list[dict[str, Any]]:
                 x, grad = (
                     torch.randn(shape, device=device).to(dtype, memory_format=MEMORY_FORMATS[layout]) for _ in range(2)
                 )
-                todo = calls(x, grad)
-                for call in [*todo.values()] * 2:
+                steps = calls(x, grad)
+                for call in [*steps.values()] * 2:
                     stopwatch(call)
-                samples = interleave(todo, stopwatch, FULL)
+                samples = interleave(steps, stopwatch, FULL)
                 case = {"shape": shape, "dtype": dtype_name(dtype), "layout": layout}
                 for name in ACTIVATIONS:
                     to_relu = statistics.median(ratios(samples, name, "relu"))

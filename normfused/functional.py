@@ -193,47 +193,17 @@ def named_batch_norm(
     refusal = None
     if _extension.C is not None and not compiling and not _is_transformed():
         try:
-            if inplace:
-                if training:
-                    _extension.C.batch_norm_training_(
-                        input,
-                        weight,
-                        bias,
-                        running_mean,
-                        running_var,
-                        num_batches_tracked,
-                        momentum,
-                        eps,
-                        activation,
-                        activation_param,
-                        running_var_correction,
-                        nonfinite_batches,
-                    )
-                else:
-                    _extension.C.batch_norm_inference_(
-                        input, weight, bias, running_mean, running_var, eps, activation, activation_param
-                    )
-                return input
+            kernels = _extension.C
+            first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
             if training:
-                return _extension.C.batch_norm_training(  # type: ignore[no-any-return]
-                    input,
-                    weight,
-                    bias,
-                    running_mean,
-                    running_var,
-                    num_batches_tracked,
-                    momentum,
-                    eps,
-                    residual,
-                    activation,
-                    activation_param,
-                    False,
-                    running_var_correction,
-                    nonfinite_batches,
-                )
-            return _extension.C.batch_norm_inference(  # type: ignore[no-any-return]
-                input, weight, bias, running_mean, running_var, eps, residual, activation, activation_param, False
-            )
+                first = (*first, num_batches_tracked, momentum)
+            last = (running_var_correction, nonfinite_batches) if training else ()
+            if inplace:
+                into = kernels.batch_norm_training_ if training else kernels.batch_norm_inference_
+                into(*first, eps, activation, activation_param, *last)
+                return input
+            function = kernels.batch_norm_training if training else kernels.batch_norm_inference
+            return function(*first, eps, residual, activation, activation_param, False, *last)  # type: ignore[no-any-return]
         except (RuntimeError, TypeError, ValueError) as error:
             refusal = error  # in few words; the check finds the argument and says what it must be
     _check(
