@@ -32,7 +32,7 @@ TORCH_LIBRARY(normfused, m) {
       "str activation=\"identity\", float activation_param=0., bool from_output=False) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
   m.def("channel_moments(Tensor input) -> (Tensor mean, Tensor m2, Tensor min, Tensor max)");
-  m.def("channel_sums(Tensor input) -> (Tensor sum, Tensor sum_of_squares)");
+  m.def("channel_sums(Tensor input) -> (Tensor sum, Tensor sum_of_squares, Tensor min, Tensor max)");
 }
 
 namespace {

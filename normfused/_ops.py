@@ -135,7 +135,7 @@ def _channel_moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("normfused::channel_sums")
-def _channel_sums(input: Tensor) -> tuple[Tensor, Tensor]:
+def _channel_sums(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if input.is_floating_point() else torch.int64
-    total, squares = (input.new_empty((input.size(1),), dtype=dtype) for _ in range(2))
-    return total, squares
+    total, squares, low, high = (input.new_empty((input.size(1),), dtype=dtype) for _ in range(4))
+    return total, squares, low, high

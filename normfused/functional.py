@@ -264,15 +264,17 @@ def _is_transformed() -> bool:
 
 
 def channel_sums(input: Tensor) -> ChannelSums:
-    """Count, sum and sum of squares of each channel, in one read.
+    """Count, sum, sum of squares, minimum and maximum of each channel, in one read.
 
     Args:
         input: shape ``(N, C, ...)``, any strides. Floating dtypes are summed in float64, integer dtypes exactly in
             int64 (the sums must fit).
 
     Returns:
-        ``count`` (int, values per channel), ``sum`` and ``sum_of_squares`` of shape ``(C,)``, float64 or int64. Not
-        differentiable. For a variance use :func:`channel_moments`, which does not cancel.
+        ``count`` (int, values per channel), and tensors of shape ``(C,)``, float64 or int64: ``sum``,
+        ``sum_of_squares``, ``min``, ``max``. NaN where a channel holds one; for an empty channel 0, 0, and infinities
+        or int64's limits. Not differentiable. For a variance of floating values use :func:`channel_moments`, which does
+        not cancel.
 
     Raises:
         ValueError: fewer than two dimensions. TypeError: bool or complex input.

@@ -31,11 +31,13 @@ ACTIVATION_PARAMS = {"leaky_relu": 0.01, "elu": 1.0}
 
 
 class ChannelSums(NamedTuple):
-    """Per channel: how many values there are, their sum and the sum of their squares."""
+    """Per channel: how many values there are, their sum, the sum of their squares, the least and the greatest."""
 
     count: int  # type: ignore[assignment]  # hides tuple.count
     sum: Tensor
     sum_of_squares: Tensor
+    min: Tensor
+    max: Tensor
 
 
 class ChannelMoments(NamedTuple):
@@ -190,8 +192,15 @@ def _update(
 
 def channel_sums(input: Tensor) -> ChannelSums:
     """:func:`normfused.functional.channel_sums` in plain torch."""
-    rows = _by_channel(input.double() if input.is_floating_point() else input.long())
-    return ChannelSums(values_per_channel(input), rows.sum(1), rows.square().sum(1))
+    floating = input.is_floating_point()
+    rows, count = _by_channel(input.double() if floating else input.long()), values_per_channel(input)
+    if count == 0:
+        zeros = rows.new_zeros(input.size(1))
+        low, high = (
+            (-torch.inf, torch.inf) if floating else (torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max)
+        )
+        return ChannelSums(0, zeros, zeros.clone(), torch.full_like(zeros, high), torch.full_like(zeros, low))
+    return ChannelSums(count, rows.sum(1), rows.square().sum(1), rows.amin(1), rows.amax(1))
 
 
 def channel_moments(input: Tensor) -> ChannelMoments:

@@ -53,6 +53,8 @@ def test_b08_sums(device: torch.device, shape: tuple[int, ...], dtype: torch.dty
     assert sums.sum.dtype == sums.sum_of_squares.dtype == torch.float64
     torch.testing.assert_close(sums.sum, rows.sum(1), rtol=1e-12, atol=1e-10)
     torch.testing.assert_close(sums.sum_of_squares, rows.square().sum(1), rtol=1e-12, atol=0)
+    assert torch.equal(sums.min, rows.amin(1))
+    assert torch.equal(sums.max, rows.amax(1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -68,6 +70,9 @@ def test_b38_integers_are_exact(device: torch.device, dtype: torch.dtype, layout
     assert sums.sum.dtype == sums.sum_of_squares.dtype == torch.int64
     assert sums.sum.tolist() == [sum(row) for row in rows]
     assert sums.sum_of_squares.tolist() == [sum(v * v for v in row) for row in rows]
+    assert sums.min.dtype == sums.max.dtype == torch.int64
+    assert sums.min.tolist() == [min(row) for row in rows]
+    assert sums.max.tolist() == [max(row) for row in rows]
 
 
 def test_b38_many_bytes(device: torch.device) -> None:
@@ -82,6 +87,7 @@ def test_b38_more_rows_of_bytes_than_32_bits_hold(device: torch.device) -> None:
     sums = channel_sums(x)
     assert sums.sum.tolist() == [8400**2 * 255] * 3
     assert sums.sum_of_squares.tolist() == [8400**2 * 255**2] * 3
+    assert sums.min.tolist() == sums.max.tolist() == [255] * 3
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 3, 0), (0, 3, 5, 5), (5, 0), (2, 0, 3)], ids=str)
@@ -96,6 +102,10 @@ def test_b06_empty(device: torch.device, shape: tuple[int, ...]) -> None:
         sums = channel_sums(torch.empty(shape, device=device, dtype=dtype))
         assert sums.count == moments.count
         assert sums.sum.tolist() == sums.sum_of_squares.tolist() == [0] * shape[1]
+        limits = torch.iinfo(torch.int64)
+        low, high = (-torch.inf, torch.inf) if dtype.is_floating_point else (limits.min, limits.max)
+        assert sums.min.tolist() == [high] * shape[1]
+        assert sums.max.tolist() == [low] * shape[1]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)

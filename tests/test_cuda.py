@@ -122,11 +122,13 @@ def test_runs_on_the_current_stream(device: torch.device) -> None:
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_integer_sums_are_exact(device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     values = torch.randint(0, 120, (50, 3, 64, 65)).to(dtype).contiguous(memory_format=memory_format)
-    count, total, squares = functional.channel_sums(values.to(device))
+    count, total, squares, low, high = functional.channel_sums(values.to(device))
     wide = values.long()
     assert count == 50 * 64 * 65
     assert torch.equal(total.cpu(), wide.sum((0, 2, 3)))
     assert torch.equal(squares.cpu(), (wide * wide).sum((0, 2, 3)))
+    assert torch.equal(low.cpu(), wide.amin((0, 2, 3)))
+    assert torch.equal(high.cpu(), wide.amax((0, 2, 3)))
 
 
 def test_mixed_devices_are_refused(device: torch.device) -> None:

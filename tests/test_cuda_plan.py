@@ -101,7 +101,7 @@ def test_traffic_of_a_large_tensor() -> None:
         "BACKWARD": (2, 4 * size + partials, size + partials),
         "INFERENCE_BACKWARD": (2, 3 * size + partials, size + partials),
         "MOMENTS": (1, size + 2 * partials, 2 * partials),
-        "SUMS": (1, size + partials, partials),
+        "SUMS": (1, size + 2 * partials, 2 * partials),
     }
     for operation, (launches, read, written) in expected.items():
         counted = plan(operation, view, 4)

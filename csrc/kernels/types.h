@@ -114,7 +114,7 @@ struct ChannelStats {
   ChannelView view;
   DType dtype;
   const void* input;
-  // (C) each, double: channel_moments mean, M2, min, max; channel_sums sum, sum of squares, int64 for integers
+  // (C) each, double: channel_moments mean, M2, min, max; channel_sums sum, sum of squares, min, max, int64 of integers
   void* results[4];
 };
 

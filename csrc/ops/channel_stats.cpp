@@ -39,11 +39,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments_kerne
   return {mean, m2, min, max};
 }
 
-std::tuple<at::Tensor, at::Tensor> channel_sums_kernels(const at::Tensor& input) {
-  const at::ScalarType type = at::isFloatingType(input.scalar_type()) ? at::kDouble : at::kLong;
-  auto [sum, sum_of_squares] = run<2>(input, type, backend_of(input).channel_sums);
-  if (input.numel() == 0) return {sum.zero_(), sum_of_squares.zero_()};
-  return {sum, sum_of_squares};
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_sums_kernels(const at::Tensor& input) {
+  const bool floating = at::isFloatingType(input.scalar_type());
+  auto [sum, squares, min, max] = run<4>(input, floating ? at::kDouble : at::kLong, backend_of(input).channel_sums);
+  if (input.numel() == 0) {
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    sum.zero_(), squares.zero_();
+    if (floating) return {sum, squares, min.fill_(kInfinity), max.fill_(-kInfinity)};
+    using Limits = std::numeric_limits<int64_t>;
+    return {sum, squares, min.fill_(Limits::max()), max.fill_(Limits::min())};
+  }
+  return {sum, squares, min, max};
 }
 
 }  // namespace
@@ -53,7 +59,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments(const
   return op.call(input);
 }
 
-std::tuple<at::Tensor, at::Tensor> channel_sums(const at::Tensor& input) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_sums(const at::Tensor& input) {
   static const auto op = find_operator<decltype(channel_sums)>("normfused::channel_sums");
   return op.call(input);
 }

@@ -10,7 +10,7 @@ namespace normfused::ops {
 // Mean, sum of squared deviations, least and greatest value, in float64.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments(const at::Tensor& input);
 
-// Sum and sum of squares: float64, or int64 for integers.
-std::tuple<at::Tensor, at::Tensor> channel_sums(const at::Tensor& input);
+// Sum, sum of squares, least and greatest value: float64, or int64 for integers.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_sums(const at::Tensor& input);
 
 }  // namespace normfused::ops

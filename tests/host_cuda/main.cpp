@@ -142,17 +142,24 @@ void run_fine_splits(const ChannelView& view, int64_t offset, std::mt19937& rand
       cut(cuda::plan_reduction(view, sizeof(float), 1, aligned, false, device), view.numel(), 3);
   HostResources resources(device);
 
-  std::vector<double> sum(view.channels), squares(view.channels);
+  std::vector<double> sum(view.channels), squares(view.channels), low(view.channels), high(view.channels);
   const cuda::SumsOp<float> op{input.data, view};
-  reduce(op, cuda::WriteResults<double>{{sum.data(), squares.data()}}, cuda::Nothing{}, plan, resources);
+  reduce(op, cuda::WriteResults<double>{{sum.data(), squares.data(), low.data(), high.data()}}, cuda::Nothing{}, plan,
+         resources);
   std::vector<double> wanted(view.channels), wanted_squares(view.channels);
+  std::vector<float> wanted_low(view.channels, 9), wanted_high(view.channels, -9);
   for (int64_t i = 0; i < view.numel(); ++i) {
-    wanted[i / view.inner % view.channels] += input.data[i];
-    wanted_squares[i / view.inner % view.channels] += input.data[i] * input.data[i];
+    const int64_t c = i / view.inner % view.channels;
+    wanted[c] += input.data[i];
+    wanted_squares[c] += input.data[i] * input.data[i];
+    wanted_low[c] = std::min(wanted_low[c], input.data[i]);
+    wanted_high[c] = std::max(wanted_high[c], input.data[i]);
   }
   for (int64_t c = 0; c < view.channels; ++c) {
     expect_near("sum", c, sum[c], wanted[c], 0);  // eighths: every sum is exact
     expect_near("sum_of_squares", c, squares[c], wanted_squares[c], 0);
+    expect_near("min", c, low[c], wanted_low[c], 0);
+    expect_near("max", c, high[c], wanted_high[c], 0);
   }
   std::vector<double> mean(view.channels), m2(view.channels);
   const cuda::MomentsOp<float, false> moments{input.data, view};

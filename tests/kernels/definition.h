@@ -339,18 +339,24 @@ void run_integer_sums(Backend& backend, DType dtype, const ChannelView& view, in
   const int64_t lowest = kWide ? -(1 << 15) : std::numeric_limits<T>::min();
   const int64_t highest = kWide ? 1 << 15 : std::numeric_limits<T>::max();
   std::uniform_int_distribution<int64_t> values(extreme ? highest : lowest, highest);
-  std::vector<int64_t> sum(channels), squares(channels), got_sum(channels), got_squares(channels);
+  std::vector<int64_t> want[4];
+  want[0].resize(channels), want[1].resize(channels);
+  want[2].assign(channels, std::numeric_limits<int64_t>::max());
+  want[3].assign(channels, std::numeric_limits<int64_t>::min());
   for (int64_t i = 0; i < view.numel(); ++i) {
     const int64_t value = values(random), c = i / view.inner % channels;
     input.data[i] = static_cast<T>(value);
-    sum[c] += value;
-    squares[c] += value * value;
+    want[0][c] += value;
+    want[1][c] += value * value;
+    want[2][c] = std::min(want[2][c], value);
+    want[3][c] = std::max(want[3][c], value);
   }
-  backend.channel_sums({view, dtype, input.data, {got_sum.data(), got_squares.data()}});
-  for (int64_t c = 0; c < channels; ++c) {
-    expect_near("sum", c, static_cast<double>(got_sum[c] - sum[c]), 0, 0);
-    expect_near("sum_of_squares", c, static_cast<double>(got_squares[c] - squares[c]), 0, 0);
-  }
+  std::vector<int64_t> got[4];
+  for (auto& r : got) r.resize(channels);
+  backend.channel_sums({view, dtype, input.data, {got[0].data(), got[1].data(), got[2].data(), got[3].data()}});
+  const char* const names[] = {"sum", "sum_of_squares", "min", "max"};
+  for (int k = 0; k < 4; ++k)
+    for (int64_t c = 0; c < channels; ++c) expect_near(names[k], c, static_cast<double>(got[k][c] - want[k][c]), 0, 0);
 }
 
 // Runs all kernels of a backend, a class with the functions of kernels/cpu/kernels.h.
@@ -398,6 +404,8 @@ void run(Backend& backend, ChannelView view, int64_t offset, std::mt19937& rando
   for (int64_t c = 0; c < channels; ++c) {
     expect_near("sum", c, results[0][c], sum[c], 1e-12 * std::abs(static_cast<double>(sum[c])));
     expect_near("sum_of_squares", c, results[1][c], squares[c], 1e-12 * squares[c]);
+    expect_near("min of sums", c, results[2][c], low[c], 0);
+    expect_near("max of sums", c, results[3][c], high[c], 0);
   }
   if (count < 2) return;
 

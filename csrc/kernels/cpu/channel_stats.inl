@@ -1,5 +1,12 @@
 // Moments and sums per channel.
 
+// Where sums begin: rows 2 and 3 are the least and the greatest value.
+template <class S>
+NF_FN S empty_extreme(int64_t k) {
+  constexpr S kInfinity = std::numeric_limits<S>::infinity();
+  return k == 2 ? kInfinity : k == 3 ? -kInfinity : S(0);
+}
+
 // Mean and M2 by deviations from a pivot; with kExtremes also the least and the greatest value.
 template <class T, bool kExtremes>
 struct MomentsOp {
@@ -10,10 +17,7 @@ struct MomentsOp {
 
   const T* input;
 
-  static NF_INLINE S empty(int64_t k) {
-    constexpr S kInfinity = std::numeric_limits<S>::infinity();
-    return k == 2 ? kInfinity : k == 3 ? -kInfinity : S(0);
-  }
+  static NF_INLINE S empty(int64_t k) { return empty_extreme<S>(k); }
 
   // A NaN does not survive the comparisons, but it makes M2 NaN, and such channels are done again.
   template <class V>
@@ -55,20 +59,21 @@ struct MomentsOp {
   NF_INLINE Vec<double> next_pivot(Vec<double>, const Lanes<MomentsOp>& results) const { return results.k[0]; }
 };
 
-// Sum and sum of squares in double; the pivot is not used.
+// Sum, sum of squares, least and greatest value in double; the pivot is not used.
 template <class T>
 struct SumsOp {
   using S = double;
   using V = Block<S, T>;
-  static constexpr int64_t kSums = 2, kCoefficients = 1;
+  static constexpr int64_t kSums = 4, kCoefficients = 1;
   static constexpr bool kSeeksPivot = false;
 
   const T* input;
 
-  static NF_INLINE S empty(int64_t) { return 0; }
+  static NF_INLINE S empty(int64_t k) { return empty_extreme<S>(k); }
+  // A NaN does not survive the comparisons; the sums tell of it.
   template <class V>
-  static NF_INLINE V join(int64_t, V a, V b) {
-    return a + b;
+  static NF_INLINE V join(int64_t k, V a, V b) {
+    return k == 2 ? minimum(a, b) : k == 3 ? maximum(a, b) : a + b;
   }
 
   template <class Width>
@@ -76,14 +81,19 @@ struct SumsOp {
     const V value = load_block<V>(input + offset, width);
     sums.k[0] = sums.k[0] + value;
     sums.k[1] = sums.k[1] + value * value;
+    unroll<2>([&](auto k) {
+      const V seen = load_block(input + offset, width, V::filled(empty(2 + k)));
+      sums.k[2 + k] = V::each([&](auto i) { return join(2 + k, sums.k[2 + k].part[i], seen.part[i]); });
+    });
   }
 
   NF_INLINE void prefetch(int64_t offset, int64_t n) const { prefetch_row(input + offset, n); }
   NF_INLINE S coefficient(int64_t, int64_t, int64_t) const { return 0; }
 
   NF_INLINE Lanes<SumsOp> results_of(Vec<double>, int64_t, const Lanes<SumsOp>& sums) const { return sums; }
-  NF_INLINE Lanes<SumsOp> merge(int64_t, const Lanes<SumsOp>& a, int64_t, const Lanes<SumsOp>& b) const {
-    return {a.k[0] + b.k[0], a.k[1] + b.k[1]};
+  NF_INLINE Lanes<SumsOp> merge(int64_t, Lanes<SumsOp> a, int64_t, const Lanes<SumsOp>& b) const {
+    for (int64_t k = 0; k < kSums; ++k) a.k[k] = join(k, a.k[k], b.k[k]);
+    return a;
   }
   NF_INLINE Vec<double> next_pivot(Vec<double> pivot, const Lanes<SumsOp>&) const { return pivot; }
 };
@@ -150,5 +160,8 @@ void channel_moments(const ChannelStats& args, const Parallel& parallel) {
 template <class T>
 void channel_sums(const ChannelStats& args, const Parallel& parallel) {
   const SumsOp<T> op{static_cast<const T*>(args.input)};
-  channel_stats(op, args, sizeof(T), parallel, [](const Results&, int64_t, int64_t) {});
+  channel_stats(op, args, sizeof(T), parallel, [&](const Results& results, int64_t c0, int64_t c1) {
+    for (int64_t c = c0; c < c1; ++c)
+      if (results(1, c) != results(1, c)) results(2, c) = results(3, c) = results(1, c);
+  });
 }

@@ -19,7 +19,7 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
 // Per channel, in one read: mean, sum of squared deviations, least and greatest value.
 void channel_moments(const ChannelStats& args, const Parallel& parallel);
 
-// Per channel, in one read: sum and sum of squares, accumulated in double; of integers exactly in int64.
+// Per channel, in one read: sum, sum of squares, least and greatest value; in double, of integers exactly in int64.
 void channel_sums(const ChannelStats& args, const Parallel& parallel);
 
 // "avx512", "avx2" or "baseline": the widest that machine and library have, or the narrower one named by the

@@ -132,17 +132,20 @@ struct MomentsOp {
   }
 };
 
-// Sum and sum of squares: in double for floating types, exactly in int64 for integers.
+// Sum, sum of squares, least and greatest value: in double for floating types, exactly in int64 for integers.
 template <class T_>
 struct SumsOp {
   using T = T_;
   using S = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
   using Sum = S;
-  static constexpr int kInputs = 1, kRequired = 1, kSums = 2;
+  static constexpr int kInputs = 1, kRequired = 1, kSums = 4;
   static constexpr bool kRepairs = false;
 
-  struct State {
+  // Packed: 20 bytes of a narrow T, with which the columns' states of a block stay within 48 KiB; 24 would not.
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, T>;  // CUDA's half precision is not to be packed
+  struct __attribute__((packed, aligned(4))) State {
     S sum, square;
+    Bits extreme[2];
   };
 
   const T* tensor;
@@ -153,25 +156,62 @@ struct SumsOp {
   NF_DEVICE uint32_t bits(int64_t) const {
     return 0;
   }
-  static NF_DEVICE Sum empty(int) { return 0; }
-  static NF_DEVICE Sum join(int, Sum a, Sum b) { return a + b; }
+  static NF_DEVICE Sum empty(int k) { return k == 2 ? greatest() : k == 3 ? least() : 0; }
+  // A NaN is lost among the extremes; the sums tell of it.
+  static NF_DEVICE Sum join(int k, Sum a, Sum b) { return k == 2 ? (b < a ? b : a) : k == 3 ? (b > a ? b : a) : a + b; }
+  // The first vector's own values begin the extremes: T's limits need not be known.
   NF_DEVICE State start(int64_t) const { return {}; }
 
   template <int n, bool kMasked>
-  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t mask, uint32_t, bool) const {
+  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t mask, uint32_t, bool first) const {
+    Sum low = first ? empty(2) : value_of(state.extreme[0]), high = first ? empty(3) : value_of(state.extreme[1]);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const S value = !kMasked || (mask >> i & 1) ? values[0][i] : 0;
+      if (kMasked && !(mask >> i & 1)) continue;
+      const S value = values[0][i];
       state.sum += value;
       state.square += value * value;
+      low = join(2, low, value);
+      high = join(3, high, value);
     }
+    state.extreme[0] = bits_of(low);
+    state.extreme[1] = bits_of(high);
   }
 
-  NF_DEVICE void sums(const State& state, int64_t, int64_t, Sum (&sums)[2]) const {
+  NF_DEVICE void sums(const State& state, int64_t, int64_t, Sum (&sums)[4]) const {
     sums[0] = state.sum;
     sums[1] = state.square;
+    sums[2] = value_of(state.extreme[0]);
+    sums[3] = value_of(state.extreme[1]);
   }
-  NF_DEVICE void results(int64_t, Sum (&)[2]) const {}
+  NF_DEVICE void results(int64_t, Sum (&sums)[4]) const {
+    if (sums[1] != sums[1]) sums[2] = sums[3] = sums[1];
+  }
+
+ private:
+  static NF_DEVICE Sum value_of(Bits bits) {
+    T value;
+    memcpy(static_cast<void*>(&value), &bits, sizeof value);
+    return widen<Sum>(value);
+  }
+  static NF_DEVICE Bits bits_of(Sum sum) {
+    const T value = narrow<T>(sum);
+    Bits bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+  }
+  static NF_DEVICE Sum greatest() {
+    if constexpr (std::is_integral_v<T>)
+      return INT64_MAX;
+    else
+      return HUGE_VAL;
+  }
+  static NF_DEVICE Sum least() {
+    if constexpr (std::is_integral_v<T>)
+      return INT64_MIN;
+    else
+      return -HUGE_VAL;
+  }
 };
 
 // Writes row k of the results to its place.

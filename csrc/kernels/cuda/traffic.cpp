@@ -7,7 +7,7 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, cons
   const bool applies = operation != Operation::kMoments && operation != Operation::kSums;
   const bool backward = operation == Operation::kBackward || operation == Operation::kInferenceBackward;
   const bool may_finish = operation == Operation::kTraining || operation == Operation::kBackward;
-  const int sums = operation == Operation::kMoments ? 4 : 2;
+  const int sums = applies ? 2 : 4;
   const int inputs = backward ? 2 : 1;
   const int applied_inputs = operation == Operation::kBackward ? 2 : 1;
   const int64_t bytes = view.numel() * itemsize;
