@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import normfused
+from normfused.errors import CommandError
 
 USAGE_ERROR = 2
 
@@ -124,7 +125,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     )
     try:
         return demo.run_demo(settings)
-    except (demo.DemoError, OSError) as error:
+    except (CommandError, OSError) as error:
         return _fail(str(error))
 
 

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 import normfused
 from normfused import demo
 from normfused.cli import main
-from normfused.demo import cifar, data, experiments, idx
+from normfused.demo import cifar, data, experiments
 from normfused.demo.dataset import Dataset, Split, Standardization
 from normfused.demo.errors import DemoError
 from normfused.demo.report import Comparison, compare
 from normfused.demo.training import Curve, Epoch, Examples, Training, accuracy
+from normfused.errors import CommandError
+from normfused.files import read_idx
 
 IMAGES = torch.arange(20 * 6 * 5).remainder(251).to(torch.uint8).view(20, 6, 5)
 LABELS = torch.arange(20).remainder(10).to(torch.uint8)
@@ -107,8 +109,8 @@ def test_idx_folder_without_test_split(tmp_path: Path) -> None:
 def test_malformed_idx_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "images"
     path.write_bytes(content)
-    with pytest.raises(DemoError) as raised:
-        idx.read_idx(path, 3)
+    with pytest.raises(CommandError) as raised:
+        read_idx(path, 3)
     assert str(raised.value) == f"{path}: {message}"
 
 
@@ -124,8 +126,8 @@ def test_malformed_idx_file_is_named(tmp_path: Path, content: bytes, message: st
 def test_damaged_gzip_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "images.gz"
     path.write_bytes(damage(gzip.compress(idx_bytes(IMAGES), mtime=0)))
-    with pytest.raises(DemoError) as raised:
-        idx.read_idx(path, 3)
+    with pytest.raises(CommandError) as raised:
+        read_idx(path, 3)
     assert str(raised.value).startswith(f"{path}: damaged gzip file: ")
 
 

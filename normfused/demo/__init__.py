@@ -43,7 +43,7 @@ def run_demo(settings: Settings) -> int:
     Files are written after each run, so that an interruption keeps the runs before it.
 
     Raises:
-        DemoError, OSError: data, device or output folder cannot be used; the text is one line.
+        CommandError, OSError: data, device or output folder cannot be used; the text is one line.
     """
     training = _prepare(settings)
     report = Report(settings.out, training)

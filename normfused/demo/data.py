@@ -41,7 +41,7 @@ def find_dataset(root: Path | None) -> Dataset:
     else scikit-learn's digits.
 
     Raises:
-        DemoError: ``root`` holds no data, or a file is damaged; the text names what.
+        CommandError: ``root`` holds no data, or a file is damaged; the text names what.
         OSError: a file cannot be read.
     """
     if root is None:

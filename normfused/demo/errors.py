@@ -1,5 +1,7 @@
 """The demo's one exception."""
 
+from normfused.errors import CommandError
 
-class DemoError(Exception):
+
+class DemoError(CommandError):
     """What keeps the demo from running, as one line for its user."""

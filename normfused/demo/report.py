@@ -19,6 +19,7 @@ import normfused
 from normfused.demo.errors import DemoError
 from normfused.demo.experiments import IN_PLACE, OURS, THEIRS
 from normfused.demo.training import Curve, Training
+from normfused.files import replace
 
 PLOT = "curves.png"
 RESULTS = "results.json"
@@ -112,8 +113,8 @@ class Report:
     def save(self, curves: list[Curve]) -> None:
         """Replaces both files as a whole, so that an interruption leaves the former ones."""
         results = json.dumps(self._results(curves), indent=2, default=str)
-        _replace(self.folder / RESULTS, results.encode() + b"\n")
-        _replace(self.folder / PLOT, self._plot(curves))
+        replace(self.folder / RESULTS, results.encode() + b"\n")
+        replace(self.folder / PLOT, self._plot(curves))
 
     def _results(self, curves: list[Curve]) -> dict[str, Any]:
         training, dataset = self.training, self.training.dataset
@@ -177,12 +178,3 @@ def _label(axes: Axes, quantity: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
