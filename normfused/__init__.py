@@ -4,20 +4,24 @@ from normfused import functional, reference
 from normfused._extension import info
 from normfused._version import __version__
 from normfused.convert import Conversion, convert, fold_bn, revert
+from normfused.dataset import dataset_stats
 from normfused.functional import ChannelMoments, ChannelSums, channel_moments, channel_sums
 from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, no_stats_update
+from normfused.stats import ChannelStats
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "ChannelMoments",
+    "ChannelStats",
     "ChannelSums",
     "Conversion",
     "__version__",
     "channel_moments",
     "channel_sums",
     "convert",
+    "dataset_stats",
     "fold_bn",
     "functional",
     "info",

@@ -1,0 +1,196 @@
+"""Statistics of a whole data set, read in this process or in several."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from normfused.images import guess_layout
+from normfused.stats import NONFINITE, ChannelStats, measure
+
+_IMAGE_KEYS = ("image", "images", "img", "pixel_values")
+
+# What an error calls the images, and their statistics.
+Part = tuple[str, ChannelStats]
+
+
+def dataset_stats(
+    data: Any,
+    *,
+    layout: str | None = None,
+    scale: float | None = None,
+    key: Any = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: bool | None = None,
+) -> ChannelStats:
+    """The statistics of a whole data set.
+
+    After Ctrl-C: those of the images so far, with ``complete`` False.
+
+    Args:
+        data: a tensor or array of images, with a first dimension N; a map-style dataset or a sequence; an iterable
+            dataset; a ``DataLoader``; any iterable. Its items are what :meth:`ChannelStats.update` takes, or tuples or
+            dicts that hold it.
+        layout: of ``data`` where that is a tensor or array, else of each item; see :meth:`ChannelStats.update`.
+        scale: see :class:`ChannelStats`.
+        key: which part of an item is the image. Default: the first of a tuple or list; of a dict the one entry named
+            ``"image"``, ``"images"``, ``"img"`` or ``"pixel_values"``.
+        batch_size: images a worker reads before it sends their statistics.
+        num_workers: processes that read a dataset's items and compute their statistics, which are all they send. 0:
+            this one. An iterable dataset must give each worker its own share, as for any ``DataLoader``. The result
+            is the same to the bit; of an iterable dataset's floating values, to rounding.
+        progress: whether to show a progress bar, which needs ``tqdm``. Default: where stderr is a terminal.
+
+    Raises:
+        ValueError: no images; an item that cannot be used, whose number the text gives; ``num_workers`` for data that
+            cannot be shared out.
+        TypeError: an item of a type that is not supported.
+        RuntimeError: an item that the dataset fails to give.
+
+    Warns:
+        RuntimeWarning: NaN or infinity in the images; Ctrl-C.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    is_indexed = not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    total = len(data) if is_indexed else None
+    parts: Iterable[Part]
+    if isinstance(data, (Tensor, np.ndarray)):
+        parts = stack_parts(data, layout, scale, batch_size)
+    else:
+        parts = _dataset_parts(data, _Reader(layout, scale, key), total, batch_size, num_workers)
+    stats = collect(parts, scale, total, progress)
+    if stats.images and stats.nonfinite.any():
+        warnings.warn(NONFINITE, RuntimeWarning, stacklevel=2)
+    if not stats.complete:
+        of = "" if total is None else f" of {total:,}"
+        warnings.warn(
+            f"interrupted: the statistics are those of {stats.images:,}{of} images", RuntimeWarning, stacklevel=2
+        )
+    elif not stats.images:
+        raise ValueError("data holds no images")
+    return stats
+
+
+def collect(parts: Iterable[Part], scale: float | None, total: int | None, progress: bool | None) -> ChannelStats:
+    """All parts merged in their order, those before Ctrl-C at least, with a progress bar over ``total`` images."""
+    stats = ChannelStats(scale)
+    try:
+        with progress_bar(total, progress) as advance:
+            for name, part in parts:
+                try:
+                    stats.merge(part)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+                advance(part.images)
+    except KeyboardInterrupt:
+        stats.complete = False
+    return stats
+
+
+@contextmanager
+def progress_bar(total: int | None, wanted: bool | None) -> Iterator[Callable[[int], object]]:
+    """Gives the function that moves the bar on by some images."""
+    if importlib.util.find_spec("tqdm") is None:
+        yield lambda images: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=" images", disable=None if wanted is None else not wanted) as bar:
+        yield bar.update
+
+
+def stack_parts(
+    images: Tensor | np.ndarray, layout: str | None, scale: float | None, batch_size: int
+) -> Iterator[Part]:
+    """Of images with a first dimension N, ``batch_size`` at a time."""
+    layout = layout or guess_layout(images)
+    if not layout.startswith("N"):
+        raise ValueError(
+            f"data of shape {tuple(images.shape)} is one image as {layout}: pass layout='NHW' for many grayscale ones"
+        )
+    for first in range(0, len(images), batch_size):
+        yield f"item {first}", measure(images[first : first + batch_size], layout, scale)
+
+
+class _Reader(NamedTuple):
+    """How an item becomes statistics."""
+
+    layout: str | None
+    scale: float | None
+    key: Any
+
+    def add(self, item: Any, stats: ChannelStats) -> None:
+        stats.merge(measure(self._image(item), self.layout, self.scale))
+
+    def _image(self, item: Any) -> Any:
+        if self.key is not None:
+            return item[self.key]
+        if isinstance(item, Mapping):
+            found = [name for name in _IMAGE_KEYS if name in item]
+            if len(found) != 1:
+                raise ValueError(f"a dict of {', '.join(map(str, item))}: pass key= to say which is the image")
+            return item[found[0]]
+        return item[0] if isinstance(item, (tuple, list)) else item
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """An error says which item it is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"item {index}: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"item {index}: {error!r}") from error
+
+
+class _Batches(Dataset[Part]):
+    """The statistics of a map-style dataset's items, some at a time."""
+
+    def __init__(self, data: Sequence[Any], reader: _Reader, batch_size: int) -> None:
+        self.data, self.reader, self.batch_size = data, reader, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.data) / self.batch_size)
+
+    def __getitem__(self, batch: int) -> Part:
+        first = batch * self.batch_size
+        stats = ChannelStats(self.reader.scale)
+        for index in range(first, min(first + self.batch_size, len(self.data))):
+            with _naming(index):
+                self.reader.add(self.data[index], stats)
+        return f"item {first}", stats
+
+
+class _Stream(IterableDataset[Part]):
+    """The statistics of an iterable's items, one at a time."""
+
+    def __init__(self, data: Iterable[Any], reader: _Reader) -> None:
+        self.data, self.reader = data, reader
+
+    def __iter__(self) -> Iterator[Part]:
+        for index, item in enumerate(self.data):
+            stats = ChannelStats(self.reader.scale)
+            with _naming(index):
+                self.reader.add(item, stats)
+            yield f"item {index}", stats
+
+
+def _dataset_parts(data: Any, reader: _Reader, total: int | None, batch_size: int, num_workers: int) -> Iterable[Part]:
+    if num_workers and total is None and not isinstance(data, IterableDataset):
+        raise ValueError(f"num_workers={num_workers} needs a dataset or a sequence, got {type(data).__name__}")
+    source: Dataset[Part] = _Stream(data, reader) if total is None else _Batches(data, reader, batch_size)
+    # A generator of its own: the random numbers of all others stay as they are.
+    return DataLoader(source, batch_size=None, num_workers=num_workers, generator=torch.Generator())

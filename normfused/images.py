@@ -1,0 +1,78 @@
+"""Images as tensors and arrays: which of their dimensions is what."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LAYOUTS = ("HW", "CHW", "HWC", "NHW", "NCHW", "NHWC", "NC")
+_OF_TENSORS = {2: "HW", 3: "CHW", 4: "NCHW"}
+_OF_ARRAYS = {2: "HW", 3: "HWC", 4: "NHWC"}
+_SWAPPED = {"CHW": "HWC", "HWC": "CHW", "NCHW": "NHWC", "NHWC": "NCHW"}
+_FEW_CHANNELS = range(1, 5)  # gray, with alpha, RGB, with alpha
+
+_DTYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+
+
+def as_array(images: Any) -> Tensor | np.ndarray:
+    """Tensors and arrays as they are, else a new array; refuses dtypes that are not supported."""
+    if getattr(images, "mode", None) in ("P", "PA"):
+        raise ValueError("a palette image holds indices, not colors: convert it to RGB first")
+    if not isinstance(images, (Tensor, np.ndarray)):
+        images = np.array(images)
+    dtype = images.dtype.name if isinstance(images, np.ndarray) else str(images.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise TypeError(f"images must be of {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, got {dtype}")
+    return cast("Tensor | np.ndarray", images)
+
+
+def guess_layout(images: Tensor | np.ndarray) -> str:
+    """Channels first for tensors, last for arrays; refuses what would rather be the other."""
+    kind, guesses = ("tensors", _OF_TENSORS) if isinstance(images, Tensor) else ("arrays", _OF_ARRAYS)
+    shape = tuple(images.shape)
+    if len(shape) not in guesses:
+        raise ValueError(f"images need 2, 3 or 4 dimensions, got shape {shape}")
+    layout = guesses[len(shape)]
+    other = _SWAPPED.get(layout, layout)
+    if layout != other:
+        guessed, swapped = shape[layout.index("C")], shape[other.index("C")]
+        if guessed not in _FEW_CHANNELS and swapped in _FEW_CHANNELS:
+            raise ValueError(
+                f"images of shape {shape} would have {guessed} channels as {layout}, which {kind} are taken for: "
+                f"pass layout={other!r} for {swapped}, or layout={layout!r} to insist"
+            )
+    return layout
+
+
+def as_nchw(images: Tensor | np.ndarray, layout: str) -> Tensor:
+    """A view of shape (N, C, ...)."""
+    shape = tuple(images.shape)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if len(layout) != len(shape):
+        raise ValueError(f"layout={layout!r} needs {len(layout)} dimensions, got images of shape {shape}")
+    if 0 in shape:
+        raise ValueError(f"images of shape {shape} hold no values")
+    x = _from_numpy(images) if isinstance(images, np.ndarray) else images
+    if x.dtype == torch.uint16:
+        x = x.to(torch.int32)  # torch's own type for 16 unsigned bits has few functions
+    for name in "CN":
+        if name not in layout:
+            x, layout = x.unsqueeze(0), name + layout
+    return x.movedim(layout.index("C"), 1)
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    # torch takes no reversed bytes and no negative strides.
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the tensor must not be written, which nobody does
+        return torch.from_numpy(array)
