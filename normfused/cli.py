@@ -1,10 +1,11 @@
-"""The command line: ``normfused info`` and ``normfused demo``."""
+"""The command line: ``normfused info``, ``normfused stats`` and ``normfused demo``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NoReturn
 
 import normfused
 from normfused.errors import CommandError
+from normfused.images import LAYOUTS
 
 USAGE_ERROR = 2
 
@@ -44,6 +46,29 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show versions and how normfused was built")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(command=_info)
+
+    stats = commands.add_parser(
+        "stats",
+        help="mean and standard deviation of the channels of images",
+        description="Mean, standard deviation and range of each channel, over all pixels of all images.",
+        epilog="Exit codes: 0, also where unreadable files were skipped; 2 for bad arguments and unreadable input; "
+        "130 after Ctrl-C, with the figures of the images before it.",
+    )
+    add = stats.add_argument
+    add("path", type=Path, metavar="PATH", help="a folder of pictures, a picture, or an IDX (.gz), .npy or .npz file")
+    add("--layout", choices=LAYOUTS, help="what the dimensions of an array are (default: HW, NHWC; NHW for IDX)")
+    add("--scale", type=_scale, metavar="S", help="multiply values by S (default: 1/255 for 8 bits, else 1)")
+    add(
+        "--channels",
+        choices=("gray", "rgb"),
+        help="convert pictures (default: as stored, palettes as RGB without their transparency)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write settings, figures and exact sums")
+    add("--plot", type=Path, metavar="FILE", help="draw a histogram (PNG); reads the images a second time")
+    add("--workers", type=_integer(0), default=0, metavar="N", help="processes that read (default: only this one)")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="at an unreadable file (default: fail)")
+    add("--recursive", action="store_true", help="look in the folder's folders too")
+    stats.set_defaults(command=_stats)
 
     demo = commands.add_parser(
         "demo",
@@ -97,6 +122,16 @@ def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def _scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return value
+
+
 def _info(arguments: argparse.Namespace) -> int:
     info = normfused.info()
     if arguments.json:
@@ -106,10 +141,30 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _stats(arguments: argparse.Namespace) -> int:
+    from normfused import stats_command  # only here: other commands need not wait for it
+
+    settings = stats_command.Settings(
+        path=arguments.path,
+        layout=arguments.layout,
+        scale=arguments.scale,
+        channels=arguments.channels,
+        json=arguments.json,
+        plot=arguments.plot,
+        workers=arguments.workers,
+        skip=arguments.on_error == "skip",
+        recursive=arguments.recursive,
+    )
+    try:
+        return stats_command.run_stats(settings)
+    except (CommandError, OSError) as error:
+        return _fail("stats", str(error))
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     missing = [package for module, package in _DEMO_REQUIREMENTS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        return _fail(f"{', '.join(missing)} not installed: pip install 'normfused[demo]'")
+        return _fail("demo", f"{', '.join(missing)} not installed: pip install 'normfused[demo]'")
 
     from normfused import demo  # only here: it imports what may be missing
 
@@ -126,9 +181,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     try:
         return demo.run_demo(settings)
     except (CommandError, OSError) as error:
-        return _fail(str(error))
+        return _fail("demo", str(error))
 
 
-def _fail(message: str) -> int:
-    print(f"normfused demo: error: {message}", file=sys.stderr)
+def _fail(command: str, message: str) -> int:
+    print(f"normfused {command}: error: {message}", file=sys.stderr)
     return USAGE_ERROR

@@ -99,6 +99,7 @@ class ChannelStats:
         scale: as given.
         images: how many images there were.
         complete: False where :func:`dataset_stats` was interrupted.
+        integer_scale: what integers are multiplied by; None while there are none.
     """
 
     def __init__(self, scale: float | None = None) -> None:
@@ -107,7 +108,7 @@ class ChannelStats:
         self.scale = scale
         self.images = 0
         self.complete = True
-        self._integer_scale: float | None = None  # while no integers have come
+        self.integer_scale: float | None = None
         self._sums: tuple[Sums, ...] = ()  # a channel each; empty while no integers have come
         self._floats: tuple[Moments, ...] = ()  # the same for floating values
 
@@ -147,13 +148,13 @@ class ChannelStats:
             raise ValueError(f"got {other.channels} channels, but the images before have {self.channels}")
         if self.scale != other.scale:
             raise ValueError(f"cannot merge scale={other.scale} into scale={self.scale}")
-        scales = {s._integer_scale for s in (self, other)} - {None}
+        scales = {s.integer_scale for s in (self, other)} - {None}
         if len(scales) > 1:
             raise ValueError("uint8 is scaled by 1/255, other integers by 1: pass scale= to scale all images alike")
         self.__dict__.update(  # in one step, which Ctrl-C cannot cut in two
             images=self.images + other.images,
             complete=self.complete and other.complete,
-            _integer_scale=next(iter(scales), None),
+            integer_scale=next(iter(scales), None),
             _sums=_merged(self._sums, other._sums),
             _floats=_merged(self._floats, other._floats),
         )
@@ -229,7 +230,7 @@ class ChannelStats:
             "scale": self.scale,
             "images": self.images,
             "complete": self.complete,
-            "integer_scale": self._integer_scale,
+            "integer_scale": self.integer_scale,
             "sums": [channel._asdict() for channel in self._sums],
             "moments": [channel._asdict() for channel in self._floats],
         }
@@ -239,7 +240,7 @@ class ChannelStats:
         """What :meth:`to_dict` was called on."""
         stats = cls(figures["scale"])
         stats.images, stats.complete = figures["images"], figures["complete"]
-        stats._integer_scale = figures["integer_scale"]
+        stats.integer_scale = figures["integer_scale"]
         stats._sums = tuple(Sums(**channel) for channel in figures["sums"])
         stats._floats = tuple(Moments(**channel) for channel in figures["moments"])
         return stats
@@ -273,7 +274,7 @@ class ChannelStats:
         columns |= {name: [_four_digits(v) for v in values.tolist()] for name, values in figures.items()}
         if self._has_nonfinite():
             columns["nonfinite"] = [f"{count:,}" for count in self.nonfinite.tolist()]
-        scale = self._integer_scale or self.scale or 1.0
+        scale = self.integer_scale or self.scale or 1.0
         what = "integers" if self._floats and not self.scale else "values"
         lines = [f"images: {self.images:,}" + (f", {what} divided by {1 / scale:g}" if scale != 1 else "")]
         table = [["channel", *map(str, range(self.channels))], *([name, *cells] for name, cells in columns.items())]
@@ -291,7 +292,7 @@ class ChannelStats:
         """Of each channel's integers and floating values together, scaled."""
         if self.channels is None:
             raise ValueError("no images yet")
-        integers = tuple(channel.moments(self._integer_scale or 1.0) for channel in self._sums)
+        integers = tuple(channel.moments(self.integer_scale or 1.0) for channel in self._sums)
         return _merged(integers, tuple(channel.scaled(self.scale or 1.0) for channel in self._floats))
 
     def _result(self, figure: Callable[[Moments], float]) -> Tensor:
@@ -315,9 +316,14 @@ def measure(images: Any, layout: str | None, scale: float | None) -> ChannelStat
     if x.is_floating_point():
         stats._floats = _float_moments(x)
     else:
-        stats._integer_scale = scale or (1 / 255 if x.dtype == torch.uint8 else 1.0)
+        stats.integer_scale = scale_of(x.dtype, scale)
         stats._sums = _integer_sums(x)
     return stats
+
+
+def scale_of(dtype: torch.dtype, scale: float | None) -> float:
+    """What values of ``dtype`` are multiplied by."""
+    return scale or (1 / 255 if dtype == torch.uint8 else 1.0)
 
 
 def _integer_sums(x: Tensor) -> tuple[Sums, ...]:

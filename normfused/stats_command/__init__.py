@@ -1,0 +1,146 @@
+"""``normfused stats``: mean, standard deviation and range of the channels of images in files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from normfused import files
+from normfused._version import __version__
+from normfused.dataset import Part, collect, progress_bar
+from normfused.errors import CommandError
+from normfused.stats import ChannelStats, measure
+from normfused.stats_command.readers import Source, open_source
+
+__all__ = ["Settings", "run_stats"]
+
+INTERRUPTED = 130  # a shell's exit code for Ctrl-C
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``layout``, ``scale``, ``channels`` None: as :class:`normfused.ChannelStats` has it, and as stored.
+
+    ``json``, ``plot`` None: no such file. ``skip``: unreadable files are left out, else they stop the command.
+    """
+
+    path: Path
+    layout: str | None
+    scale: float | None
+    channels: str | None
+    json: Path | None
+    plot: Path | None
+    workers: int
+    skip: bool
+    recursive: bool
+
+
+def run_stats(settings: Settings) -> int:
+    """Prints the table and writes the files; returns the exit code.
+
+    Ctrl-C keeps the figures of the images before it, and gives no plot.
+
+    Raises:
+        CommandError, OSError: an input or output cannot be used; the text is one line.
+    """
+    _check_outputs(settings)
+    source = open_source(settings.path, settings.layout, settings.channels, settings.recursive)
+    skipped: dict[int, str] = {}
+    try:
+        stats = collect(_parts(source, settings, skipped), settings.scale, source.images, None)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if not stats.images and stats.complete:
+        raise CommandError(f"{settings.path}: no image could be read")
+    print(stats)
+    for index, reason in skipped.items():
+        print(f"skipped {source.name(index)}: {reason}", file=sys.stderr)
+    if skipped:
+        print(f"{len(skipped)} of {len(source)} files were skipped", file=sys.stderr)
+    if settings.json:
+        files.replace(settings.json, _as_json(stats, source, settings, skipped))
+    if not stats.complete:
+        print(f"interrupted: these are the figures of {stats.images} of {source.images} images", file=sys.stderr)
+        return INTERRUPTED
+    if settings.plot:
+        try:
+            files.replace(settings.plot, _plot(stats, source, settings, skipped))
+        except KeyboardInterrupt:
+            print("interrupted: there is no plot", file=sys.stderr)
+            return INTERRUPTED
+    return 0
+
+
+def _check_outputs(settings: Settings) -> None:
+    # Before the work, not after it.
+    for option, path in (("--json", settings.json), ("--plot", settings.plot)):
+        if path and not path.parent.is_dir():
+            raise CommandError(f"{option} {path}: there is no folder {path.parent}")
+    if settings.plot and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("matplotlib not installed: pip install 'normfused[data]'")
+
+
+class _Measured(Dataset[ChannelStats | str]):
+    """Of each item of the source its statistics, or why there are none."""
+
+    def __init__(self, source: Source, scale: float | None) -> None:
+        self.source, self.scale = source, scale
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> ChannelStats | str:
+        try:
+            return measure(self.source[index], self.source.layout, self.scale)
+        except Exception as error:  # a damaged file can raise almost anything
+            return str(error) or repr(error)
+
+
+def _parts(source: Source, settings: Settings, skipped: dict[int, str]) -> Iterator[Part]:
+    """What could be read; of all else ``skipped`` is told."""
+    measured = DataLoader(_Measured(source, settings.scale), batch_size=None, num_workers=settings.workers)
+    for index, part in enumerate(measured):
+        if isinstance(part, ChannelStats):
+            yield source.name(index), part
+        elif settings.skip:
+            skipped[index] = part
+        else:
+            raise CommandError(f"{source.name(index)}: {part}")
+
+
+def _plot(stats: ChannelStats, source: Source, settings: Settings, skipped: dict[int, str]) -> bytes:
+    """Reads all a second time: only now is known from where to where the values go."""
+    from normfused.stats_command import histogram  # only here: matplotlib may be missing
+
+    low, high = histogram.value_range(stats)
+    counts = histogram.Counts(source, settings.scale, low, high)
+    read = Subset(counts, [index for index in range(len(source)) if index not in skipped])
+    total = torch.zeros(1, dtype=torch.float64)
+    with progress_bar(len(read), None) as advance:
+        for part in DataLoader(read, batch_size=None, num_workers=settings.workers):
+            total = total + part
+            advance(1)
+    return histogram.draw(total, stats, low, high, settings.path.name)
+
+
+def _as_json(stats: ChannelStats, source: Source, settings: Settings, skipped: dict[int, str]) -> bytes:
+    content = {
+        "normfused": __version__,
+        "settings": asdict(settings),
+        "images": stats.images,
+        "complete": stats.complete,
+        "skipped": {source.name(index): reason for index, reason in skipped.items()},
+    }
+    if stats.images:
+        names = ("count", "mean", "std", "min", "max", "nonfinite")
+        values = (stats.count, stats.mean, stats.std(), stats.min, stats.max, stats.nonfinite)
+        content |= {name: value.tolist() for name, value in zip(names, values, strict=True)}
+    content["stats"] = stats.to_dict()  # exact, for ChannelStats.from_dict
+    return json.dumps(content, indent=2, default=str).encode() + b"\n"

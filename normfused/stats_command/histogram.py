@@ -1,0 +1,77 @@
+"""How often which value comes, channel by channel, and its picture."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from normfused.errors import CommandError
+from normfused.images import as_array, as_nchw, guess_layout
+from normfused.stats import ChannelStats, scale_of
+from normfused.stats_command.readers import Source
+
+BINS = 256
+_RGB = ("#c8453b", "#3c9d6b", "#3b6fc8")
+_OTHER = "#5b6470"
+
+
+def value_range(stats: ChannelStats) -> tuple[float, float]:
+    """From where to where the bins go: a bin for each integer where there are few, else over all values.
+
+    Raises:
+        CommandError: no value is finite.
+    """
+    low, high = stats.min.min().item(), stats.max.max().item()
+    if low > high:
+        raise CommandError("--plot: all values are NaN or infinite")
+    scale = stats.integer_scale
+    if scale and stats.sums[0].count == stats.count[0]:  # no floating values beside the integers
+        lowest, highest = min(c.min for c in stats.sums), max(c.max for c in stats.sums)
+        if highest - lowest < BINS:
+            first = 0 if lowest >= 0 and highest < BINS else lowest
+            return (first - 0.5) * scale, (first + BINS - 0.5) * scale
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+class Counts(Dataset[Tensor]):
+    """Of each source item, how many scaled values lie in each bin: (C, 256), float64."""
+
+    def __init__(self, source: Source, scale: float | None, low: float, high: float) -> None:
+        self.source, self.scale, self.low, self.high = source, scale, low, high
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        images = as_array(self.source[index])
+        x = as_nchw(images, self.source.layout or guess_layout(images))
+        scale = scale_of(x.dtype, self.scale)
+        return torch.stack([torch.histc(c.double() * scale, BINS, self.low, self.high) for c in x.unbind(1)])
+
+
+def draw(counts: Tensor, stats: ChannelStats, low: float, high: float, name: str) -> bytes:
+    """A PNG of each channel's counts, with its mean and standard deviation."""
+    channels = len(counts)
+    figure = Figure(figsize=(8, 1 + 2.4 * channels), dpi=150, layout="constrained")
+    summary = str(stats).partition("\n")[0]
+    figure.suptitle(f"{name}, {summary}")
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+    mean, std = stats.mean.tolist(), stats.std().tolist()
+    for channel, axes in enumerate(figure.subplots(channels, 1, sharex=True, squeeze=False)[:, 0]):
+        color = _RGB[channel] if channels == len(_RGB) else _OTHER
+        axes.stairs(counts[channel].numpy(), edges.numpy(), fill=True, color=color)
+        axes.axvline(mean[channel], color="black", linewidth=1.5)
+        axes.axvspan(mean[channel] - std[channel], mean[channel] + std[channel], color="black", alpha=0.1)
+        figures = f"mean {mean[channel]:.4g} (line), std {std[channel]:.4g} (band: mean ± std)"
+        axes.set_title(f"channel {channel}: {figures}", loc="left", fontsize="medium")
+        axes.set_yscale("log")  # else the background's one value hides all others
+        axes.set_ylabel("number of values")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("value")
+    png = BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()

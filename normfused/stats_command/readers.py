@@ -1,0 +1,167 @@
+"""Where the images are: picture files, or an array in an IDX, .npy or .npz file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from normfused.errors import CommandError
+from normfused.files import IDX_START, read_idx
+from normfused.images import guess_layout
+
+# What --channels names, and what cannot be counted as it is: palette indices, and single bits.
+_MODES = {"gray": "L", "rgb": "RGB", "P": "RGB", "PA": "RGB", "1": "L"}
+_VALUES_AT_A_TIME = 1 << 24  # as float64, which a histogram needs, 128 MiB
+
+
+class Source(Protocol):
+    """Images, some at a time."""
+
+    layout: str | None  # of what the source gives at a time; None: as usual
+    images: int
+
+    def __len__(self) -> int:
+        """How many times it gives some."""
+
+    def __getitem__(self, index: int) -> Tensor | np.ndarray:
+        """Raises whatever a damaged file raises."""
+
+    def name(self, index: int) -> str:
+        """What an error calls them."""
+
+
+class Pictures:
+    """Picture files, one at a time."""
+
+    layout: str | None = None
+
+    def __init__(self, paths: Sequence[Path], channels: str | None) -> None:
+        self.paths, self.channels = paths, channels
+        self.images = len(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        from PIL import Image
+
+        with Image.open(self.paths[index]) as file:
+            image: Image.Image = file
+            if image.mode.startswith(("I", "F")):  # gray, of more bits than 8, to which Pillow's conversions would clip
+                if self.channels == "rgb":
+                    raise ValueError(f"Pillow cannot convert mode {image.mode} to RGB")
+                return np.array(image)
+            mode = self.channels or image.mode
+            if image.mode in ("P", "PA"):
+                image = image.convert("RGBA")  # on a straight way to RGB Pillow warns of transparency
+            return np.array(image.convert(_MODES.get(mode, mode)))
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.paths[index])
+
+
+class Stack:
+    """An array of images, or of one; some megabytes at a time."""
+
+    def __init__(self, path: Path, array: Tensor | np.ndarray, layout: str | None) -> None:
+        layout = layout or guess_layout(array)
+        if not layout.startswith("N"):
+            array, layout = array[None], f"N{layout}"
+        self.path, self.array = path, array
+        self.layout: str | None = layout
+        self.images = len(array)
+        self.step = max(1, _VALUES_AT_A_TIME * len(array) // max(1, int(np.prod(array.shape))))
+
+    def __len__(self) -> int:
+        return -(-self.images // self.step)
+
+    def __getitem__(self, index: int) -> Tensor | np.ndarray:
+        return self.array[index * self.step : (index + 1) * self.step]
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.path)
+
+
+def open_source(path: Path, layout: str | None, channels: str | None, recursive: bool) -> Source:
+    """The images in a file or folder.
+
+    Raises:
+        CommandError, OSError: there are none, or an option does not fit them; the text names ``path``.
+    """
+    if path.is_dir():
+        return _pictures(_picture_files(path, recursive), layout, channels)
+    array = _read_array(path)
+    if array is None:
+        return _pictures([path], layout, channels)
+    if channels is not None:
+        raise CommandError(f"--channels converts pictures, and {path} holds an array")
+    try:
+        return Stack(path, array, layout or _stack_layout(path, array))
+    except ValueError as error:
+        raise CommandError(f"{path}: {error}") from error
+
+
+def _pictures(paths: Sequence[Path], layout: str | None, channels: str | None) -> Pictures:
+    if layout is not None:
+        raise CommandError("--layout is for arrays: a picture file says itself what is what")
+    _need_pillow()
+    return Pictures(paths, channels)
+
+
+def _need_pillow() -> None:
+    if importlib.util.find_spec("PIL") is None:
+        raise CommandError("pillow not installed: pip install 'normfused[data]'")
+
+
+def _picture_files(folder: Path, recursive: bool) -> list[Path]:
+    _need_pillow()
+    from PIL import Image
+
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    paths = folder.rglob("*") if recursive else folder.iterdir()
+    found = sorted(path for path in paths if path.suffix.lower() in endings and path.is_file())
+    if not found:
+        raise CommandError(f"{folder}: no picture files{'' if recursive else '; --recursive looks in its folders too'}")
+    return found
+
+
+def _stack_layout(path: Path, array: Tensor | np.ndarray) -> str | None:
+    if array.ndim != 3:
+        return None
+    if path.suffix in (".npy", ".npz"):
+        raise ValueError(
+            f"shape {tuple(array.shape)} is --layout NHW for many grayscale images, HWC or CHW for one image"
+        )
+    return "NHW"  # as MNIST's files are
+
+
+def _read_array(path: Path) -> Tensor | np.ndarray | None:
+    """None: the file is something else. A .npy file is mapped, not read."""
+    if path.suffix in (".npy", ".npz"):
+        return _read_numpy(path)
+    with path.open("rb") as file:
+        is_idx = path.suffix == ".gz" or file.read(len(IDX_START)) == IDX_START
+    return read_idx(path) if is_idx else None
+
+
+def _read_numpy(path: Path) -> np.ndarray:
+    try:
+        content: Any = np.load(path, mmap_mode="r")
+        if isinstance(content, np.ndarray):
+            return content
+        with content:
+            if len(content.files) != 1:
+                raise ValueError(f"must hold one array, has {', '.join(content.files) or 'none'}")
+            array: np.ndarray = content[content.files[0]]
+            return array
+    except OSError:
+        raise  # names the file itself
+    except Exception as error:  # a damaged file can raise almost anything
+        raise CommandError(f"{path}: {error}") from error
