@@ -145,7 +145,7 @@ class ChannelStats:
             ValueError: ``other`` has another number of channels or another scale. Nothing has changed then.
         """
         if self.channels and other.channels and self.channels != other.channels:
-            raise ValueError(f"got {other.channels} channels, but the images before have {self.channels}")
+            raise ValueError(f"channels: got {other.channels}, but the images before have {self.channels}")
         if self.scale != other.scale:
             raise ValueError(f"cannot merge scale={other.scale} into scale={self.scale}")
         scales = {s.integer_scale for s in (self, other)} - {None}
@@ -276,7 +276,9 @@ class ChannelStats:
             columns["nonfinite"] = [f"{count:,}" for count in self.nonfinite.tolist()]
         scale = self.integer_scale or self.scale or 1.0
         what = "integers" if self._floats and not self.scale else "values"
-        lines = [f"images: {self.images:,}" + (f", {what} divided by {1 / scale:g}" if scale != 1 else "")]
+        lines = [f"{self.images:,} image{'s' if self.images > 1 else ''}"]
+        if scale != 1:
+            lines[0] += f", {what} divided by {1 / scale:g}"
         table = [["channel", *map(str, range(self.channels))], *([name, *cells] for name, cells in columns.items())]
         widths = [max(map(len, column)) for column in table]
         for cells in zip(*table, strict=True):

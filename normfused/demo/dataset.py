@@ -79,16 +79,15 @@ class Standardization:
 
     @classmethod
     def of(cls, dataset: Dataset) -> Standardization:
-        """Over all pixels of the training split, with the biased variance M2 / count.
+        """Over all pixels of the training split, with the biased variance.
 
         Raises:
             DemoError: the standard deviation of a channel is 0.
         """
-        moments = normfused.channel_moments(dataset.train.images.float())
-        std = (moments.m2 / moments.count).sqrt() / dataset.white
-        if not std.all():
+        stats = normfused.ChannelStats(scale=1 / dataset.white).update(dataset.train.images)
+        if not stats.std().all():
             raise DemoError(f"{dataset.source}: all pixels of a channel have the same value")
-        return cls(moments.mean / dataset.white, std)
+        return cls(stats.mean, stats.std())
 
     def apply_(self, pixels: Tensor) -> Tensor:
         """(pixels - mean) / std in place, for pixels (N, C, H, W) scaled to 0..1."""

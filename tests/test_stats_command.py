@@ -1,0 +1,541 @@
+"""``normfused stats``: what it reads, prints and writes, and its exit codes."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from normfused import ChannelStats, stats_command
+from normfused.cli import main
+from normfused.stats_command import histogram
+from normfused.stats_command.readers import Pictures
+
+RANDOM = np.random.default_rng(0)
+PICTURES = [RANDOM.integers(0, 250 - 20 * i, (6 + i, 9, 3), dtype=np.uint8) for i in range(5)]
+STACK = RANDOM.integers(0, 256, (20, 6, 5), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five RGB pictures, 0.png to 4.bmp, and what is none."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for i, (pixels, ending) in enumerate(zip(PICTURES, ("png", "PNG", "tiff", "webp", "bmp"), strict=True)):
+        Image.fromarray(pixels).save(folder / f"{i}.{ending}", lossless=True)
+    (folder / "labels.txt").write_text("cat")
+    return folder
+
+
+def expected(images: list[np.ndarray], layout: str | None = None, scale: float | None = None) -> ChannelStats:
+    stats = ChannelStats(scale)
+    for image in images:
+        stats.update(image, layout)
+    return stats
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    code = main(["stats", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def fails_with(message: str, capsys: pytest.CaptureFixture[str], *arguments: Any) -> bool:
+    return run(capsys, *arguments) == (2, "", f"normfused stats: error: {message}\n")
+
+
+# --- what it reads -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_b44_folder(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, folder, "--workers", workers) == (0, f"{expected(PICTURES)}\n", "")
+
+
+def test_b44_one_picture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, folder / "0.png") == (0, f"{expected(PICTURES[:1])}\n", "")
+
+
+def test_b44_recursive(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(PICTURES[0]).save(folder / "more" / "0.png")
+    assert run(capsys, folder) == (0, f"{expected(PICTURES)}\n", "")
+    assert run(capsys, folder, "--recursive") == (0, f"{expected([*PICTURES, PICTURES[0]])}\n", "")
+
+
+def idx_bytes(values: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("train-images-idx3-ubyte", lambda path: path.write_bytes(idx_bytes(STACK))),
+        ("images.gz", lambda path: path.write_bytes(gzip.compress(idx_bytes(STACK)))),
+        ("images.npy", lambda path: np.save(path, STACK[..., None])),
+        ("images.npz", lambda path: np.savez(path, only=STACK[..., None])),
+    ],
+)
+def test_b44_arrays(
+    tmp_path: Path, name: str, write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    write(path)
+    assert run(capsys, path) == (0, f"{expected([STACK], 'NHW')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("array", "layout", "images"),
+    [
+        (STACK, "NHW", 20),
+        (STACK, "CHW", 1),
+        (STACK, "HWC", 1),
+        (STACK[0], None, 1),
+        (STACK[:, None], "NCHW", 20),
+        (STACK.reshape(-1, 5), "NC", 120),
+    ],
+)
+def test_b44_layout(
+    tmp_path: Path, array: np.ndarray, layout: str | None, images: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "images.npy"
+    np.save(path, array)
+    stats = expected([array], layout)
+    assert stats.images == images
+    assert run(capsys, path, *(("--layout", layout) if layout else ())) == (0, f"{stats}\n", "")
+
+
+def test_b44_an_array_is_read_in_pieces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normfused.stats_command.readers._VALUES_AT_A_TIME", 7 * 30)
+    path = tmp_path / "images.npy"
+    np.save(path, STACK)
+    pieces: list[int] = []
+    measure = stats_command.measure
+    monkeypatch.setattr(stats_command, "measure", lambda x, *rest: pieces.append(len(x)) or measure(x, *rest))
+    assert run(capsys, path, "--layout", "NHW") == (0, f"{expected([STACK], 'NHW')}\n", "")
+    assert pieces == [7, 7, 6]
+
+
+def test_b44_npy_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "images.npy"
+    np.save(path, STACK)
+    source = stats_command.open_source(path, "NHW", None, False)
+    assert np.shares_memory(source[0], source.array)
+    assert isinstance(source.array, np.memmap)
+
+
+def test_b44_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
+    if not path.is_file():
+        pytest.skip(f"{path} is missing: apt install dataset-fashion-mnist")
+    code, table, _ = run(capsys, path)
+    assert code == 0
+    assert table.endswith("\nnormfused.transforms.Normalize(mean=[0.2860], std=[0.3530])\n")
+
+
+# --- what becomes of a picture -----------------------------------------------------------------
+
+
+def one_picture(tmp_path: Path, image: Image.Image, channels: str | None = None, ending: str = "png") -> np.ndarray:
+    path = tmp_path / f"picture.{ending}"
+    image.save(path)
+    return Pictures([path], channels)[0]
+
+
+GRAY, RGB = Image.fromarray(STACK[0]), Image.fromarray(PICTURES[0])
+
+
+def transparent_palette() -> Image.Image:
+    image = RGB.quantize(16)
+    image.info["transparency"] = bytes(range(16))
+    return image
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("image", "channels", "pixels"),
+    [
+        (GRAY, None, STACK[0]),
+        (GRAY, "rgb", np.stack([STACK[0]] * 3, -1)),
+        (RGB, None, PICTURES[0]),
+        (RGB, "gray", np.asarray(RGB.convert("L"))),
+        (RGB.convert("RGBA"), None, np.dstack([PICTURES[0], np.full(PICTURES[0].shape[:2], 255)])),
+        (RGB.convert("RGBA"), "rgb", PICTURES[0]),
+        (RGB.quantize(16), None, np.asarray(RGB.quantize(16).convert("RGB"))),
+        (transparent_palette(), None, np.asarray(RGB.quantize(16).convert("RGB"))),
+        (transparent_palette(), "gray", np.asarray(RGB.quantize(16).convert("RGB").convert("L"))),
+        (GRAY.convert("1"), None, np.asarray(GRAY.convert("1")) * 255),
+        (Image.fromarray(STACK[0].astype(np.uint16) * 257), None, STACK[0].astype(np.int64) * 257),
+        (Image.fromarray(STACK[0].astype(np.uint16) * 257), "gray", STACK[0].astype(np.int64) * 257),
+    ],
+)
+def test_b44_modes(tmp_path: Path, image: Image.Image, channels: str | None, pixels: np.ndarray) -> None:
+    got = one_picture(tmp_path, image, channels)
+    assert got.dtype != bool
+    assert (got == pixels).all()
+
+
+def test_b44_first_frame(tmp_path: Path) -> None:
+    path = tmp_path / "two.tiff"
+    GRAY.save(path, save_all=True, append_images=[Image.fromarray(STACK[1])])
+    assert (Pictures([path], None)[0] == STACK[0]).all()
+
+
+def test_b44_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "deep.png"
+    Image.fromarray(STACK[0].astype(np.uint16)).save(path)
+    code, _, error = run(capsys, path, "--channels", "rgb")
+    assert code == 2
+    assert error.startswith(f"normfused stats: error: {path}: Pillow cannot convert mode I")
+    code, table, _ = run(capsys, path)
+    assert table == f"{expected([STACK[0].astype(np.uint16)])}\n"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_b44_mixed_channel_counts(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    GRAY.save(folder / "3a.png")
+    message = f"{folder / '3a.png'}: channels: got 1, but the images before have 3"
+    assert fails_with(message, capsys, folder, "--workers", workers)
+    assert fails_with(message, capsys, folder, "--on-error", "skip")
+    gray = [np.asarray(Image.fromarray(p).convert("L")) for p in PICTURES]
+    assert run(capsys, folder, "--channels", "gray") == (0, f"{expected([*gray[:4], STACK[0], gray[4]])}\n", "")
+    table = run(capsys, folder, "--channels", "rgb")[1]
+    assert table == f"{expected([*PICTURES, np.stack([STACK[0]] * 3, -1)])}\n"
+
+
+# --- what cannot be read -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def truncated(folder: Path) -> Path:
+    path = folder / "0a.png"
+    content = (folder / "0.png").read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    (folder / "9.png").write_bytes(b"no picture")
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_b44_fail_names_the_file(
+    folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails_with(f"{truncated}: image file is truncated", capsys, folder, "--workers", workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_b44_skip_lists_and_counts(
+    folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "out.json"
+    options = ("--on-error", "skip", "--workers", workers, "--json", out, "--plot", folder / "out.png")
+    code, table, error = run(capsys, folder, *options)
+    assert (code, table) == (0, f"{expected(PICTURES)}\n")
+    last = folder / "9.png"
+    unknown = f"cannot identify image file {str(last)!r}"
+    assert error.splitlines() == [
+        f"skipped {truncated}: image file is truncated",
+        f"skipped {last}: {unknown}",
+        "2 of 7 files were skipped",
+    ]
+    written = json.loads(out.read_text())
+    assert written["skipped"] == {str(truncated): "image file is truncated", str(last): unknown}
+    assert written["images"] == 5
+
+
+def test_b44_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "only.png"
+    path.write_bytes(b"no picture")
+    code, table, error = run(capsys, path, "--on-error", "skip")
+    assert (code, table) == (2, "")
+    assert error == f"normfused stats: error: {path}: no image could be read\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("missing.npy", None, "[Errno 2] No such file or directory: '{path}'"),
+        ("missing", None, "[Errno 2] No such file or directory: '{path}'"),
+        ("a.npy", lambda path: path.write_bytes(b""), "{path}: No data left in file"),
+        ("a.npz", lambda path: path.write_bytes(b"PK\x03\x04 and no more"), "{path}: File is not a zip file"),
+        ("a.npz", lambda path: np.savez(path, x=STACK, y=STACK), "{path}: must hold one array, has x, y"),
+        ("a.npz", lambda path: np.savez(path), "{path}: must hold one array, has none"),
+        (
+            "a.npy",
+            lambda path: np.save(path, np.array([None])),
+            "{path}: Array can't be memory-mapped: Python objects in dtype.",
+        ),
+        (
+            "a.npy",
+            lambda path: np.save(path, STACK),
+            "{path}: shape (20, 6, 5) is --layout NHW for many grayscale images, HWC or CHW for one image",
+        ),
+        (
+            "a.npy",
+            lambda path: np.save(path, STACK.reshape(20, 3, 2, 5)),
+            "{path}: images of shape (20, 3, 2, 5) would have 5 channels as NHWC, which arrays are taken for: "
+            "pass layout='NCHW' for 3, or layout='NHWC' to insist",
+        ),
+        (
+            "labels-idx1-ubyte",
+            lambda path: path.write_bytes(idx_bytes(STACK[0, 0])),
+            "{path}: images need 2, 3 or 4 dimensions, got shape (5,)",
+        ),
+        (
+            "images-idx3-ubyte",
+            lambda path: path.write_bytes(idx_bytes(STACK)[:-1]),
+            "{path}: sizes (20, 6, 5) need 600 bytes, the file holds 599",
+        ),
+        (
+            "images.gz",
+            lambda path: path.write_bytes(gzip.compress(b"no IDX")),
+            "{path}: not an IDX file of unsigned bytes: starts with 6e 6f 20 49, not 00 00 08",
+        ),
+    ],
+)
+def test_b44_array_that_cannot_be_used(
+    tmp_path: Path,
+    name: str,
+    write: Callable[[Path], None] | None,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / name
+    if write:
+        write(path)
+    assert fails_with(message.format(path=path), capsys, path)
+
+
+def test_b44_options_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "images.npy"
+    np.save(path, STACK[0])
+    message = f"--channels converts pictures, and {path} holds an array"
+    assert fails_with(message, capsys, path, "--channels", "gray")
+    message = "--layout is for arrays: a picture file says itself what is what"
+    assert fails_with(message, capsys, folder, "--layout", "HWC")
+    message = f"{folder / 'more'}: no picture files; --recursive looks in its folders too"
+    assert fails_with(message, capsys, folder / "more")
+    message = f"--json {tmp_path}/none/out.json: there is no folder {tmp_path}/none"
+    assert fails_with(message, capsys, folder, "--json", tmp_path / "none" / "out.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: PATH"),
+        (["x", "--scale", "0"], "argument --scale: must be positive and finite, got 0"),
+        (["x", "--scale", "nan"], "argument --scale: must be positive and finite, got nan"),
+        (["x", "--scale", "1/255"], "argument --scale: '1/255' is not a number"),
+        (["x", "--workers", "-1"], "argument --workers: must be at least 0, got -1"),
+    ],
+)
+def test_b44_bad_option(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["stats", *arguments])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"normfused stats: error: {message}\n"
+
+
+def test_b44_missing_packages(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    how = "pip install 'normfused[data]'"
+    assert fails_with(f"pillow not installed: {how}", capsys, folder)
+    assert fails_with(f"pillow not installed: {how}", capsys, folder / "0.png")
+    assert fails_with(f"matplotlib not installed: {how}", capsys, folder, "--plot", "out.png")
+
+
+# --- what it writes ----------------------------------------------------------------------------
+
+
+def test_b44_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    code, _, _ = run(capsys, folder, "--json", out, "--scale", "0.5")
+    written = json.loads(out.read_text())
+    stats = expected(PICTURES, scale=0.5)
+    assert code == 0
+    assert ChannelStats.from_dict(written["stats"]) == stats
+    assert written["settings"]["path"] == str(folder)
+    assert written["settings"]["scale"] == 0.5
+    assert (written["images"], written["complete"], written["skipped"]) == (5, True, {})
+    for name, values in {"mean": stats.mean, "std": stats.std(), "min": stats.min, "max": stats.max}.items():
+        assert written[name] == values.tolist()
+    assert written["count"] == stats.count.tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("images", "bins"),
+    [
+        (PICTURES, lambda column: np.bincount(column, minlength=256)),
+        ([p.astype(np.float32) / 99 for p in PICTURES], None),
+        ([p.astype(np.int16) * 100 for p in PICTURES], None),
+    ],
+    ids=["uint8", "float32", "int16"],
+)
+def test_b44_histogram_counts(
+    tmp_path: Path,
+    images: list[np.ndarray],
+    bins: Callable[[np.ndarray], np.ndarray] | None,
+    workers: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, out = tmp_path / "images.npy", tmp_path / "out.png"
+    np.save(path, np.stack([image[:6] for image in images]))
+    pixels = np.concatenate([image[:6].reshape(-1, 3) for image in images])
+    drawn: list[Any] = []
+    draw = histogram.draw
+    monkeypatch.setattr(histogram, "draw", lambda *arguments: drawn.append(arguments) or draw(*arguments))
+    monkeypatch.setattr("normfused.stats_command.readers._VALUES_AT_A_TIME", 300)
+    assert run(capsys, path, "--plot", out, "--workers", workers)[0] == 0
+    counts, stats, low, high, name = drawn[0]
+    assert name == "images.npy"
+    assert counts.sum(1).tolist() == stats.count.tolist()
+    for channel in range(3):
+        column = pixels[:, channel]
+        expected_counts = bins(column) if bins else np.histogram(column.astype(float), 256, (low, high))[0]
+        assert abs(counts[channel].numpy() - expected_counts).sum() <= (0 if bins else 4)  # edges may round
+    if bins:
+        assert (low * 255, high * 255) == pytest.approx((-0.5, 255.5))
+    else:
+        assert (low, high) == (pixels.min(), pixels.max())
+    with Image.open(out) as picture:
+        assert picture.format == "PNG"
+        assert np.ptp(np.asarray(picture.convert("L"))) > 100
+
+
+@pytest.mark.parametrize(
+    ("images", "low", "high"),
+    [
+        (np.full((2, 4, 4, 1), 9, dtype=np.uint8), -0.5 / 255, 255.5 / 255),
+        (np.full((2, 4, 4, 1), -9, dtype=np.int16), -9.5, 246.5),
+        (np.full((2, 4, 4, 1), 9.0), 8.5, 9.5),
+    ],
+)
+def test_b44_histogram_of_a_constant(
+    tmp_path: Path, images: np.ndarray, low: float, high: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert histogram.value_range(expected([images])) == pytest.approx((low, high))
+    path, out = tmp_path / "images.npy", tmp_path / "out.png"
+    np.save(path, images)
+    assert run(capsys, path, "--plot", out)[0] == 0
+    assert out.stat().st_size > 1000
+
+
+def test_b44_no_histogram_of_nothing_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "images.npy", tmp_path / "out.png"
+    np.save(path, np.full((2, 4, 4, 1), np.nan))
+    code, table, error = run(capsys, path, "--plot", out)
+    assert code == 2
+    assert table.splitlines()[1].endswith("nonfinite")
+    assert error == "normfused stats: error: --plot: all values are NaN or infinite\n"
+    assert not out.exists()
+
+
+# --- Ctrl-C ------------------------------------------------------------------------------------
+
+
+def test_b44_interrupted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Pictures.__getitem__
+
+    def interrupted(self: Pictures, index: int) -> np.ndarray:
+        if index == 3:
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    monkeypatch.setattr(Pictures, "__getitem__", interrupted)
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    code, table, error = run(capsys, folder, "--json", out, "--plot", plot)
+    stats = expected(PICTURES[:3])
+    assert (code, table) == (130, f"{stats}\n")
+    assert error == "interrupted: these are the figures of 3 of 5 images\n"
+    written = json.loads(out.read_text())
+    assert (written["images"], written["complete"]) == (3, False)
+    assert ChannelStats.from_dict(written["stats"]).sums == stats.sums
+    assert not plot.exists()
+
+
+def test_b44_interrupted_while_drawing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(histogram, "draw", interrupted)
+    code, table, error = run(capsys, folder, "--plot", tmp_path / "out.png")
+    assert (code, table, error) == (130, f"{expected(PICTURES)}\n", "interrupted: there is no plot\n")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_b44_a_real_interrupt(tmp_path: Path, workers: int) -> None:
+    for i in range(200):
+        (tmp_path / f"{i:03}.slow").touch()
+    out = tmp_path / "out.json"
+    slow = f"""
+import sys, time
+import numpy as np
+from normfused.cli import main
+from normfused.stats_command import readers
+from pathlib import Path
+
+def read(self, index):
+    if index >= 8:
+        Path({str(tmp_path / "started")!r}).touch()
+    time.sleep(0.05)
+    return np.full((4, 4), index, dtype=np.uint8)
+
+readers.Pictures.__getitem__ = read
+readers._picture_files = lambda folder, recursive: sorted(folder.glob("*.slow"))
+sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {str(out)!r}]))
+"""
+    # A group of its own: a terminal's Ctrl-C goes to the workers too.
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", slow],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        patience = time.monotonic() + 120
+        while not (tmp_path / "started").exists() and time.monotonic() < patience and process.poll() is None:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        table, error = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, error
+    written = json.loads(out.read_text())
+    assert written["complete"] is False
+    done = written["images"]
+    assert 0 < done < 200
+    assert table == f"{expected([np.full((4, 4), i, dtype=np.uint8) for i in range(done)])}\n"
+    assert error == f"interrupted: these are the figures of {done} of 200 images\n"
+
+
+def test_b44_output_is_the_same_from_python(folder: Path) -> None:
+    loaded = [np.asarray(Image.open(path)) for path in sorted(folder.iterdir()) if path.suffix not in ("", ".txt")]
+    assert expected(loaded) == expected(PICTURES)
+    assert ChannelStats().update(Image.fromarray(PICTURES[0])) == expected(PICTURES[:1])
+    with pytest.raises(ValueError, match="a palette image holds indices"):
+        ChannelStats().update(RGB.quantize(8))
+    assert torch.equal(ChannelStats().update(GRAY).mean, expected([STACK[0]]).mean)
