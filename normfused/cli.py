@@ -65,7 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", type=Path, metavar="FILE", help="write settings, figures and exact sums")
     add("--plot", type=Path, metavar="FILE", help="draw a histogram (PNG); reads the images a second time")
-    add("--workers", type=_integer(0), default=0, metavar="N", help="processes that read (default: only this one)")
+    add(
+        "--workers",
+        type=_integer(0),
+        default=0,
+        metavar="N",
+        help="processes that read pictures (default: only this one)",
+    )
     add("--on-error", choices=("fail", "skip"), default="fail", help="at an unreadable file (default: fail)")
     add("--recursive", action="store_true", help="look in the folder's folders too")
     stats.set_defaults(command=_stats)

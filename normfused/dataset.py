@@ -45,10 +45,11 @@ def dataset_stats(
         scale: see :class:`ChannelStats`.
         key: which part of an item is the image. Default: the first of a tuple or list; of a dict the one entry named
             ``"image"``, ``"images"``, ``"img"`` or ``"pixel_values"``.
-        batch_size: images a worker reads before it sends their statistics.
+        batch_size: images whose statistics are computed before they are merged, or sent by a worker.
         num_workers: processes that read a dataset's items and compute their statistics, which are all they send. 0:
-            this one. An iterable dataset must give each worker its own share, as for any ``DataLoader``. The result
-            is the same to the bit; of an iterable dataset's floating values, to rounding.
+            this one, as always for a tensor or array. An iterable dataset must give each worker its own share, as for
+            any ``DataLoader``. The result is the same to the bit; of an iterable dataset's floating values, to
+            rounding.
         progress: whether to show a progress bar, which needs ``tqdm``. Default: where stderr is a terminal.
 
     Raises:
@@ -66,17 +67,15 @@ def dataset_stats(
     total = len(data) if is_indexed else None
     parts: Iterable[Part]
     if isinstance(data, (Tensor, np.ndarray)):
-        parts = stack_parts(data, layout, scale, batch_size)
+        parts = _stack_parts(data, layout, scale, batch_size)
     else:
         parts = _dataset_parts(data, _Reader(layout, scale, key), total, batch_size, num_workers)
     stats = collect(parts, scale, total, progress)
     if stats.images and stats.nonfinite.any():
         warnings.warn(NONFINITE, RuntimeWarning, stacklevel=2)
     if not stats.complete:
-        of = "" if total is None else f" of {total:,}"
-        warnings.warn(
-            f"interrupted: the statistics are those of {stats.images:,}{of} images", RuntimeWarning, stacklevel=2
-        )
+        done = f"{stats.images:,}" if total is None else f"{stats.images:,} of {total:,}"
+        warnings.warn(f"interrupted: the statistics are those of {done} images", RuntimeWarning, stacklevel=2)
     elif not stats.images:
         raise ValueError("data holds no images")
     return stats
@@ -110,7 +109,7 @@ def progress_bar(total: int | None, wanted: bool | None) -> Iterator[Callable[[i
         yield bar.update
 
 
-def stack_parts(
+def _stack_parts(
     images: Tensor | np.ndarray, layout: str | None, scale: float | None, batch_size: int
 ) -> Iterator[Part]:
     """Of images with a first dimension N, ``batch_size`` at a time."""

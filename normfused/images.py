@@ -18,18 +18,6 @@ _FEW_CHANNELS = range(1, 5)  # gray, with alpha, RGB, with alpha
 _DTYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 
 
-def as_array(images: Any) -> Tensor | np.ndarray:
-    """Tensors and arrays as they are, else a new array; refuses dtypes that are not supported."""
-    if getattr(images, "mode", None) in ("P", "PA"):
-        raise ValueError("a palette image holds indices, not colors: convert it to RGB first")
-    if not isinstance(images, (Tensor, np.ndarray)):
-        images = np.array(images)
-    dtype = images.dtype.name if isinstance(images, np.ndarray) else str(images.dtype).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise TypeError(f"images must be of {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, got {dtype}")
-    return cast("Tensor | np.ndarray", images)
-
-
 def guess_layout(images: Tensor | np.ndarray) -> str:
     """Channels first for tensors, last for arrays; refuses what would rather be the other."""
     kind, guesses = ("tensors", _OF_TENSORS) if isinstance(images, Tensor) else ("arrays", _OF_ARRAYS)
@@ -37,8 +25,8 @@ def guess_layout(images: Tensor | np.ndarray) -> str:
     if len(shape) not in guesses:
         raise ValueError(f"images need 2, 3 or 4 dimensions, got shape {shape}")
     layout = guesses[len(shape)]
-    other = _SWAPPED.get(layout, layout)
-    if layout != other:
+    other = _SWAPPED.get(layout)
+    if other is not None:
         guessed, swapped = shape[layout.index("C")], shape[other.index("C")]
         if guessed not in _FEW_CHANNELS and swapped in _FEW_CHANNELS:
             raise ValueError(
@@ -48,8 +36,10 @@ def guess_layout(images: Tensor | np.ndarray) -> str:
     return layout
 
 
-def as_nchw(images: Tensor | np.ndarray, layout: str) -> Tensor:
-    """A view of shape (N, C, ...)."""
+def as_nchw(images: Any, layout: str | None) -> Tensor:
+    """A view of shape (N, C, ...), and a copy only of what torch cannot view; see :meth:`ChannelStats.update`."""
+    images = _as_array(images)
+    layout = layout or guess_layout(images)
     shape = tuple(images.shape)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -64,6 +54,17 @@ def as_nchw(images: Tensor | np.ndarray, layout: str) -> Tensor:
         if name not in layout:
             x, layout = x.unsqueeze(0), name + layout
     return x.movedim(layout.index("C"), 1)
+
+
+def _as_array(images: Any) -> Tensor | np.ndarray:
+    if getattr(images, "mode", None) in ("P", "PA"):
+        raise ValueError("a palette image holds indices, not colors: convert it to RGB first")
+    if not isinstance(images, (Tensor, np.ndarray)):
+        images = np.array(images)
+    dtype = images.dtype.name if isinstance(images, np.ndarray) else str(images.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise TypeError(f"images must be of {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, got {dtype}")
+    return cast("Tensor | np.ndarray", images)
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 
 from normfused import files
 from normfused.functional import channel_moments, channel_sums
-from normfused.images import as_array, as_nchw, guess_layout
+from normfused.images import as_nchw
 
 NONFINITE = "the images hold NaN or infinity, left out of the statistics and counted in .nonfinite"
 
@@ -311,8 +311,7 @@ def _four_digits(value: float) -> str:
 
 def measure(images: Any, layout: str | None, scale: float | None) -> ChannelStats:
     """The statistics of these images alone, without a warning; see :meth:`ChannelStats.update`."""
-    images = as_array(images)
-    x = as_nchw(images, layout or guess_layout(images))
+    x = as_nchw(images, layout)
     stats = ChannelStats(scale)
     stats.images = x.size(0)
     if x.is_floating_point():

@@ -378,7 +378,15 @@ def test_b44_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert written["count"] == stats.count.tolist()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The arguments of each drawing."""
+    calls: list[Any] = []
+    draw = histogram.draw
+    monkeypatch.setattr(histogram, "draw", lambda *arguments: calls.append(arguments) or draw(*arguments))
+    return calls
+
+
 @pytest.mark.parametrize(
     ("images", "bins"),
     [
@@ -392,18 +400,15 @@ def test_b44_histogram_counts(
     tmp_path: Path,
     images: list[np.ndarray],
     bins: Callable[[np.ndarray], np.ndarray] | None,
-    workers: int,
     capsys: pytest.CaptureFixture[str],
+    drawn: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, out = tmp_path / "images.npy", tmp_path / "out.png"
     np.save(path, np.stack([image[:6] for image in images]))
     pixels = np.concatenate([image[:6].reshape(-1, 3) for image in images])
-    drawn: list[Any] = []
-    draw = histogram.draw
-    monkeypatch.setattr(histogram, "draw", lambda *arguments: drawn.append(arguments) or draw(*arguments))
     monkeypatch.setattr("normfused.stats_command.readers._VALUES_AT_A_TIME", 300)
-    assert run(capsys, path, "--plot", out, "--workers", workers)[0] == 0
+    assert run(capsys, path, "--plot", out)[0] == 0
     counts, stats, low, high, name = drawn[0]
     assert name == "images.npy"
     assert counts.sum(1).tolist() == stats.count.tolist()
@@ -418,6 +423,16 @@ def test_b44_histogram_counts(
     with Image.open(out) as picture:
         assert picture.format == "PNG"
         assert np.ptp(np.asarray(picture.convert("L"))) > 100
+
+
+@pytest.mark.usefixtures("truncated")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_b44_histogram_leaves_out_what_was_skipped(
+    folder: Path, workers: int, drawn: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, folder, "--on-error", "skip", "--plot", folder / "out.png", "--workers", workers)[0] == 0
+    pixels = np.concatenate([image.reshape(-1, 3) for image in PICTURES])
+    assert drawn[0][0].tolist() == [np.bincount(column, minlength=256).tolist() for column in pixels.T]
 
 
 @pytest.mark.parametrize(

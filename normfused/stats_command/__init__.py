@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -17,9 +18,11 @@ from normfused._version import __version__
 from normfused.dataset import Part, collect, progress_bar
 from normfused.errors import CommandError
 from normfused.stats import ChannelStats, measure
-from normfused.stats_command.readers import Source, open_source
+from normfused.stats_command.readers import Pictures, Source, open_source
 
 __all__ = ["Settings", "run_stats"]
+
+_Item = TypeVar("_Item")
 
 INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 
@@ -103,10 +106,15 @@ class _Measured(Dataset[ChannelStats | str]):
             return str(error) or repr(error)
 
 
+def _read(dataset: Dataset[_Item], source: Source, settings: Settings) -> DataLoader[_Item]:
+    # A mapped array would be sent whole to workers that are spawned, and needs no decoding.
+    workers = settings.workers if isinstance(source, Pictures) else 0
+    return DataLoader(dataset, batch_size=None, num_workers=workers)
+
+
 def _parts(source: Source, settings: Settings, skipped: dict[int, str]) -> Iterator[Part]:
     """What could be read; of all else ``skipped`` is told."""
-    measured = DataLoader(_Measured(source, settings.scale), batch_size=None, num_workers=settings.workers)
-    for index, part in enumerate(measured):
+    for index, part in enumerate(_read(_Measured(source, settings.scale), source, settings)):
         if isinstance(part, ChannelStats):
             yield source.name(index), part
         elif settings.skip:
@@ -124,7 +132,7 @@ def _plot(stats: ChannelStats, source: Source, settings: Settings, skipped: dict
     read = Subset(counts, [index for index in range(len(source)) if index not in skipped])
     total = torch.zeros(1, dtype=torch.float64)
     with progress_bar(len(read), None) as advance:
-        for part in DataLoader(read, batch_size=None, num_workers=settings.workers):
+        for part in _read(read, source, settings):
             total = total + part
             advance(1)
     return histogram.draw(total, stats, low, high, settings.path.name)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from normfused.errors import CommandError
-from normfused.images import as_array, as_nchw, guess_layout
+from normfused.images import as_nchw
 from normfused.stats import ChannelStats, scale_of
 from normfused.stats_command.readers import Source
 
@@ -47,8 +47,7 @@ class Counts(Dataset[Tensor]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
-        images = as_array(self.source[index])
-        x = as_nchw(images, self.source.layout or guess_layout(images))
+        x = as_nchw(self.source[index], self.source.layout)
         scale = scale_of(x.dtype, self.scale)
         return torch.stack([torch.histc(c.double() * scale, BINS, self.low, self.high) for c in x.unbind(1)])
 

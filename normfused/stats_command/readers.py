@@ -95,11 +95,13 @@ def open_source(path: Path, layout: str | None, channels: str | None, recursive:
     Raises:
         CommandError, OSError: there are none, or an option does not fit them; the text names ``path``.
     """
-    if path.is_dir():
-        return _pictures(_picture_files(path, recursive), layout, channels)
-    array = _read_array(path)
+    array = None if path.is_dir() else _read_array(path)
     if array is None:
-        return _pictures([path], layout, channels)
+        if layout is not None:
+            raise CommandError("--layout is for arrays: a picture file says itself what is what")
+        if importlib.util.find_spec("PIL") is None:
+            raise CommandError("pillow not installed: pip install 'normfused[data]'")
+        return Pictures(_picture_files(path, recursive) if path.is_dir() else [path], channels)
     if channels is not None:
         raise CommandError(f"--channels converts pictures, and {path} holds an array")
     try:
@@ -108,20 +110,7 @@ def open_source(path: Path, layout: str | None, channels: str | None, recursive:
         raise CommandError(f"{path}: {error}") from error
 
 
-def _pictures(paths: Sequence[Path], layout: str | None, channels: str | None) -> Pictures:
-    if layout is not None:
-        raise CommandError("--layout is for arrays: a picture file says itself what is what")
-    _need_pillow()
-    return Pictures(paths, channels)
-
-
-def _need_pillow() -> None:
-    if importlib.util.find_spec("PIL") is None:
-        raise CommandError("pillow not installed: pip install 'normfused[data]'")
-
-
 def _picture_files(folder: Path, recursive: bool) -> list[Path]:
-    _need_pillow()
     from PIL import Image
 
     endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
