@@ -466,24 +466,25 @@ def test_b44_no_histogram_of_nothing_finite(tmp_path: Path, capsys: pytest.Captu
 # --- Ctrl-C ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("done", [0, 3])
 def test_b44_interrupted(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, done: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Pictures.__getitem__
 
     def interrupted(self: Pictures, index: int) -> np.ndarray:
-        if index == 3:
+        if index == done:
             raise KeyboardInterrupt
         return read(self, index)
 
     monkeypatch.setattr(Pictures, "__getitem__", interrupted)
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     code, table, error = run(capsys, folder, "--json", out, "--plot", plot)
-    stats = expected(PICTURES[:3])
+    stats = expected(PICTURES[:done])
     assert (code, table) == (130, f"{stats}\n")
-    assert error == "interrupted: these are the figures of 3 of 5 images\n"
+    assert error == f"interrupted: these are the figures of {done} of 5 images\n"
     written = json.loads(out.read_text())
-    assert (written["images"], written["complete"]) == (3, False)
+    assert (written["images"], written["complete"]) == (done, False)
     assert ChannelStats.from_dict(written["stats"]).sums == stats.sums
     assert not plot.exists()
 
