@@ -7,6 +7,7 @@
 #include "kernels/cuda/traffic.h"
 #include "ops/batch_norm.h"
 #include "ops/channel_stats.h"
+#include "ops/standardize.h"
 
 TORCH_LIBRARY(normfused, m) {
   m.def(
@@ -33,6 +34,10 @@ TORCH_LIBRARY(normfused, m) {
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
   m.def("channel_moments(Tensor input) -> (Tensor mean, Tensor m2, Tensor min, Tensor max)");
   m.def("channel_sums(Tensor input) -> (Tensor sum, Tensor sum_of_squares, Tensor min, Tensor max)");
+  m.def(
+      "standardize(Tensor input, float[] mean, float[] std, float scale=1., ScalarType? dtype=None, "
+      "MemoryFormat? memory_format=None) -> Tensor");
+  m.def("standardize_(Tensor(a!) input, float[] mean, float[] std, float scale=1.) -> Tensor(a!)");
 }
 
 namespace {
@@ -65,6 +70,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("batch_norm_inference_", &ops::batch_norm_inference_, py::call_guard<py::gil_scoped_release>());
   m.def("channel_moments", &ops::channel_moments, py::call_guard<py::gil_scoped_release>());
   m.def("channel_sums", &ops::channel_sums, py::call_guard<py::gil_scoped_release>());
+  using Constants = std::vector<double>;
+  m.def(
+      "standardize",
+      [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale,
+         std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
+        return ops::standardize(input, mean, std, scale, dtype, memory_format);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "standardize_",
+      [](at::Tensor input, const Constants& mean, const Constants& std, double scale) {
+        return ops::standardize_(input, mean, std, scale);
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &cpu::capability);
   // What CUDA kernels would do on some device: for tests and reports, on any machine.
   py::enum_<cuda::Operation>(m, "Operation")

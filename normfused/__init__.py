@@ -1,11 +1,18 @@
 """Fast normalization for PyTorch: batch norm and per-channel statistics in hand-written C++."""
 
-from normfused import functional, reference
+from normfused import functional, reference, transforms
 from normfused._extension import info
 from normfused._version import __version__
 from normfused.convert import Conversion, convert, fold_bn, revert
 from normfused.dataset import dataset_stats
-from normfused.functional import ChannelMoments, ChannelSums, channel_moments, channel_sums
+from normfused.functional import (
+    ChannelMoments,
+    ChannelSums,
+    channel_moments,
+    channel_sums,
+    standardize,
+    standardize_,
+)
 from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, no_stats_update
 from normfused.stats import ChannelStats
 
@@ -28,4 +35,7 @@ __all__ = [
     "no_stats_update",
     "reference",
     "revert",
+    "standardize",
+    "standardize_",
+    "transforms",
 ]

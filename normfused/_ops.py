@@ -139,3 +139,23 @@ def _channel_sums(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if input.is_floating_point() else torch.int64
     total, squares, low, high = (input.new_empty((input.size(1),), dtype=dtype) for _ in range(4))
     return total, squares, low, high
+
+
+@torch.library.register_fake("normfused::standardize")
+def _standardize(
+    input: Tensor,
+    mean: list[float],
+    std: list[float],
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    if memory_format in (None, torch.preserve_format):
+        memory_format = torch._prims_common.suggest_memory_format(with_view(input))
+    dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
+    return torch.empty_like(input, dtype=dtype, memory_format=memory_format)
+
+
+@torch.library.register_fake("normfused::standardize_")
+def _standardize_inplace(input: Tensor, mean: list[float], std: list[float], scale: float = 1.0) -> Tensor:
+    return input

@@ -1,8 +1,9 @@
-"""Batch norm and per-channel statistics as functions."""
+"""Batch norm, per-channel statistics and standardization as functions."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from normfused import _extension, reference
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 
-__all__ = ["ChannelMoments", "ChannelSums", "batch_norm", "channel_moments", "channel_sums"]
+__all__ = [
+    "ChannelMoments",
+    "ChannelSums",
+    "batch_norm",
+    "channel_moments",
+    "channel_sums",
+    "standardize",
+    "standardize_",
+]
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -311,6 +320,182 @@ def channel_moments(input: Tensor) -> ChannelMoments:
     return ChannelMoments(values_per_channel(input), *operators.channel_moments(input))
 
 
+def standardize(
+    input: Tensor,
+    mean: float | Sequence[float] | Tensor,
+    std: float | Sequence[float] | Tensor,
+    *,
+    scale: float | None = None,
+    eps: float = 0.0,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
+    """``(input * scale - mean) / std`` for each channel of images: one pass from bytes to normalized floats.
+
+    Args:
+        input: shape ``(..., C, H, W)``, uint8, float32, float64, float16 or bfloat16, any strides: an image of shape
+            ``(H, W, C)`` is ``image.permute(2, 0, 1)``, without a copy.
+        mean, std: a number for all channels, or one for each; those of a tensor are brought to the host, which on CUDA
+            waits for the device.
+        scale: what values are multiplied by; default 1/255 for uint8, as torchvision's ``ToTensor`` does, 1 otherwise.
+        eps: the least divisor: a ``std`` below it counts as ``eps``, and a channel that is constant becomes 0.
+        dtype: of the output; default ``input``'s, float32 for uint8.
+        memory_format: of the output, ``torch.contiguous_format`` or ``torch.channels_last``; default ``input``'s.
+
+    Returns:
+        A new tensor of ``input``'s shape. Constants are never rounded to ``dtype``. The result for uint8 is as near as
+        if it were computed in float64 and rounded once (to 0.501 units in the last place; without fused
+        multiplications to one). Differentiable with respect to a floating ``input``.
+
+    Raises:
+        ValueError: fewer than 3 dimensions; another number of constants than channels; a ``std`` that is not above 0
+            where ``eps`` is 0; a constant that is not finite. TypeError: a dtype that is not supported.
+
+    Source: https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.Normalize.html
+    """
+    constants = ImageConstants("standardize", mean, std, scale, eps)
+    return constants.standardize(input, dtype, memory_format)
+
+
+def standardize_(
+    input: Tensor,
+    mean: float | Sequence[float] | Tensor,
+    std: float | Sequence[float] | Tensor,
+    *,
+    scale: float = 1.0,
+    eps: float = 0.0,
+) -> Tensor:
+    """:func:`standardize` over the floating ``input`` itself, which is written and returned.
+
+    Raises:
+        As :func:`standardize`; TypeError: integer input. RuntimeError: input that cannot be overwritten: a leaf that
+        requires grad, overlapping memory.
+    """
+    return ImageConstants("standardize_", mean, std, scale, eps).standardize_(input)
+
+
+class ImageConstants:
+    """Mean, standard deviation and scale of images, checked; what :func:`standardize` does with them.
+
+    ``name`` is whose arguments they are. Raises as :func:`standardize` does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mean: float | Sequence[float] | Tensor,
+        std: float | Sequence[float] | Tensor,
+        scale: float | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        self.name = name
+        self.mean, self.std = (_numbers(name, which, values) for which, values in (("mean", mean), ("std", std)))
+        self.scale = scale
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"{name}: eps must be a non-negative finite number, got {eps}")
+        if scale is not None and not 0 < abs(scale) < math.inf:
+            raise ValueError(f"{name}: scale must be a finite number other than 0, got {scale}")
+        for channel, deviation in enumerate(self.std):
+            if deviation < 0 or (deviation == 0 and eps == 0):
+                hint = "; eps= maps a constant channel to 0" if deviation == 0 else ""
+                raise ValueError(f"{name}: std must be above 0, got {deviation} for channel {channel}{hint}")
+        self.std = [max(deviation, eps) for deviation in self.std]
+        if len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
+            raise ValueError(f"{name}: {len(self.mean)} means, but {len(self.std)} stds")
+
+    def standardize(
+        self,
+        input: Tensor,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> Tensor:
+        """As the function of that name."""
+        check_image(self.name, input)
+        dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
+        if dtype not in _DTYPES:
+            raise TypeError(f"{self.name}: dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+        if memory_format not in (torch.preserve_format, torch.contiguous_format, torch.channels_last):
+            raise ValueError(
+                f"{self.name}: memory_format must be torch.contiguous_format, torch.channels_last or "
+                f"torch.preserve_format, got {memory_format}"
+            )
+        scale = self._scale_of(input)
+        if input.dtype != dtype and (input.dtype not in (torch.uint8, torch.float32) or dtype == torch.float64):
+            # There is no kernel from the one to the other: by way of a type that holds both.
+            input = input.to(torch.promote_types(input.dtype, dtype))
+        direct = input.dtype == dtype or input.dtype in (torch.uint8, torch.float32)
+        mean, std = self._for_channels_of(input)
+        images = input.unsqueeze(0) if input.dim() == 3 else input.flatten(0, -4)
+        arguments = (images, mean, std, scale, dtype if direct else input.dtype, memory_format)
+        if _extension.C is None or _is_transformed():
+            output = reference.standardize(*arguments)
+        else:
+            operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+            output = operators.standardize(*arguments)
+        output = output.squeeze(0) if input.dim() == 3 else output.view(input.shape) if input.dim() > 4 else output
+        return output if direct else output.to(dtype)
+
+    def standardize_(self, input: Tensor) -> Tensor:
+        """As the function of that name."""
+        check_image(self.name, input, _DTYPES)
+        _check_can_be_overwritten(self.name, input)
+        mean, std = self._for_channels_of(input)
+        if input.dim() > 4:
+            for part in input:
+                self.standardize_(part)
+            return input
+        images = input.unsqueeze(0) if input.dim() == 3 else input
+        if _extension.C is None or _is_transformed():
+            images.copy_(reference.standardize(images.clone(), mean, std, self._scale_of(input)))
+        else:
+            operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+            operators.standardize_(images, mean, std, self._scale_of(input))
+        return input
+
+    def _scale_of(self, input: Tensor) -> float:
+        if self.scale is not None:
+            return float(self.scale)
+        return 1 / 255 if input.dtype == torch.uint8 else 1.0
+
+    def _for_channels_of(self, input: Tensor) -> tuple[list[float], list[float]]:
+        channels = input.size(-3)
+        for which, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise ValueError(
+                    f"{self.name}: {len(values)} {which}s for an input with {channels} "
+                    f"channel{'s' * (channels != 1)} (dim -3 of shape {tuple(input.shape)})"
+                )
+        mean, std = (values * channels if len(values) == 1 else values for values in (self.mean, self.std))
+        return mean, std
+
+
+def _numbers(name: str, which: str, values: Any) -> list[float]:
+    """One number or several, as a list."""
+    plain = values.tolist() if hasattr(values, "tolist") else values  # of tensors and arrays
+    try:
+        numbers = [float(plain)] if isinstance(plain, (int, float)) else [float(number) for number in plain]
+    except (TypeError, ValueError):
+        numbers = []
+    if not numbers:
+        raise TypeError(f"{name}: {which} must be a number or a sequence of numbers, got {values!r}")
+    for channel, number in enumerate(numbers):
+        if not math.isfinite(number):
+            raise ValueError(f"{name}: {which} must be finite, got {number} for channel {channel}")
+    return numbers
+
+
+def check_image(name: str, input: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.uint8, *_DTYPES)) -> None:
+    """Raise what keeps ``input`` from being taken for images of shape ``(..., C, H, W)``, if anything."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
+    if input.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: input must be one of {allowed}, got {input.dtype}")
+    if input.dim() < 3:
+        raise ValueError(f"{name}: input needs at least 3 dimensions (..., C, H, W), got shape {tuple(input.shape)}")
+    _check_device(input)
+
+
 def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, training: bool, buffers: bool) -> None:
     try:
         rank = input.dim()
@@ -409,19 +594,9 @@ def _check_inplace(
     for other, value in (("residual", residual), ("mask", mask)):
         if value is not None:
             raise ValueError(f"{name}: inplace=True takes no {other}")
-    if torch.compiler.is_compiling():
+    _check_can_be_overwritten(f"{name}: inplace=True", input)
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and input.requires_grad):
         return
-    if torch._debug_has_internal_overlap(input) == 1:
-        raise RuntimeError(
-            f"{name}: inplace=True cannot write over input, whose elements share memory: shape {tuple(input.shape)}, "
-            f"strides {input.stride()}; clone it first"
-        )
-    if not (torch.is_grad_enabled() and input.requires_grad):
-        return
-    base = input._base if input._is_view() else input
-    if base is not None and base.is_leaf and base.requires_grad:
-        kind = "a leaf" if base is input else "a view of a leaf"
-        raise RuntimeError(f"{name}: inplace=True cannot write over input, {kind} that requires grad")
     # The attribute is one of the class, so that nothing is unpacked to see it.
     if hasattr(input.grad_fn, "_raw_saved_result"):
         assert input.grad_fn is not None
@@ -429,6 +604,20 @@ def _check_inplace(
             f"{name}: inplace=True cannot write over input, which {input.grad_fn.name()} made and keeps for backward; "
             "use inplace=False here"
         )
+
+
+def _check_can_be_overwritten(who: str, input: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if torch._debug_has_internal_overlap(input) == 1:
+        raise RuntimeError(
+            f"{who} cannot write over input, whose elements share memory: shape {tuple(input.shape)}, "
+            f"strides {input.stride()}; clone it first"
+        )
+    base = input._base if input._is_view() else input
+    if torch.is_grad_enabled() and base is not None and base.is_leaf and base.requires_grad:
+        kind = "a leaf" if base is input else "a view of a leaf"
+        raise RuntimeError(f"{who} cannot write over input, {kind} that requires grad")
 
 
 def _check(

@@ -38,7 +38,7 @@ def guess_layout(images: Tensor | np.ndarray) -> str:
 
 def as_nchw(images: Any, layout: str | None) -> Tensor:
     """A view of shape (N, C, ...), and a copy only of what torch cannot view; see :meth:`ChannelStats.update`."""
-    images = _as_array(images)
+    images = as_array(images)
     layout = layout or guess_layout(images)
     shape = tuple(images.shape)
     if layout not in LAYOUTS:
@@ -56,7 +56,8 @@ def as_nchw(images: Any, layout: str | None) -> Tensor:
     return x.movedim(layout.index("C"), 1)
 
 
-def _as_array(images: Any) -> Tensor | np.ndarray:
+def as_array(images: Any) -> Tensor | np.ndarray:
+    """A tensor or array as it is; of anything else, a PIL image above all, an array."""
     if getattr(images, "mode", None) in ("P", "PA"):
         raise ValueError("a palette image holds indices, not colors: convert it to RGB first")
     if not isinstance(images, (Tensor, np.ndarray)):

@@ -211,3 +211,20 @@ def channel_moments(input: Tensor) -> ChannelMoments:
         return ChannelMoments(0, zeros, zeros.clone(), zeros + torch.inf, zeros - torch.inf)
     mean, deviations = _mean_and_deviations(rows)
     return ChannelMoments(count, mean[:, 0], deviations.square().sum(1), rows.amin(1), rows.amax(1))
+
+
+def standardize(
+    input: Tensor,
+    mean: list[float],
+    std: list[float],
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
+    """:func:`normfused.functional.standardize` in plain torch, of shape ``(N, C, H, W)``."""
+    centre, deviation = (input.new_tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
+    output = (input.double() * scale - centre) / deviation
+    if memory_format == torch.preserve_format:
+        memory_format = torch._prims_common.suggest_memory_format(input)
+    dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
+    return output.to(dtype).contiguous(memory_format=memory_format)

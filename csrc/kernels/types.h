@@ -118,12 +118,16 @@ struct ChannelStats {
   void* results[4];
 };
 
+// output = (input * scale - mean) / std, of images with `pixels` values a channel.
 struct Standardize {
-  ChannelView view;
-  DType dtype, output_dtype;
+  int64_t images, channels, pixels;
+  DType dtype, output_dtype;  // from uint8 or float32 to float32, float16 or bfloat16; from the others to themselves
   const void* input;
-  void* output;
-  ChannelVector mean, std;
+  void* output;                        // may be the input, where dtype and layout are the same
+  bool input_is_last, output_is_last;  // whether a pixel's channels are neighbours, else a channel's pixels are
+  const double* mean;                  // (C), in the host's memory
+  const double* std;                   // (C), in the host's memory
+  double scale;
 };
 
 }  // namespace normfused

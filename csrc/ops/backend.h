@@ -14,6 +14,7 @@ struct Backend {
   void (*batch_norm_backward)(const BatchNormBackward& args, const at::Device& device);
   void (*channel_moments)(const ChannelStats& args, const at::Device& device);
   void (*channel_sums)(const ChannelStats& args, const at::Device& device);
+  void (*standardize)(const Standardize& args, const at::Device& device);
 };
 
 extern const Backend kCpuBackend;

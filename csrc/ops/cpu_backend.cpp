@@ -25,6 +25,7 @@ const Backend kCpuBackend{
     run<BatchNormBackward, cpu::batch_norm_backward>,
     run<ChannelStats, cpu::channel_moments>,
     run<ChannelStats, cpu::channel_sums>,
+    run<Standardize, cpu::standardize>,
 };
 
 }  // namespace normfused::ops

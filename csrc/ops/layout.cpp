@@ -102,11 +102,20 @@ at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like) {
   return at::empty_like(like, tensor.options()).copy_(tensor);
 }
 
-at::Tensor empty_output_like(const at::Tensor& like) {
-  const at::Tensor output = at::empty_like(like);
-  if (like.is_cpu()) use_huge_pages(output.data_ptr(), output.nbytes());
+namespace {
+
+at::Tensor in_huge_pages(at::Tensor output) {
+  if (output.is_cpu()) use_huge_pages(output.data_ptr(), output.nbytes());
   return output;
 }
+
+}  // namespace
+
+at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
+  return in_huge_pages(at::empty(sizes, options.memory_format(format)));
+}
+
+at::Tensor empty_output_like(const at::Tensor& like) { return in_huge_pages(at::empty_like(like)); }
 
 ChannelVector channel_vector(const at::Tensor& tensor) { return {tensor.data_ptr(), dtype_of(tensor.scalar_type())}; }
 

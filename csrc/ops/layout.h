@@ -23,8 +23,9 @@ at::Tensor with_view(const at::Tensor& tensor);
 // Values of `tensor` laid out in memory as those of `like`, which has a view.
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like);
 
-// An uninitialized tensor laid out as `like`. Large ones are asked for in huge pages: on a fresh output of 100 MB page
+// Uninitialized tensors. Large ones are asked for in huge pages: on a fresh output of 100 MB page
 // faults cost more time than all the arithmetic.
+at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format);
 at::Tensor empty_output_like(const at::Tensor& like);
 
 ChannelVector channel_vector(const at::Tensor& tensor);

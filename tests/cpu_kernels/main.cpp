@@ -27,6 +27,7 @@ struct Cpu {
   void batch_norm_backward(const BatchNormBackward& args) { cpu::batch_norm_backward(args, kThreads); }
   void channel_moments(const ChannelStats& args) { cpu::channel_moments(args, kThreads); }
   void channel_sums(const ChannelStats& args) { cpu::channel_sums(args, kThreads); }
+  void standardize(const Standardize& args) { cpu::standardize(args, kThreads); }
 };
 
 }  // namespace
@@ -62,6 +63,16 @@ int main() {
       cases += 5;
     }
   run_integer_sums<uint8_t>(backend, DType::kUInt8, {1, 2, 140000}, 0, true, random);
+  ++cases;
+  // Images: of the numbers of channels that have shuffles of their own and of others, in tiles and parts of tiles.
+  const ChannelView images[] = {{2, 3, 35}, {1, 4, 64}, {3, 1, 50}, {2, 5, 1000}, {1, 130, 70}, {2, 3, 5000}};
+  for (const ChannelView& view : images)
+    for (const int64_t offset : {0, 1}) {
+      run_standardize(backend, view, offset, random);
+      ++cases;
+    }
+  // So large that outputs are streamed.
+  run_standardize(backend, {1, 3, 400003}, 1, random);
   ++cases;
   // Outputs large enough to be streamed past the caches, from short rows, long rows and channels last.
   run<float>(backend, {64, 350, 49}, 1, random);

@@ -29,6 +29,7 @@ const ops::Backend ops::kCpuBackend{
     run<BatchNormBackward, cuda::batch_norm_backward>,
     run<ChannelStats, cuda::channel_moments>,
     run<ChannelStats, cuda::channel_sums>,
+    run<Standardize, cuda::standardize>,
 };
 
 }  // namespace normfused

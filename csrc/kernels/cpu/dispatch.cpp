@@ -71,6 +71,8 @@ void channel_sums(const ChannelStats& args, const Parallel& parallel) {
   kernel(args, parallel);
 }
 
+void standardize(const Standardize& args, const Parallel& parallel) { chosen().kernels().standardize(args, parallel); }
+
 const char* capability() { return chosen().name; }
 
 }  // namespace normfused::cpu

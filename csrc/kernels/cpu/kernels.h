@@ -22,6 +22,8 @@ void channel_moments(const ChannelStats& args, const Parallel& parallel);
 // Per channel, in one read: sum, sum of squares, least and greatest value; in double, of integers exactly in int64.
 void channel_sums(const ChannelStats& args, const Parallel& parallel);
 
+void standardize(const Standardize& args, const Parallel& parallel);
+
 // "avx512", "avx2" or "baseline": the widest that machine and library have, or the narrower one named by the
 // environment variable NORMFUSED_CPU_CAPABILITY.
 const char* capability();

@@ -23,6 +23,10 @@ namespace {
 
 #include "kernels/cpu/integer_sums.inl"
 
+#include "kernels/cpu/planes.inl"
+
+#include "kernels/cpu/standardize.inl"
+
 #include "kernels/cpu/batch_norm.inl"
 
 template <class T>
@@ -33,8 +37,8 @@ constexpr KernelsOf make_kernels() {
 }  // namespace
 
 const KernelTable& kernels() {
-  static constexpr KernelTable table{make_kernels<float>(), make_kernels<double>(), make_kernels<Half>(),
-                                     make_kernels<BFloat16>(), integer_sums_of};
+  static constexpr KernelTable table{make_kernels<float>(),    make_kernels<double>(), make_kernels<Half>(),
+                                     make_kernels<BFloat16>(), integer_sums_of,        standardize};
   return table;
 }
 

@@ -17,6 +17,7 @@ struct KernelsOf {
 struct KernelTable {
   KernelsOf float32, float64, float16, bfloat16;
   void (*integer_sums)(const ChannelStats&, const Parallel&);
+  void (*standardize)(const Standardize&, const Parallel&);
 };
 
 namespace baseline {

@@ -176,10 +176,20 @@ NF_FN U16 narrow(Half, Vec<float> value) {
 
 // ---- loads -------------------------------------------------------------------------------------------------------
 
+NF_FN Vec<float> widened_bytes(const uint8_t* p) {
+#if NF_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(read_as<__m128i>(p)));
+#else
+  return __builtin_convertvector(read_as<typename VecOf<uint8_t, kLanes<float>>::type>(p), Vec<float>);
+#endif
+}
+
 template <class S, class T>
 NF_FN Vec<S> load(const T* p, Whole) {
   if constexpr (std::is_same_v<S, T>) {
     return read_as<Vec<S>>(p);
+  } else if constexpr (std::is_same_v<T, uint8_t>) {
+    return widened_bytes(p);
   } else if constexpr (std::is_same_v<S, float>) {
     return widen(T{}, read_as<U16>(p));
   } else if constexpr (std::is_same_v<T, float>) {
@@ -201,7 +211,7 @@ NF_FN Vec<S> load(const T* p, Part part, Vec<S> fill = Vec<S>{}) {
     return (Vec<S>)_mm512_mask_loadu_ps((__m512)fill, static_cast<__mmask16>((1u << part.lanes) - 1), p);
   } else if constexpr (std::is_same_v<S, T>) {
     return (Vec<S>)_mm512_mask_loadu_pd((__m512d)fill, static_cast<__mmask8>((1u << part.lanes) - 1), p);
-  } else if constexpr (std::is_same_v<S, float>) {
+  } else if constexpr (std::is_same_v<S, float> && sizeof(T) == 2) {
     const auto mask = static_cast<__mmask16>((1u << part.lanes) - 1);
     const Vec<float> value = widen(T{}, (U16)_mm256_maskz_loadu_epi16(mask, p));
     return (Vec<S>)_mm512_mask_blend_ps(mask, (__m512)fill, (__m512)value);

@@ -43,7 +43,7 @@ cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_
 cudaError_t batch_norm_training(const BatchNormForward& args, Resources& resources) {
   return for_variant(args, [&](auto type, auto fused) {
     using T = typename decltype(type)::type;
-    using Normalize = NormalizeOp<T, T, fused()>;
+    using Normalize = NormalizeOp<T, fused()>;
     using S = typename Normalize::S;
     S* const table = table_for<Normalize>(args.view, resources);
     const MomentsOp<T, false> moments{static_cast<const T*>(args.input), args.view};
@@ -65,7 +65,7 @@ cudaError_t batch_norm_training(const BatchNormForward& args, Resources& resourc
 cudaError_t batch_norm_inference(const BatchNormForward& args, Resources& resources) {
   return for_variant(args, [&](auto type, auto fused) {
     using T = typename decltype(type)::type;
-    using Normalize = NormalizeOp<T, T, fused()>;
+    using Normalize = NormalizeOp<T, fused()>;
     using S = typename Normalize::S;
     S* const table = table_for<Normalize>(args.view, resources);
     const bool aligned = all_aligned(args.input, args.output, args.residual);

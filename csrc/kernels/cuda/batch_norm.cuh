@@ -61,11 +61,11 @@ NF_DEVICE void store_bits(uint8_t* bits, int64_t offset, uint32_t values, uint32
 }
 
 // z = (x - pivot) * scale + shift. Fused: z + residual, activated; the residual may be null.
-template <class T_, class Output_ = T_, bool kFused = false>
+template <class T_, bool kFused = false>
 struct NormalizeOp {
   using T = T_;
-  using Output = Output_;
-  using S = compute_t<std::conditional_t<std::is_integral_v<T>, Output, T>>;
+  using Output = T;
+  using S = compute_t<T>;
   static constexpr int kInputs = kFused ? 2 : 1, kRequired = 1, kOutputs = 1, kCoefficients = 3;
   static constexpr bool kWritesBits = kFused;
 
@@ -411,18 +411,6 @@ struct ClearBits {
   uint8_t* bits;
 
   NF_DEVICE void operator()(int64_t word) const { reinterpret_cast<unsigned*>(bits)[word] = 0; }
-};
-
-// NormalizeOp's table from a mean and a standard deviation.
-template <class S>
-struct PrepareStandardize {
-  ChannelVector mean, std;
-  int64_t channels;
-  S* table;
-
-  NF_DEVICE void operator()(int64_t c) const {
-    write_row(table, channels, c, forward_coefficients<S>({read(mean, c, 0), 1 / read(std, c, 1), 1, 0}));
-  }
 };
 
 }  // namespace normfused::cuda

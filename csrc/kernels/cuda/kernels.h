@@ -33,8 +33,7 @@ cudaError_t channel_moments(const ChannelStats& args, Resources& resources);
 // Integer dtypes: the results are int64.
 cudaError_t channel_sums(const ChannelStats& args, Resources& resources);
 
-// (x - mean) / std from uint8 or a floating dtype to the same or a narrower floating one, in place where output is the
-// input.
+// One launch for each 128 channels; mean and std are in the host's memory.
 cudaError_t standardize(const Standardize& args, Resources& resources);
 
 }  // namespace normfused::cuda

@@ -1,4 +1,7 @@
-#include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/standardize.cuh"
+
+#include <algorithm>
+
 #include "kernels/cuda/launch.cuh"
 
 namespace normfused::cuda {
@@ -7,18 +10,35 @@ namespace {
 
 template <class T, class Output>
 cudaError_t run(const Standardize& args, Resources& resources) {
-  using Normalize = NormalizeOp<T, Output>;
-  using S = typename Normalize::S;
-  S* const table = table_for<Normalize>(args.view, resources);
-  const Normalize normalize{
-      static_cast<const T*>(args.input), static_cast<Output*>(args.output), table, nullptr, nullptr, {}, nullptr};
-  const cudaError_t error = for_each_channel(PrepareStandardize<S>{args.mean, args.std, args.view.channels, table},
-                                             args.view.channels, resources.stream);
-  if (error != cudaSuccess) return error;
-  const bool aligned = all_aligned(args.input, args.output);
-  return apply(normalize,
-               plan_apply(args.view, planned_itemsize<Normalize>(), sizeof(Output), aligned, resources.limits),
-               resources.stream);
+  constexpr int kValues = values_per_access(std::max(sizeof(T), sizeof(Output)));
+  const int width = static_cast<int>(std::min<int64_t>(args.channels, kTileChannels));
+  const int length = kTileValues / width / kMaxValues * kMaxValues;
+  const bool vectors = width == args.channels && args.pixels % kValues == 0 && all_aligned(args.input, args.output);
+  for (int64_t first = 0; first < args.channels; first += kLaunchChannels) {
+    const int64_t last = std::min(first + kLaunchChannels, args.channels);
+    const Tiles tiles{args.channels,
+                      args.pixels,
+                      first,
+                      last,
+                      width,
+                      length,
+                      (last - first + width - 1) / width,
+                      (args.pixels + length - 1) / length,
+                      args.input_is_last,
+                      args.output_is_last};
+    Constants<T> constants;
+    for (int64_t c = first; c < last; ++c) prepare(normalization_of(args, c), constants.channel[c - first]);
+    const LaunchConfig config{dim3(static_cast<unsigned>(args.images * tiles.across * tiles.along)), dim3(kThreads),
+                              resources.stream};
+    const auto start = [&](auto kernel) {
+      return launch(config, kernel, static_cast<const T*>(args.input), static_cast<Output*>(args.output), tiles,
+                    constants);
+    };
+    const cudaError_t error =
+        vectors ? start(standardize_tiles<T, Output, kValues>) : start(standardize_tiles<T, Output, 1>);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -73,6 +74,15 @@ class TorchResources : public cuda::Resources {
 };
 
 template <class Args>
+std::string extents(const Args& args) {
+  const ChannelView& view = args.view;
+  return c10::str(view.outer, " x ", view.channels, " x ", view.inner, " values (outer, channels, inner)");
+}
+std::string extents(const Standardize& args) {
+  return c10::str(args.images, " images of ", args.channels, " x ", args.pixels, " values");
+}
+
+template <class Args>
 void run(const char* name, cudaError_t (*kernel)(const Args&, cuda::Resources&), const Args& args,
          const at::Device& device) {
   const c10::cuda::CUDAGuard guard(device);
@@ -80,8 +90,7 @@ void run(const char* name, cudaError_t (*kernel)(const Args&, cuda::Resources&),
   const cudaError_t error = kernel(args, resources);
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();  // it is told here, and should not be told again by what comes next
-  TORCH_CHECK(false, "normfused::", name, " on ", device, ", ", args.view.outer, " x ", args.view.channels, " x ",
-              args.view.inner, " values (outer, channels, inner): ", cudaGetErrorString(error));
+  TORCH_CHECK(false, "normfused::", name, " on ", device, ", ", extents(args), ": ", cudaGetErrorString(error));
 }
 
 }  // namespace
@@ -100,6 +109,7 @@ const Backend kCudaBackend{
       run("channel_moments", cuda::channel_moments, args, device);
     },
     [](const ChannelStats& args, const at::Device& device) { run("channel_sums", cuda::channel_sums, args, device); },
+    [](const Standardize& args, const at::Device& device) { run("standardize", cuda::standardize, args, device); },
 };
 
 }  // namespace normfused::ops

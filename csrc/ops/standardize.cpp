@@ -1,0 +1,156 @@
+#include "ops/standardize.h"
+
+#include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops/backend.h"
+#include "ops/find_operator.h"
+#include "ops/layout.h"
+
+namespace normfused::ops {
+
+namespace {
+
+using at::Tensor;
+using Constants = at::ArrayRef<double>;
+
+at::ScalarType output_type(const Tensor& input, std::optional<at::ScalarType> dtype) {
+  return dtype.value_or(input.scalar_type() == at::kByte ? at::kFloat : input.scalar_type());
+}
+
+at::MemoryFormat output_format(const Tensor& input, std::optional<at::MemoryFormat> memory_format) {
+  const at::MemoryFormat format = memory_format.value_or(at::MemoryFormat::Preserve);
+  return format == at::MemoryFormat::Preserve ? input.suggest_memory_format() : format;
+}
+
+void check(const Tensor& input, at::ScalarType output, Constants mean, Constants std) {
+  const at::ScalarType type = input.scalar_type();
+  TORCH_CHECK_VALUE(input.dim() == 4, "input must have shape (N, C, H, W), got ", input.sizes());
+  TORCH_CHECK_TYPE(type == at::kByte || type == output || (type == at::kFloat && output != at::kDouble), "input of ",
+                   type, " cannot be standardized to ", output);
+  TORCH_CHECK_TYPE(type != at::kByte || output != at::kDouble, "input of ", type, " cannot be standardized to double");
+  for (const Constants& constants : {mean, std})
+    TORCH_CHECK_VALUE(static_cast<int64_t>(constants.size()) == input.size(1), constants.size(),
+                      " constants for an input with ", input.size(1), " channels");
+}
+
+// Of dense tensors of the same shape.
+void run(const Tensor& input, const Tensor& output, Constants mean, Constants std, double scale) {
+  if (input.numel() == 0) return;
+  const auto is_last = [](const Tensor& tensor) { return !tensor.is_contiguous(); };
+  const Standardize args{input.size(0),
+                         input.size(1),
+                         input.size(2) * input.size(3),
+                         any_dtype_of(input.scalar_type()),
+                         dtype_of(output.scalar_type()),
+                         input.const_data_ptr(),
+                         output.mutable_data_ptr(),
+                         is_last(input),
+                         is_last(output),
+                         mean.data(),
+                         std.data(),
+                         scale};
+  backend_of(input).standardize(args, input.device());
+}
+
+Tensor standardize_kernels(const Tensor& input, Constants mean, Constants std, double scale,
+                           std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
+  const at::ScalarType type = output_type(input, dtype);
+  check(input, type, mean, std);
+  const Tensor dense = with_view(input);
+  const Tensor output = empty_output(input.sizes(), input.options().dtype(type), output_format(dense, memory_format));
+  run(dense, output, mean, std, scale);
+  return output;
+}
+
+Tensor& standardize_inplace_kernels(Tensor& input, Constants mean, Constants std, double scale) {
+  check(input, input.scalar_type(), mean, std);
+  at::assert_no_internal_overlap(input);
+  input.unsafeGetTensorImpl()->bump_version();
+  if (view_of(input))
+    run(input, input, mean, std, scale);
+  else
+    input.copy_(standardize_kernels(input, mean, std, scale, std::nullopt, std::nullopt));
+  return input;
+}
+
+// The gradient, grad_output * scale / std, is a standardization too, and so can be differentiated again.
+class StandardizeFunction : public torch::autograd::Function<StandardizeFunction> {
+ public:
+  template <class Call>
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, Constants std, double scale,
+                        bool inplace, const Call& call) {
+    ctx->saved_data["std"] = std.vec();
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["type"] = input.scalar_type();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor output = call();
+    if (inplace) ctx->mark_dirty({input});
+    return output;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const std::vector<double> std = ctx->saved_data["std"].toDoubleVector(), zeros(std.size());
+    const Tensor grad = grads[0].to(ctx->saved_data["type"].toScalarType());
+    const double scale = ctx->saved_data["scale"].toDouble();
+    return {standardize(grad, zeros, std, scale, std::nullopt, std::nullopt), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+bool needs_grad(const Tensor& input) { return at::GradMode::is_enabled() && input.requires_grad(); }
+
+Tensor standardize_autograd(const Tensor& input, Constants mean, Constants std, double scale,
+                            std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
+  const auto call = [&] { return standardize(input, mean, std, scale, dtype, memory_format); };
+  if (needs_grad(input)) return StandardizeFunction::apply(input, std, scale, false, call);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call();
+}
+
+Tensor& standardize_inplace_autograd(Tensor& input, Constants mean, Constants std, double scale) {
+  const auto call = [&] { return standardize_(input, mean, std, scale); };
+  if (needs_grad(input)) {
+    torch::autograd::check_inplace(input, /*requires_grad=*/true);
+    StandardizeFunction::apply(input, std, scale, true, call);
+  } else {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    call();
+  }
+  return input;
+}
+
+}  // namespace
+
+Tensor standardize(const Tensor& input, Constants mean, Constants std, double scale,
+                   std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
+  static const auto op = find_operator<decltype(standardize)>("normfused::standardize");
+  return op.call(input, mean, std, scale, dtype, memory_format);
+}
+
+Tensor& standardize_(Tensor& input, Constants mean, Constants std, double scale) {
+  static const auto op = find_operator<decltype(standardize_)>("normfused::standardize_");
+  return op.call(input, mean, std, scale);
+}
+
+TORCH_LIBRARY_IMPL(normfused, CPU, m) {
+  m.impl("standardize", standardize_kernels);
+  m.impl("standardize_", standardize_inplace_kernels);
+}
+
+#if defined(NORMFUSED_WITH_CUDA)
+TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
+  m.impl("standardize", standardize_kernels);
+  m.impl("standardize_", standardize_inplace_kernels);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(normfused, Autograd, m) {
+  m.impl("standardize", standardize_autograd);
+  m.impl("standardize_", standardize_inplace_autograd);
+}
+
+}  // namespace normfused::ops
