@@ -7,6 +7,7 @@
 #include "kernels/cuda/traffic.h"
 #include "ops/batch_norm.h"
 #include "ops/channel_stats.h"
+#include "ops/local_response_norm.h"
 
 TORCH_LIBRARY(normfused, m) {
   m.def(
@@ -33,6 +34,10 @@ TORCH_LIBRARY(normfused, m) {
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
   m.def("channel_moments(Tensor input) -> (Tensor mean, Tensor m2, Tensor min, Tensor max)");
   m.def("channel_sums(Tensor input) -> (Tensor sum, Tensor sum_of_squares)");
+  m.def("local_response_norm(Tensor input, int size, float alpha, float beta, float k) -> Tensor");
+  m.def(
+      "local_response_norm_backward(Tensor grad_output, Tensor input, int size, float alpha, float beta, float k) -> "
+      "Tensor");
 }
 
 namespace {
@@ -65,6 +70,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("batch_norm_inference_", &ops::batch_norm_inference_, py::call_guard<py::gil_scoped_release>());
   m.def("channel_moments", &ops::channel_moments, py::call_guard<py::gil_scoped_release>());
   m.def("channel_sums", &ops::channel_sums, py::call_guard<py::gil_scoped_release>());
+  m.def("local_response_norm", &ops::local_response_norm, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &cpu::capability);
   // What CUDA kernels would do on some device: for tests and reports, on any machine.
   py::enum_<cuda::Operation>(m, "Operation")

@@ -202,3 +202,15 @@ def channel_moments(input: Tensor) -> ChannelMoments:
         return ChannelMoments(0, zeros, zeros.clone(), zeros + torch.inf, zeros - torch.inf)
     mean, deviations = _mean_and_deviations(rows)
     return ChannelMoments(count, mean[:, 0], deviations.square().sum(1), rows.amin(1), rows.amax(1))
+
+
+def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+    """:func:`normfused.functional.local_response_norm` in plain torch, without its argument checks."""
+    x = with_view(_KeepLayout.apply(input)).double()  # type: ignore[no-untyped-call]
+    # Beyond the channels there are only zeros, however many the window has of them.
+    before, after = (min(side, input.size(1)) for side in (size // 2, (size - 1) // 2))
+    squares = F.pad(x.square(), (*[0, 0] * (input.dim() - 2), before, after))
+    sums = torch.zeros_like(x)
+    for first in range(before + 1 + after):
+        sums = sums + squares.narrow(1, first, input.size(1))
+    return laid_out_as((x * (k + alpha / size * sums).pow(-beta)).to(input.dtype), input)

@@ -25,6 +25,10 @@ const Backend kCpuBackend{
     run<BatchNormBackward, cpu::batch_norm_backward>,
     run<ChannelStats, cpu::channel_moments>,
     run<ChannelStats, cpu::channel_sums>,
+    [](const LocalResponseNorm& args, const at::Device&) {
+      cpu::local_response_norm(args, kParallel);
+      return true;
+    },
 };
 
 }  // namespace normfused::ops

@@ -22,6 +22,9 @@ void channel_moments(const ChannelStats& args, const Parallel& parallel);
 // Per channel, in one read: sum and sum of squares, accumulated in double; of integers exactly in int64.
 void channel_sums(const ChannelStats& args, const Parallel& parallel);
 
+// Forward, or backward where there is a grad_output.
+void local_response_norm(const LocalResponseNorm& args, const Parallel& parallel);
+
 // "avx512", "avx2" or "baseline": the widest that machine and library have, or the narrower one named by the
 // environment variable NORMFUSED_CPU_CAPABILITY.
 const char* capability();
