@@ -121,9 +121,11 @@ def test_powers_of_all_magnitudes(device: torch.device, beta: float, layout: str
     x = lay_out((magnitudes * torch.randn(5000).sign()).view(2, 50, 50).to(device), layout)
     y = local_response_norm(x, 1, alpha=1.0, beta=beta, k=0.0)
     factor = x.double().square().pow(-beta)
-    inside = factor < torch.finfo(torch.float32).max
-    torch.testing.assert_close(y.double()[inside], (x.double() * factor)[inside], rtol=3e-7, atol=2e-45)
-    assert y[~inside].isinf().all()
+    limits = torch.finfo(torch.float32)
+    inside = (factor > limits.smallest_normal) & (factor < limits.max)
+    torch.testing.assert_close(y.double()[inside], (x.double() * factor)[inside], rtol=3e-7, atol=0)
+    assert y[factor >= limits.max].isinf().all()
+    assert (y[factor <= limits.smallest_normal].abs() < 1e-19).all()
 
 
 @pytest.mark.parametrize("beta", [0.75, 0.5, 1.0, 0.6, 2.3, -0.4, 2.0, 3.0, -2.0])

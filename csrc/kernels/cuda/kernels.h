@@ -37,4 +37,7 @@ cudaError_t channel_sums(const ChannelStats& args, Resources& resources);
 // input.
 cudaError_t standardize(const Standardize& args, Resources& resources);
 
+// Where plan_windows() has a plan for it.
+cudaError_t local_response_norm(const LocalResponseNorm& args, Resources& resources);
+
 }  // namespace normfused::cuda
