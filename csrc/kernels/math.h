@@ -291,7 +291,7 @@ NF_FN V response_base(const Response<S>& response, const V& sum_of_squares) {
   return sum_of_squares * response.scale + response.k;
 }
 
-// b^-beta. The betas in use take no logarithm.
+// b^-beta. The betas that are in use take no logarithm: by roots it took 0.55 to 0.75 of the time (AVX-512).
 template <class E, class S, class V>
 NF_FN V response_factor(const Response<S>& response, const V& base) {
   if (response.beta == 0.75) {

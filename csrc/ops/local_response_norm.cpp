@@ -19,6 +19,7 @@ using torch::autograd::variable_list;
 
 // Sums over windows of channels, zeros outside.
 Tensor window_sum(const Tensor& values, int64_t before, int64_t after) {
+  if (values.numel() == 0) return values;
   at::DimVector padding(2 * (values.dim() - 1), 0);
   padding.end()[-2] = before;
   padding.end()[-1] = after;
