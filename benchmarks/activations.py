@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import machine
+import command
 import tables
 import torch
 from cases import DTYPES, LAYOUTS, MEMORY_FORMATS, QUICK, dtype_name
@@ -82,10 +79,9 @@ def render(description: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         faster = statistics.geometric_mean(row["speedup"] for row in mine)
         limit = "" if name == "relu" else f"≤ {bound:.3g}×"
         lines.append((name, f"{mean:.2f}×", f"{max(cost):.2f}×", limit, verdict, f"{faster:.2f}×"))
-    versions = f"normfused {description['normfused']} ({description['revision']}), torch {description['torch']}"
     parts = [
         f"# Activations: {description.get('gpu', description['cpu'])}",
-        f"{versions}, {description['threads']} threads, {description['date']}",
+        command.versions(description),
         f"Batch norm with the activation, forward + backward in training, over {len(rows) // len(ACTIVATIONS)} cases "
         "(shapes, dtypes, layouts); medians of rounds in which each ran once.",
         tables.table(
@@ -96,26 +92,5 @@ def render(description: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=2, help="2")
-    parser.add_argument("--out", type=Path, help="folder; benchmarks/results/<device>")
-    arguments = parser.parse_args()
-    if normfused.info()["extension"] != "loaded":
-        print(f"nothing to measure, the extension is not loaded: {normfused.info()['why_fallback']}", file=sys.stderr)
-        return 1
-    torch.set_num_threads(arguments.threads)
-    description = machine.describe(arguments.device)
-    folder: Path = arguments.out or Path(__file__).parent / "results" / machine.slug(description)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = measure(arguments.device)
-    results = {"machine": description, "activations": rows}
-    (folder / "activations.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "activations.md").write_text(render(description, rows))
-    print(f"\n{render(description, rows)}\nwritten to {folder}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(__doc__, "activations", measure, render))

@@ -8,7 +8,7 @@ sanitize  a few of them under compute-sanitizer's memcheck and racecheck, where 
 large     tensors of 2^31 values, where memory allows
 measure   the grid against torch eager, with cuDNN and without, and the copy floor; table and plots
 compile   some shapes of it against torch.compile too
-memory    what training keeps, by mode; what each activation costs
+memory    what training keeps, by mode; what each activation costs; images and statistics of data sets
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _report(check: Check, *options: str) -> list[str]:
 
 
 def memory(check: Check) -> None:
-    scripts = [HERE / name for name in ("memory.py", "activations.py")]
+    scripts = [HERE / name for name in ("memory.py", "activations.py", "images.py")]
     options = ["--device", "cuda", "--out", str(check.folder.parent)]
     check.run("memory", *([sys.executable, str(script), *options] for script in scripts), least_seconds=60)
 

@@ -7,6 +7,7 @@
 #include "kernels/cuda/traffic.h"
 #include "ops/batch_norm.h"
 #include "ops/channel_stats.h"
+#include "ops/local_response_norm.h"
 #include "ops/standardize.h"
 
 TORCH_LIBRARY(normfused, m) {
@@ -37,7 +38,11 @@ TORCH_LIBRARY(normfused, m) {
   m.def(
       "standardize(Tensor input, float[] mean, float[] std, float scale=1., ScalarType? dtype=None, "
       "MemoryFormat? memory_format=None) -> Tensor");
-  m.def("standardize_(Tensor(a!) input, float[] mean, float[] std, float scale=1.) -> Tensor(a!)");
+  m.def("standardize_(Tensor(a!) input, float[] mean, float[] std, float scale=1.) -> ()");
+  m.def("local_response_norm(Tensor input, int size, float alpha, float beta, float k) -> Tensor");
+  m.def(
+      "local_response_norm_backward(Tensor grad_output, Tensor input, int size, float alpha, float beta, float k) -> "
+      "Tensor");
 }
 
 namespace {
@@ -80,10 +85,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "standardize_",
-      [](at::Tensor input, const Constants& mean, const Constants& std, double scale) {
-        return ops::standardize_(input, mean, std, scale);
+      [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale) {
+        ops::standardize_(input, mean, std, scale);
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def("local_response_norm", &ops::local_response_norm, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_capability", &cpu::capability);
   // What CUDA kernels would do on some device: for tests and reports, on any machine.
   py::enum_<cuda::Operation>(m, "Operation")

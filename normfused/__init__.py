@@ -1,4 +1,4 @@
-"""Fast normalization for PyTorch: batch norm and per-channel statistics in hand-written C++."""
+"""Fast normalization for PyTorch: batch norm, its relatives and per-channel statistics in hand-written C++."""
 
 from normfused import functional, reference, transforms
 from normfused._extension import info
@@ -13,7 +13,7 @@ from normfused.functional import (
     standardize,
     standardize_,
 )
-from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, no_stats_update
+from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LocalResponseNorm, no_stats_update
 from normfused.stats import ChannelStats
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ChannelStats",
     "ChannelSums",
     "Conversion",
+    "LocalResponseNorm",
     "__version__",
     "channel_moments",
     "channel_sums",

@@ -128,6 +128,19 @@ def _batch_norm_backward(
     return grad_input, grad_weight, grad_bias, grad_residual
 
 
+@torch.library.register_fake("normfused::local_response_norm")
+def _local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    return _output_like(input)
+
+
+@torch.library.register_fake("normfused::local_response_norm_backward")
+def _local_response_norm_backward(
+    grad_output: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float
+) -> Tensor:
+    _check_device(input, grad_output)
+    return _output_like(input)
+
+
 @torch.library.register_fake("normfused::channel_moments")
 def _channel_moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, m2, low, high = (input.new_empty((input.size(1),), dtype=torch.float64) for _ in range(4))
@@ -157,5 +170,5 @@ def _standardize(
 
 
 @torch.library.register_fake("normfused::standardize_")
-def _standardize_inplace(input: Tensor, mean: list[float], std: list[float], scale: float = 1.0) -> Tensor:
-    return input
+def _standardize_inplace(input: Tensor, mean: list[float], std: list[float], scale: float = 1.0) -> None:
+    pass

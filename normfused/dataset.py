@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from normfused.images import guess_layout
 from normfused.stats import NONFINITE, ChannelStats, measure
 
+# Of a tensor or array at least so many: less, and calls take longer than their work.
+_VALUES_AT_A_TIME = 1 << 20
 _IMAGE_KEYS = ("image", "images", "img", "pixel_values")
 
 # What an error calls the images, and their statistics.
@@ -112,14 +114,15 @@ def progress_bar(total: int | None, wanted: bool | None) -> Iterator[Callable[[i
 def _stack_parts(
     images: Tensor | np.ndarray, layout: str | None, scale: float | None, batch_size: int
 ) -> Iterator[Part]:
-    """Of images with a first dimension N, ``batch_size`` at a time."""
+    """Of images with a first dimension N, ``batch_size`` at a time or more."""
     layout = layout or guess_layout(images)
     if not layout.startswith("N"):
         raise ValueError(
             f"data of shape {tuple(images.shape)} is one image as {layout}: pass layout='NHW' for many grayscale ones"
         )
-    for first in range(0, len(images), batch_size):
-        yield f"item {first}", measure(images[first : first + batch_size], layout, scale)
+    step = max(batch_size, _VALUES_AT_A_TIME * len(images) // max(1, math.prod(images.shape)))
+    for first in range(0, len(images), step):
+        yield f"item {first}", measure(images[first : first + step], layout, scale)
 
 
 class _Reader(NamedTuple):

@@ -1,4 +1,4 @@
-"""Batch norm, per-channel statistics and standardization as functions."""
+"""Batch norm, per-channel statistics, standardization and local response normalization as functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from normfused import _extension, reference
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
@@ -20,6 +20,7 @@ __all__ = [
     "batch_norm",
     "channel_moments",
     "channel_sums",
+    "local_response_norm",
     "standardize",
     "standardize_",
 ]
@@ -320,6 +321,65 @@ def channel_moments(input: Tensor) -> ChannelMoments:
     return ChannelMoments(values_per_channel(input), *operators.channel_moments(input))
 
 
+def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+    """Divide each value by a power of the squares of the ``size`` channels about it.
+
+    ``input / (k + alpha / size * sum(input[:, c - size // 2 : c + (size - 1) // 2 + 1] ** 2)) ** beta`` for channel
+    ``c``, with zeros outside of the channels. Drop-in for :func:`torch.nn.functional.local_response_norm`.
+
+    Args:
+        input: shape ``(N, C, ...)`` with at least one more dimension, float32, float64, float16 or bfloat16, any
+            strides. All arithmetic is in float32, or float64 for that.
+        size: channels of the window, at least 1; of an even number one more lies before than after.
+        alpha, beta, k: as above.
+
+    Returns:
+        Shape, dtype and memory format of ``input``. Differentiable any number of times; for backward only ``input`` is
+        kept. An empty input gives an empty output.
+
+    Raises:
+        ValueError: fewer than three dimensions, or a size below 1. TypeError: a dtype that is not supported, or an
+            argument that is no number. RuntimeError: a CUDA tensor where the extension was built without CUDA.
+
+    Source: Krizhevsky, Sutskever and Hinton, 2012, "ImageNet Classification with Deep Convolutional Neural Networks";
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.local_response_norm.html
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(local_response_norm, (input,), input, size, alpha=alpha, beta=beta, k=k)
+    compiling = torch.compiler.is_compiling()
+    refusal = None
+    if _extension.C is not None and not compiling and not _is_transformed():
+        try:
+            return _extension.C.local_response_norm(input, size, alpha, beta, k)  # type: ignore[no-any-return]
+        except (RuntimeError, TypeError, ValueError) as error:
+            refusal = error  # in few words; the check finds the argument and says what it must be
+    _check_local_response_norm(input, size, alpha, beta, k)
+    if refusal is not None:
+        raise refusal
+    if compiling and _extension.C is not None:
+        output: Tensor = torch.ops.normfused.local_response_norm(input, size, alpha, beta, k)
+        return output
+    return reference.local_response_norm(input, size, alpha, beta, k)
+
+
+def _check_local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> None:
+    name = "local_response_norm"
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
+    if input.dim() < 3:
+        raise ValueError(f"{name}: input needs at least 3 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    if input.dtype not in _DTYPES:
+        raise TypeError(f"{name}: input must be float32, float64, float16 or bfloat16, got {input.dtype}")
+    _check_device(input)
+    if not isinstance(size, int):
+        raise TypeError(f"{name}: size must be an int, got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"{name}: size must be at least 1, got {size}")
+    for argument, value in (("alpha", alpha), ("beta", beta), ("k", k)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
+
+
 def standardize(
     input: Tensor,
     mean: float | Sequence[float] | Tensor,
@@ -479,7 +539,7 @@ def _numbers(name: str, which: str, values: Any) -> list[float]:
     if not numbers:
         raise TypeError(f"{name}: {which} must be a number or a sequence of numbers, got {values!r}")
     for channel, number in enumerate(numbers):
-        if not math.isfinite(number):
+        if not -math.inf < number < math.inf:
             raise ValueError(f"{name}: {which} must be finite, got {number} for channel {channel}")
     return numbers
 

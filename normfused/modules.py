@@ -1,4 +1,4 @@
-"""Batch norm layers that stand where torch.nn's stand."""
+"""Layers that stand where torch.nn's stand."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from normfused.functional import check_activation, check_undoable, named_batch_norm
+from normfused.functional import check_activation, check_undoable, local_response_norm, named_batch_norm
 from normfused.reference import ACTIVATION_PARAMS
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "no_stats_update"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LocalResponseNorm", "no_stats_update"]
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -263,3 +263,17 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """
 
     _ranks = (5,)
+
+
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """Local response normalization over ``(N, C, ...)``; drop-in for :class:`torch.nn.LocalResponseNorm`.
+
+    Arguments and attributes are those of torch.nn's class, which it subclasses; there are no parameters. The
+    arithmetic, and what raises: :func:`normfused.functional.local_response_norm`.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LocalResponseNorm.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``."""
+        return local_response_norm(input, self.size, self.alpha, self.beta, self.k)

@@ -228,3 +228,15 @@ def standardize(
         memory_format = torch._prims_common.suggest_memory_format(input)
     dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
     return output.to(dtype).contiguous(memory_format=memory_format)
+
+
+def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+    """:func:`normfused.functional.local_response_norm` in plain torch, without its argument checks."""
+    x = with_view(_KeepLayout.apply(input)).double()  # type: ignore[no-untyped-call]
+    # Beyond the channels there are only zeros, however many the window has of them.
+    before, after = (min(side, input.size(1)) for side in (size // 2, (size - 1) // 2))
+    squares = F.pad(x.square(), (*[0, 0] * (input.dim() - 2), before, after))
+    sums = torch.zeros_like(x)
+    for first in range(before + 1 + after):
+        sums = sums + squares.narrow(1, first, input.size(1))
+    return laid_out_as((x * (k + alpha / size * sums).pow(-beta)).to(input.dtype), input)

@@ -130,4 +130,19 @@ struct Standardize {
   double scale;
 };
 
+// Each value divided by a power of the squares of the channels about it; or the gradient of that.
+struct LocalResponseNorm {
+  ChannelView view;
+  DType dtype;
+  const void* input;
+  const void* grad_output;  // null: forward
+  void* output;             // with grad_output the input's gradient
+  int64_t size;
+  double alpha, beta, k;
+
+  // The window of channel c is c - before(), …, c + after(), of which as much counts as there are channels.
+  constexpr int64_t before() const { return size / 2 < view.channels ? size / 2 : view.channels - 1; }
+  constexpr int64_t after() const { return (size - 1) / 2 < view.channels ? (size - 1) / 2 : view.channels - 1; }
+};
+
 }  // namespace normfused

@@ -15,6 +15,8 @@ struct Backend {
   void (*channel_moments)(const ChannelStats& args, const at::Device& device);
   void (*channel_sums)(const ChannelStats& args, const at::Device& device);
   void (*standardize)(const Standardize& args, const at::Device& device);
+  // False: nothing is done, because the window is too wide for the kernel.
+  bool (*local_response_norm)(const LocalResponseNorm& args, const at::Device& device);
 };
 
 extern const Backend kCpuBackend;

@@ -26,6 +26,10 @@ const Backend kCpuBackend{
     run<ChannelStats, cpu::channel_moments>,
     run<ChannelStats, cpu::channel_sums>,
     run<Standardize, cpu::standardize>,
+    [](const LocalResponseNorm& args, const at::Device&) {
+      cpu::local_response_norm(args, kParallel);
+      return true;
+    },
 };
 
 }  // namespace normfused::ops

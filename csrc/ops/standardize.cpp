@@ -66,7 +66,7 @@ Tensor standardize_kernels(const Tensor& input, Constants mean, Constants std, d
   return output;
 }
 
-Tensor& standardize_inplace_kernels(Tensor& input, Constants mean, Constants std, double scale) {
+void standardize_inplace_kernels(const Tensor& input, Constants mean, Constants std, double scale) {
   check(input, input.scalar_type(), mean, std);
   at::assert_no_internal_overlap(input);
   input.unsafeGetTensorImpl()->bump_version();
@@ -74,7 +74,6 @@ Tensor& standardize_inplace_kernels(Tensor& input, Constants mean, Constants std
     run(input, input, mean, std, scale);
   else
     input.copy_(standardize_kernels(input, mean, std, scale, std::nullopt, std::nullopt));
-  return input;
 }
 
 // The gradient, grad_output * scale / std, is a standardization too, and so can be differentiated again.
@@ -111,8 +110,11 @@ Tensor standardize_autograd(const Tensor& input, Constants mean, Constants std, 
   return call();
 }
 
-Tensor& standardize_inplace_autograd(Tensor& input, Constants mean, Constants std, double scale) {
-  const auto call = [&] { return standardize_(input, mean, std, scale); };
+void standardize_inplace_autograd(const Tensor& input, Constants mean, Constants std, double scale) {
+  const auto call = [&] {
+    standardize_(input, mean, std, scale);
+    return input;
+  };
   if (needs_grad(input)) {
     torch::autograd::check_inplace(input, /*requires_grad=*/true);
     StandardizeFunction::apply(input, std, scale, true, call);
@@ -120,7 +122,6 @@ Tensor& standardize_inplace_autograd(Tensor& input, Constants mean, Constants st
     const at::AutoDispatchBelowADInplaceOrView below;
     call();
   }
-  return input;
 }
 
 }  // namespace
@@ -131,9 +132,9 @@ Tensor standardize(const Tensor& input, Constants mean, Constants std, double sc
   return op.call(input, mean, std, scale, dtype, memory_format);
 }
 
-Tensor& standardize_(Tensor& input, Constants mean, Constants std, double scale) {
+void standardize_(const Tensor& input, Constants mean, Constants std, double scale) {
   static const auto op = find_operator<decltype(standardize_)>("normfused::standardize_");
-  return op.call(input, mean, std, scale);
+  op.call(input, mean, std, scale);
 }
 
 TORCH_LIBRARY_IMPL(normfused, CPU, m) {

@@ -12,7 +12,7 @@ namespace normfused::ops {
 at::Tensor standardize(const at::Tensor& input, at::ArrayRef<double> mean, at::ArrayRef<double> std, double scale,
                        std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format);
 
-// Over the input, which must be floating and dense. Returns it.
-at::Tensor& standardize_(at::Tensor& input, at::ArrayRef<double> mean, at::ArrayRef<double> std, double scale);
+// Over the input, which must be floating.
+void standardize_(const at::Tensor& input, at::ArrayRef<double> mean, at::ArrayRef<double> std, double scale);
 
 }  // namespace normfused::ops

@@ -89,7 +89,6 @@ class Standardization:
             raise DemoError(f"{dataset.source}: all pixels of a channel have the same value")
         return cls(stats.mean, stats.std())
 
-    def apply_(self, pixels: Tensor) -> Tensor:
-        """(pixels - mean) / std in place, for pixels (N, C, H, W) scaled to 0..1."""
-        mean, std = (value.to(pixels).view(1, -1, 1, 1) for value in (self.mean, self.std))
-        return pixels.sub_(mean).div_(std)
+    def apply(self, images: Tensor, white: int) -> Tensor:
+        """Standardized pixels of float32, from images (N, C, H, W) of uint8."""
+        return normfused.standardize(images, self.mean, self.std, scale=1 / white)

@@ -115,8 +115,8 @@ class Examples(NamedTuple):
 
 
 def _prepare(split: Split, run: Run, training: Training) -> Examples:
-    pixels = split.images.to(training.device, torch.float32).div_(training.dataset.white)
-    inputs = training.standardization.apply_(pixels) if run.standardized else pixels
+    images, white = split.images.to(training.device), training.dataset.white
+    inputs = training.standardization.apply(images, white) if run.standardized else images.float().div_(white)
     return Examples(inputs, split.labels.to(training.device))
 
 

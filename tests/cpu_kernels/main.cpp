@@ -28,6 +28,7 @@ struct Cpu {
   void channel_moments(const ChannelStats& args) { cpu::channel_moments(args, kThreads); }
   void channel_sums(const ChannelStats& args) { cpu::channel_sums(args, kThreads); }
   void standardize(const Standardize& args) { cpu::standardize(args, kThreads); }
+  void local_response_norm(const LocalResponseNorm& args) { cpu::local_response_norm(args, kThreads); }
 };
 
 }  // namespace

@@ -152,7 +152,7 @@ def test_vectors_are_read_by_one_instruction(objects: dict[tuple[str, str], tupl
         names = demangle([function.split(None, 1)[0] for function in functions])
         for function in functions:
             name = names[function.split(None, 1)[0]]
-            if name.startswith("each_channel"):
+            if name.startswith(("each_channel", "response_")):  # values one by one
                 continue
             width = access_bytes(name)
             if width < 16:

@@ -30,6 +30,11 @@ const ops::Backend ops::kCpuBackend{
     run<ChannelStats, cuda::channel_moments>,
     run<ChannelStats, cuda::channel_sums>,
     run<Standardize, cuda::standardize>,
+    [](const LocalResponseNorm& args, const at::Device& device) {
+      if (cuda::plan_windows(args).chunk == 0) return false;
+      run<LocalResponseNorm, cuda::local_response_norm>(args, device);
+      return true;
+    },
 };
 
 }  // namespace normfused

@@ -2,6 +2,7 @@
 // taken out, a race is reported or a result is wrong. Few kernels, so that it is built quickly, again and again.
 #include "definition.h"
 #include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/local_response_norm.cuh"
 #include "resources.h"
 
 using namespace normfused;
@@ -70,6 +71,37 @@ void one_launch(const ChannelView& view) {
   }
 }
 
+void windows(const ChannelView& view) {
+  current = "windows of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
+            std::to_string(view.inner);
+  const Data data(view, false);
+  const std::vector<float> ones(view.numel(), 1.f);
+  std::vector<float> output(view.numel());
+  const auto start = [&](auto kernel, const float* grad_output) {
+    const LocalResponseNorm args{view, DType::kFloat32, data.x.data(), grad_output, output.data(), 3, 3, 1, 1};
+    const cuda::WindowPlan plan = cuda::plan_windows(args);
+    launch({dim3(static_cast<unsigned>(plan.tiles * plan.chunks)), dim3(cuda::kThreads), nullptr}, kernel, args, plan,
+           response_of<float>(args));
+  };
+  // The channels before and after that of value i, of whose values f is summed with its own.
+  const auto window_sum = [&](int64_t i, const auto& f) {
+    double sum = f(i);
+    if (data.channel(i) > 0) sum += f(i - view.inner);
+    if (data.channel(i) + 1 < view.channels) sum += f(i + view.inner);
+    return sum;
+  };
+  const auto base = [&](int64_t i) {
+    return 1 + window_sum(i, [&](int64_t j) { return double{data.x[j]} * data.x[j]; });
+  };
+  start(view.inner > 1 ? cuda::response_forward<float, false> : cuda::response_forward<float, true>, nullptr);
+  for (int64_t i = 0; i < view.numel(); ++i) expect_near("output", i, output[i], data.x[i] / base(i), 1e-6);
+  start(view.inner > 1 ? cuda::response_backward<float, false> : cuda::response_backward<float, true>, ones.data());
+  for (int64_t i = 0; i < view.numel(); ++i) {
+    const double shares = window_sum(i, [&](int64_t j) { return data.x[j] / (base(j) * base(j)); });
+    expect_near("gradient", i, output[i], 1 / base(i) - 2 * data.x[i] * shares, 1e-6);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -82,6 +114,8 @@ int main() {
     one_launch({3, 5, 49});
     one_launch({90, 8, 1});
     one_launch({90, 3, 1});
+    windows({2, 9, 5});
+    windows({7, 130, 1});
   } catch (const std::exception& error) {
     std::printf("FAILED %s: %s\n", current.c_str(), error.what());
     return 1;

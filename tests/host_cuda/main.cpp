@@ -45,6 +45,9 @@ struct Cuda {
   }
   void channel_moments(const ChannelStats& args) const { start("channel_moments", cuda::channel_moments, args); }
   void channel_sums(const ChannelStats& args) const { start("channel_sums", cuda::channel_sums, args); }
+  void local_response_norm(const LocalResponseNorm& args) const {
+    start("local_response_norm", cuda::local_response_norm, args);
+  }
   void standardize(const Standardize& args) const { start("standardize", cuda::standardize, args); }
 };
 

@@ -22,9 +22,18 @@ SOURCES = [
     HERE / "backend.cpp",
     ROOT / "csrc/binding.cpp",
     *(path for path in sorted((ROOT / "csrc/ops").glob("*.cpp")) if path.name != "cpu_backend.cpp"),
-    *(KERNELS / name for name in ("batch_norm.cu", "channel_stats.cu", "plan.cpp", "traffic.cpp")),
+    *(
+        KERNELS / name
+        for name in ("batch_norm.cu", "channel_stats.cu", "local_response_norm.cu", "plan.cpp", "traffic.cpp")
+    ),
 ]
-SUITES = ["test_batch_norm.py", "test_channel_stats.py", "test_modules.py", "test_numerics.py"]
+SUITES = [
+    "test_batch_norm.py",
+    "test_channel_stats.py",
+    "test_local_response_norm.py",
+    "test_modules.py",
+    "test_numerics.py",
+]
 
 
 @pytest.fixture(scope="module")

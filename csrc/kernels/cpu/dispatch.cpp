@@ -73,6 +73,10 @@ void channel_sums(const ChannelStats& args, const Parallel& parallel) {
 
 void standardize(const Standardize& args, const Parallel& parallel) { chosen().kernels().standardize(args, parallel); }
 
+void local_response_norm(const LocalResponseNorm& args, const Parallel& parallel) {
+  kernels_for(args.dtype).local_response_norm(args, parallel);
+}
+
 const char* capability() { return chosen().name; }
 
 }  // namespace normfused::cpu

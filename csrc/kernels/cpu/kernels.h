@@ -24,6 +24,9 @@ void channel_sums(const ChannelStats& args, const Parallel& parallel);
 
 void standardize(const Standardize& args, const Parallel& parallel);
 
+// Forward, or backward where there is a grad_output.
+void local_response_norm(const LocalResponseNorm& args, const Parallel& parallel);
+
 // "avx512", "avx2" or "baseline": the widest that machine and library have, or the narrower one named by the
 // environment variable NORMFUSED_CPU_CAPABILITY.
 const char* capability();

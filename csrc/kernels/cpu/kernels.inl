@@ -29,9 +29,12 @@ namespace {
 
 #include "kernels/cpu/batch_norm.inl"
 
+#include "kernels/cpu/local_response_norm.inl"
+
 template <class T>
 constexpr KernelsOf make_kernels() {
-  return {batch_norm_training<T>, batch_norm_inference<T>, batch_norm_backward<T>, channel_moments<T>, channel_sums<T>};
+  return {batch_norm_training<T>, batch_norm_inference<T>, batch_norm_backward<T>,
+          channel_moments<T>,     channel_sums<T>,         local_response_norm<T>};
 }
 
 }  // namespace

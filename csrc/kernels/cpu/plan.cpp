@@ -17,9 +17,14 @@ constexpr int64_t kLeastSplitBytes = 64 << 10;
 constexpr int64_t kLeastSplitRows = 256;
 // A cache line's worth of channels, or of rows of whatever length, in every dtype.
 constexpr int64_t kMultiple = 64;
+// Positions of a row in scratch: whole vectors in every dtype, and so few that a window of ten rows stays in L1. Not a
+// power of two: there, the rows of a window would share few sets of the cache.
+constexpr int64_t kRowMultiple = 32, kLongestRow = 480;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+int64_t grain_of(int64_t task_bytes) { return std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, task_bytes)); }
 
 Plan make_plan(const ChannelView& view, int64_t channel_block, int64_t position_block, int64_t item_bytes) {
   return {channel_block, ceil_div(view.channels, channel_block), position_block,
@@ -69,6 +74,24 @@ Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operand
   return make_plan(view, 1, fitting(item_bytes), item_bytes);
 }
 
-int64_t grain(const Plan& plan) { return std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, plan.unit_bytes)); }
+BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes) {
+  const int64_t fitting = kCacheBytes / position_bytes;
+  BlockPlan plan{};
+  if (view.inner > 1) {
+    const int64_t most = std::clamp(fitting / kRowMultiple * kRowMultiple, kRowMultiple, kLongestRow);
+    plan.positions = round_up(ceil_div(view.inner, ceil_div(view.inner, most)), kRowMultiple);
+    plan.blocks = view.outer * ceil_div(view.inner, plan.positions);
+  } else {
+    const int64_t fair = std::max(ceil_div(view.outer, kUnits), kLeastSplitBytes / position_bytes);
+    plan.positions = std::clamp<int64_t>(std::min(fair, fitting), 1, view.outer);
+    plan.blocks = ceil_div(view.outer, plan.positions);
+  }
+  plan.tasks = std::min(plan.blocks, kUnits);
+  plan.task_bytes = plan.blocks / plan.tasks * plan.positions * position_bytes;
+  return plan;
+}
+
+int64_t grain(const Plan& plan) { return grain_of(plan.unit_bytes); }
+int64_t grain(const BlockPlan& plan) { return grain_of(plan.task_bytes); }
 
 }  // namespace normfused::cpu

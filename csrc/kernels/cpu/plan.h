@@ -32,7 +32,20 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
 // For an elementwise pass alone: units in memory order.
 Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operands);
 
+// Blocks of positions with all of their channels, in memory order, for a kernel that keeps a block in scratch. A task
+// is a range of blocks, between which it keeps the scratch.
+struct BlockPlan {
+  int64_t positions;  // of a block, and of a row of scratch; channels first a block has those of one outer index
+  int64_t blocks;
+  int64_t tasks;
+  int64_t task_bytes;
+};
+
+// Scratch is `position_bytes` for each position.
+BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes);
+
 // Tasks that one thread should take at least: below 32 KiB a thread's work is smaller than the cost of waking it.
 int64_t grain(const Plan& plan);
+int64_t grain(const BlockPlan& plan);
 
 }  // namespace normfused::cpu

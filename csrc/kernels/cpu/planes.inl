@@ -3,8 +3,9 @@
 
 // Values of a tile: with four bytes each, taken apart, computed and put together, they take 24 of 48 KiB.
 inline constexpr int64_t kTileValues = 2048;
-// Channels of a tile, so that rows stay long enough for vectors.
-inline constexpr int64_t kTileChannels = 64;
+// Channels of a tile, so that its rows are whole vectors of bytes.
+inline constexpr int64_t kTileChannels = 32;
+static_assert(kTileValues / kTileChannels >= kLanes<uint8_t>);
 
 // Calls f(step, channels): as constants for the usual numbers of channels, for which compilers turn the loops below
 // into shuffles.

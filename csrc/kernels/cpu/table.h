@@ -12,6 +12,7 @@ struct KernelsOf {
   void (*batch_norm_backward)(const BatchNormBackward&, const Parallel&);
   void (*channel_moments)(const ChannelStats&, const Parallel&);
   void (*channel_sums)(const ChannelStats&, const Parallel&);
+  void (*local_response_norm)(const LocalResponseNorm&, const Parallel&);
 };
 
 struct KernelTable {

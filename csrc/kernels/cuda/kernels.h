@@ -36,4 +36,7 @@ cudaError_t channel_sums(const ChannelStats& args, Resources& resources);
 // One launch for each 128 channels; mean and std are in the host's memory.
 cudaError_t standardize(const Standardize& args, Resources& resources);
 
+// Where plan_windows() has a plan for it.
+cudaError_t local_response_norm(const LocalResponseNorm& args, Resources& resources);
+
 }  // namespace normfused::cuda

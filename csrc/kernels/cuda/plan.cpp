@@ -30,6 +30,10 @@ constexpr int64_t kSectorVectors = 2;
 // Rows for each thread of an application: its coefficients are loaded once.
 constexpr int64_t kRowsPerThread = 8;
 
+// What a tile writes at least of what it reads, where it does not have all channels: a quarter. Torch's own operators
+// go over the tensor not much oftener.
+constexpr int64_t kLeastShare = 4;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Splits that give the device enough blocks without giving a block too little.
@@ -126,6 +130,16 @@ ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize,
   columns.chunk *= columns.height;
   columns.splits = 0;  // counted in blocks: there can be more than gridDim.y holds
   return plan;
+}
+
+WindowPlan plan_windows(const LocalResponseNorm& args) {
+  const int64_t held = args.dtype == DType::kFloat64 ? kTileChannels<double> : kTileChannels<float>;
+  const int64_t passes = args.grad_output == nullptr ? 1 : 2;  // each of them sums over windows
+  const int64_t about = passes * (args.before() + args.after()), channels = args.view.channels;
+  const int64_t most = channels <= held ? channels : held - about;
+  if (most < channels && most < held / kLeastShare) return {};
+  const int64_t chunks = ceil_div(channels, most);
+  return {ceil_div(channels, chunks), chunks, ceil_div(args.view.positions(), kWarp)};
 }
 
 }  // namespace normfused::cuda

@@ -108,4 +108,19 @@ struct ApplyPlan {
 ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize, bool aligned,
                      const DeviceLimits& limits);
 
+// Windows of channels. A block writes a chunk of the channels at kWarp positions. In shared memory it has those about
+// them too, as they are needed: with a value for each, up to three times, which makes 48 KiB.
+inline constexpr int kTileBytes = 16 << 10;
+
+template <class S>
+inline constexpr int kTileChannels = kTileBytes / kWarp / static_cast<int>(sizeof(S));
+
+struct WindowPlan {
+  int64_t chunk;  // 0: the window is too wide for a tile
+  int64_t chunks;
+  int64_t tiles;
+};
+
+WindowPlan plan_windows(const LocalResponseNorm& args);
+
 }  // namespace normfused::cuda

@@ -110,6 +110,11 @@ const Backend kCudaBackend{
     },
     [](const ChannelStats& args, const at::Device& device) { run("channel_sums", cuda::channel_sums, args, device); },
     [](const Standardize& args, const at::Device& device) { run("standardize", cuda::standardize, args, device); },
+    [](const LocalResponseNorm& args, const at::Device& device) {
+      if (cuda::plan_windows(args).chunk == 0) return false;
+      run("local_response_norm", cuda::local_response_norm, args, device);
+      return true;
+    },
 };
 
 }  // namespace normfused::ops

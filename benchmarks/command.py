@@ -1,0 +1,48 @@
+"""What the small benchmarks' command lines have in common."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+
+import normfused
+
+Row = dict[str, Any]
+
+
+def run(
+    doc: str | None, name: str, measure: Callable[[str], list[Row]], render: Callable[[dict[str, Any], list[Row]], str]
+) -> int:
+    """Measures on the device asked for, and writes ``name``.json and, from the machine and the rows, ``name``.md."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="2")
+    parser.add_argument("--out", type=Path, help="folder; benchmarks/results/<device>")
+    arguments = parser.parse_args()
+    if normfused.info()["extension"] != "loaded":
+        print(f"nothing to measure, the extension is not loaded: {normfused.info()['why_fallback']}", file=sys.stderr)
+        return 1
+    torch.set_num_threads(arguments.threads)
+    description = machine.describe(arguments.device)
+    folder: Path = arguments.out or Path(__file__).parent / "results" / machine.slug(description)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = measure(arguments.device)
+    (folder / f"{name}.json").write_text(json.dumps({"machine": description, name: rows}, indent=1) + "\n")
+    text = render(description, rows)
+    (folder / f"{name}.md").write_text(text)
+    print(f"\n{text}\nwritten to {folder}")
+    return 0
+
+
+def versions(description: dict[str, Any]) -> str:
+    return (
+        f"normfused {description['normfused']} ({description['revision']}), torch {description['torch']}, "
+        f"{description['threads']} threads, {description['date']}"
+    )

@@ -1,0 +1,170 @@
+"""What comes before the network, and local response normalization: against the recipes in plain torch.
+
+``python benchmarks/images.py`` writes images.json and images.md to results/<device>/. Of torchvision, where it is
+installed, the transforms themselves are measured too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import command
+import tables
+import torch
+from cases import MEMORY_FORMATS
+from timing import FULL, interleave, make_stopwatch, ratios
+from torch import Tensor, nn
+
+import normfused
+from normfused.transforms import IMAGENET, ToNormalizedTensor
+
+Calls = dict[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Calls by name, ``normfused`` and its peers; the least that the median ratio to a peer's time is to be."""
+
+    what: str
+    shape: str
+    calls: Calls
+    targets: dict[str, float]
+    tolerance: float
+    same_as: str = field(default="")  # the peer whose result normfused's is held against
+
+    def check(self) -> None:
+        ours, theirs = (_tensors(self.calls[name]()) for name in ("normfused", self.same_as))
+        for a, b in zip(ours, theirs, strict=True):
+            error = (a.double() - b.double()).abs().max() / b.double().abs().max()
+            assert error <= self.tolerance, f"{self.what}, {self.shape}: off by {error:.1e} of the largest value"
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def cases(device: str) -> Iterator[Case]:
+    yield normalization(1, device)
+    yield normalization(64, device)
+    yield data_set("60,000×1×28×28", (60_000, 1, 28, 28), "NCHW", device)
+    for layout in MEMORY_FORMATS:
+        yield data_set("64×3×480×640", (64, 3, 480, 640), layout, device)
+    for shape in ((32, 96, 55, 55), (32, 256, 27, 27)):
+        for layout in MEMORY_FORMATS:
+            yield local_response(shape, layout, device)
+
+
+def normalization(images: int, device: str) -> Case:
+    """Bytes (N, H, W, C) to float32 (N, C, H, W), normalized; the peers are what torchvision's two versions compute."""
+    hwc = _bytes((images, 480, 640, 3), device)
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET)
+    ours = ToNormalizedTensor(*IMAGENET)
+    image = hwc.permute(0, 3, 1, 2)
+
+    def version_1() -> Tensor:
+        tensor = image.contiguous().to(torch.float32).div(255)
+        return tensor.clone().sub_(mean).div_(std)
+
+    def version_2() -> Tensor:
+        return (image.contiguous().to(torch.float32) / 255).sub(mean).div_(std)
+
+    calls: Calls = {"normfused": lambda: ours(image), "ToTensor + Normalize": version_1, "the same, v2": version_2}
+    if importlib.util.find_spec("torchvision") and images == 1 and device == "cpu":
+        from torchvision import transforms
+
+        stock = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*IMAGENET)])
+        array = hwc[0].numpy()
+        calls["torchvision"] = lambda: stock(array)
+    # As many bytes, read and written, by a copy into a buffer that is ready.
+    values = torch.empty(hwc.numel() * 5 // 8, device=device).normal_()
+    buffer = values.clone()
+    calls["copy of as many bytes"] = lambda: buffer.copy_(values)
+    targets = {"ToTensor + Normalize": 8.0} if images == 1 else {"copy of as many bytes": 0.6}
+    what = "uint8 HWC to normalized float32 CHW"
+    return Case(what, f"{images}×480×640×3", calls, targets, 1e-6, "ToTensor + Normalize")
+
+
+def data_set(name: str, shape: tuple[int, ...], layout: str, device: str) -> Case:
+    """Mean and standard deviation of each channel; the peer makes floats of all bytes."""
+    x = _bytes(shape, device).contiguous(memory_format=MEMORY_FORMATS[layout])
+
+    def recipe() -> tuple[Tensor, Tensor]:
+        values = x.float() / 255
+        return values.mean((0, 2, 3)), values.std((0, 2, 3), correction=0)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        stats = normfused.ChannelStats().update(x)
+        return stats.mean, stats.std()
+
+    calls: Calls = {"normfused": ours, "float().mean, std": recipe}
+    return Case(
+        "ChannelStats of uint8", f"{name} {layout}", calls, {"float().mean, std": 10.0}, 1e-4, "float().mean, std"
+    )
+
+
+def local_response(shape: tuple[int, ...], layout: str, device: str) -> Case:
+    x = torch.empty(shape, device=device).normal_().contiguous(memory_format=MEMORY_FORMATS[layout]).requires_grad_()
+    grad = torch.randn_like(x)
+
+    def step(layer: nn.Module) -> Callable[[], tuple[Tensor, ...]]:
+        def forward_backward() -> tuple[Tensor, ...]:
+            output = layer(x)
+            return output.detach(), *torch.autograd.grad(output, x, grad)
+
+        return forward_backward
+
+    calls: Calls = {"normfused": step(normfused.LocalResponseNorm(5)), "torch.nn": step(nn.LocalResponseNorm(5))}
+    name = "×".join(map(str, shape))
+    return Case(
+        "LocalResponseNorm(5), forward + backward", f"{name} {layout}", calls, {"torch.nn": 4.0}, 1e-5, "torch.nn"
+    )
+
+
+def _bytes(shape: tuple[int, ...], device: str) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+
+
+def measure(device: str) -> list[command.Row]:
+    stopwatch = make_stopwatch(device)
+    rows = []
+    for case in cases(device):
+        case.check()
+        for call in [*case.calls.values()] * 2:
+            stopwatch(call)
+        samples = interleave(case.calls, stopwatch, FULL)
+        for peer in list(case.calls)[1:]:
+            row = {"what": case.what, "case": case.shape, "peer": peer, "target": case.targets.get(peer)}
+            row |= {
+                "ms": statistics.median(samples["normfused"]) * 1e3,
+                "peer_ms": statistics.median(samples[peer]) * 1e3,
+            }
+            rows.append({**row, "ratio": statistics.median(ratios(samples, peer, "normfused"))})
+        print(f"{case.what}, {case.shape}", flush=True)
+    return rows
+
+
+def render(description: dict[str, Any], rows: list[command.Row]) -> str:
+    lines = []
+    for row in rows:
+        target, ratio = row["target"], row["ratio"]
+        limit = "" if target is None else f"≥ {target:g}×"
+        verdict = "" if target is None else "reached" if ratio >= target else "**not reached**"
+        figures = f"{row['ms']:.3g}", f"{row['peer_ms']:.3g}", f"{ratio:.2f}×", limit, verdict
+        lines.append((row["what"], row["case"], row["peer"], *figures))
+    header = ("what", "of", "peer", "normfused ms", "peer ms", "times faster", "target", "")
+    parts = [
+        f"# Images and statistics: {description.get('gpu', description['cpu'])}",
+        command.versions(description),
+        "Medians of rounds in which each ran once; outputs are new tensors, but for the copy's.",
+        tables.table(header, lines, text_columns=3),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(__doc__, "images", measure, render))

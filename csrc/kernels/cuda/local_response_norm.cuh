@@ -1,0 +1,132 @@
+// Local response normalization. A block has a tile of positions and channels in shared memory, where it sums over
+// windows: squares, and for backward what each channel has a share of. It writes those channels whose sums are whole.
+#pragma once
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/elementary.cuh"
+#include "kernels/cuda/vector.cuh"
+
+namespace normfused::cuda {
+
+// Channels from begin to end.
+struct Channels {
+  int64_t begin, end;
+
+  // With those about them, as far as there are.
+  NF_DEVICE Channels with(int64_t before, int64_t after, int64_t channels) const {
+    return {begin > before ? begin - before : 0, end + after < channels ? end + after : channels};
+  }
+};
+
+// kWarp positions by the channels from `first` on. Neighbours in a warp are neighbours in memory: channels first they
+// are positions, channels last channels.
+template <class T, bool kLast>
+class Tile {
+ public:
+  using S = compute_t<T>;
+  static constexpr int kValues = kWarp * kTileChannels<S>;
+
+  NF_DEVICE Tile(const ChannelView& view, int64_t position, int64_t first)
+      : view_(view), position_(position), first_(first) {}
+
+  // Calls f(channel, place in shared memory, offset in the tensor) for channels at all positions, a value a thread.
+  template <class F>
+  NF_DEVICE void for_each(const Channels& channels, const F& f) const {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    if constexpr (kLast) {
+      for (int m = warp; m < kWarp && position_ + m < view_.positions(); m += kWarps) {
+        const int64_t offset = (position_ + m) * view_.channels;
+        for (int64_t c = channels.begin + lane; c < channels.end; c += kWarp)
+          f(c, m * kTileChannels<S> + static_cast<int>(c - first_), offset + c);
+      }
+    } else {
+      const int64_t m = position_ + lane;
+      if (m >= view_.positions()) return;
+      const int64_t offset = m / view_.inner * view_.channels * view_.inner + m % view_.inner;
+      for (int64_t c = channels.begin + warp; c < channels.end; c += kWarps)
+        f(c, static_cast<int>(c - first_) * kWarp + lane, offset + c * view_.inner);
+    }
+  }
+
+  // The sum of `before` channels before one of them, itself, and `after` after it, as far as they are among `channels`.
+  static NF_DEVICE S window_sum(const S* values, const Channels& channels, int64_t c, int place, int64_t before,
+                                int64_t after) {
+    constexpr int kStep = kLast ? 1 : kWarp;
+    const Channels window = Channels{c, c + 1}.with(before, after, channels.end);
+    const int from = static_cast<int>((window.begin > channels.begin ? window.begin : channels.begin) - c);
+    const int to = static_cast<int>(window.end - c);
+    S sum = 0;
+    for (int i = from; i < to; ++i) sum += values[place + i * kStep];
+    return sum;
+  }
+
+ private:
+  ChannelView view_;
+  int64_t position_, first_;
+};
+
+// The channels that a block writes.
+NF_DEVICE Channels chunk_of(const WindowPlan& plan, int64_t channels) {
+  const int64_t begin = blockIdx.x % plan.chunks * plan.chunk;
+  return {begin, begin + plan.chunk < channels ? begin + plan.chunk : channels};
+}
+
+template <class T, bool kLast>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    response_forward(const LocalResponseNorm args, const WindowPlan plan, const Response<compute_t<T>> response) {
+  using S = compute_t<T>;
+  NF_SHARED(S, squares, [Tile<T, kLast>::kValues]);
+  const T* const input = static_cast<const T*>(args.input);
+  T* const output = static_cast<T*>(args.output);
+  const int64_t before = args.before(), after = args.after();
+  const Channels written = chunk_of(plan, args.view.channels);
+  const Channels read = written.with(before, after, args.view.channels);
+  const Tile<T, kLast> tile(args.view, blockIdx.x / plan.chunks * kWarp, read.begin);
+
+  tile.for_each(read, [&](int64_t, int place, int64_t offset) {
+    const S x = widen<S>(input[offset]);
+    squares[place] = x * x;
+  });
+  __syncthreads();
+  tile.for_each(written, [&](int64_t c, int place, int64_t offset) {
+    const S base = response_base(response, tile.window_sum(squares, read, c, place, before, after));
+    output[offset] = narrow<T>(widen<S>(input[offset]) * response_factor<Elementary>(response, base));
+  });
+}
+
+template <class T, bool kLast>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    response_backward(const LocalResponseNorm args, const WindowPlan plan, const Response<compute_t<T>> response) {
+  using S = compute_t<T>;
+  NF_SHARED(S, squares, [Tile<T, kLast>::kValues]);
+  NF_SHARED(S, shares, [Tile<T, kLast>::kValues]);
+  NF_SHARED(S, direct, [Tile<T, kLast>::kValues]);
+  const T* const input = static_cast<const T*>(args.input);
+  const T* const grad_output = static_cast<const T*>(args.grad_output);
+  T* const grad_input = static_cast<T*>(args.output);
+  const int64_t before = args.before(), after = args.after();
+  const Channels written = chunk_of(plan, args.view.channels);
+  const Channels sharing = written.with(after, before, args.view.channels);  // whose windows hold one that is written
+  const Channels read = sharing.with(before, after, args.view.channels);
+  const Tile<T, kLast> tile(args.view, blockIdx.x / plan.chunks * kWarp, read.begin);
+
+  tile.for_each(read, [&](int64_t, int place, int64_t offset) {
+    const S x = widen<S>(input[offset]);
+    squares[place] = x * x;
+  });
+  __syncthreads();
+  tile.for_each(sharing, [&](int64_t c, int place, int64_t offset) {
+    const S x = widen<S>(input[offset]), grad = widen<S>(grad_output[offset]);
+    const S base = response_base(response, tile.window_sum(squares, read, c, place, before, after));
+    const S factor = response_factor<Elementary>(response, base);
+    shares[place] = response_share(grad, x, base, factor);
+    direct[place] = grad * factor;
+  });
+  __syncthreads();
+  tile.for_each(written, [&](int64_t c, int place, int64_t offset) {
+    const S sum = tile.window_sum(shares, sharing, c, place, after, before);
+    grad_input[offset] = narrow<T>(response_gradient(response, direct[place], widen<S>(input[offset]), sum));
+  });
+}
+
+}  // namespace normfused::cuda

@@ -1,0 +1,145 @@
+#include "ops/local_response_norm.h"
+
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops/backend.h"
+#include "ops/find_operator.h"
+#include "ops/layout.h"
+
+namespace normfused::ops {
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Sums over windows of channels, zeros outside.
+Tensor window_sum(const Tensor& values, int64_t before, int64_t after) {
+  if (values.numel() == 0) return values;
+  at::DimVector padding(2 * (values.dim() - 1), 0);
+  padding.end()[-2] = before;
+  padding.end()[-1] = after;
+  return at::constant_pad_nd(values, padding).unfold(1, before + 1 + after, 1).sum(-1);
+}
+
+// The formulas of kernels/math.h in torch's operators, for any derivative and any window; without grad_output forward.
+Tensor composite(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta, double k) {
+  const int64_t before = std::min(size / 2, input.size(1)), after = std::min((size - 1) / 2, input.size(1));
+  const double scale = alpha / static_cast<double>(size);
+  const Tensor x = input.to(at::toOpMathType(input.scalar_type()));
+  const Tensor base = window_sum(x * x, before, after) * scale + k, factor = base.pow(-beta);
+  if (!grad_output.defined()) return (x * factor).to(input.scalar_type());
+  const Tensor grad = grad_output.to(x.scalar_type());
+  const Tensor shares = window_sum(grad * x * factor / base, after, before);
+  return (grad * factor - x * shares * (2 * scale * beta)).to(input.scalar_type());
+}
+
+Tensor run(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta, double k) {
+  TORCH_CHECK_VALUE(input.dim() >= 3, "input needs at least 3 dimensions, got shape ", input.sizes());
+  TORCH_CHECK_VALUE(size >= 1, "size must be at least 1, got ", size);
+  const DType dtype = dtype_of(input.scalar_type());
+  const Tensor dense = with_view(input);
+  const Tensor grad = grad_output.defined() ? laid_out_as(grad_output, dense) : grad_output;
+  const Tensor output = empty_output_like(dense);
+  if (input.numel() == 0) return output;
+  const LocalResponseNorm args{*view_of(dense),
+                               dtype,
+                               dense.const_data_ptr(),
+                               grad.defined() ? grad.const_data_ptr() : nullptr,
+                               output.mutable_data_ptr(),
+                               size,
+                               alpha,
+                               beta,
+                               k};
+  if (!backend_of(input).local_response_norm(args, input.device()))
+    output.copy_(composite(grad_output, input, size, alpha, beta, k));
+  return output;
+}
+
+Tensor forward_kernels(const Tensor& input, int64_t size, double alpha, double beta, double k) {
+  return run({}, input, size, alpha, beta, k);
+}
+
+Tensor backward_kernels(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta,
+                        double k) {
+  TORCH_CHECK_VALUE(grad_output.device() == input.device(), "grad_output is on ", grad_output.device(), ", input on ",
+                    input.device());
+  TORCH_CHECK_VALUE(grad_output.sizes() == input.sizes(), "grad_output has shape ", grad_output.sizes(), ", input ",
+                    input.sizes());
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "grad_output is ", grad_output.scalar_type(),
+                   ", input ", input.scalar_type());
+  return run(grad_output, input, size, alpha, beta, k);
+}
+
+struct Normalize : torch::autograd::Function<Normalize> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, int64_t size, double alpha, double beta, double k) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({input});
+    ctx->saved_data["size"] = size;
+    ctx->saved_data["alpha"] = alpha;
+    ctx->saved_data["beta"] = beta;
+    ctx->saved_data["k"] = k;
+    return local_response_norm(input, size, alpha, beta, k);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto number = [&](const char* name) { return ctx->saved_data[name].toDouble(); };
+    return {local_response_norm_backward(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["size"].toInt(),
+                                         number("alpha"), number("beta"), number("k")),
+            {},
+            {},
+            {},
+            {}};
+  }
+};
+
+Tensor forward_autograd(const Tensor& input, int64_t size, double alpha, double beta, double k) {
+  if (at::GradMode::is_enabled() && input.requires_grad()) return Normalize::apply(input, size, alpha, beta, k);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return local_response_norm(input, size, alpha, beta, k);
+}
+
+Tensor backward_autograd(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta,
+                         double k) {
+  if (at::GradMode::is_enabled() && (grad_output.requires_grad() || input.requires_grad()))
+    return composite(grad_output, input, size, alpha, beta, k);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return local_response_norm_backward(grad_output, input, size, alpha, beta, k);
+}
+
+}  // namespace
+
+Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, double beta, double k) {
+  static const auto op = find_operator<decltype(local_response_norm)>("normfused::local_response_norm");
+  return op.call(input, size, alpha, beta, k);
+}
+
+Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha,
+                                    double beta, double k) {
+  static const auto op =
+      find_operator<decltype(local_response_norm_backward)>("normfused::local_response_norm_backward");
+  return op.call(grad_output, input, size, alpha, beta, k);
+}
+
+TORCH_LIBRARY_IMPL(normfused, CPU, m) {
+  m.impl("local_response_norm", forward_kernels);
+  m.impl("local_response_norm_backward", backward_kernels);
+}
+
+#if defined(NORMFUSED_WITH_CUDA)
+TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
+  m.impl("local_response_norm", forward_kernels);
+  m.impl("local_response_norm_backward", backward_kernels);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(normfused, Autograd, m) {
+  m.impl("local_response_norm", forward_autograd);
+  m.impl("local_response_norm_backward", backward_autograd);
+}
+
+}  // namespace normfused::ops
