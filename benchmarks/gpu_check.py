@@ -136,8 +136,8 @@ def sanitize(check: Check) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.access(sanitizer, os.X_OK):
         return check.skip("sanitize", "no compute-sanitizer")
-    # The single launch; several splits of rows, of columns and of columns side by side; integers.
-    few = "same_bits and (8x64x8x8 or 32x3x65x33) or integer_sums"
+    # The single launch; several splits of rows, of columns and of columns side by side; integers; images and windows.
+    few = "same_bits and (8x64x8x8 or 32x3x65x33) or integer_sums or standardized or local_response"
     small = [*PYTEST, "-k", few, str(ROOT / "tests/test_cuda.py")]
     tools = [[sanitizer, "--tool", tool, "--error-exitcode", "1", *small] for tool in ("memcheck", "racecheck")]
     return check.run("sanitize", *tools, least_seconds=30)

@@ -38,6 +38,7 @@ TORCH_LIBRARY(normfused, m) {
   m.def(
       "standardize(Tensor input, float[] mean, float[] std, float scale=1., ScalarType? dtype=None, "
       "MemoryFormat? memory_format=None) -> Tensor");
+  m.def("standardize_out(Tensor input, float[] mean, float[] std, float scale, Tensor(a!) out) -> ()");
   m.def("standardize_(Tensor(a!) input, float[] mean, float[] std, float scale=1.) -> ()");
   m.def("local_response_norm(Tensor input, int size, float alpha, float beta, float k) -> Tensor");
   m.def(
@@ -81,6 +82,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale,
          std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
         return ops::standardize(input, mean, std, scale, dtype, memory_format);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "standardize_out",
+      [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale, const at::Tensor& out) {
+        ops::standardize_out(input, mean, std, scale, out);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(

@@ -169,6 +169,11 @@ def _standardize(
     return torch.empty_like(input, dtype=dtype, memory_format=memory_format)
 
 
+@torch.library.register_fake("normfused::standardize_out")
+def _standardize_out(input: Tensor, mean: list[float], std: list[float], scale: float, out: Tensor) -> None:
+    _check_device(input, out)
+
+
 @torch.library.register_fake("normfused::standardize_")
 def _standardize_inplace(input: Tensor, mean: list[float], std: list[float], scale: float = 1.0) -> None:
     pass

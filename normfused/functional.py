@@ -389,6 +389,7 @@ def standardize(
     eps: float = 0.0,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``(input * scale - mean) / std`` for each channel of images: one pass from bytes to normalized floats.
 
@@ -401,10 +402,12 @@ def standardize(
         eps: the least divisor: a ``std`` below it counts as ``eps``, and a channel that is constant becomes 0.
         dtype: of the output; default ``input``'s, float32 for uint8.
         memory_format: of the output, ``torch.contiguous_format`` or ``torch.channels_last``; default ``input``'s.
+        out: where the output is written, in its own dtype and memory format: a place in a batch, or pinned memory.
+            Not with ``dtype`` or ``memory_format``, and not where a gradient is wanted.
 
     Returns:
-        A new tensor of ``input``'s shape. Constants are never rounded to ``dtype``. The result for uint8 is as near as
-        if it were computed in float64 and rounded once (to 0.501 units in the last place; without fused
+        A new tensor of ``input``'s shape, or ``out``. Constants are never rounded to ``dtype``. The result for uint8 is
+        as near as if it were computed in float64 and rounded once (to 0.501 units in the last place; without fused
         multiplications to one). Differentiable with respect to a floating ``input``.
 
     Raises:
@@ -414,7 +417,11 @@ def standardize(
     Source: https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.Normalize.html
     """
     constants = ImageConstants("standardize", mean, std, scale, eps)
-    return constants.standardize(input, dtype, memory_format)
+    if out is None:
+        return constants.standardize(input, dtype, memory_format)
+    if dtype is not None or memory_format != torch.preserve_format:
+        raise ValueError("standardize: out has a dtype and a memory format of its own")
+    return constants.standardize_into(out, input)
 
 
 def standardize_(
@@ -480,10 +487,9 @@ class ImageConstants:
                 f"torch.preserve_format, got {memory_format}"
             )
         scale = self._scale_of(input)
-        if input.dtype != dtype and (input.dtype not in (torch.uint8, torch.float32) or dtype == torch.float64):
-            # There is no kernel from the one to the other: by way of a type that holds both.
-            input = input.to(torch.promote_types(input.dtype, dtype))
-        direct = input.dtype == dtype or input.dtype in (torch.uint8, torch.float32)
+        if not _has_kernel(input.dtype, dtype):
+            input = input.to(torch.promote_types(input.dtype, dtype))  # which holds both
+        direct = _has_kernel(input.dtype, dtype)
         mean, std = self._for_channels_of(input)
         images = input.unsqueeze(0) if input.dim() == 3 else input.flatten(0, -4)
         arguments = (images, mean, std, scale, dtype if direct else input.dtype, memory_format)
@@ -494,6 +500,25 @@ class ImageConstants:
             output = operators.standardize(*arguments)
         output = output.squeeze(0) if input.dim() == 3 else output.view(input.shape) if input.dim() > 4 else output
         return output if direct else output.to(dtype)
+
+    def standardize_into(self, out: Tensor, input: Tensor) -> Tensor:
+        """:func:`standardize` with ``out``."""
+        check_image(self.name, input)
+        check_image(f"{self.name}: out", out, _DTYPES)
+        if out.shape != input.shape or out.device != input.device:
+            raise ValueError(
+                f"{self.name}: out must have input's shape {tuple(input.shape)} and be on {input.device}, "
+                f"got {tuple(out.shape)} on {out.device}"
+            )
+        if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
+            raise RuntimeError(f"{self.name}: out is not for tensors that require grad")
+        if input.dim() > 4 or not _has_kernel(input.dtype, out.dtype) or _extension.C is None or _is_transformed():
+            return out.copy_(self.standardize(input, out.dtype))
+        mean, std = self._for_channels_of(input)
+        operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+        pair = (input.unsqueeze(0), out.unsqueeze(0)) if input.dim() == 3 else (input, out)
+        operators.standardize_out(pair[0], mean, std, self._scale_of(input), pair[1])
+        return out
 
     def standardize_(self, input: Tensor) -> Tensor:
         """As the function of that name."""
@@ -520,13 +545,18 @@ class ImageConstants:
     def _for_channels_of(self, input: Tensor) -> tuple[list[float], list[float]]:
         channels = input.size(-3)
         for which, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, channels):
+            if len(values) != 1 and len(values) != channels:  # `in` is not traced
                 raise ValueError(
                     f"{self.name}: {len(values)} {which}s for an input with {channels} "
                     f"channel{'s' * (channels != 1)} (dim -3 of shape {tuple(input.shape)})"
                 )
         mean, std = (values * channels if len(values) == 1 else values for values in (self.mean, self.std))
         return mean, std
+
+
+def _has_kernel(input: torch.dtype, output: torch.dtype) -> bool:
+    """Whether there is a kernel that standardizes from the one to the other."""
+    return input == output or (input in (torch.uint8, torch.float32) and output != torch.float64)
 
 
 def _numbers(name: str, which: str, values: Any) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import normfused
 from normfused import functional
@@ -129,6 +130,30 @@ def test_integer_sums_are_exact(device: torch.device, dtype: torch.dtype, memory
     assert torch.equal(squares.cpu(), (wide * wide).sum((0, 2, 3)))
     assert torch.equal(low.cpu(), wide.amin((0, 2, 3)))
     assert torch.equal(high.cpu(), wide.amax((0, 2, 3)))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_images_are_standardized_from_and_to_either_layout(
+    device: torch.device, memory_format: torch.memory_format
+) -> None:
+    images = torch.randint(0, 256, (2, 3, 31, 44), dtype=torch.uint8)
+    want = functional.standardize(images, 0.5, 0.25)
+    for wide in (images, images.float() / 255):
+        for into in FORMATS:
+            x = wide.to(device).contiguous(memory_format=memory_format)
+            got = functional.standardize(x, 0.5, 0.25, memory_format=into)
+            torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_local_response_norm_both_ways(device: torch.device, memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 40, 9, 11, dtype=torch.float64).contiguous(memory_format=memory_format)
+    results = []
+    for where, norm in ((device, functional.local_response_norm), ("cpu", F.local_response_norm)):
+        leaf = x.detach().to(where).requires_grad_()
+        y = norm(leaf, 5, 0.1)
+        results.append([y.detach().cpu(), torch.autograd.grad(y.square().sum(), leaf)[0].cpu()])
+    torch.testing.assert_close(*results)
 
 
 def test_mixed_devices_are_refused(device: torch.device) -> None:

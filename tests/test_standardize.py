@@ -36,14 +36,19 @@ def exact(x: Tensor, mean: list[float], std: list[float], scale: float) -> Tenso
     return (x.double() * scale - m) / s
 
 
+def half_ulps(x: Tensor) -> float:
+    """How far results of bytes may be off: with fused multiplications hardly more than the nearest number is."""
+    return 1.001 if x.is_cuda or normfused.info()["cpu_capability"] in ("avx512", "avx2", None) else 2.0
+
+
 def assert_close(got: Tensor, x: Tensor, mean: list[float], std: list[float], scale: float) -> None:
-    """Bytes are rounded once but for a thousandth. Of floating input constants and deviations are rounded too."""
+    """Bytes are rounded as if once, of floating input constants and deviations too."""
     want = exact(x, mean, std, scale)
     rounding = torch.finfo(got.dtype).eps / 2 * (want.abs() + torch.finfo(got.dtype).smallest_normal)
     magnitude = exact(x.abs(), [-abs(m) for m in mean], std, scale)
     error = (got.double() - want).abs()
     if x.dtype == torch.uint8 and got.dtype != torch.float64:
-        assert (error <= 1.001 * rounding + 1e-14 * magnitude).all(), (error / rounding).max()
+        assert (error <= half_ulps(x) * rounding + 1e-14 * magnitude).all(), (error / rounding).max()
     else:
         arithmetic = torch.promote_types(x.dtype, torch.float32) if x.dtype != torch.uint8 else torch.float64
         assert (error <= rounding + 4 * torch.finfo(arithmetic).eps * magnitude).all(), error.max()
@@ -83,8 +88,8 @@ def test_b39_all_bytes_in_an_image_of_height_width_channels(device: torch.device
     hwc = torch.arange(256, dtype=torch.uint8, device=device).view(16, 16, 1).repeat(1, 1, 3)
     y = standardize(hwc.permute(2, 0, 1), *IMAGENET, memory_format=torch.contiguous_format)
     assert y.is_contiguous()
-    want = exact(hwc.permute(2, 0, 1), *map(list, IMAGENET), 1 / 255)
-    assert_same_bits(y, want.float())
+    if half_ulps(hwc) < 2:
+        assert_same_bits(y, exact(hwc.permute(2, 0, 1), *map(list, IMAGENET), 1 / 255).float())
     three_steps = (hwc.permute(2, 0, 1).float() / 255 - torch.tensor(IMAGENET[0], device=device).view(3, 1, 1)) / (
         torch.tensor(IMAGENET[1], device=device).view(3, 1, 1)
     )
@@ -113,6 +118,41 @@ def test_numbers_may_come_as_anything(device: torch.device) -> None:
         for std in (0.5, [0.5], torch.tensor(0.5), np.float64(0.5)):
             assert_same_bits(standardize(x, mean, std), want)
     assert_same_bits(standardize(x, 127.5, 127.5, scale=1.0), standardize(x, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(("dtype", "output_dtype"), PAIRS, ids=dtype_id)
+def test_out(device: torch.device, dtype: torch.dtype, output_dtype: torch.dtype, layout: str) -> None:
+    x = image((2, 3, 8, 9), dtype, device)
+    out = lay_out(torch.zeros(2, 3, 8, 9, dtype=output_dtype, device=device), layout)
+    strides, version = out.stride(), out._version
+    assert standardize(x, *IMAGENET, out=out) is out
+    assert (out.stride(), out._version > version) == (strides, True)
+    assert torch.equal(out, standardize(x, *IMAGENET, dtype=output_dtype))
+    batch = torch.zeros(4, 3, 8, 9, dtype=output_dtype, device=device)
+    standardize(x[1], *IMAGENET, out=batch[2])
+    assert torch.equal(batch[2], out[1])
+    assert batch[[0, 1, 3]].abs().max() == 0
+    clip = torch.zeros(1, 2, 3, 8, 9, dtype=output_dtype, device=device)
+    assert torch.equal(standardize(x[None], *IMAGENET, out=clip), out[None])
+
+
+def test_out_is_refused(device: torch.device) -> None:
+    x = torch.randn(3, 8, 8, device=device)
+    cases = [
+        ({"out": x.new_empty(3, 8, 7)}, ValueError, "standardize: out must have input's shape (3, 8, 8) and be on"),
+        ({"out": x.new_empty(3, 8, 8).byte()}, TypeError, "standardize: out: input must be one of float32, float64,"),
+        ({"out": x.clone(), "dtype": torch.half}, ValueError, "standardize: out has a dtype and a memory format"),
+        ({"out": x.clone().requires_grad_()}, RuntimeError, "standardize: out is not for tensors that require grad"),
+        ({"out": x[:, :, :1].expand(3, 8, 8)}, RuntimeError, "unsupported operation"),
+        ({"out": x}, RuntimeError, "unsupported operation"),
+    ]
+    for options, error, text in cases:
+        before = x.clone()
+        with pytest.raises(error) as raised:
+            standardize(x, 0.5, 0.5, **options)
+        assert str(raised.value).startswith(text)
+        assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced", "offset"])
@@ -214,6 +254,8 @@ def test_b28_opcheck(needs_extension: None, device: torch.device) -> None:
     for layout in ("contiguous", "channels_last", "sliced"):
         y = lay_out(torch.randn(2, 3, 4, 5, device=device), layout)
         torch.library.opcheck(ops.standardize.default, (y.requires_grad_(), [0.5] * 3, [0.5] * 3))
+        out = lay_out(torch.zeros(2, 3, 4, 5, dtype=torch.half, device=device), layout)
+        torch.library.opcheck(ops.standardize_out.default, (x, [0.5] * 3, [0.5] * 3, 2.0, out))
         torch.library.opcheck(ops.standardize_.default, (y.detach().clone(), [0.5] * 3, [0.5] * 3, 2.0))
 
 

@@ -66,6 +66,19 @@ Tensor standardize_kernels(const Tensor& input, Constants mean, Constants std, d
   return output;
 }
 
+void standardize_out_kernels(const Tensor& input, Constants mean, Constants std, double scale, const Tensor& out) {
+  check(input, out.scalar_type(), mean, std);
+  TORCH_CHECK_VALUE(out.sizes() == input.sizes(), "out has shape ", out.sizes(), ", input ", input.sizes());
+  TORCH_CHECK_VALUE(out.device() == input.device(), "out is on ", out.device(), ", input on ", input.device());
+  at::assert_no_internal_overlap(out);
+  at::assert_no_overlap(out, input);
+  out.unsafeGetTensorImpl()->bump_version();
+  if (view_of(out))
+    run(with_view(input), out, mean, std, scale);
+  else
+    out.copy_(standardize_kernels(input, mean, std, scale, out.scalar_type(), std::nullopt));
+}
+
 void standardize_inplace_kernels(const Tensor& input, Constants mean, Constants std, double scale) {
   check(input, input.scalar_type(), mean, std);
   at::assert_no_internal_overlap(input);
@@ -132,6 +145,11 @@ Tensor standardize(const Tensor& input, Constants mean, Constants std, double sc
   return op.call(input, mean, std, scale, dtype, memory_format);
 }
 
+void standardize_out(const Tensor& input, Constants mean, Constants std, double scale, const Tensor& out) {
+  static const auto op = find_operator<decltype(standardize_out)>("normfused::standardize_out");
+  op.call(input, mean, std, scale, out);
+}
+
 void standardize_(const Tensor& input, Constants mean, Constants std, double scale) {
   static const auto op = find_operator<decltype(standardize_)>("normfused::standardize_");
   op.call(input, mean, std, scale);
@@ -140,12 +158,14 @@ void standardize_(const Tensor& input, Constants mean, Constants std, double sca
 TORCH_LIBRARY_IMPL(normfused, CPU, m) {
   m.impl("standardize", standardize_kernels);
   m.impl("standardize_", standardize_inplace_kernels);
+  m.impl("standardize_out", standardize_out_kernels);
 }
 
 #if defined(NORMFUSED_WITH_CUDA)
 TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
   m.impl("standardize", standardize_kernels);
   m.impl("standardize_", standardize_inplace_kernels);
+  m.impl("standardize_out", standardize_out_kernels);
 }
 #endif
 

@@ -12,6 +12,10 @@ namespace normfused::ops {
 at::Tensor standardize(const at::Tensor& input, at::ArrayRef<double> mean, at::ArrayRef<double> std, double scale,
                        std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format);
 
+// Into `out`, of the same shape. Not differentiable.
+void standardize_out(const at::Tensor& input, at::ArrayRef<double> mean, at::ArrayRef<double> std, double scale,
+                     const at::Tensor& out);
+
 // Over the input, which must be floating.
 void standardize_(const at::Tensor& input, at::ArrayRef<double> mean, at::ArrayRef<double> std, double scale);
 

@@ -24,7 +24,10 @@ SOURCES = [
     *(path for path in sorted((ROOT / "csrc/ops").glob("*.cpp")) if path.name != "cpu_backend.cpp"),
     *(
         KERNELS / name
-        for name in ("batch_norm.cu", "channel_stats.cu", "local_response_norm.cu", "plan.cpp", "traffic.cpp")
+        for name in (
+            *("batch_norm.cu", "channel_stats.cu", "local_response_norm.cu", "standardize.cu"),
+            *("plan.cpp", "traffic.cpp"),
+        )
     ),
 ]
 SUITES = [
@@ -33,6 +36,7 @@ SUITES = [
     "test_local_response_norm.py",
     "test_modules.py",
     "test_numerics.py",
+    "test_standardize.py",
 ]
 
 

@@ -66,9 +66,22 @@ void add_channels_first(const T* input, const ChannelView& view, const Unit& uni
   }
 }
 
+// Pixels of three or four channels are taken apart: the sums of a channel then stay in registers.
+template <class T>
+void add_pixels(const T* input, const ChannelView& view, const Unit& unit, IntegerSums* totals) {
+  alignas(64) T rows[kTileValues];
+  const int64_t length = kTileValues / view.channels;
+  for (int64_t m = unit.m0, n; m < unit.m1; m += n) {
+    n = least(length, unit.m1 - m);
+    take_apart(input + m * view.channels, view.channels, view.channels, n, rows);
+    for (int64_t c = 0; c < view.channels; ++c) add_row(rows + c * n, n, totals[c]);
+  }
+}
+
 // Rows of few channels are walked 16 at once, so that neighbours in memory are neighbouring lanes of whole vectors.
 template <class T>
 void add_channels_last(const T* input, const ChannelView& view, const Unit& unit, IntegerSums* totals) {
+  if (view.channels == 3 || view.channels == 4) return add_pixels(input, view, unit, totals);
   using A = typename Accumulator<T>::type;
   constexpr int64_t kRows = 16;
   const int64_t channels = unit.c1 - unit.c0;

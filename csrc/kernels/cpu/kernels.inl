@@ -21,9 +21,9 @@ namespace {
 
 #include "kernels/cpu/channel_stats.inl"
 
-#include "kernels/cpu/integer_sums.inl"
-
 #include "kernels/cpu/planes.inl"
+
+#include "kernels/cpu/integer_sums.inl"
 
 #include "kernels/cpu/standardize.inl"
 
