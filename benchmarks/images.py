@@ -1,7 +1,7 @@
 """What comes before the network, and local response normalization: against the recipes in plain torch.
 
-``python benchmarks/images.py`` writes images.json and images.md to results/<device>/. Of torchvision, where it is
-installed, the transforms themselves are measured too.
+``python benchmarks/images.py`` writes images.json and images.md to results/<device>/. Where torchvision or OpenCV is
+installed, they are measured too.
 """
 
 from __future__ import annotations
@@ -83,6 +83,15 @@ def one_image(device: str) -> Case:
         stock = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*IMAGENET)])
         array = hwc.numpy()
         single["torchvision"] = lambda: stock(array)
+    if importlib.util.find_spec("cv2") and device == "cpu":
+        import cv2
+
+        # albucore's way with bytes: a table of 256 results for each channel; then to the front with the channels.
+        values = torch.arange(256, device=device).view(256, 1) / 255
+        results = (values - torch.tensor(IMAGENET[0])) / torch.tensor(IMAGENET[1])
+        lookup, array = results[None].numpy(), hwc.numpy()
+        single["cv2.LUT, transposed"] = lambda: torch.from_numpy(cv2.LUT(array, lookup)).permute(2, 0, 1).contiguous()
+        single["cv2.LUT alone"] = lambda: cv2.LUT(array, lookup)
     calls = {name: _in_a_row(call) for name, call in single.items()}
     what = "100 images, uint8 HWC to normalized float32 CHW"
     return Case(what, "480×640×3", calls, {"ToTensor + Normalize": 8.0}, 1e-6, "ToTensor + Normalize")

@@ -168,7 +168,7 @@ def access_bytes(name: str) -> int:
     """Bytes of a vector of the first input of a kernel, from its name."""
     sizes = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2, "unsigned char": 1, "signed char": 1}
     sizes |= {"short": 2, "int": 4, "long": 8}
-    item = re.search(r"Op<([a-z_0-9 ]+)[,>]", name)
+    item = re.search(r"(?:Op|_tiles)<([a-z_0-9 ]+)[,>]", name)
     values = re.search(r", (\d+)(?:, (?:true|false))?>$", name)
     assert item is not None, name
     assert values is not None, name

@@ -3,6 +3,7 @@
 #include "definition.h"
 #include "kernels/cuda/batch_norm.cuh"
 #include "kernels/cuda/local_response_norm.cuh"
+#include "kernels/cuda/standardize.cuh"
 #include "resources.h"
 
 using namespace normfused;
@@ -102,6 +103,28 @@ void windows(const ChannelView& view) {
   }
 }
 
+void images(bool input_is_last) {
+  current = input_is_last ? "images from channels last" : "images to channels last";
+  const ChannelView view{1, 3, 1500};
+  const Data data(view, false);
+  std::vector<float> output(view.numel());
+  const std::vector<double> mean(view.channels, 0.5), std(view.channels, 0.25);
+  const Standardize args{view.outer,    view.channels, view.inner,     DType::kFloat32, DType::kFloat32, data.x.data(),
+                         output.data(), input_is_last, !input_is_last, mean.data(),     std.data(),      1};
+  const cuda::Tiles tiles = cuda::tiles_of(args, 0, view.channels);
+  cuda::Constants<float> constants;
+  for (int64_t c = 0; c < view.channels; ++c) prepare(normalization_of(args, c), constants.channel[c]);
+  launch({dim3(static_cast<unsigned>(tiles.blocks(view.outer))), dim3(cuda::kThreads), nullptr},
+         cuda::standardize_tiles<float, float, 1>, data.x.data(), output.data(), tiles, constants);
+  for (int64_t row = 0; row < view.outer * view.channels; ++row)
+    for (int64_t p = 0; p < view.inner; ++p) {
+      const int64_t last = (row / view.channels * view.inner + p) * view.channels + row % view.channels;
+      const int64_t first = row * view.inner + p;
+      expect_near("output", first, output[input_is_last ? first : last],
+                  4 * (data.x[input_is_last ? last : first] - 0.5), 1e-6);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -116,6 +139,8 @@ int main() {
     one_launch({90, 3, 1});
     windows({2, 9, 5});
     windows({7, 130, 1});
+    images(true);
+    images(false);
   } catch (const std::exception& error) {
     std::printf("FAILED %s: %s\n", current.c_str(), error.what());
     return 1;

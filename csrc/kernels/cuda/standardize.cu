@@ -11,25 +11,14 @@ namespace {
 template <class T, class Output>
 cudaError_t run(const Standardize& args, Resources& resources) {
   constexpr int kValues = values_per_access(std::max(sizeof(T), sizeof(Output)));
-  const int width = static_cast<int>(std::min<int64_t>(args.channels, kTileChannels));
-  const int length = kTileValues / width / kMaxValues * kMaxValues;
-  const bool vectors = width == args.channels && args.pixels % kValues == 0 && all_aligned(args.input, args.output);
+  const bool vectors =
+      args.channels <= kImageTileChannels && args.pixels % kValues == 0 && all_aligned(args.input, args.output);
   for (int64_t first = 0; first < args.channels; first += kLaunchChannels) {
     const int64_t last = std::min(first + kLaunchChannels, args.channels);
-    const Tiles tiles{args.channels,
-                      args.pixels,
-                      first,
-                      last,
-                      width,
-                      length,
-                      (last - first + width - 1) / width,
-                      (args.pixels + length - 1) / length,
-                      args.input_is_last,
-                      args.output_is_last};
+    const Tiles tiles = tiles_of(args, first, last);
     Constants<T> constants;
     for (int64_t c = first; c < last; ++c) prepare(normalization_of(args, c), constants.channel[c - first]);
-    const LaunchConfig config{dim3(static_cast<unsigned>(args.images * tiles.across * tiles.along)), dim3(kThreads),
-                              resources.stream};
+    const LaunchConfig config{dim3(static_cast<unsigned>(tiles.blocks(args.images))), dim3(kThreads), resources.stream};
     const auto start = [&](auto kernel) {
       return launch(config, kernel, static_cast<const T*>(args.input), static_cast<Output*>(args.output), tiles,
                     constants);

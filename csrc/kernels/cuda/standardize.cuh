@@ -13,9 +13,9 @@ using StandardizeCoefficients =
     std::conditional_t<std::is_same_v<T, uint8_t>, ByteCoefficients, ForwardCoefficients<compute_t<T>>>;
 
 // Values of a tile: 32 KiB of double.
-inline constexpr int kTileValues = 4096;
+inline constexpr int kImageTileValues = 4096;
 // Channels of a tile, so that a cache line of each is in it.
-inline constexpr int kTileChannels = 32;
+inline constexpr int kImageTileChannels = 32;
 // Channels of a launch: their coefficients, in double, take 3 of the 4 KiB that the arguments of a launch may have.
 inline constexpr int kLaunchChannels = 128;
 // Loads of a thread in flight.
@@ -33,7 +33,25 @@ struct Tiles {
   int width, length;         // channels and pixels of a tile
   int64_t across, along;     // tiles over channels and over pixels
   bool input_is_last, output_is_last;
+
+  int64_t blocks(int64_t images) const { return images * across * along; }
 };
+
+// For channels first to last.
+inline Tiles tiles_of(const Standardize& args, int64_t first, int64_t last) {
+  const int64_t width = args.channels < kImageTileChannels ? args.channels : kImageTileChannels;
+  const int64_t length = kImageTileValues / width / kMaxValues * kMaxValues;
+  return {args.channels,
+          args.pixels,
+          first,
+          last,
+          static_cast<int>(width),
+          static_cast<int>(length),
+          (last - first + width - 1) / width,
+          (args.pixels + length - 1) / length,
+          args.input_is_last,
+          args.output_is_last};
+}
 
 // Calls take(i, vector) for i < count, with the vectors at offset_of(i).
 template <class V, class T, class Offset, class Take>
@@ -55,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     standardize_tiles(const T* input, Output* output, const Tiles tiles, const Constants<T> constants) {
   using S = compute_t<T>;
   using In = Vector<T, kValues>;
-  NF_SHARED(T, turned, [kTileValues]);  // (pixels, channels)
+  NF_SHARED(T, turned, [kImageTileValues]);  // (pixels, channels)
   const int64_t block = blockIdx.x;
   const int64_t p0 = block % tiles.along * tiles.length,
                 c0 = tiles.first + block / tiles.along % tiles.across * tiles.width;
