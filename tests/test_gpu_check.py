@@ -70,7 +70,7 @@ def test_small_set_for_the_sanitizer_is_not_empty(
     # As Check.run does, away from the checkout, whose folder normfused has no extension.
     listed = subprocess.run(pytest_command, capture_output=True, text=True, cwd=tmp_path)
     assert listed.returncode == 0, listed.stdout + listed.stderr
-    assert "18/" in listed.stdout.splitlines()[-1], listed.stdout + listed.stderr
+    assert "22/" in listed.stdout.splitlines()[-1], listed.stdout + listed.stderr
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -525,6 +525,7 @@ sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {
     # A group of its own: a terminal's Ctrl-C goes to the workers too.
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", slow],
+        cwd=tmp_path,  # in the checkout the folder normfused has no extension
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
