@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/types.h"
 
@@ -110,11 +111,16 @@ NF_FN V applied(const ForwardCoefficients<S>& c, const V& x) {
 
 // The same for bytes, as near as if they were computed in double and rounded once (0.501 units in the last place of
 // float, where products are fused into sums; else one). The pivot is a multiple of 2^-15, so that x - pivot is exact as
-// long as the mean is within 256; what it and the scale lose by rounding is added apart. Double
-// itself takes 1.5 times as long, and a table of the 256 results, looked up one by one, four times.
+// long as the mean is within 256; what it and the scale lose by rounding is added apart. Double itself takes 1.5 times
+// as long, and a table of the 256 results, looked up one by one, four times.
 struct ByteCoefficients {
   float pivot, scale, rest_of_scale, shift;
 };
+
+// Of values stored as T and computed in S.
+template <class T, class S>
+using StandardizeCoefficients =
+    std::conditional_t<std::is_same_v<T, uint8_t>, ByteCoefficients, ForwardCoefficients<S>>;
 
 template <class V>
 NF_FN V applied(const ByteCoefficients& c, const V& x) {

@@ -1,12 +1,8 @@
 // Standardization of images: (x * scale - mean) / std, from one layout and dtype to another in one pass.
 
-template <class T>
-using StandardizeCoefficients =
-    std::conditional_t<std::is_same_v<T, uint8_t>, ByteCoefficients, ForwardCoefficients<compute_t<T>>>;
-
 // n neighbouring values of one channel.
 template <bool kStream, class T, class Output>
-void standardize_row(const T* input, Output* output, int64_t n, const StandardizeCoefficients<T> c) {
+void standardize_row(const T* input, Output* output, int64_t n, const StandardizeCoefficients<T, compute_t<T>> c) {
   const auto put = [&](int64_t i, auto width) __attribute__((always_inline)) {
     const auto y = applied(c, load<compute_t<T>>(input + i, width));
     if constexpr (kStream && std::is_same_v<decltype(width), Whole>)
@@ -27,8 +23,8 @@ void standardize_row(const T* input, Output* output, int64_t n, const Standardiz
 template <bool kStream, class T, class Output>
 void standardize_tiles(const Standardize& args, const Parallel& parallel) {
   const int64_t channels = args.channels, pixels = args.pixels;
-  const Workspace workspace(0, channels * static_cast<int64_t>(sizeof(StandardizeCoefficients<T>)));
-  auto* const coefficients = static_cast<StandardizeCoefficients<T>*>(workspace.table);
+  const Workspace workspace(0, channels * static_cast<int64_t>(sizeof(StandardizeCoefficients<T, compute_t<T>>)));
+  auto* const coefficients = static_cast<StandardizeCoefficients<T, compute_t<T>>*>(workspace.table);
   for (int64_t c = 0; c < channels; ++c) prepare(normalization_of(args, c), coefficients[c]);
 
   const bool by_rows = !args.input_is_last && !args.output_is_last;

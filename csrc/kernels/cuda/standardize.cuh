@@ -8,10 +8,6 @@
 
 namespace normfused::cuda {
 
-template <class T>
-using StandardizeCoefficients =
-    std::conditional_t<std::is_same_v<T, uint8_t>, ByteCoefficients, ForwardCoefficients<compute_t<T>>>;
-
 // Values of a tile: 32 KiB of double.
 inline constexpr int kImageTileValues = 4096;
 // Channels of a tile, so that a cache line of each is in it.
@@ -24,7 +20,7 @@ inline constexpr int kLoads = 4;
 // Passed by value: neither a copy to the device nor another launch comes before.
 template <class T>
 struct Constants {
-  StandardizeCoefficients<T> channel[kLaunchChannels];
+  StandardizeCoefficients<T, compute_t<T>> channel[kLaunchChannels];
 };
 
 struct Tiles {
