@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from normfused import _extension, reference
+from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
+from normfused.standardization import standardize, standardize_
 
 __all__ = [
     "ChannelMoments",
@@ -25,7 +25,6 @@ __all__ = [
     "standardize_",
 ]
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -201,7 +200,7 @@ def named_batch_norm(
         return reference.laid_out_as(output, input)
     compiling = torch.compiler.is_compiling()
     refusal = None
-    if _extension.C is not None and not compiling and not _is_transformed():
+    if _extension.C is not None and not compiling and not is_transformed():
         try:
             kernels = _extension.C
             first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
@@ -265,14 +264,6 @@ def named_batch_norm(
     return input.copy_(output) if inplace else output
 
 
-def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work.
-
-    Autograd Functions written in C++ refuse the one, and would lose the other's tangents without a word.
-    """
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
 def channel_sums(input: Tensor) -> ChannelSums:
     """Count, sum, sum of squares, minimum and maximum of each channel, in one read.
 
@@ -289,7 +280,7 @@ def channel_sums(input: Tensor) -> ChannelSums:
     Raises:
         ValueError: fewer than two dimensions. TypeError: bool or complex input.
     """
-    _check_statistics_input("channel_sums", input, _DTYPES + _INTEGERS)
+    _check_statistics_input("channel_sums", input, DTYPES + _INTEGERS)
     input = input.detach()
     if _extension.C is None:
         return reference.channel_sums(input)
@@ -313,7 +304,7 @@ def channel_moments(input: Tensor) -> ChannelMoments:
 
     Source: Chan, Golub and LeVeque, 1983, "Algorithms for Computing the Sample Variance".
     """
-    _check_statistics_input("channel_moments", input, _DTYPES)
+    _check_statistics_input("channel_moments", input, DTYPES)
     input = input.detach()
     if _extension.C is None:
         return reference.channel_moments(input)
@@ -348,7 +339,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
         return handle_torch_function(local_response_norm, (input,), input, size, alpha=alpha, beta=beta, k=k)
     compiling = torch.compiler.is_compiling()
     refusal = None
-    if _extension.C is not None and not compiling and not _is_transformed():
+    if _extension.C is not None and not compiling and not is_transformed():
         try:
             return _extension.C.local_response_norm(input, size, alpha, beta, k)  # type: ignore[no-any-return]
         except (RuntimeError, TypeError, ValueError) as error:
@@ -368,9 +359,9 @@ def _check_local_response_norm(input: Tensor, size: int, alpha: float, beta: flo
         raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
     if input.dim() < 3:
         raise ValueError(f"{name}: input needs at least 3 dimensions (N, C, ...), got shape {tuple(input.shape)}")
-    if input.dtype not in _DTYPES:
+    if input.dtype not in DTYPES:
         raise TypeError(f"{name}: input must be float32, float64, float16 or bfloat16, got {input.dtype}")
-    _check_device(input)
+    check_device(input)
     if not isinstance(size, int):
         raise TypeError(f"{name}: size must be an int, got {type(size).__name__}")
     if size < 1:
@@ -378,212 +369,6 @@ def _check_local_response_norm(input: Tensor, size: int, alpha: float, beta: flo
     for argument, value in (("alpha", alpha), ("beta", beta), ("k", k)):
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
-
-
-def standardize(
-    input: Tensor,
-    mean: float | Sequence[float] | Tensor,
-    std: float | Sequence[float] | Tensor,
-    *,
-    scale: float | None = None,
-    eps: float = 0.0,
-    dtype: torch.dtype | None = None,
-    memory_format: torch.memory_format = torch.preserve_format,
-    out: Tensor | None = None,
-) -> Tensor:
-    """``(input * scale - mean) / std`` for each channel of images: one pass from bytes to normalized floats.
-
-    Args:
-        input: shape ``(..., C, H, W)``, uint8, float32, float64, float16 or bfloat16, any strides: an image of shape
-            ``(H, W, C)`` is ``image.permute(2, 0, 1)``, without a copy.
-        mean, std: a number for all channels, or one for each; those of a tensor are brought to the host, which on CUDA
-            waits for the device.
-        scale: what values are multiplied by; default 1/255 for uint8, as torchvision's ``ToTensor`` does, 1 otherwise.
-        eps: the least divisor: a ``std`` below it counts as ``eps``, and a channel that is constant becomes 0.
-        dtype: of the output; default ``input``'s, float32 for uint8.
-        memory_format: of the output, ``torch.contiguous_format`` or ``torch.channels_last``; default ``input``'s.
-        out: where the output is written, in its own dtype and memory format: a place in a batch, or pinned memory.
-            Not with ``dtype`` or ``memory_format``, and not where a gradient is wanted.
-
-    Returns:
-        A new tensor of ``input``'s shape, or ``out``. Constants are never rounded to ``dtype``. The result for uint8 is
-        as near as if it were computed in float64 and rounded once (to 0.501 units in the last place; without fused
-        multiplications to one). Differentiable with respect to a floating ``input``.
-
-    Raises:
-        ValueError: fewer than 3 dimensions; another number of constants than channels; a ``std`` that is not above 0
-            where ``eps`` is 0; a constant that is not finite. TypeError: a dtype that is not supported.
-
-    Source: https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.Normalize.html
-    """
-    constants = ImageConstants("standardize", mean, std, scale, eps)
-    if out is None:
-        return constants.standardize(input, dtype, memory_format)
-    if dtype is not None or memory_format != torch.preserve_format:
-        raise ValueError("standardize: out has a dtype and a memory format of its own")
-    return constants.standardize_into(out, input)
-
-
-def standardize_(
-    input: Tensor,
-    mean: float | Sequence[float] | Tensor,
-    std: float | Sequence[float] | Tensor,
-    *,
-    scale: float = 1.0,
-    eps: float = 0.0,
-) -> Tensor:
-    """:func:`standardize` over the floating ``input`` itself, which is written and returned.
-
-    Raises:
-        As :func:`standardize`; TypeError: integer input. RuntimeError: input that cannot be overwritten: a leaf that
-        requires grad, overlapping memory.
-    """
-    return ImageConstants("standardize_", mean, std, scale, eps).standardize_(input)
-
-
-class ImageConstants:
-    """Mean, standard deviation and scale of images, checked; what :func:`standardize` does with them.
-
-    ``name`` is whose arguments they are. Raises as :func:`standardize` does.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        mean: float | Sequence[float] | Tensor,
-        std: float | Sequence[float] | Tensor,
-        scale: float | None = None,
-        eps: float = 0.0,
-    ) -> None:
-        self.name = name
-        self.mean, self.std = (_numbers(name, which, values) for which, values in (("mean", mean), ("std", std)))
-        self.scale = scale
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"{name}: eps must be a non-negative finite number, got {eps}")
-        if scale is not None and not 0 < abs(scale) < math.inf:
-            raise ValueError(f"{name}: scale must be a finite number other than 0, got {scale}")
-        for channel, deviation in enumerate(self.std):
-            if deviation < 0 or (deviation == 0 and eps == 0):
-                hint = "; eps= maps a constant channel to 0" if deviation == 0 else ""
-                raise ValueError(f"{name}: std must be above 0, got {deviation} for channel {channel}{hint}")
-        self.std = [max(deviation, eps) for deviation in self.std]
-        if len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
-            raise ValueError(f"{name}: {len(self.mean)} means, but {len(self.std)} stds")
-
-    def standardize(
-        self,
-        input: Tensor,
-        dtype: torch.dtype | None = None,
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> Tensor:
-        """As the function of that name."""
-        check_image(self.name, input)
-        dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
-        if dtype not in _DTYPES:
-            raise TypeError(f"{self.name}: dtype must be float32, float64, float16 or bfloat16, got {dtype}")
-        if memory_format not in (torch.preserve_format, torch.contiguous_format, torch.channels_last):
-            raise ValueError(
-                f"{self.name}: memory_format must be torch.contiguous_format, torch.channels_last or "
-                f"torch.preserve_format, got {memory_format}"
-            )
-        scale = self._scale_of(input)
-        if not _has_kernel(input.dtype, dtype):
-            input = input.to(torch.promote_types(input.dtype, dtype))  # which holds both
-        direct = _has_kernel(input.dtype, dtype)
-        mean, std = self._for_channels_of(input)
-        images = input.unsqueeze(0) if input.dim() == 3 else input.flatten(0, -4)
-        arguments = (images, mean, std, scale, dtype if direct else input.dtype, memory_format)
-        if _extension.C is None or _is_transformed():
-            output = reference.standardize(*arguments)
-        else:
-            operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
-            output = operators.standardize(*arguments)
-        output = output.squeeze(0) if input.dim() == 3 else output.view(input.shape) if input.dim() > 4 else output
-        return output if direct else output.to(dtype)
-
-    def standardize_into(self, out: Tensor, input: Tensor) -> Tensor:
-        """:func:`standardize` with ``out``."""
-        check_image(self.name, input)
-        check_image(f"{self.name}: out", out, _DTYPES)
-        if out.shape != input.shape or out.device != input.device:
-            raise ValueError(
-                f"{self.name}: out must have input's shape {tuple(input.shape)} and be on {input.device}, "
-                f"got {tuple(out.shape)} on {out.device}"
-            )
-        if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
-            raise RuntimeError(f"{self.name}: out is not for tensors that require grad")
-        if input.dim() > 4 or not _has_kernel(input.dtype, out.dtype) or _extension.C is None or _is_transformed():
-            return out.copy_(self.standardize(input, out.dtype))
-        mean, std = self._for_channels_of(input)
-        operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
-        pair = (input.unsqueeze(0), out.unsqueeze(0)) if input.dim() == 3 else (input, out)
-        operators.standardize_out(pair[0], mean, std, self._scale_of(input), pair[1])
-        return out
-
-    def standardize_(self, input: Tensor) -> Tensor:
-        """As the function of that name."""
-        check_image(self.name, input, _DTYPES)
-        _check_can_be_overwritten(self.name, input)
-        mean, std = self._for_channels_of(input)
-        if input.dim() > 4:
-            for part in input:
-                self.standardize_(part)
-            return input
-        images = input.unsqueeze(0) if input.dim() == 3 else input
-        if _extension.C is None or _is_transformed():
-            images.copy_(reference.standardize(images.clone(), mean, std, self._scale_of(input)))
-        else:
-            operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
-            operators.standardize_(images, mean, std, self._scale_of(input))
-        return input
-
-    def _scale_of(self, input: Tensor) -> float:
-        if self.scale is not None:
-            return float(self.scale)
-        return 1 / 255 if input.dtype == torch.uint8 else 1.0
-
-    def _for_channels_of(self, input: Tensor) -> tuple[list[float], list[float]]:
-        channels = input.size(-3)
-        for which, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 1 and len(values) != channels:  # `in` is not traced
-                raise ValueError(
-                    f"{self.name}: {len(values)} {which}s for an input with {channels} "
-                    f"channel{'s' * (channels != 1)} (dim -3 of shape {tuple(input.shape)})"
-                )
-        mean, std = (values * channels if len(values) == 1 else values for values in (self.mean, self.std))
-        return mean, std
-
-
-def _has_kernel(input: torch.dtype, output: torch.dtype) -> bool:
-    """Whether there is a kernel that standardizes from the one to the other."""
-    return input == output or (input in (torch.uint8, torch.float32) and output != torch.float64)
-
-
-def _numbers(name: str, which: str, values: Any) -> list[float]:
-    """One number or several, as a list."""
-    plain = values.tolist() if hasattr(values, "tolist") else values  # of tensors and arrays
-    try:
-        numbers = [float(plain)] if isinstance(plain, (int, float)) else [float(number) for number in plain]
-    except (TypeError, ValueError):
-        numbers = []
-    if not numbers:
-        raise TypeError(f"{name}: {which} must be a number or a sequence of numbers, got {values!r}")
-    for channel, number in enumerate(numbers):
-        if not -math.inf < number < math.inf:
-            raise ValueError(f"{name}: {which} must be finite, got {number} for channel {channel}")
-    return numbers
-
-
-def check_image(name: str, input: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.uint8, *_DTYPES)) -> None:
-    """Raise what keeps ``input`` from being taken for images of shape ``(..., C, H, W)``, if anything."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
-    if input.dtype not in dtypes:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: input must be one of {allowed}, got {input.dtype}")
-    if input.dim() < 3:
-        raise ValueError(f"{name}: input needs at least 3 dimensions (..., C, H, W), got shape {tuple(input.shape)}")
-    _check_device(input)
 
 
 def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, training: bool, buffers: bool) -> None:
@@ -614,14 +399,9 @@ def _check_statistics_input(name: str, input: Tensor, dtypes: tuple[torch.dtype,
     if input.dim() < 2:
         raise ValueError(f"{name}: input needs at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     if input.dtype not in dtypes:
-        kinds = "a floating or integer tensor" if dtypes != _DTYPES else "float32, float64, float16 or bfloat16"
+        kinds = "a floating or integer tensor" if dtypes != DTYPES else "float32, float64, float16 or bfloat16"
         raise TypeError(f"{name}: input must be {kinds}, got {input.dtype}")
-    _check_device(input)
-
-
-def _check_device(input: Tensor) -> None:
-    if input.is_cuda and _extension.C is not None and not _extension.C.has_cuda():
-        raise RuntimeError(_extension.no_cuda_message())
+    check_device(input)
 
 
 def _check_mask(name: str, mask: Tensor, input: Tensor) -> None:
@@ -684,7 +464,7 @@ def _check_inplace(
     for other, value in (("residual", residual), ("mask", mask)):
         if value is not None:
             raise ValueError(f"{name}: inplace=True takes no {other}")
-    _check_can_be_overwritten(f"{name}: inplace=True", input)
+    check_can_be_overwritten(f"{name}: inplace=True", input)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and input.requires_grad):
         return
     # The attribute is one of the class, so that nothing is unpacked to see it.
@@ -694,20 +474,6 @@ def _check_inplace(
             f"{name}: inplace=True cannot write over input, which {input.grad_fn.name()} made and keeps for backward; "
             "use inplace=False here"
         )
-
-
-def _check_can_be_overwritten(who: str, input: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if torch._debug_has_internal_overlap(input) == 1:
-        raise RuntimeError(
-            f"{who} cannot write over input, whose elements share memory: shape {tuple(input.shape)}, "
-            f"strides {input.stride()}; clone it first"
-        )
-    base = input._base if input._is_view() else input
-    if torch.is_grad_enabled() and base is not None and base.is_leaf and base.requires_grad:
-        kind = "a leaf" if base is input else "a view of a leaf"
-        raise RuntimeError(f"{who} cannot write over input, {kind} that requires grad")
 
 
 def _check(
@@ -727,9 +493,9 @@ def _check(
     nonfinite_batches: Tensor | None,
 ) -> None:
     """Raise what is wrong with the arguments of :func:`batch_norm`, if anything."""
-    if input.dtype not in _DTYPES:
+    if input.dtype not in DTYPES:
         raise TypeError(f"batch_norm: input must be float32, float64, float16 or bfloat16, got {input.dtype}")
-    _check_device(input)
+    check_device(input)
     if (running_mean is None) != (running_var is None):
         given = "running_var" if running_mean is None else "running_mean"
         raise ValueError(f"batch_norm: running_mean and running_var must be given together, got only {given}")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normfused.functional import ImageConstants, check_image
 from normfused.images import as_array, as_nchw
+from normfused.standardization import ImageConstants, check_image
 from normfused.stats import ChannelStats, measure
 
 __all__ = [

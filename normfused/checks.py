@@ -1,0 +1,40 @@
+"""What functions of several kinds look at before they begin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normfused import _extension
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work.
+
+    Autograd Functions written in C++ refuse the one, and would lose the other's tangents without a word.
+    """
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def check_device(input: Tensor) -> None:
+    """Raise ``RuntimeError`` for a CUDA tensor where the extension has no CUDA kernels."""
+    if input.is_cuda and _extension.C is not None and not _extension.C.has_cuda():
+        raise RuntimeError(_extension.no_cuda_message())
+
+
+def check_can_be_overwritten(who: str, input: Tensor) -> None:
+    """Raise ``RuntimeError`` where writing over ``input`` would be wrong."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._debug_has_internal_overlap(input) == 1:
+        raise RuntimeError(
+            f"{who} cannot write over input, whose elements share memory: shape {tuple(input.shape)}, "
+            f"strides {input.stride()}; clone it first"
+        )
+    base = input._base if input._is_view() else input
+    if torch.is_grad_enabled() and base is not None and base.is_leaf and base.requires_grad:
+        kind = "a leaf" if base is input else "a view of a leaf"
+        raise RuntimeError(f"{who} cannot write over input, {kind} that requires grad")

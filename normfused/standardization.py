@@ -1,0 +1,219 @@
+"""Standardization of images: the functions, and their constants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normfused import _extension, reference
+from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed
+
+
+def standardize(
+    input: Tensor,
+    mean: float | Sequence[float] | Tensor,
+    std: float | Sequence[float] | Tensor,
+    *,
+    scale: float | None = None,
+    eps: float = 0.0,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``(input * scale - mean) / std`` for each channel of images: one pass from bytes to normalized floats.
+
+    Args:
+        input: shape ``(..., C, H, W)``, uint8, float32, float64, float16 or bfloat16, any strides: an image of shape
+            ``(H, W, C)`` is ``image.permute(2, 0, 1)``, without a copy.
+        mean, std: a number for all channels, or one for each; those of a tensor are brought to the host, which on CUDA
+            waits for the device.
+        scale: what values are multiplied by; default 1/255 for uint8, as torchvision's ``ToTensor`` does, 1 otherwise.
+        eps: the least divisor: a ``std`` below it counts as ``eps``, and a channel that is constant becomes 0.
+        dtype: of the output; default ``input``'s, float32 for uint8.
+        memory_format: of the output, ``torch.contiguous_format`` or ``torch.channels_last``; default ``input``'s.
+        out: where the output is written, in its own dtype and memory format: a place in a batch, or pinned memory.
+            Not with ``dtype`` or ``memory_format``, and not where a gradient is wanted.
+
+    Returns:
+        A new tensor of ``input``'s shape, or ``out``. Constants are never rounded to ``dtype``. The result for uint8 is
+        as near as if it were computed in float64 and rounded once (to 0.501 units in the last place; without fused
+        multiplications to one). Differentiable with respect to a floating ``input``.
+
+    Raises:
+        ValueError: fewer than 3 dimensions; another number of constants than channels; a ``std`` that is not above 0
+            where ``eps`` is 0; a constant that is not finite. TypeError: a dtype that is not supported.
+
+    Source: https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.Normalize.html
+    """
+    constants = ImageConstants("standardize", mean, std, scale, eps)
+    if out is None:
+        return constants.standardize(input, dtype, memory_format)
+    if dtype is not None or memory_format != torch.preserve_format:
+        raise ValueError("standardize: out has a dtype and a memory format of its own")
+    return constants.standardize_into(out, input)
+
+
+def standardize_(
+    input: Tensor,
+    mean: float | Sequence[float] | Tensor,
+    std: float | Sequence[float] | Tensor,
+    *,
+    scale: float = 1.0,
+    eps: float = 0.0,
+) -> Tensor:
+    """:func:`standardize` over the floating ``input`` itself, which is written and returned.
+
+    Raises:
+        As :func:`standardize`; TypeError: integer input. RuntimeError: input that cannot be overwritten: a leaf that
+        requires grad, overlapping memory.
+    """
+    return ImageConstants("standardize_", mean, std, scale, eps).standardize_(input)
+
+
+class ImageConstants:
+    """Mean, standard deviation and scale of images, checked; what :func:`standardize` does with them.
+
+    ``name`` is whose arguments they are. Raises as :func:`standardize` does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mean: float | Sequence[float] | Tensor,
+        std: float | Sequence[float] | Tensor,
+        scale: float | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        self.name = name
+        self.mean, self.std = (_numbers(name, which, values) for which, values in (("mean", mean), ("std", std)))
+        self.scale = scale
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"{name}: eps must be a non-negative finite number, got {eps}")
+        if scale is not None and not 0 < abs(scale) < math.inf:
+            raise ValueError(f"{name}: scale must be a finite number other than 0, got {scale}")
+        for channel, deviation in enumerate(self.std):
+            if deviation < 0 or (deviation == 0 and eps == 0):
+                hint = "; eps= maps a constant channel to 0" if deviation == 0 else ""
+                raise ValueError(f"{name}: std must be above 0, got {deviation} for channel {channel}{hint}")
+        self.std = [max(deviation, eps) for deviation in self.std]
+        if len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
+            raise ValueError(f"{name}: {len(self.mean)} means, but {len(self.std)} stds")
+
+    def standardize(
+        self,
+        input: Tensor,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> Tensor:
+        """As the function of that name."""
+        check_image(self.name, input)
+        dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
+        if dtype not in DTYPES:
+            raise TypeError(f"{self.name}: dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+        if memory_format not in (torch.preserve_format, torch.contiguous_format, torch.channels_last):
+            raise ValueError(
+                f"{self.name}: memory_format must be torch.contiguous_format, torch.channels_last or "
+                f"torch.preserve_format, got {memory_format}"
+            )
+        scale = self._scale_of(input)
+        if not _has_kernel(input.dtype, dtype):
+            input = input.to(torch.promote_types(input.dtype, dtype))  # which holds both
+        direct = _has_kernel(input.dtype, dtype)
+        mean, std = self._for_channels_of(input)
+        images = input.unsqueeze(0) if input.dim() == 3 else input.flatten(0, -4)
+        arguments = (images, mean, std, scale, dtype if direct else input.dtype, memory_format)
+        if _extension.C is None or is_transformed():
+            output = reference.standardize(*arguments)
+        else:
+            operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+            output = operators.standardize(*arguments)
+        output = output.squeeze(0) if input.dim() == 3 else output.view(input.shape) if input.dim() > 4 else output
+        return output if direct else output.to(dtype)
+
+    def standardize_into(self, out: Tensor, input: Tensor) -> Tensor:
+        """:func:`standardize` with ``out``."""
+        check_image(self.name, input)
+        check_image(f"{self.name}: out", out, DTYPES)
+        if out.shape != input.shape or out.device != input.device:
+            raise ValueError(
+                f"{self.name}: out must have input's shape {tuple(input.shape)} and be on {input.device}, "
+                f"got {tuple(out.shape)} on {out.device}"
+            )
+        if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
+            raise RuntimeError(f"{self.name}: out is not for tensors that require grad")
+        if input.dim() > 4 or not _has_kernel(input.dtype, out.dtype) or _extension.C is None or is_transformed():
+            return out.copy_(self.standardize(input, out.dtype))
+        mean, std = self._for_channels_of(input)
+        operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+        pair = (input.unsqueeze(0), out.unsqueeze(0)) if input.dim() == 3 else (input, out)
+        operators.standardize_out(pair[0], mean, std, self._scale_of(input), pair[1])
+        return out
+
+    def standardize_(self, input: Tensor) -> Tensor:
+        """As the function of that name."""
+        check_image(self.name, input, DTYPES)
+        check_can_be_overwritten(self.name, input)
+        mean, std = self._for_channels_of(input)
+        if input.dim() > 4:
+            for part in input:
+                self.standardize_(part)
+            return input
+        images = input.unsqueeze(0) if input.dim() == 3 else input
+        if _extension.C is None or is_transformed():
+            images.copy_(reference.standardize(images.clone(), mean, std, self._scale_of(input)))
+        else:
+            operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+            operators.standardize_(images, mean, std, self._scale_of(input))
+        return input
+
+    def _scale_of(self, input: Tensor) -> float:
+        if self.scale is not None:
+            return float(self.scale)
+        return 1 / 255 if input.dtype == torch.uint8 else 1.0
+
+    def _for_channels_of(self, input: Tensor) -> tuple[list[float], list[float]]:
+        channels = input.size(-3)
+        for which, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 1 and len(values) != channels:  # `in` is not traced
+                raise ValueError(
+                    f"{self.name}: {len(values)} {which}s for an input with {channels} "
+                    f"channel{'s' * (channels != 1)} (dim -3 of shape {tuple(input.shape)})"
+                )
+        mean, std = (values * channels if len(values) == 1 else values for values in (self.mean, self.std))
+        return mean, std
+
+
+def _has_kernel(input: torch.dtype, output: torch.dtype) -> bool:
+    """Whether there is a kernel that standardizes from the one to the other."""
+    return input == output or (input in (torch.uint8, torch.float32) and output != torch.float64)
+
+
+def _numbers(name: str, which: str, values: Any) -> list[float]:
+    """One number or several, as a list."""
+    plain = values.tolist() if hasattr(values, "tolist") else values  # of tensors and arrays
+    try:
+        numbers = [float(plain)] if isinstance(plain, (int, float)) else [float(number) for number in plain]
+    except (TypeError, ValueError):
+        numbers = []
+    if not numbers:
+        raise TypeError(f"{name}: {which} must be a number or a sequence of numbers, got {values!r}")
+    for channel, number in enumerate(numbers):
+        if not -math.inf < number < math.inf:
+            raise ValueError(f"{name}: {which} must be finite, got {number} for channel {channel}")
+    return numbers
+
+
+def check_image(name: str, input: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.uint8, *DTYPES)) -> None:
+    """Raise what keeps ``input`` from being taken for images of shape ``(..., C, H, W)``, if anything."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
+    if input.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: input must be one of {allowed}, got {input.dtype}")
+    if input.dim() < 3:
+        raise ValueError(f"{name}: input needs at least 3 dimensions (..., C, H, W), got shape {tuple(input.shape)}")
+    check_device(input)
