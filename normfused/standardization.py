@@ -124,14 +124,14 @@ class ImageConstants:
             input = input.to(torch.promote_types(input.dtype, dtype))  # which holds both
         direct = _has_kernel(input.dtype, dtype)
         mean, std = self._for_channels_of(input)
-        images = input.unsqueeze(0) if input.dim() == 3 else input.flatten(0, -4)
+        images = input.flatten(0, -4) if input.dim() > 4 else input
         arguments = (images, mean, std, scale, dtype if direct else input.dtype, memory_format)
         if _extension.C is None or is_transformed():
             output = reference.standardize(*arguments)
         else:
             operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
             output = operators.standardize(*arguments)
-        output = output.squeeze(0) if input.dim() == 3 else output.view(input.shape) if input.dim() > 4 else output
+        output = output.view(input.shape) if input.dim() > 4 else output
         return output if direct else output.to(dtype)
 
     def standardize_into(self, out: Tensor, input: Tensor) -> Tensor:
@@ -149,8 +149,7 @@ class ImageConstants:
             return out.copy_(self.standardize(input, out.dtype))
         mean, std = self._for_channels_of(input)
         operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
-        pair = (input.unsqueeze(0), out.unsqueeze(0)) if input.dim() == 3 else (input, out)
-        operators.standardize_out(pair[0], mean, std, self._scale_of(input), pair[1])
+        operators.standardize_out(input, mean, std, self._scale_of(input), out)
         return out
 
     def standardize_(self, input: Tensor) -> Tensor:
@@ -162,12 +161,10 @@ class ImageConstants:
             for part in input:
                 self.standardize_(part)
             return input
-        images = input.unsqueeze(0) if input.dim() == 3 else input
         if _extension.C is None or is_transformed():
-            images.copy_(reference.standardize(images.clone(), mean, std, self._scale_of(input)))
-        else:
-            operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
-            operators.standardize_(images, mean, std, self._scale_of(input))
+            return input.copy_(reference.standardize(input.clone(), mean, std, self._scale_of(input)))
+        operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+        operators.standardize_(input, mean, std, self._scale_of(input))
         return input
 
     def _scale_of(self, input: Tensor) -> float:
@@ -177,6 +174,8 @@ class ImageConstants:
 
     def _for_channels_of(self, input: Tensor) -> tuple[list[float], list[float]]:
         channels = input.size(-3)
+        if len(self.mean) == channels == len(self.std):
+            return self.mean, self.std
         for which, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 1 and len(values) != channels:  # `in` is not traced
                 raise ValueError(

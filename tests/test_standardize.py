@@ -252,11 +252,12 @@ def test_b28_opcheck(needs_extension: None, device: torch.device) -> None:
         ops.standardize.default, (x, [0.5] * 3, [0.5] * 3, 1 / 255, torch.float16, torch.channels_last)
     )
     for layout in ("contiguous", "channels_last", "sliced"):
-        y = lay_out(torch.randn(2, 3, 4, 5, device=device), layout)
-        torch.library.opcheck(ops.standardize.default, (y.requires_grad_(), [0.5] * 3, [0.5] * 3))
-        out = lay_out(torch.zeros(2, 3, 4, 5, dtype=torch.half, device=device), layout)
-        torch.library.opcheck(ops.standardize_out.default, (x, [0.5] * 3, [0.5] * 3, 2.0, out))
-        torch.library.opcheck(ops.standardize_.default, (y.detach().clone(), [0.5] * 3, [0.5] * 3, 2.0))
+        ys = lay_out(torch.randn(2, 3, 4, 5, device=device), layout)
+        outs = lay_out(torch.zeros(2, 3, 4, 5, dtype=torch.half, device=device), layout)
+        for input, y, out in ((x, ys, outs), (x[0], ys[0], outs[0])):  # a batch, one image
+            torch.library.opcheck(ops.standardize.default, (y.requires_grad_(), [0.5] * 3, [0.5] * 3))
+            torch.library.opcheck(ops.standardize_out.default, (input, [0.5] * 3, [0.5] * 3, 2.0, out))
+            torch.library.opcheck(ops.standardize_.default, (y.detach().clone(), [0.5] * 3, [0.5] * 3, 2.0))
 
 
 def test_constant_channel_becomes_zero(device: torch.device) -> None:

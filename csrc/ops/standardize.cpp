@@ -28,14 +28,18 @@ at::MemoryFormat output_format(const Tensor& input, std::optional<at::MemoryForm
 
 void check(const Tensor& input, at::ScalarType output, Constants mean, Constants std) {
   const at::ScalarType type = input.scalar_type();
-  TORCH_CHECK_VALUE(input.dim() == 4, "input must have shape (N, C, H, W), got ", input.sizes());
+  TORCH_CHECK_VALUE(input.dim() == 3 || input.dim() == 4, "input must have shape (N, C, H, W) or (C, H, W), got ",
+                    input.sizes());
   TORCH_CHECK_TYPE(type == at::kByte || type == output || (type == at::kFloat && output != at::kDouble), "input of ",
                    type, " cannot be standardized to ", output);
   TORCH_CHECK_TYPE(type != at::kByte || output != at::kDouble, "input of ", type, " cannot be standardized to double");
   for (const Constants& constants : {mean, std})
-    TORCH_CHECK_VALUE(static_cast<int64_t>(constants.size()) == input.size(1), constants.size(),
-                      " constants for an input with ", input.size(1), " channels");
+    TORCH_CHECK_VALUE(static_cast<int64_t>(constants.size()) == input.size(-3), constants.size(),
+                      " constants for an input with ", input.size(-3), " channels");
 }
+
+// One image as a batch of one.
+Tensor as_batch(const Tensor& input) { return input.dim() == 3 ? input.unsqueeze(0) : input; }
 
 // Of dense tensors of the same shape.
 void run(const Tensor& input, const Tensor& output, Constants mean, Constants std, double scale) {
@@ -60,10 +64,10 @@ Tensor standardize_kernels(const Tensor& input, Constants mean, Constants std, d
                            std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
   const at::ScalarType type = output_type(input, dtype);
   check(input, type, mean, std);
-  const Tensor dense = with_view(input);
-  const Tensor output = empty_output(input.sizes(), input.options().dtype(type), output_format(dense, memory_format));
+  const Tensor dense = with_view(as_batch(input));
+  const Tensor output = empty_output(dense.sizes(), input.options().dtype(type), output_format(dense, memory_format));
   run(dense, output, mean, std, scale);
-  return output;
+  return input.dim() == 3 ? output.squeeze(0) : output;
 }
 
 void standardize_out_kernels(const Tensor& input, Constants mean, Constants std, double scale, const Tensor& out) {
@@ -73,8 +77,8 @@ void standardize_out_kernels(const Tensor& input, Constants mean, Constants std,
   at::assert_no_internal_overlap(out);
   at::assert_no_overlap(out, input);
   out.unsafeGetTensorImpl()->bump_version();
-  if (view_of(out))
-    run(with_view(input), out, mean, std, scale);
+  if (const Tensor images = as_batch(out); view_of(images))
+    run(with_view(as_batch(input)), images, mean, std, scale);
   else
     out.copy_(standardize_kernels(input, mean, std, scale, out.scalar_type(), std::nullopt));
 }
@@ -83,8 +87,8 @@ void standardize_inplace_kernels(const Tensor& input, Constants mean, Constants 
   check(input, input.scalar_type(), mean, std);
   at::assert_no_internal_overlap(input);
   input.unsafeGetTensorImpl()->bump_version();
-  if (view_of(input))
-    run(input, input, mean, std, scale);
+  if (const Tensor images = as_batch(input); view_of(images))
+    run(images, images, mean, std, scale);
   else
     input.copy_(standardize_kernels(input, mean, std, scale, std::nullopt, std::nullopt));
 }
