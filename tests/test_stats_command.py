@@ -369,7 +369,7 @@ def test_b44_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     written = json.loads(out.read_text())
     stats = expected(PICTURES, scale=0.5)
     assert code == 0
-    assert ChannelStats.from_dict(written["stats"]) == stats
+    assert ChannelStats.from_dict(written["stats"]) == stats == ChannelStats.load(out)
     assert written["settings"]["path"] == str(folder)
     assert written["settings"]["scale"] == 0.5
     assert (written["images"], written["complete"], written["skipped"]) == (5, True, {})
@@ -530,6 +530,8 @@ sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that runs the tests in its background leaves them an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         patience = time.monotonic() + 120

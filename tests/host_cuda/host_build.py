@@ -96,4 +96,4 @@ def run(program: Path, *arguments: str, order: int = 0) -> subprocess.CompletedP
     environment = {**os.environ, "CUDAHOST_ORDER": str(order)}
     if (symbolizer := shutil.which("addr2line")) is not None:
         environment.setdefault("TSAN_OPTIONS", f"external_symbolizer_path={symbolizer}")
-    return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, timeout=1200)
