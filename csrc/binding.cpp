@@ -8,6 +8,7 @@
 #include "ops/batch_norm.h"
 #include "ops/channel_stats.h"
 #include "ops/local_response_norm.h"
+#include "ops/ranks.h"
 #include "ops/standardize.h"
 
 TORCH_LIBRARY(normfused, m) {
@@ -31,8 +32,16 @@ TORCH_LIBRARY(normfused, m) {
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor statistics, bool training, "
       "bool[4] output_mask, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
-      "str activation=\"identity\", float activation_param=0., bool from_output=False) -> "
-      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+      "str activation=\"identity\", float activation_param=0., bool from_output=False, Tensor? sums=None, "
+      "Tensor? count=None) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+  m.def(
+      "batch_norm_by_statistics(Tensor input, Tensor statistics, Tensor? weight, Tensor? bias, Tensor? residual=None, "
+      "str activation=\"identity\", float activation_param=0., bool save_mask=False) -> (Tensor output, Tensor mask)");
+  m.def("pack_moments(Tensor input) -> Tensor words");
+  m.def(
+      "merge_ranks(Tensor words, int channels, int own_count, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, int correction=1, Tensor(d!)? skipped=None) -> "
+      "(Tensor statistics, Tensor count)");
   m.def("channel_moments(Tensor input) -> (Tensor mean, Tensor m2, Tensor min, Tensor max)");
   m.def("channel_sums(Tensor input) -> (Tensor sum, Tensor sum_of_squares, Tensor min, Tensor max)");
   m.def(
@@ -74,6 +83,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("batch_norm_inference", output_of<&ops::batch_norm_inference>(), py::call_guard<py::gil_scoped_release>());
   m.def("batch_norm_training_", &ops::batch_norm_training_, py::call_guard<py::gil_scoped_release>());
   m.def("batch_norm_inference_", &ops::batch_norm_inference_, py::call_guard<py::gil_scoped_release>());
+  m.def("batch_norm_by_statistics", &ops::batch_norm_by_statistics, py::call_guard<py::gil_scoped_release>());
+  m.def("batch_norm_backward", &ops::batch_norm_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("pack_moments", &ops::pack_moments, py::call_guard<py::gil_scoped_release>());
+  m.def("merge_ranks", &ops::merge_ranks, py::call_guard<py::gil_scoped_release>());
   m.def("channel_moments", &ops::channel_moments, py::call_guard<py::gil_scoped_release>());
   m.def("channel_sums", &ops::channel_sums, py::call_guard<py::gil_scoped_release>());
   using Constants = std::vector<double>;

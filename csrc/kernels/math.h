@@ -45,9 +45,35 @@ NF_FN MomentsOf<V> moments_about(const V& pivot, int64_t count, const V& sum, co
   return {count, pivot + offset, sum_of_squares - sum * offset};
 }
 
+// What a rank sends of a channel's moments. The standard deviation, because the sum of squares of floats can leave
+// float's range. A mean rounded to float is off by no more than the values about it, which are floats too.
+template <class S>
+struct RankMoments {
+  S mean, deviation;
+};
+
 NF_FN double biased_variance(const Moments& m) {
   // Rounding can leave a tiny negative m2; a NaN passes through.
   return (m.m2 < 0 ? 0 : m.m2) / static_cast<double>(m.count);
+}
+
+template <class S>
+NF_FN RankMoments<S> packed(const Moments& m) {
+  return {static_cast<S>(m.mean), static_cast<S>(std::sqrt(biased_variance(m)))};
+}
+
+// Channel c of all ranks, merged in their order.
+template <class S>
+NF_FN Moments merged(const MergeRanks& args, int64_t c) {
+  Moments all{};
+  for (int64_t rank = 0; rank < args.ranks; ++rank) {
+    const int64_t* const words = args.words + rank * args.stride;
+    const RankMoments<S> moments = reinterpret_cast<const RankMoments<S>*>(words + 1)[c];
+    const double deviation = moments.deviation;
+    const auto count = static_cast<double>(words[0]);
+    all = merge(all, Moments{words[0], moments.mean, deviation * deviation * count});
+  }
+  return all;
 }
 
 NF_FN double invstd_of(double variance, double eps) { return 1 / std::sqrt(variance + eps); }
@@ -140,24 +166,29 @@ NF_FN void prepare(const Normalization& n, ByteCoefficients& c) {
   c.shift = static_cast<float>(n.bias + (static_cast<double>(c.pivot) - n.mean) * scale);
 }
 
-// grad_input = grad_output * scale + (x - pivot) * slope + shift, and the parameters' gradients.
+// `sum_g` is the sum of grad_output, `sum_gd` that of grad_output * (x - pivot) with pivot = S(mean).
+template <class S>
+NF_FN double grad_weight_of(const Normalization& n, double sum_g, double sum_gd) {
+  const double dropped = static_cast<double>(static_cast<S>(n.mean)) - n.mean;
+  return (sum_gd + dropped * sum_g) * n.invstd;
+}
+
+// grad_input = grad_output * scale + (x - pivot) * slope + shift
 template <class S>
 struct BackwardCoefficients {
   S pivot, scale, slope, shift;
-  double grad_weight, grad_bias;
 };
 
-// `sum_g` is the sum of grad_output, `sum_gd` that of grad_output * (x - pivot) with pivot = S(mean).
+// The parameters' gradients are sums over `count` values.
 template <class S>
-NF_FN BackwardCoefficients<S> backward_coefficients(const Normalization& n, int64_t count, double sum_g,
-                                                    double sum_gd) {
+NF_FN BackwardCoefficients<S> backward_coefficients(const Normalization& n, int64_t count, double grad_weight,
+                                                    double grad_bias) {
   const S pivot = static_cast<S>(n.mean);
   const double dropped = static_cast<double>(pivot) - n.mean;
-  const double centred = sum_gd + dropped * sum_g;  // sum of grad_output * (x - mean)
   const double scale = n.weight * n.invstd;
-  const double slope = -scale * n.invstd * n.invstd * centred / static_cast<double>(count);
-  const double shift = slope * dropped - scale * sum_g / static_cast<double>(count);
-  return {pivot, static_cast<S>(scale), static_cast<S>(slope), static_cast<S>(shift), centred * n.invstd, sum_g};
+  const double slope = -scale * n.invstd * grad_weight / static_cast<double>(count);
+  const double shift = slope * dropped - scale * grad_bias / static_cast<double>(count);
+  return {pivot, static_cast<S>(scale), static_cast<S>(slope), static_cast<S>(shift)};
 }
 
 // ---- activations -------------------------------------------------------------------------------------------------

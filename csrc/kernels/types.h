@@ -57,25 +57,29 @@ struct Activation {
   constexpr bool is_straight() const { return kind <= ActivationKind::kLeakyRelu; }
 };
 
-struct BatchNormForward {
-  ChannelView view;
-  DType dtype;
-  const void* input;
-  void* output;
-  ChannelVector weight, bias;               // absent: 1, 0
+// Where the statistics of a batch go.
+struct BatchStatistics {
   ChannelVector running_mean, running_var;  // training: updated where present; inference: read
   int64_t* num_batches_tracked;             // counted up where present; training only
   double momentum;                          // NaN: cumulative average, 1 / num_batches_tracked
   double eps;
-  double* mean;    // (C): what normalized the output, kept for backward
-  double* invstd;  // (C)
+  double* mean;                // (C): what normalizes the output, kept for backward
+  double* invstd;              // (C)
+  int64_t correction = 1;      // running_var takes M2 / (count - correction)
+  int64_t* skipped = nullptr;  // (C): counted up where a channel's statistics are not finite, and so not taken; or null
+};
+
+struct BatchNormForward : BatchStatistics {  // inference without running statistics: by mean and invstd as they are
+  ChannelView view;
+  DType dtype;
+  const void* input;
+  void* output;
+  ChannelVector weight, bias;  // absent: 1, 0
   Activation activation{};
   const void* residual = nullptr;  // added before the activation; as the input in dtype and layout
   // One bit for each value, in the order of memory: whether what the activation took in was above zero. Null: not
   // wanted. Eight bytes past its end must be there.
   uint8_t* mask = nullptr;
-  int64_t correction = 1;      // running_var takes M2 / (count - correction)
-  int64_t* skipped = nullptr;  // (C): counted up where a channel's statistics are not finite, and so not taken; or null
 
   constexpr bool fused() const {
     return activation.kind != ActivationKind::kIdentity || residual != nullptr || mask != nullptr;
@@ -103,6 +107,9 @@ struct BatchNormBackward {
   // Whether `input` is what forward gave: x is no longer there. Only for an activation that can be undone (see
   // deactivated() in math.h), without a residual, and for channels whose weight is not 0.
   bool from_output = false;
+  // Where given, the statistics were of so many values, not of the input's alone, and grad_weight and grad_bias are
+  // read: they are sums over all of those.
+  const int64_t* count = nullptr;
 
   constexpr bool fused() const {
     return activation.kind != ActivationKind::kIdentity || residual != nullptr || grad_residual != nullptr ||
@@ -116,6 +123,28 @@ struct ChannelStats {
   const void* input;
   // (C) each, double: channel_moments mean, M2, min, max; channel_sums sum, sum of squares, min, max, int64 of integers
   void* results[4];
+};
+
+// Moments as a rank sends them to others: a word for how many values a channel has, then RankMoments (see math.h) of
+// each channel, in float, or in double where the values are.
+constexpr int64_t rank_words(int64_t channels, DType dtype) {
+  return 1 + (dtype == DType::kFloat64 ? 2 : 1) * channels;
+}
+
+struct PackMoments {
+  ChannelView view;
+  DType dtype;
+  const void* input;
+  int64_t* words;  // (rank_words)
+};
+
+// One batch's statistics from those of all ranks' shares of it. Without any values nothing is updated.
+struct MergeRanks : BatchStatistics {
+  int64_t ranks, channels;
+  bool is_double;
+  const int64_t* words;  // (ranks, rank_words), whose rows lie `stride` words apart
+  int64_t stride;
+  int64_t* count;  // of one value: of all ranks
 };
 
 // output = (input * scale - mean) / std, of images with `pixels` values a channel.

@@ -14,6 +14,8 @@ struct Backend {
   void (*batch_norm_backward)(const BatchNormBackward& args, const at::Device& device);
   void (*channel_moments)(const ChannelStats& args, const at::Device& device);
   void (*channel_sums)(const ChannelStats& args, const at::Device& device);
+  void (*pack_moments)(const PackMoments& args, const at::Device& device);
+  void (*merge_ranks)(const MergeRanks& args, const at::Device& device);
   void (*standardize)(const Standardize& args, const at::Device& device);
   // False: nothing is done, because the window is too wide for the kernel.
   bool (*local_response_norm)(const LocalResponseNorm& args, const at::Device& device);

@@ -1,16 +1,15 @@
 #include "ops/batch_norm.h"
 
 #include <ATen/Functions.h>
-#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
 #include <cmath>
-#include <limits>
 
 #include "ops/activation.h"
 #include "ops/backend.h"
 #include "ops/find_operator.h"
 #include "ops/layout.h"
+#include "ops/running_statistics.h"
 
 namespace normfused::ops {
 
@@ -38,21 +37,8 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
-// Refuses buffers that cannot be written, before anything is; tells autograd that they change.
-void begin_update(const OptionalTensor& buffer) {
-  if (!buffer) return;
-  at::assert_no_internal_overlap(*buffer);
-  buffer->unsafeGetTensorImpl()->bump_version();
-}
-
-// Brings the values home where the kernel wrote to a contiguous copy.
-void finish_update(const OptionalTensor& buffer, const OptionalTensor& written) {
-  if (buffer && !written->is_same(*buffer)) buffer->copy_(*written);
-}
-
 BatchNormForward forward_args(const at::Tensor& input, const at::Tensor& output, const at::Tensor& statistics,
-                              const OptionalTensor& weight, const OptionalTensor& bias,
-                              const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps) {
+                              const OptionalTensor& weight, const OptionalTensor& bias) {
   double* const mean = statistics.mutable_data_ptr<double>();
   BatchNormForward args{};
   args.view = *view_of(input);
@@ -61,9 +47,6 @@ BatchNormForward forward_args(const at::Tensor& input, const at::Tensor& output,
   args.output = output.mutable_data_ptr();
   args.weight = channel_vector(weight);
   args.bias = channel_vector(bias);
-  args.running_mean = channel_vector(running_mean);
-  args.running_var = channel_vector(running_var);
-  args.eps = eps;
   args.mean = mean;
   args.invstd = mean + input.size(1);
   return args;
@@ -111,22 +94,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_batch(
   check_channels("bias", bias, input);
   check_channels("running_mean", running_mean, input);
   check_channels("running_var", running_var, input);
-  TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
-                    "running_mean and running_var must be given together");
-  TORCH_CHECK_VALUE(!running_mean || !running_mean->is_same(*running_var), "running_mean and running_var are the same");
-  TORCH_CHECK_VALUE(
-      !num_batches_tracked || (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->dim() == 0 &&
-                               num_batches_tracked->device() == input.device()),
-      "num_batches_tracked must be a 0-d int64 tensor on ", input.device());
-  TORCH_CHECK_VALUE(!momentum || std::isfinite(*momentum), "momentum must be finite, got ", *momentum);
-  TORCH_CHECK_VALUE(momentum || num_batches_tracked || !running_mean, "momentum=None needs num_batches_tracked");
-  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be a non-negative finite number, got ", eps);
-
-  TORCH_CHECK_VALUE(correction == 0 || correction == 1, "correction must be 0 or 1, got ", correction);
-  TORCH_CHECK_VALUE(
-      !skipped || (skipped->scalar_type() == at::kLong && skipped->dim() == 1 && skipped->size(0) == input.size(1) &&
-                   skipped->is_contiguous() && skipped->device() == input.device()),
-      "skipped must be a contiguous int64 tensor of shape (channels) on ", input.device());
+  RunningStatistics running{running_mean, running_var, num_batches_tracked, skipped, momentum, eps, correction};
+  running.check(input.size(1), input.device());
 
   const at::Tensor dense = with_view(input);
   const OptionalTensor residual_dense = like_input("residual", residual, dense);
@@ -139,23 +108,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_batch(
                     input.sizes());
 
   if (target == Target::kInput) begin_update(input);
-  for (const OptionalTensor& buffer : {running_mean, running_var, num_batches_tracked, skipped}) begin_update(buffer);
-  const OptionalTensor mean_buffer = contiguous(running_mean), var_buffer = contiguous(running_var);
   const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
-  BatchNormForward args =
-      forward_args(dense, output, statistics, weight_dense, bias_dense, mean_buffer, var_buffer, eps);
-  args.num_batches_tracked = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
-  args.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
-  args.correction = correction;
-  args.skipped = skipped ? skipped->mutable_data_ptr<int64_t>() : nullptr;
+  BatchNormForward args = forward_args(dense, output, statistics, weight_dense, bias_dense);
+  running.begin(args);
   args.residual = data_of(residual_dense);
   args.activation = applied;
   args.mask = save_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   backend_of(input).batch_norm_training(args, input.device());
   if (target == Target::kInput) finish_update(input, dense);
-  finish_update(running_mean, mean_buffer);
-  finish_update(running_var, var_buffer);
+  running.finish();
   return {output, statistics, mask};
+}
+
+void check_statistics(const at::Tensor& statistics, const at::Tensor& input) {
+  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.dim() == 2 &&
+                        statistics.size(0) == 2 && statistics.size(1) == input.size(1) &&
+                        statistics.device() == input.device(),
+                    "statistics must be contiguous float64 of shape (2, channels) on ", input.device());
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_constants(
@@ -179,13 +148,38 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_constants(
   if (target == Target::kInput) begin_update(input);
   const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
   const at::Tensor mean_dense = running_mean.contiguous(), var_dense = running_var.contiguous();
-  BatchNormForward args = forward_args(dense, output, statistics, weight_dense, bias_dense, mean_dense, var_dense, eps);
+  BatchNormForward args = forward_args(dense, output, statistics, weight_dense, bias_dense);
+  args.running_mean = channel_vector(mean_dense);
+  args.running_var = channel_vector(var_dense);
+  args.eps = eps;
   args.residual = data_of(residual_dense);
   args.activation = applied;
   args.mask = save_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   backend_of(input).batch_norm_inference(args, input.device());
   if (target == Target::kInput) finish_update(input, dense);
   return {output, statistics, mask};
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_by_statistics_kernels(
+    const at::Tensor& input, const at::Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, std::string_view activation, double activation_param, bool save_mask) {
+  check_input(input);
+  check_channels("weight", weight, input);
+  check_channels("bias", bias, input);
+  check_statistics(statistics, input);
+  const at::Tensor dense = with_view(input);
+  const OptionalTensor residual_dense = like_input("residual", residual, dense);
+  const Activation applied = activation_of(activation, activation_param);
+  at::Tensor output = empty_output_like(dense);
+  at::Tensor mask = empty_mask(input, save_mask);
+  if (input.numel() == 0) return {output, mask};
+  const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
+  BatchNormForward args = forward_args(dense, output, statistics, weight_dense, bias_dense);
+  args.residual = data_of(residual_dense);
+  args.activation = applied;
+  args.mask = save_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  backend_of(input).batch_norm_inference(args, input.device());
+  return {output, mask};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training_kernels(
@@ -228,14 +222,12 @@ at::Tensor batch_norm_inference_inplace_kernels(const at::Tensor& input, const O
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_kernels(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& statistics,
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output) {
+    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output,
+    const OptionalTensor& sums, const OptionalTensor& count) {
   check_input(input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
-  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.dim() == 2 &&
-                        statistics.size(0) == 2 && statistics.size(1) == input.size(1) &&
-                        statistics.device() == input.device(),
-                    "statistics must be contiguous float64 of shape (2, channels) on ", input.device());
+  check_statistics(statistics, input);
   const Activation applied = activation_of(activation, activation_param);
   TORCH_CHECK_VALUE(
       !mask || (gradient_is_by_sign(applied) && mask->scalar_type() == at::kByte && mask->dim() == 1 &&
@@ -244,6 +236,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_k
       ", and the activation's gradient one by sign");
   TORCH_CHECK_VALUE(!from_output || (can_be_undone(applied) && !residual && !mask),
                     "from_output needs an activation that can be undone, and neither residual nor mask");
+  const at::ScalarType sums_type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_VALUE(sums.has_value() == count.has_value() && (!sums || training), "sums and count belong together");
+  TORCH_CHECK_VALUE(!sums || (sums->scalar_type() == sums_type && sums->is_contiguous() && sums->dim() == 2 &&
+                              sums->size(0) == 2 && sums->size(1) == input.size(1) &&
+                              sums->device() == input.device() && !output_mask[1] && !output_mask[2]),
+                    "sums must be contiguous ", sums_type, " of shape (2, channels) on ", input.device());
+  TORCH_CHECK_VALUE(
+      !count || (count->scalar_type() == at::kLong && count->numel() == 1 && count->device() == input.device()),
+      "count must be one int64 on ", input.device());
 
   const at::Tensor dense = with_view(input);
   const OptionalTensor grad_dense = like_input("grad_output", grad_output, dense);
@@ -264,7 +265,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_k
   at::Tensor grad_weight = parameter_grad(output_mask[1]);
   at::Tensor grad_bias = parameter_grad(output_mask[2]);
   at::Tensor grad_residual = grad_like_input(output_mask[3]);
-  if (input.numel() == 0) return {grad_input, grad_weight, grad_bias, grad_residual};
+  const bool wanted = output_mask[0] || output_mask[1] || output_mask[2] || output_mask[3];
+  if (input.numel() == 0 || !wanted) return {grad_input, grad_weight, grad_bias, grad_residual};
 
   const OptionalTensor weight_dense = contiguous(weight), bias_dense = contiguous(bias);
   BatchNormBackward args{};
@@ -283,6 +285,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_k
   args.from_output = from_output;
   if (output_mask[1]) args.grad_weight = channel_vector(grad_weight);
   if (output_mask[2]) args.grad_bias = channel_vector(grad_bias);
+  if (sums) {
+    args.grad_weight = channel_vector(sums->select(0, 0));
+    args.grad_bias = channel_vector(sums->select(0, 1));
+    args.count = count->const_data_ptr<int64_t>();
+  }
   // The kernels write the residual's gradient on their way to the input's.
   at::Tensor unasked;
   if (output_mask[0] || output_mask[3]) {
@@ -315,6 +322,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference(
                  save_mask);
 }
 
+std::tuple<at::Tensor, at::Tensor> batch_norm_by_statistics(const at::Tensor& input, const at::Tensor& statistics,
+                                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                                            const OptionalTensor& residual, std::string_view activation,
+                                                            double activation_param, bool save_mask) {
+  static const auto op = find_operator<decltype(batch_norm_by_statistics)>("normfused::batch_norm_by_statistics");
+  return op.call(input, statistics, weight, bias, residual, activation, activation_param, save_mask);
+}
+
 at::Tensor batch_norm_training_(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                 const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
@@ -335,15 +350,17 @@ at::Tensor batch_norm_inference_(const at::Tensor& input, const OptionalTensor& 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& statistics,
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output) {
+    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output,
+    const OptionalTensor& sums, const OptionalTensor& count) {
   static const auto op = find_operator<decltype(batch_norm_backward)>("normfused::batch_norm_backward");
   return op.call(grad_output, input, weight, statistics, training, output_mask, bias, residual, mask, activation,
-                 activation_param, from_output);
+                 activation_param, from_output, sums, count);
 }
 
 TORCH_LIBRARY_IMPL(normfused, CPU, m) {
   m.impl("batch_norm_training", batch_norm_training_kernels);
   m.impl("batch_norm_inference", batch_norm_inference_kernels);
+  m.impl("batch_norm_by_statistics", batch_norm_by_statistics_kernels);
   m.impl("batch_norm_training_", batch_norm_training_inplace_kernels);
   m.impl("batch_norm_inference_", batch_norm_inference_inplace_kernels);
   m.impl("batch_norm_backward", batch_norm_backward_kernels);
@@ -353,6 +370,7 @@ TORCH_LIBRARY_IMPL(normfused, CPU, m) {
 TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
   m.impl("batch_norm_training", batch_norm_training_kernels);
   m.impl("batch_norm_inference", batch_norm_inference_kernels);
+  m.impl("batch_norm_by_statistics", batch_norm_by_statistics_kernels);
   m.impl("batch_norm_training_", batch_norm_training_inplace_kernels);
   m.impl("batch_norm_inference_", batch_norm_inference_inplace_kernels);
   m.impl("batch_norm_backward", batch_norm_backward_kernels);

@@ -35,6 +35,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference(
     const at::Tensor& running_var, double eps, const OptionalTensor& residual, std::string_view activation,
     double activation_param, bool save_mask);
 
+// Normalizes with `statistics`, whatever they are of. Returns output and mask; has no derivative of its own.
+std::tuple<at::Tensor, at::Tensor> batch_norm_by_statistics(const at::Tensor& input, const at::Tensor& statistics,
+                                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                                            const OptionalTensor& residual, std::string_view activation,
+                                                            double activation_param, bool save_mask);
+
 // The same in place: the output is written over the input. They return the statistics. With gradients the activation
 // must be one that can be undone.
 at::Tensor batch_norm_training_(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -49,10 +55,13 @@ at::Tensor batch_norm_inference_(const at::Tensor& input, const OptionalTensor& 
 // Gradients of input, weight, bias and residual, those that output_mask asks for; the others are empty. `bias` and
 // `residual` are not needed with a mask. Of `input` only the layout is used where neither the statistics nor weight nor
 // the activation have a gradient that depends on it. With `from_output` it is what forward gave instead: this needs an
-// activation that can be undone and weights that are not too small, and takes neither residual nor mask.
+// activation that can be undone and weights that are not too small, and takes neither residual nor mask. Where the
+// statistics were of more values than the input's, `count` says of how many, int64, and `sums`, float32 or float64 of
+// shape (2, C), are the gradients of weight and bias over all of those; their own are not computed then.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& statistics,
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output = false);
+    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output = false,
+    const OptionalTensor& sums = std::nullopt, const OptionalTensor& count = std::nullopt);
 
 }  // namespace normfused::ops

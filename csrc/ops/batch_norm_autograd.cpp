@@ -287,10 +287,11 @@ Outputs batch_norm_inference_autograd(const Tensor& input, const OptionalTensor&
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_autograd(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& statistics,
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output) {
+    const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output,
+    const OptionalTensor& sums, const OptionalTensor& count) {
   if (at::GradMode::is_enabled() && (needs_grad(grad_output) || needs_grad(input) || needs_grad(weight) ||
                                      needs_grad(bias) || needs_grad(residual))) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!from_output, "backward from the output has no derivative");
+    TORCH_CHECK_NOT_IMPLEMENTED(!from_output && !sums, "backward from the output or from sums has no derivative");
     const Mode mode{training, activation_of(activation, activation_param)};
     const auto results =
         BackwardFunction::apply(grad_output, input, weight, bias, residual, statistics, mask, mode, output_mask);
@@ -298,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_autograd(
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   return batch_norm_backward(grad_output, input, weight, statistics, training, output_mask, bias, residual, mask,
-                             activation, activation_param, from_output);
+                             activation, activation_param, from_output, sums, count);
 }
 
 }  // namespace

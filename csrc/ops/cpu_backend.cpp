@@ -25,6 +25,8 @@ const Backend kCpuBackend{
     run<BatchNormBackward, cpu::batch_norm_backward>,
     run<ChannelStats, cpu::channel_moments>,
     run<ChannelStats, cpu::channel_sums>,
+    run<PackMoments, cpu::pack_moments>,
+    run<MergeRanks, cpu::merge_ranks>,
     run<Standardize, cpu::standardize>,
     [](const LocalResponseNorm& args, const at::Device&) {
       cpu::local_response_norm(args, kParallel);

@@ -27,6 +27,8 @@ struct Cpu {
   void batch_norm_backward(const BatchNormBackward& args) { cpu::batch_norm_backward(args, kThreads); }
   void channel_moments(const ChannelStats& args) { cpu::channel_moments(args, kThreads); }
   void channel_sums(const ChannelStats& args) { cpu::channel_sums(args, kThreads); }
+  void pack_moments(const PackMoments& args) { cpu::pack_moments(args, kThreads); }
+  void merge_ranks(const MergeRanks& args) { cpu::merge_ranks(args, kThreads); }
   void standardize(const Standardize& args) { cpu::standardize(args, kThreads); }
   void local_response_norm(const LocalResponseNorm& args) { cpu::local_response_norm(args, kThreads); }
 };

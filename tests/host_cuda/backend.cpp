@@ -29,6 +29,8 @@ const ops::Backend ops::kCpuBackend{
     run<BatchNormBackward, cuda::batch_norm_backward>,
     run<ChannelStats, cuda::channel_moments>,
     run<ChannelStats, cuda::channel_sums>,
+    run<PackMoments, cuda::pack_moments>,
+    run<MergeRanks, cuda::merge_ranks>,
     run<Standardize, cuda::standardize>,
     [](const LocalResponseNorm& args, const at::Device& device) {
       if (cuda::plan_windows(args).chunk == 0) return false;

@@ -45,6 +45,8 @@ struct Cuda {
   }
   void channel_moments(const ChannelStats& args) const { start("channel_moments", cuda::channel_moments, args); }
   void channel_sums(const ChannelStats& args) const { start("channel_sums", cuda::channel_sums, args); }
+  void pack_moments(const PackMoments& args) const { start("pack_moments", cuda::pack_moments, args); }
+  void merge_ranks(const MergeRanks& args) const { start("merge_ranks", cuda::merge_ranks, args); }
   void local_response_norm(const LocalResponseNorm& args) const {
     start("local_response_norm", cuda::local_response_norm, args);
   }

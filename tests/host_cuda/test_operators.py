@@ -13,7 +13,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
-from host_build import HERE, KERNELS, ROOT, build, gcc
+from host_build import HERE, KERNELS, LAUNCHERS, ROOT, build, gcc
 from torch.utils import cpp_extension
 
 import normfused
@@ -22,13 +22,8 @@ SOURCES = [
     HERE / "backend.cpp",
     ROOT / "csrc/binding.cpp",
     *(path for path in sorted((ROOT / "csrc/ops").glob("*.cpp")) if path.name != "cpu_backend.cpp"),
-    *(
-        KERNELS / name
-        for name in (
-            *("batch_norm.cu", "channel_stats.cu", "local_response_norm.cu", "standardize.cu"),
-            *("plan.cpp", "traffic.cpp"),
-        )
-    ),
+    *LAUNCHERS,
+    KERNELS / "traffic.cpp",
 ]
 SUITES = [
     "test_batch_norm.py",
@@ -36,6 +31,7 @@ SUITES = [
     "test_local_response_norm.py",
     "test_modules.py",
     "test_numerics.py",
+    "test_ranks.py",
     "test_standardize.py",
 ]
 

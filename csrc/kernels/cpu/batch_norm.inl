@@ -233,11 +233,9 @@ void forward_table(const BatchNormForward& args, S* table, int64_t c0, int64_t n
   }
 }
 
-// Results are a mean and an M2. `factor` is the share of this batch in the running statistics.
-template <class S>
-void finish_training(const BatchNormForward& args, const Results& results, double factor, S* table, int64_t c0,
-                     int64_t n) {
-  const int64_t count = args.view.positions();
+// Results are a mean and an M2 of `count` values. `factor` is the share of this batch in the running statistics.
+void finish_statistics(const BatchStatistics& args, int64_t count, const Results& results, double factor, int64_t c0,
+                       int64_t n) {
   double running_mean[kEntries], running_var[kEntries];
   read(args.running_mean, c0, n, 0, running_mean);
   read(args.running_var, c0, n, 0, running_var);
@@ -257,7 +255,10 @@ void finish_training(const BatchNormForward& args, const Results& results, doubl
       args.skipped[c0 + i] += !is_finite(args.invstd[c0 + i]) || !is_finite(args.mean[c0 + i]);
   write(args.running_mean, c0, n, running_mean);
   write(args.running_var, c0, n, running_var);
-  forward_table(args, table, c0, n);
+}
+
+double count_batch(const BatchStatistics& args) {
+  return update_factor(args.momentum, args.num_batches_tracked ? ++*args.num_batches_tracked : 1);
 }
 
 // What is needed before any gradient has been read: forward's coefficients.
@@ -277,26 +278,36 @@ void prepare_backward(const BatchNormBackward& args, S* table, int64_t c0, int64
   }
 }
 
-// Results are the sums of GradSumsOp.
+// Results are the sums of GradSumsOp; null: the parameters' gradients are there already, and those of `count` values.
 template <class S>
-void finish_backward(const BatchNormBackward& args, const Results& results, S* table, int64_t c0, int64_t n) {
-  const int64_t channels = args.view.channels, count = args.view.positions();
+void finish_backward(const BatchNormBackward& args, const Results* results, int64_t count, S* table, int64_t c0,
+                     int64_t n) {
+  const int64_t channels = args.view.channels;
   double weight[kEntries], bias[kEntries], grad_weight[kEntries], grad_bias[kEntries];
   read(args.weight, c0, n, 1, weight);
   read(args.bias, c0, n, 0, bias);
+  if (results == nullptr) {
+    read(args.grad_weight, c0, n, 0, grad_weight);
+    read(args.grad_bias, c0, n, 0, grad_bias);
+  } else {
+    NF_NO_ALIASES
+    for (int64_t i = 0; i < n; ++i) {
+      grad_bias[i] = (*results)(0, c0 + i);
+      grad_weight[i] =
+          grad_weight_of<S>(normalization_of(args, c0 + i, weight[i], bias[i]), grad_bias[i], (*results)(1, c0 + i));
+    }
+    write(args.grad_weight, c0, n, grad_weight);
+    write(args.grad_bias, c0, n, grad_bias);
+  }
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const auto k = backward_coefficients<S>(normalization_of(args, c0 + i, weight[i], bias[i]), count,
-                                            results(0, c0 + i), results(1, c0 + i));
+    const auto k = backward_coefficients<S>(normalization_of(args, c0 + i, weight[i], bias[i]), count, grad_weight[i],
+                                            grad_bias[i]);
     table[Row::kScale * channels + c0 + i] = k.scale;
     table[Row::kPivot * channels + c0 + i] = k.pivot;
     table[Row::kSlope * channels + c0 + i] = k.slope;
     table[Row::kShift * channels + c0 + i] = k.shift;
-    grad_weight[i] = k.grad_weight;
-    grad_bias[i] = k.grad_bias;
   }
-  write(args.grad_weight, c0, n, grad_weight);
-  write(args.grad_bias, c0, n, grad_bias);
 }
 
 // Calls f with the answer as a constant.
@@ -325,7 +336,7 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
   const Workspace workspace(plan.position_units * Reduce::kSums * view.channels, 3 * view.channels * sizeof(S));
   const Results results{workspace.results, view.channels};
   S* const table = static_cast<S*>(workspace.table);
-  const double factor = update_factor(args.momentum, args.num_batches_tracked ? ++*args.num_batches_tracked : 1);
+  const double factor = count_batch(args);
 
   for_fused(args.fused(), [&](auto fused) {
     const auto normalize = normalize_op<fused(), T>(args);
@@ -334,7 +345,10 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
         moments, view, plan, parallel, results,
         [&](int64_t c0, int64_t c1) {
           repair_moments(moments, view, results, c0, c1);
-          for_entries(c0, c1, [&](int64_t c, int64_t n) { finish_training(args, results, factor, table, c, n); });
+          for_entries(c0, c1, [&](int64_t c, int64_t n) {
+            finish_statistics(args, view.positions(), results, factor, c, n);
+            forward_table(args, table, c, n);
+          });
         },
         [&](const Unit& unit) { apply(normalize, view, unit, table, streaming); });
   });
@@ -356,9 +370,11 @@ void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel
   const Workspace workspace(0, 3 * view.channels * sizeof(S));
   S* const table = static_cast<S*>(workspace.table);
   for_entries(0, view.channels, [&](int64_t c0, int64_t n) {
-    read(args.running_mean, c0, n, 0, args.mean + c0);
-    read(args.running_var, c0, n, 0, args.invstd + c0);
-    for (int64_t c = c0; c < c0 + n; ++c) args.invstd[c] = invstd_of(args.invstd[c], args.eps);
+    if (args.running_mean) {
+      read(args.running_mean, c0, n, 0, args.mean + c0);
+      read(args.running_var, c0, n, 0, args.invstd + c0);
+      for (int64_t c = c0; c < c0 + n; ++c) args.invstd[c] = invstd_of(args.invstd[c], args.eps);
+    }
     forward_table(args, table, c0, n);
   });
   for_fused(args.fused(), [&](auto fused) { apply_all(normalize_op<fused(), T>(args), view, parallel, table); });
@@ -380,13 +396,18 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
   const GradInputOp<T, kFused> through_statistics{gradient, grad_input, grad_residual};
   const ScaleOp<T, kFused> past_statistics{gradient, grad_input, grad_residual};
 
-  const bool reduces = args.training || args.grad_weight || args.grad_bias;
+  const bool reduces = args.count == nullptr && (args.training || args.grad_weight || args.grad_bias);
   const Plan plan = plan_reduction(view, sizeof(T), 2);
   const Workspace workspace(reduces ? plan.position_units * Reduce::kSums * view.channels : 0,
                             kRows<kFused> * view.channels * sizeof(S));
   S* const table = static_cast<S*>(workspace.table);
   if (kFused || !reduces)
     for_entries(0, view.channels, [&](int64_t c0, int64_t n) { prepare_backward<S, kFused>(args, table, c0, n); });
+  if (args.count != nullptr) {
+    for_entries(0, view.channels,
+                [&](int64_t c0, int64_t n) { finish_backward(args, nullptr, *args.count, table, c0, n); });
+    return apply_all(through_statistics, view, parallel, table);
+  }
   if (!reduces) return apply_all(past_statistics, view, parallel, table);
 
   const Reduce sums{gradient, args.mean, table, view.channels};
@@ -395,7 +416,8 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
   sweep(
       sums, view, plan, parallel, results,
       [&](int64_t c0, int64_t c1) {
-        for_entries(c0, c1, [&](int64_t c, int64_t n) { finish_backward(args, results, table, c, n); });
+        for_entries(c0, c1,
+                    [&](int64_t c, int64_t n) { finish_backward(args, &results, view.positions(), table, c, n); });
       },
       [&](const Unit& unit) {
         if (grad_input == nullptr) return;

@@ -131,37 +131,38 @@ void repair_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, 
   }
 }
 
-// Reduces all of a tensor and writes row k of the results to args.results[k].
-template <class Op, class Repair>
-void channel_stats(const Op& op, const ChannelStats& args, int64_t itemsize, const Parallel& parallel,
-                   const Repair& repair) {
-  const ChannelView& view = args.view;
+// Reduces all of a tensor; finish(results, c0, c1) is called once for every channel.
+template <class Op, class Finish>
+void reduce_all(const Op& op, const ChannelView& view, int64_t itemsize, const Parallel& parallel,
+                const Finish& finish) {
   const Plan plan = plan_reduction(view, itemsize, 1);
   const Workspace workspace(plan.position_units * Op::kSums * view.channels, 0);
   const Results results{workspace.results, view.channels};
   sweep(
-      op, view, plan, parallel, results,
-      [&](int64_t c0, int64_t c1) {
-        repair(results, c0, c1);
-        for (int64_t k = 0; k < Op::kSums; ++k)
-          for (int64_t c = c0; c < c1; ++c) static_cast<double*>(args.results[k])[c] = results(k, c);
-      },
-      [](const Unit&) {});
+      op, view, plan, parallel, results, [&](int64_t c0, int64_t c1) { finish(results, c0, c1); }, [](const Unit&) {});
+}
+
+// Row k of the results to args.results[k].
+void write_results(const ChannelStats& args, const Results& results, int64_t c0, int64_t c1) {
+  for (int64_t k = 0; k < 4; ++k)
+    for (int64_t c = c0; c < c1; ++c) static_cast<double*>(args.results[k])[c] = results(k, c);
 }
 
 template <class T>
 void channel_moments(const ChannelStats& args, const Parallel& parallel) {
   const MomentsOp<T, true> op{static_cast<const T*>(args.input)};
-  channel_stats(op, args, sizeof(T), parallel, [&](const Results& results, int64_t c0, int64_t c1) {
+  reduce_all(op, args.view, sizeof(T), parallel, [&](const Results& results, int64_t c0, int64_t c1) {
     repair_moments(op, args.view, results, c0, c1);
+    write_results(args, results, c0, c1);
   });
 }
 
 template <class T>
 void channel_sums(const ChannelStats& args, const Parallel& parallel) {
   const SumsOp<T> op{static_cast<const T*>(args.input)};
-  channel_stats(op, args, sizeof(T), parallel, [&](const Results& results, int64_t c0, int64_t c1) {
+  reduce_all(op, args.view, sizeof(T), parallel, [&](const Results& results, int64_t c0, int64_t c1) {
     for (int64_t c = c0; c < c1; ++c)
       if (results(1, c) != results(1, c)) results(2, c) = results(3, c) = results(1, c);
+    write_results(args, results, c0, c1);
   });
 }

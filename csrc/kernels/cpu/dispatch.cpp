@@ -73,6 +73,13 @@ void channel_sums(const ChannelStats& args, const Parallel& parallel) {
 
 void standardize(const Standardize& args, const Parallel& parallel) { chosen().kernels().standardize(args, parallel); }
 
+void pack_moments(const PackMoments& args, const Parallel& parallel) {
+  kernels_for(args.dtype).pack_moments(args, parallel);
+}
+
+// Never with fused multiplications: on machines of different kinds, too, ranks are to come to the same bits.
+void merge_ranks(const MergeRanks& args, const Parallel&) { baseline::kernels().merge_ranks(args); }
+
 void local_response_norm(const LocalResponseNorm& args, const Parallel& parallel) {
   kernels_for(args.dtype).local_response_norm(args, parallel);
 }

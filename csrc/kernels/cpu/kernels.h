@@ -10,7 +10,7 @@ namespace normfused::cpu {
 // Needs at least two values per channel.
 void batch_norm_training(const BatchNormForward& args, const Parallel& parallel);
 
-// Normalizes with running_mean and running_var, which must be there.
+// Normalizes with running_mean and running_var, or without them with mean and invstd.
 void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel);
 
 // Writes those gradients that are asked for.
@@ -21,6 +21,10 @@ void channel_moments(const ChannelStats& args, const Parallel& parallel);
 
 // Per channel, in one read: sum, sum of squares, least and greatest value; in double, of integers exactly in int64.
 void channel_sums(const ChannelStats& args, const Parallel& parallel);
+
+// A rank's moments in one read, and the statistics of all ranks: equal to the bit on each.
+void pack_moments(const PackMoments& args, const Parallel& parallel);
+void merge_ranks(const MergeRanks& args, const Parallel& parallel);
 
 void standardize(const Standardize& args, const Parallel& parallel);
 

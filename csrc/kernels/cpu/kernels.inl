@@ -29,19 +29,26 @@ namespace {
 
 #include "kernels/cpu/batch_norm.inl"
 
+#include "kernels/cpu/ranks.inl"
+
 #include "kernels/cpu/local_response_norm.inl"
 
 template <class T>
 constexpr KernelsOf make_kernels() {
-  return {batch_norm_training<T>, batch_norm_inference<T>, batch_norm_backward<T>,
-          channel_moments<T>,     channel_sums<T>,         local_response_norm<T>};
+  return {batch_norm_training<T>, batch_norm_inference<T>, batch_norm_backward<T>, channel_moments<T>,
+          channel_sums<T>,        pack_moments<T>,         local_response_norm<T>};
 }
 
 }  // namespace
 
 const KernelTable& kernels() {
-  static constexpr KernelTable table{make_kernels<float>(),    make_kernels<double>(), make_kernels<Half>(),
-                                     make_kernels<BFloat16>(), integer_sums_of,        standardize};
+  static constexpr KernelTable table{make_kernels<float>(),
+                                     make_kernels<double>(),
+                                     make_kernels<Half>(),
+                                     make_kernels<BFloat16>(),
+                                     integer_sums_of,
+                                     standardize,
+                                     merge_ranks};
   return table;
 }
 

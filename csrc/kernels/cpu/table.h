@@ -12,6 +12,7 @@ struct KernelsOf {
   void (*batch_norm_backward)(const BatchNormBackward&, const Parallel&);
   void (*channel_moments)(const ChannelStats&, const Parallel&);
   void (*channel_sums)(const ChannelStats&, const Parallel&);
+  void (*pack_moments)(const PackMoments&, const Parallel&);
   void (*local_response_norm)(const LocalResponseNorm&, const Parallel&);
 };
 
@@ -19,6 +20,7 @@ struct KernelTable {
   KernelsOf float32, float64, float16, bfloat16;
   void (*integer_sums)(const ChannelStats&, const Parallel&);
   void (*standardize)(const Standardize&, const Parallel&);
+  void (*merge_ranks)(const MergeRanks&);
 };
 
 namespace baseline {

@@ -82,9 +82,10 @@ cudaError_t batch_norm_backward(const BatchNormBackward& args, Resources& resour
     using T = typename decltype(type)::type;
     using GradInput = GradInputOp<T, fused()>;
     using S = typename GradInput::S;
-    const bool reduces = args.training || args.grad_weight || args.grad_bias;
+    const bool reduces = args.count == nullptr && (args.training || args.grad_weight || args.grad_bias);
     const T* const grad_output = static_cast<const T*>(args.grad_output);
-    const T* const input = reduces || args.mask == nullptr ? static_cast<const T*>(args.input) : nullptr;
+    const T* const input =
+        args.training || reduces || args.mask == nullptr ? static_cast<const T*>(args.input) : nullptr;
     const T* const residual = static_cast<const T*>(args.residual);
     T* const grad_input = static_cast<T*>(args.grad_input);
     T* const grad_residual = static_cast<T*>(args.grad_residual);
@@ -102,6 +103,8 @@ cudaError_t batch_norm_backward(const BatchNormBackward& args, Resources& resour
     cudaError_t error = cudaSuccess;
     if (fused() || !reduces)
       error = for_each_channel(PrepareBackward<S, fused()>{args, table}, args.view.channels, resources.stream);
+    if (error == cudaSuccess && args.count != nullptr)
+      error = for_each_channel(FinishBackward<S>{args, table}, args.view.channels, resources.stream);
     if (error != cudaSuccess) return error;
     if (!reduces) return apply_last();
 

@@ -298,12 +298,29 @@ NF_DEVICE void write_row(S* table, int64_t channels, int64_t c, const ForwardCoe
   table[2 * channels + c] = k.shift;
 }
 
+// From args.mean and args.invstd.
 template <class S>
-NF_DEVICE void write_forward(const BatchNormForward& args, S* table, int64_t c, double mean, double invstd) {
-  args.mean[c] = mean;
-  args.invstd[c] = invstd;
+NF_DEVICE void write_forward(const BatchNormForward& args, S* table, int64_t c) {
   write_row(table, args.view.channels, c,
-            forward_coefficients<S>({mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0)}));
+            forward_coefficients<S>({args.mean[c], args.invstd[c], read(args.weight, c, 1), read(args.bias, c, 0)}));
+}
+
+NF_DEVICE void finish_statistics(const BatchStatistics& args, int64_t c, const Moments& moments) {
+  const double variance = biased_variance(moments);
+  if (args.running_mean) {
+    // The counter is read only where its update is left to a later launch.
+    const bool cumulative = args.momentum != args.momentum;
+    const double factor = update_factor(args.momentum, cumulative ? *args.num_batches_tracked + 1 : 1);
+    const double new_var = corrected(variance, moments.count, args.correction);
+    if (args.skipped != nullptr && !is_finite(variance)) {
+      ++args.skipped[c];
+    } else {
+      write(args.running_mean, c, running_average(read(args.running_mean, c, 0), moments.mean, factor));
+      write(args.running_var, c, running_average(read(args.running_var, c, 0), new_var, factor));
+    }
+  }
+  args.mean[c] = moments.mean;
+  args.invstd[c] = invstd_of(variance, args.eps);
 }
 
 // Results are a mean and an M2.
@@ -313,40 +330,35 @@ struct FinishTraining {
   S* table;
 
   NF_DEVICE void operator()(int64_t c, const double (&results)[2]) const {
-    const int64_t count = args.view.positions();
-    const double variance = biased_variance({count, results[0], results[1]});
-    if (args.running_mean) {
-      // The counter is read only where the plan leaves its update to the next launch, see batch_norm.cu.
-      const bool cumulative = args.momentum != args.momentum;
-      const double factor = update_factor(args.momentum, cumulative ? *args.num_batches_tracked + 1 : 1);
-      const double new_var = corrected(variance, count, args.correction);
-      if (args.skipped != nullptr && !is_finite(variance)) {
-        ++args.skipped[c];
-      } else {
-        write(args.running_mean, c, running_average(read(args.running_mean, c, 0), results[0], factor));
-        write(args.running_var, c, running_average(read(args.running_var, c, 0), new_var, factor));
-      }
-    }
-    write_forward(args, table, c, results[0], invstd_of(variance, args.eps));
+    finish_statistics(args, c, {args.view.positions(), results[0], results[1]});
+    write_forward(args, table, c);
   }
 };
 
-// Results are the sums of GradSumsOp.
+// Results are the sums of GradSumsOp; without them the parameters' gradients are there already, of *args.count values.
 template <class S>
 struct FinishBackward {
   BatchNormBackward args;
   S* table;
 
   NF_DEVICE void operator()(int64_t c, const double (&sums)[2]) const {
+    const Normalization n = normalization_of(args, c, read(args.weight, c, 1), read(args.bias, c, 0));
+    const double grad_weight = grad_weight_of<S>(n, sums[0], sums[1]);
+    write(args.grad_weight, c, grad_weight);
+    write(args.grad_bias, c, sums[0]);
+    write_coefficients(c, backward_coefficients<S>(n, args.view.positions(), grad_weight, sums[0]));
+  }
+  NF_DEVICE void operator()(int64_t c) const {
+    const Normalization n = normalization_of(args, c, read(args.weight, c, 1), read(args.bias, c, 0));
+    write_coefficients(
+        c, backward_coefficients<S>(n, *args.count, read(args.grad_weight, c, 0), read(args.grad_bias, c, 0)));
+  }
+  NF_DEVICE void write_coefficients(int64_t c, const BackwardCoefficients<S>& k) const {
     const int64_t channels = args.view.channels;
-    const auto k = backward_coefficients<S>(normalization_of(args, c, read(args.weight, c, 1), read(args.bias, c, 0)),
-                                            args.view.positions(), sums[0], sums[1]);
     table[Row::kScale * channels + c] = k.scale;
     table[Row::kPivot * channels + c] = k.pivot;
     table[Row::kSlope * channels + c] = k.slope;
     table[Row::kShift * channels + c] = k.shift;
-    write(args.grad_weight, c, k.grad_weight);
-    write(args.grad_bias, c, k.grad_bias);
   }
 };
 
@@ -363,14 +375,18 @@ cudaError_t for_each_channel(const F& function, int64_t channels, cudaStream_t s
   return launch(LaunchConfig{dim3(blocks), dim3(kThreads), stream}, each_channel<F>, function, channels);
 }
 
-// Coefficients from the running statistics.
+// Coefficients from the running statistics, where they are there.
 template <class S>
 struct PrepareInference {
   BatchNormForward args;
   S* table;
 
   NF_DEVICE void operator()(int64_t c) const {
-    write_forward(args, table, c, read(args.running_mean, c, 0), invstd_of(read(args.running_var, c, 0), args.eps));
+    if (args.running_mean) {
+      args.mean[c] = read(args.running_mean, c, 0);
+      args.invstd[c] = invstd_of(read(args.running_var, c, 0), args.eps);
+    }
+    write_forward(args, table, c);
   }
 };
 

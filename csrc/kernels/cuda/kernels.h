@@ -33,6 +33,9 @@ cudaError_t channel_moments(const ChannelStats& args, Resources& resources);
 // Integer dtypes: the results are int64.
 cudaError_t channel_sums(const ChannelStats& args, Resources& resources);
 
+cudaError_t pack_moments(const PackMoments& args, Resources& resources);
+cudaError_t merge_ranks(const MergeRanks& args, Resources& resources);
+
 // One launch for each 128 channels; mean and std are in the host's memory.
 cudaError_t standardize(const Standardize& args, Resources& resources);
 

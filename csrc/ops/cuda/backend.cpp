@@ -81,6 +81,7 @@ std::string extents(const Args& args) {
 std::string extents(const Standardize& args) {
   return c10::str(args.images, " images of ", args.channels, " x ", args.pixels, " values");
 }
+std::string extents(const MergeRanks& args) { return c10::str(args.ranks, " ranks of ", args.channels, " channels"); }
 
 template <class Args>
 void run(const char* name, cudaError_t (*kernel)(const Args&, cuda::Resources&), const Args& args,
@@ -109,6 +110,8 @@ const Backend kCudaBackend{
       run("channel_moments", cuda::channel_moments, args, device);
     },
     [](const ChannelStats& args, const at::Device& device) { run("channel_sums", cuda::channel_sums, args, device); },
+    [](const PackMoments& args, const at::Device& device) { run("pack_moments", cuda::pack_moments, args, device); },
+    [](const MergeRanks& args, const at::Device& device) { run("merge_ranks", cuda::merge_ranks, args, device); },
     [](const Standardize& args, const at::Device& device) { run("standardize", cuda::standardize, args, device); },
     [](const LocalResponseNorm& args, const at::Device& device) {
       if (cuda::plan_windows(args).chunk == 0) return false;

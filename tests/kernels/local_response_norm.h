@@ -1,0 +1,52 @@
+// Local response normalization.
+#pragma once
+
+#include "values.h"
+
+namespace normfused::testing {
+
+// Local response normalization, forward and backward. Each call takes another window and another power.
+template <class T, class Backend>
+void run_local_response_norm(Backend& backend, const Case<T>& data, int64_t offset) {
+  static int turn = 0;
+  const ChannelView& view = data.view;
+  const int64_t n = view.numel(), sizes[] = {5, 1, 2, 9, 4, view.channels < 20 ? 2 * view.channels + 3 : 3};
+  const double betas[] = {0.75, 0.6, 0.5, 1, 2.3};
+  const int64_t size = sizes[turn % 6];
+  const double alpha = 1.5, beta = betas[turn % 5], k = 0.5, scale = alpha / static_cast<double>(size);
+  ++turn;
+  current += " window " + std::to_string(size) + " beta " + std::to_string(beta);
+  const auto channel = [&](int64_t i, int64_t by) { return i + by * view.inner; };  // the value so many channels on
+  // Sums f over the channels from `before` before to `after` after that of value i.
+  const auto window_sum = [&](int64_t i, int64_t before, int64_t after, const auto& f) {
+    double sum = 0;
+    for (int64_t by = -before; by <= after; ++by)
+      if (data.channel(i) + by >= 0 && data.channel(i) + by < view.channels) sum += f(channel(i, by));
+    return sum;
+  };
+  const int64_t before = size / 2, after = (size - 1) / 2;
+  std::vector<double> base(n);
+  for (int64_t i = 0; i < n; ++i)
+    base[i] = k + scale * window_sum(i, before, after, [&](int64_t j) { return data.x(j) * data.x(j); });
+  const auto share = [&](int64_t j) { return data.g(j) * data.x(j) * std::pow(base[j], -beta - 1); };
+
+  const double epsilon = Format<T>::epsilon, rounding = Format<T>::dtype == DType::kFloat64 ? 6e-16 : 6e-8;
+  Buffer<T> output(n, offset);
+  for (const bool backward : {false, true}) {
+    backend.local_response_norm({view, Format<T>::dtype, data.input.data, backward ? data.grad.data : nullptr,
+                                 output.data, size, alpha, beta, k});
+    for (int64_t i = 0; i < n; ++i) {
+      const double factor = std::pow(base[i], -beta), direct = (backward ? data.g(i) : data.x(i)) * factor;
+      double want = direct, magnitude = std::abs(direct);
+      if (backward) {
+        const double times = 2 * scale * beta * data.x(i);
+        want -= times * window_sum(i, after, before, share);
+        magnitude += times * window_sum(i, after, before, [&](int64_t j) { return std::abs(share(j)); });
+      }
+      expect_near(backward ? "gradient" : "output", i, decode(output.data + i), want,
+                  1.1 * epsilon * std::abs(want) + rounding * (1 + 6 * magnitude));
+    }
+  }
+}
+
+}  // namespace normfused::testing
