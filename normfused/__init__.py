@@ -3,8 +3,9 @@
 from normfused import functional, reference, transforms
 from normfused._extension import info
 from normfused._version import __version__
-from normfused.convert import Conversion, convert, fold_bn, revert
+from normfused.convert import Conversion, convert, convert_sync_batchnorm, fold_bn, revert
 from normfused.dataset import dataset_stats
+from normfused.distributed import SyncBatchNorm, sync_running_stats
 from normfused.functional import (
     ChannelMoments,
     ChannelSums,
@@ -25,10 +26,12 @@ __all__ = [
     "ChannelSums",
     "Conversion",
     "LocalResponseNorm",
+    "SyncBatchNorm",
     "__version__",
     "channel_moments",
     "channel_sums",
     "convert",
+    "convert_sync_batchnorm",
     "dataset_stats",
     "fold_bn",
     "functional",
@@ -38,5 +41,6 @@ __all__ = [
     "revert",
     "standardize",
     "standardize_",
+    "sync_running_stats",
     "transforms",
 ]

@@ -113,8 +113,10 @@ def _batch_norm_backward(
     activation: str = "identity",
     activation_param: float = 0.0,
     from_output: bool = False,
+    sums: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_device(input, grad_output, weight, statistics, bias, residual, mask)
+    _check_device(input, grad_output, weight, statistics, bias, residual, mask, sums, count)
     if weight is not None:
         dtype = weight.dtype
     else:
@@ -126,6 +128,44 @@ def _batch_norm_backward(
         input.new_empty((input.size(1) if wanted else 0,), dtype=dtype) for wanted in output_mask[1:3]
     )
     return grad_input, grad_weight, grad_bias, grad_residual
+
+
+@torch.library.register_fake("normfused::batch_norm_by_statistics")
+def _batch_norm_by_statistics(
+    input: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check_device(input, statistics, weight, bias, residual)
+    return _output_like(input), _mask(input, save_mask)
+
+
+@torch.library.register_fake("normfused::pack_moments")
+def _pack_moments(input: Tensor) -> Tensor:
+    words = 1 + (2 if input.dtype == torch.float64 else 1) * input.size(1)
+    return input.new_empty((words,), dtype=torch.int64)
+
+
+@torch.library.register_fake("normfused::merge_ranks")
+def _merge_ranks(
+    words: Tensor,
+    channels: int,
+    own_count: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    correction: int = 1,
+    skipped: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check_device(words, running_mean, running_var, num_batches_tracked, skipped)
+    return words.new_empty((2, channels), dtype=torch.float64), words.new_empty(())
 
 
 @torch.library.register_fake("normfused::local_response_norm")
@@ -163,6 +203,9 @@ def _standardize(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
+    if input.dim() == 3:
+        one: Tensor = _standardize(input.unsqueeze(0), mean, std, scale, dtype, memory_format)
+        return one.squeeze(0)
     if memory_format in (None, torch.preserve_format):
         memory_format = torch._prims_common.suggest_memory_format(with_view(input))
     dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)

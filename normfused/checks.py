@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.autograd import forward_ad
 
 from normfused import _extension
@@ -23,6 +25,14 @@ def check_device(input: Tensor) -> None:
     """Raise ``RuntimeError`` for a CUDA tensor where the extension has no CUDA kernels."""
     if input.is_cuda and _extension.C is not None and not _extension.C.has_cuda():
         raise RuntimeError(_extension.no_cuda_message())
+
+
+def check_group(who: str, group: Any) -> None:
+    """Raise ``RuntimeError`` where this process is not in the process group; ``None``: that of all processes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise RuntimeError(f"{who} needs a process group: call torch.distributed.init_process_group first")
+    if distributed.get_rank(group) < 0:
+        raise RuntimeError(f"{who}: this process is not in the group")
 
 
 def check_can_be_overwritten(who: str, input: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,14 +16,16 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normfused import modules
+from normfused.distributed import SyncBatchNorm
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS
 
-__all__ = ["Conversion", "convert", "fold_bn", "kept_for_backward", "revert"]
+__all__ = ["Conversion", "convert", "convert_sync_batchnorm", "fold_bn", "kept_for_backward", "revert"]
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: modules.BatchNorm1d,
     nn.BatchNorm2d: modules.BatchNorm2d,
     nn.BatchNorm3d: modules.BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
 }
 _STOCK = {ours: stock for stock, ours in _OURS.items()}
 
@@ -63,7 +66,7 @@ def convert(
     inplace: bool = False,
     example_inputs: tuple[Any, ...] | None = None,
 ) -> Conversion:
-    """Make every ``torch.nn.BatchNorm1d/2d/3d`` in ``model`` ours, and fuse what follows it.
+    """Make every ``torch.nn.BatchNorm1d/2d/3d`` and ``SyncBatchNorm`` in ``model`` ours, and fuse what follows it.
 
     The layers change their class in place: parameters, buffers, training flag, hooks, names and sharing are as before.
     Subclasses of torch.nn's layers are left alone and named in the report.
@@ -106,8 +109,54 @@ def convert(
     return report
 
 
+def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
+    """Make every batch norm in ``model`` a :class:`normfused.SyncBatchNorm`, of any number of dimensions.
+
+    torch.nn's layers and ours change their class in place: parameters, buffers, activations, training flag, hooks,
+    names and sharing are as before. Subclasses are left alone, with a warning. :func:`revert` undoes it.
+
+    Args:
+        model: any module; its layers are changed. A layer by itself will do.
+        process_group: over which they are synchronized; default all processes.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module. ValueError: a layer that writes over its input (``inplace=True``), before
+        any layer is changed.
+
+    Warns:
+        RuntimeWarning: a batch norm of another class, which is left alone.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert_sync_batchnorm: model must be a torch.nn.Module, got {type(model).__name__}")
+    norms: list[tuple[str, Any]] = [
+        (path, m) for path, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)
+    ]
+    for path, layer in norms:
+        if getattr(layer, "inplace", False):
+            raise ValueError(f"convert_sync_batchnorm: {path or 'model'} has inplace=True, and cannot be synchronized")
+    for path, layer in norms:
+        if type(layer) in (*_OURS, *_STOCK):
+            if not isinstance(layer, SyncBatchNorm):
+                layer.converted_from = type(layer)
+                layer.__class__ = SyncBatchNorm
+            layer.path, layer.process_group = path, process_group
+        else:
+            warnings.warn(
+                f"convert_sync_batchnorm leaves {path or 'model'} alone: {type(layer).__name__} is not one of "
+                "torch.nn's plain batch norms or ours",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return model
+
+
 def revert(model: nn.Module) -> nn.Module:
-    """Undo :func:`convert`: our batch norms become torch.nn's, and fused graphs the modules that they were made from.
+    """Undo :func:`convert` and :func:`convert_sync_batchnorm`.
+
+    Our batch norms become torch.nn's, and fused graphs the modules that they were made from.
 
     Layers that were built with an activation or another option of ours keep their class, because torch.nn's have none.
     Returns the model, which is another object where ``model`` is a fused graph.
@@ -119,6 +168,11 @@ def revert(model: nn.Module) -> nn.Module:
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
     model = _sources(model)
     for module in model.modules():
+        before = getattr(module, "converted_from", None) if type(module) is SyncBatchNorm else None
+        if before is not None:
+            module.__class__ = before
+            for name in ("converted_from", "path", "process_group"):
+                del module.__dict__[name]
         stock = _STOCK.get(type(module))
         if stock is not None and not modules.own_options(module):
             module.__class__ = stock

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from normfused.checks import check_group
 from normfused.images import guess_layout
 from normfused.stats import NONFINITE, ChannelStats, measure
 
@@ -34,6 +35,7 @@ def dataset_stats(
     batch_size: int = 64,
     num_workers: int = 0,
     progress: bool | None = None,
+    group: Any = None,
 ) -> ChannelStats:
     """The statistics of a whole data set.
 
@@ -53,12 +55,15 @@ def dataset_stats(
             any ``DataLoader``. The result is the same to the bit; of an iterable dataset's floating values, to
             rounding.
         progress: whether to show a progress bar, which needs ``tqdm``. Default: where stderr is a terminal.
+        group: a process group of :mod:`torch.distributed`, such as ``torch.distributed.group.WORLD``, whose ranks share
+            the data out: each reads a part of its own, and all get the same result. Of what cannot be indexed, each
+            rank is to give its own part. Default: this process reads all.
 
     Raises:
         ValueError: no images; an item that cannot be used, whose number the text gives; ``num_workers`` for data that
             cannot be shared out.
         TypeError: an item of a type that is not supported.
-        RuntimeError: an item that the dataset fails to give.
+        RuntimeError: an item that the dataset fails to give; an error of another rank of ``group``.
 
     Warns:
         RuntimeWarning: NaN or infinity in the images; Ctrl-C.
@@ -66,13 +71,25 @@ def dataset_stats(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     is_indexed = not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    total = len(data) if is_indexed else None
-    parts: Iterable[Part]
-    if isinstance(data, (Tensor, np.ndarray)):
-        parts = _stack_parts(data, layout, scale, batch_size)
-    else:
-        parts = _dataset_parts(data, _Reader(layout, scale, key), total, batch_size, num_workers)
-    stats = collect(parts, scale, total, progress)
+    items = range(len(data)) if is_indexed else None
+    if group is not None:
+        check_group("dataset_stats", group)
+        rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
+        progress = progress if rank == 0 else False
+        if items is not None:
+            items = items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
+    own, total = (None, None) if items is None else (len(items), len(data))
+
+    def read() -> ChannelStats:
+        parts: Iterable[Part]
+        if isinstance(data, (Tensor, np.ndarray)):
+            assert items is not None
+            parts = _stack_parts(data, items, layout, scale, batch_size)
+        else:
+            parts = _dataset_parts(data, _Reader(layout, scale, key), items, batch_size, num_workers)
+        return collect(parts, scale, own, progress)
+
+    stats = read() if group is None else _of_all_ranks(read, group)
     if stats.images and stats.nonfinite.any():
         warnings.warn(NONFINITE, RuntimeWarning, stacklevel=2)
     if not stats.complete:
@@ -80,6 +97,29 @@ def dataset_stats(
         warnings.warn(f"interrupted: the statistics are those of {done} images", RuntimeWarning, stacklevel=2)
     elif not stats.images:
         raise ValueError("data holds no images")
+    return stats
+
+
+def _of_all_ranks(read: Callable[[], ChannelStats], group: Any) -> ChannelStats:
+    """What all ranks read. The error of one is an error of all, because all wait for it."""
+    failure = None
+    own: ChannelStats | str
+    try:
+        own = read()
+    except Exception as error:
+        own, failure = repr(error), error
+    outcomes: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(outcomes, own, group=group)
+    if failure is not None:
+        raise failure
+    stats = ChannelStats(outcomes[0].scale if isinstance(outcomes[0], ChannelStats) else None)
+    for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, str):
+            raise RuntimeError(f"rank {rank}: {outcome}")
+        try:
+            stats.merge(outcome)
+        except ValueError as error:
+            raise ValueError(f"rank {rank}: {error}") from error
     return stats
 
 
@@ -112,7 +152,7 @@ def progress_bar(total: int | None, wanted: bool | None) -> Iterator[Callable[[i
 
 
 def _stack_parts(
-    images: Tensor | np.ndarray, layout: str | None, scale: float | None, batch_size: int
+    images: Tensor | np.ndarray, items: range, layout: str | None, scale: float | None, batch_size: int
 ) -> Iterator[Part]:
     """Of images with a first dimension N, ``batch_size`` at a time or more."""
     layout = layout or guess_layout(images)
@@ -121,8 +161,8 @@ def _stack_parts(
             f"data of shape {tuple(images.shape)} is one image as {layout}: pass layout='NHW' for many grayscale ones"
         )
     step = max(batch_size, _VALUES_AT_A_TIME * len(images) // max(1, math.prod(images.shape)))
-    for first in range(0, len(images), step):
-        yield f"item {first}", measure(images[first : first + step], layout, scale)
+    for first in items[::step]:
+        yield f"item {first}", measure(images[first : min(first + step, items.stop)], layout, scale)
 
 
 class _Reader(NamedTuple):
@@ -161,19 +201,19 @@ def _naming(index: int) -> Iterator[None]:
 class _Batches(Dataset[Part]):
     """The statistics of a map-style dataset's items, some at a time."""
 
-    def __init__(self, data: Sequence[Any], reader: _Reader, batch_size: int) -> None:
-        self.data, self.reader, self.batch_size = data, reader, batch_size
+    def __init__(self, data: Sequence[Any], items: range, reader: _Reader, batch_size: int) -> None:
+        self.data, self.items, self.reader, self.batch_size = data, items, reader, batch_size
 
     def __len__(self) -> int:
-        return math.ceil(len(self.data) / self.batch_size)
+        return math.ceil(len(self.items) / self.batch_size)
 
     def __getitem__(self, batch: int) -> Part:
-        first = batch * self.batch_size
+        items = self.items[batch * self.batch_size :][: self.batch_size]
         stats = ChannelStats(self.reader.scale)
-        for index in range(first, min(first + self.batch_size, len(self.data))):
+        for index in items:
             with _naming(index):
                 self.reader.add(self.data[index], stats)
-        return f"item {first}", stats
+        return f"item {items.start}", stats
 
 
 class _Stream(IterableDataset[Part]):
@@ -190,9 +230,11 @@ class _Stream(IterableDataset[Part]):
             yield f"item {index}", stats
 
 
-def _dataset_parts(data: Any, reader: _Reader, total: int | None, batch_size: int, num_workers: int) -> Iterable[Part]:
-    if num_workers and total is None and not isinstance(data, IterableDataset):
+def _dataset_parts(
+    data: Any, reader: _Reader, items: range | None, batch_size: int, num_workers: int
+) -> Iterable[Part]:
+    if num_workers and items is None and not isinstance(data, IterableDataset):
         raise ValueError(f"num_workers={num_workers} needs a dataset or a sequence, got {type(data).__name__}")
-    source: Dataset[Part] = _Stream(data, reader) if total is None else _Batches(data, reader, batch_size)
+    source: Dataset[Part] = _Stream(data, reader) if items is None else _Batches(data, items, reader, batch_size)
     # A generator of its own: the random numbers of all others stay as they are.
     return DataLoader(source, batch_size=None, num_workers=num_workers, generator=torch.Generator())

@@ -168,19 +168,18 @@ def named_batch_norm(
             nonfinite_batches,
             inplace,
         )
-    _check_shape(name, ranks, input, training and mask is None, running_mean is not None)
+    check_shape(name, ranks, input, training and mask is None, running_mean is not None)
     if inplace:
         _check_inplace(name, input, residual, mask, activation, activation_param)
     if mask is not None:
-        # The positions that are there, as the rows of a matrix.
-        _check_mask(name, mask, input)
-        if residual is not None:
-            _check_residual(input, residual)
-            residual = residual.movedim(1, -1)[mask]
+        check_mask(name, mask, input)
+        if input.numel() != 0 and not mask.any():
+            raise ValueError(f"{name}: mask has no valid position")
+        rows, residual_rows = masked_rows(mask, input, residual)
         rows = named_batch_norm(
             name,
             None,
-            input.movedim(1, -1)[mask],
+            rows,
             running_mean,
             running_var,
             weight,
@@ -189,15 +188,14 @@ def named_batch_norm(
             momentum,
             eps,
             num_batches_tracked,
-            residual,
+            residual_rows,
             activation,
             activation_param,
             None,
             running_var_correction,
             nonfinite_batches,
         )
-        output = rows.new_zeros(input.movedim(1, -1).shape).index_put((mask,), rows).movedim(-1, 1)
-        return reference.laid_out_as(output, input)
+        return unmasked(mask, rows, input)
     compiling = torch.compiler.is_compiling()
     refusal = None
     if _extension.C is not None and not compiling and not is_transformed():
@@ -215,7 +213,7 @@ def named_batch_norm(
             return function(*first, eps, residual, activation, activation_param, False, *last)  # type: ignore[no-any-return]
         except (RuntimeError, TypeError, ValueError) as error:
             refusal = error  # in few words; the check finds the argument and says what it must be
-    _check(
+    check_arguments(
         input,
         weight,
         bias,
@@ -371,7 +369,8 @@ def _check_local_response_norm(input: Tensor, size: int, alpha: float, beta: flo
             raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
 
 
-def _check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, training: bool, buffers: bool) -> None:
+def check_shape(name: str, ranks: tuple[int, ...] | None, input: Tensor, training: bool, buffers: bool) -> None:
+    """Raise where ``input`` has a rank that is not among ``ranks``, or too few values to train with."""
     try:
         rank = input.dim()
     except AttributeError:
@@ -404,7 +403,22 @@ def _check_statistics_input(name: str, input: Tensor, dtypes: tuple[torch.dtype,
     check_device(input)
 
 
-def _check_mask(name: str, mask: Tensor, input: Tensor) -> None:
+def masked_rows(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The positions of ``input`` and ``residual`` that are there, as the rows of matrices."""
+    if residual is not None:
+        _check_residual(input, residual)
+        residual = residual.movedim(1, -1)[mask]
+    return input.movedim(1, -1)[mask], residual
+
+
+def unmasked(mask: Tensor, rows: Tensor, input: Tensor) -> Tensor:
+    """The rows put back to where they were in ``input``; zeros elsewhere."""
+    output = rows.new_zeros(input.movedim(1, -1).shape).index_put((mask,), rows).movedim(-1, 1)
+    return reference.laid_out_as(output, input)
+
+
+def check_mask(name: str, mask: Tensor, input: Tensor) -> None:
+    """Raise where ``mask`` does not name positions of ``input``."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name}: mask must be a bool tensor, got {got}")
@@ -415,8 +429,6 @@ def _check_mask(name: str, mask: Tensor, input: Tensor) -> None:
         )
     if mask.device != input.device:
         raise ValueError(f"{name}: mask is on {mask.device}, but input is on {input.device}")
-    if input.numel() != 0 and not mask.any():
-        raise ValueError(f"{name}: mask has no valid position")
 
 
 def _check_residual(input: Tensor, residual: Tensor) -> None:
@@ -476,7 +488,7 @@ def _check_inplace(
         )
 
 
-def _check(
+def check_arguments(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,

@@ -120,13 +120,27 @@ class _BatchNorm(_Base):
         inplace: bool,
     ) -> Tensor:
         """What a call of the layer does, with an activation and a place other than its own, and without its hooks."""
+        return self._batch_norm(*self._arguments(input, residual, mask, activation, activation_param, inplace))
+
+    _batch_norm = staticmethod(named_batch_norm)
+
+    def _arguments(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        activation: str,
+        activation_param: float | None,
+        inplace: bool,
+    ) -> tuple[Any, ...]:
+        """Those of :func:`named_batch_norm`."""
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         running_mean, running_var = self.running_mean, self.running_var  # once: nn.Module takes 0.7 us to find each
         training = self.training or (running_mean is None and running_var is None)
         updates = self.training and self.track_running_stats and _may_update()
         buffered = updates or not self.training
         counter = self.num_batches_tracked if updates else None
-        return named_batch_norm(
+        return (
             type(self).__name__,
             self._ranks,
             input,
@@ -169,6 +183,24 @@ class _BatchNorm(_Base):
 
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch.ao.quantization sets. torch's converters ask for it, and would then drop what only we can do."""
+        if "qconfig" in self.__dict__:
+            return self.__dict__["qconfig"]
+        options = own_options(self)
+        if options:
+            told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            raise TypeError(
+                f"{type(self).__name__}: torch's converters would drop {told}; "
+                "normfused.convert_sync_batchnorm keeps it, and normfused.fold_bn folds it into a convolution"
+            )
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self.__dict__["qconfig"] = value
 
     def extra_repr(self) -> str:
         ours = [f"{name}={value!r}" for name, value in own_options(self).items()]
@@ -230,19 +262,21 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         lengths: Tensor | None = None,
     ) -> Tensor:
         """Normalize ``input``; see the class."""
-        if lengths is not None:
-            mask = self._mask_of(input, mask, lengths)
-        return super().forward(input, residual, mask)
+        return super().forward(input, residual, mask_of(type(self).__name__, input, mask, lengths))
 
-    def _mask_of(self, input: Tensor, mask: Tensor | None, lengths: Tensor) -> Tensor:
-        if mask is not None:
-            raise ValueError("BatchNorm1d: mask and lengths say the same, got both")
-        if input.dim() != 3 or lengths.shape != input.shape[:1] or lengths.is_floating_point():
-            raise ValueError(
-                f"BatchNorm1d: lengths must be integers of shape (N,) for an input of shape (N, C, L), "
-                f"got {lengths.dtype} of shape {tuple(lengths.shape)} for {tuple(input.shape)}"
-            )
-        return torch.arange(input.size(2), device=input.device) < lengths.to(input.device).unsqueeze(1)
+
+def mask_of(name: str, input: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """``mask``, or the mask of sequences ``(N, C, L)`` of these lengths."""
+    if lengths is None:
+        return mask
+    if mask is not None:
+        raise ValueError(f"{name}: mask and lengths say the same, got both")
+    if input.dim() != 3 or lengths.shape != input.shape[:1] or lengths.is_floating_point():
+        raise ValueError(
+            f"{name}: lengths must be integers of shape (N,) for an input of shape (N, C, L), "
+            f"got {lengths.dtype} of shape {tuple(lengths.shape)} for {tuple(input.shape)}"
+        )
+    return torch.arange(input.size(2), device=input.device) < lengths.to(input.device).unsqueeze(1)
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):

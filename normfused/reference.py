@@ -26,6 +26,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "gelu": lambda z, _: F.gelu(z),
     "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
 }
+# What a batch of one value on all ranks is refused with.
+ONE_VALUE = "expected more than 1 value per channel when training, got 1 on all ranks together"
 # The parameter where none is given: leaky ReLU's negative slope, ELU's alpha.
 ACTIVATION_PARAMS = {"leaky_relu": 0.01, "elu": 1.0}
 
@@ -115,6 +117,21 @@ def _mean_and_deviations(rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, rows - mean
 
 
+def _batch_statistics(x: Tensor, all_sum: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance of each channel, and how many values they are of."""
+    count = values_per_channel(x)
+    if all_sum is not None:
+        count = int(all_sum(torch.tensor(count, device=x.device)))
+    if count == 0:
+        return x.new_zeros(x.size(1)), x.new_ones(x.size(1)), 0
+    rows = _by_channel(x)
+    if all_sum is None:
+        mean, deviations = _mean_and_deviations(rows)
+        return mean[:, 0], deviations.square().mean(1), count
+    mean = all_sum(rows.sum(1)) / count
+    return mean, all_sum((rows - mean.unsqueeze(1)).square().sum(1)) / count, count
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -131,17 +148,19 @@ def batch_norm(
     activation_param: float = 0.0,
     running_var_correction: int = 1,
     nonfinite_batches: Tensor | None = None,
+    all_sum: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """:func:`normfused.functional.batch_norm` in plain torch, without its argument checks and defaults."""
+    """:func:`normfused.functional.batch_norm` in plain torch, without its argument checks and defaults.
+
+    With ``all_sum``, which sums a tensor over processes, the batch in training is that of all of them.
+    """
     x = with_view(_KeepLayout.apply(input)).double()  # type: ignore[no-untyped-call]
     shape = [1, -1] + [1] * (input.dim() - 2)
     if training:
-        count = values_per_channel(input)
-        if count == 0:
-            mean, var = x.new_zeros(input.size(1)), x.new_ones(input.size(1))
-        else:
-            row_mean, deviations = _mean_and_deviations(_by_channel(x))
-            mean, var = row_mean[:, 0], deviations.square().mean(1)
+        mean, var, count = _batch_statistics(x, all_sum)
+        if count == 1 and all_sum is not None:
+            raise ValueError(ONE_VALUE)
+        if count != 0:
             new_var = var * count / (count - running_var_correction)
             _update(running_mean, running_var, num_batches_tracked, nonfinite_batches, momentum, mean, new_var)
     else:
@@ -221,7 +240,9 @@ def standardize(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> Tensor:
-    """:func:`normfused.functional.standardize` in plain torch, of shape ``(N, C, H, W)``."""
+    """:func:`normfused.functional.standardize` in plain torch, of shape ``(N, C, H, W)`` or ``(C, H, W)``."""
+    if input.dim() == 3:
+        return standardize(input.unsqueeze(0), mean, std, scale, dtype, memory_format).squeeze(0)
     centre, deviation = (input.new_tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
     output = (input.double() * scale - centre) / deviation
     if memory_format == torch.preserve_format:

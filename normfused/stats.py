@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from normfused import files
+from normfused.checks import check_group
 from normfused.functional import channel_moments, channel_sums
 from normfused.images import as_nchw
 
@@ -169,10 +170,7 @@ class ChannelStats:
             RuntimeError: ``torch.distributed`` is not initialized, or this process is not in the group.
             ValueError: the ranks' channels or scales differ; it raises on each rank.
         """
-        if not (distributed.is_available() and distributed.is_initialized()):
-            raise RuntimeError("all_reduce needs a process group: call torch.distributed.init_process_group first")
-        if distributed.get_rank(group) < 0:
-            raise RuntimeError("all_reduce: this process is not in the group")
+        check_group("all_reduce", group)
         ranks: list[Any] = [None] * distributed.get_world_size(group)
         distributed.all_gather_object(ranks, self, group=group)
         total = ChannelStats(self.scale)
@@ -251,15 +249,16 @@ class ChannelStats:
 
     @classmethod
     def load(cls, path: str | Path) -> ChannelStats:
-        """What :meth:`save` wrote.
+        """What :meth:`save` or ``normfused stats --json`` wrote.
 
         Raises:
             ValueError: the file holds anything else; the text names it.
         """
         content = Path(path).read_bytes()
         try:
-            return cls.from_dict(json.loads(content))
-        except (KeyError, TypeError, ValueError) as error:
+            figures = json.loads(content)
+            return cls.from_dict(figures.get("stats", figures))  # the command's file has more in it
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a saved ChannelStats: {error!r}") from error
 
     def __eq__(self, other: object) -> bool:

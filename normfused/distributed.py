@@ -1,0 +1,201 @@
+"""Batch norm over the batches of several processes, and their running statistics brought together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from normfused import agreement
+from normfused.agreement import Group
+from normfused.checks import check_group
+from normfused.functional import named_batch_norm
+from normfused.modules import _BatchNorm, mask_of
+from normfused.sync_batch_norm import Call, gather, synchronized
+
+__all__ = ["SyncBatchNorm", "sync_running_stats"]
+
+
+class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+    """Batch norm over the batches of all processes together; drop-in for :class:`torch.nn.SyncBatchNorm`.
+
+    It runs on the CPU (gloo) as on CUDA (nccl), for ``(N, C, ...)`` of 2 to 5 dimensions, with shares of any size, the
+    empty one included. In training each rank sends the count, mean and standard deviation of its share, in one
+    collective, and in backward the sums of two gradients in another. In evaluation, frozen, or in a group of one
+    process it does what :class:`normfused.BatchNorm2d` does, and needs no process group. Statistics and running
+    statistics are equal to the bit on every rank. The gradients of ``weight`` and ``bias`` are those of this rank's
+    share, which ``DistributedDataParallel`` averages. Derivatives after the first take collectives of their own.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: torch.nn's.
+        activation, activation_param, running_var_correction, nonfinite: as for :class:`normfused.BatchNorm1d`;
+            ``"skip"`` looks at the statistics of all ranks together.
+
+    Called with ``(input, residual=None, mask=None, lengths=None)``, as :class:`normfused.BatchNorm1d`; ``mask`` is of
+    ``input``'s shape without the channels, and a rank may have no position that is there.
+
+    Raises:
+        ValueError: at construction ``inplace=True``; in training one value a channel on all ranks together, on each of
+            them. What else a call raises: :func:`normfused.functional.batch_norm`.
+        RuntimeError: a process group that is gone, or that this rank is not in; an exchange that fails, as it does
+            where the ranks' channels differ. The text names the layer.
+        NotImplementedError: under :mod:`torch.func` or forward-mode differentiation.
+
+    With ``NORMFUSED_SYNC_DEBUG=1`` in the environment ranks compare what they are about to do before each collective.
+    Those that differ raise, with the layer's name, and so does one that has waited ``NORMFUSED_SYNC_DEBUG_TIMEOUT``
+    seconds for another (default 30).
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html; Chan, Golub and LeVeque, 1983.
+    """
+
+    _ranks = (2, 3, 4, 5)
+    path = ""  # in the model, where it is known
+    converted_from: type[nn.Module] | None = None  # by convert_sync_batchnorm()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.inplace:
+            raise ValueError("SyncBatchNorm: inplace=True is for layers that are not synchronized")
+        if agreement.debugs():
+            agreement.name_layers(SyncBatchNorm)
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Normalize ``input``; see the class."""
+        return super().forward(input, residual, mask_of(type(self).__name__, input, mask, lengths))
+
+    def _batch_norm(self, *arguments: Any) -> Tensor:
+        return _batch_norms([(self, Call(*arguments))])[0]
+
+    @staticmethod
+    def together(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+        """The outputs of several layers of one process group, by one collective each way instead of one for each.
+
+        For layers of which none waits for another, such as those of a residual block's two branches.
+
+        Args:
+            calls: ``(layer, input)`` or ``(layer, input, residual)`` for each. Hooks of the layers are not called.
+
+        Raises:
+            ValueError: the layers' process groups differ. Otherwise as a call of each.
+        """
+        prepared = []
+        for layer, input, *residual in calls:
+            operands = (input, residual[0] if residual else None, None)
+            after = (layer.activation or "identity", layer.activation_param, False)
+            prepared.append((layer, Call(*layer._arguments(*operands, *after))))
+        return _batch_norms(prepared)
+
+
+def _batch_norms(calls: Sequence[tuple[SyncBatchNorm, Call]]) -> list[Tensor]:
+    """The outputs of all calls; those in training share one collective."""
+    if agreement.debugs():
+        agreement.name_layers(SyncBatchNorm)
+    training = [(layer, call) for layer, call in calls if layer.training]
+    groups = [layer.process_group for layer, _ in training]
+    if any(group is not groups[0] for group in groups):
+        raise ValueError("SyncBatchNorm: layers of different process groups cannot be taken together")
+    labels = [_label(layer) for layer, _ in training]
+    group = _group_of(groups[0], " and ".join(labels)) if training else None
+    if group is None:
+        return [named_batch_norm(*call) for _, call in calls]
+    for (layer, call), label in zip(training, labels, strict=True):
+        call.check()
+        kind = "float64" if call.input.dtype == torch.float64 else "float32"
+        agreement.meet(group, layer, f"{label} ({call.input.size(1)} channels, statistics in {kind})")
+    outputs = iter(synchronized(group, labels, [call for _, call in training]))
+    return [next(outputs) if layer.training else named_batch_norm(*call) for layer, call in calls]
+
+
+def _label(layer: SyncBatchNorm) -> str:
+    return f"SyncBatchNorm({layer.num_features}){' ' + layer.path if layer.path else ''}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _group_of(process_group: Any, label: str) -> Group | None:
+    """The group; None where there is nobody to share with."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group: Any = distributed.group.WORLD if process_group is None else process_group
+    try:
+        rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(f"{label}: its process group is gone: {error}") from error
+    if rank < 0:
+        raise RuntimeError(f"{label}: this process is not in its process group")
+    return Group(group.group_name, size, rank) if size > 1 else None
+
+
+def sync_running_stats(model: nn.Module, mode: str = "broadcast", process_group: Any = None) -> None:
+    """Make the running statistics of all batch norms in ``model`` equal on all ranks, by one collective.
+
+    For models whose batch norms are not synchronized, before evaluation or a checkpoint. All of torch.nn's batch norms
+    and ours take part, as do the counters ``num_batches_tracked``, of which the greatest stands.
+
+    Args:
+        model: with the same layers on every rank; its buffers are written.
+        mode: ``"broadcast"``: those of the group's first rank; ``"mean"``: the mean of running means and of running
+            variances; ``"pooled"``: mean and variance of all ranks' data taken together, as many from each: to the mean
+            of the variances it adds the variance of the means.
+        process_group: default all processes.
+
+    Raises:
+        ValueError: no such mode. RuntimeError: ``torch.distributed`` is not initialized, this process is not in the
+        group, or the layers differ between ranks.
+    """
+    modes = ("broadcast", "mean", "pooled")
+    if mode not in modes:
+        raise ValueError(f"sync_running_stats: mode must be one of {', '.join(modes)}, got {mode!r}")
+    check_group("sync_running_stats", process_group)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+    kinds = ("running_mean", "running_var", "num_batches_tracked")
+    buffers = [[getattr(layer, kind) for layer in layers if layer.running_mean is not None] for kind in kinds]
+    if not buffers[0]:
+        return
+    home = buffers[0][0].device
+    # Counters are exact in float64 up to 2^53.
+    own = torch.cat([buffer.detach().reshape(-1).to(home, torch.float64) for of_kind in buffers for buffer in of_kind])
+    channels = sum(buffer.numel() for buffer in buffers[0])
+    if mode == "broadcast":
+        distributed.broadcast(own, group=process_group, group_src=0)
+    else:
+        group = _group_of(process_group, "sync_running_stats")
+        ranks = own.unsqueeze(0) if group is None else gather(own, group, "sync_running_stats")
+        means, variances, counters = torch.split(ranks, [channels, channels, len(buffers[2])], dim=1)
+        variance = variances.mean(0)
+        if mode == "pooled":
+            variance = variance + means.var(0, correction=0)
+        own = torch.cat((means.mean(0), variance, counters.amax(0)))
+    values = iter(torch.split(own, [buffer.numel() for of_kind in buffers for buffer in of_kind]))
+    with torch.no_grad():
+        for of_kind in buffers:
+            for buffer in of_kind:
+                buffer.copy_(next(values).view_as(buffer))
+
+
+def _admit_to_ddp() -> None:
+    """Have ``DistributedDataParallel`` take our layers on the CPU.
+
+    There it refuses whatever is a torch.nn.SyncBatchNorm, because torch's own does not run on it.
+    """
+    refuse = getattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", None)
+    if refuse is None:
+        return
+
+    def refuse_others(ddp: DistributedDataParallel, module: nn.Module) -> None:
+        others = [layer for layer in module.modules() if not isinstance(layer, SyncBatchNorm)]
+        refuse(ddp, SimpleNamespace(modules=lambda: others))
+
+    DistributedDataParallel._passing_sync_batchnorm_handle = refuse_others  # type: ignore[method-assign]
+
+
+_admit_to_ddp()

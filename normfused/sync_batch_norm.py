@@ -1,0 +1,345 @@
+"""Batch norm of a batch that is shared out over ranks: what they exchange, and its derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normfused import _extension, agreement, reference
+from normfused.agreement import Group
+from normfused.checks import is_transformed
+from normfused.functional import check_arguments, check_mask, check_shape, masked_rows, unmasked
+from normfused.reference import values_per_channel
+
+
+class Call(NamedTuple):
+    """The arguments of :func:`normfused.functional.named_batch_norm`."""
+
+    name: str
+    ranks: tuple[int, ...] | None
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    momentum: float | None
+    eps: float
+    num_batches_tracked: Tensor | None
+    residual: Tensor | None
+    activation: str
+    activation_param: float
+    mask: Tensor | None
+    running_var_correction: int
+    nonfinite_batches: Tensor | None
+    inplace: bool
+
+    def check(self) -> None:
+        """Raise what is wrong on this rank."""
+        check_shape(self.name, self.ranks, self.input, False, True)
+        if self.input.size(1) == 0:
+            raise ValueError(f"{self.name}: input of shape {tuple(self.input.shape)} has no channels (dim 1)")
+        if self.mask is not None:
+            check_mask(self.name, self.mask, self.input)
+        statistics = (self.running_mean, self.running_var, True, self.momentum, self.eps, self.num_batches_tracked)
+        after = (self.residual, self.activation, self.activation_param)
+        updates = (self.running_var_correction, self.nonfinite_batches)
+        check_arguments(self.input, self.weight, self.bias, *statistics, *after, *updates)
+
+    def of_rows(self) -> Call:
+        """The same of the positions that the mask names."""
+        if self.mask is None:
+            return self
+        rows, residual = masked_rows(self.mask, self.input, self.residual)
+        return self._replace(input=rows, residual=residual, mask=None)
+
+    def signature(self, label: str) -> str:
+        """What must be alike on all ranks."""
+        sources = {"input": self.input, "weight": self.weight, "bias": self.bias} if torch.is_grad_enabled() else {}
+        wants = ", ".join(name for name, tensor in sources.items() if tensor is not None and tensor.requires_grad)
+        return f"forward of {label} ({self.input.size(1)} channels of {self.input.dtype}, gradients of: {wants or '-'})"
+
+
+def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Tensor]:
+    """The outputs of all calls in training, by one collective; ``labels`` are the layers in errors.
+
+    Raises:
+        RuntimeError: the collective fails. Otherwise as :class:`normfused.SyncBatchNorm`.
+    """
+    if is_transformed():
+        raise NotImplementedError("SyncBatchNorm: torch.func and forward-mode differentiation are not supported")
+    rows = [call.of_rows() for call in calls]
+    if agreement.debugs():
+        agreement.agree(group, ", ".join(map(Call.signature, rows, labels)))
+    try:
+        outputs = (_by_reference if _extension.C is None else _by_kernels)(group, labels, rows)
+    except ValueError as error:
+        raise ValueError(f"{' and '.join(labels)}: {error}") from error
+    return [
+        output if call.mask is None else unmasked(call.mask, output, call.input)
+        for call, output in zip(calls, outputs, strict=True)
+    ]
+
+
+# ---- collectives -----------------------------------------------------------------------------------------------------
+# The functional ones, which compilers see too.
+
+
+def gather(tensor: Tensor, group: Group, label: str) -> Tensor:
+    """Every rank's tensor as a row."""
+    collective = torch.ops._c10d_functional.all_gather_into_tensor
+    return _done(label, collective, tensor, group.size, group.name).view(group.size, -1)
+
+
+def _sum(tensor: Tensor, group: Group, label: str) -> Tensor:
+    return _done(label, torch.ops._c10d_functional.all_reduce, tensor, "sum", group.name)
+
+
+def _done(label: str, collective: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    wait: Callable[[Tensor], Tensor] = torch.ops._c10d_functional.wait_tensor
+    if torch.compiler.is_compiling():
+        return wait(collective(*arguments))
+    try:
+        return wait(collective(*arguments))
+    except RuntimeError as error:
+        raise RuntimeError(f"{label}: the ranks' exchange failed: {error}") from error
+
+
+class _AllSum(torch.autograd.Function):
+    """The sum over all ranks; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group, label: str) -> Tensor:
+        ctx.group, ctx.label = group, label
+        return _sum(tensor, group, label)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if agreement.debugs():
+            agreement.agree(ctx.group, f"backward of {ctx.label}")
+        return _AllSum.apply(grad.contiguous(), ctx.group, ctx.label), None, None  # type: ignore[no-untyped-call]
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _kernels() -> Any:
+    return torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _by_kernels(group: Group, labels: list[str], calls: list[Call]) -> list[Tensor]:
+    words = [_kernels().pack_moments(call.input.detach()) for call in calls]
+    gathered = gather(_joined(words), group, " and ".join(labels))
+    tensors: list[Tensor | None] = []
+    first = 0
+    for call, own in zip(calls, words, strict=True):
+        buffers = (call.running_mean, call.running_var, call.num_batches_tracked)
+        updates = (call.momentum, call.eps, call.running_var_correction, call.nonfinite_batches)
+        own_count = values_per_channel(call.input)
+        of_all = gathered.narrow(1, first, own.numel())
+        statistics, count = _kernels().merge_ranks(of_all, call.input.size(1), own_count, *buffers, *updates)
+        tensors += [call.input, call.weight, call.bias, call.residual, statistics, count]
+        first += own.numel()
+    after = [_After(label, c.eps, c.activation, c.activation_param) for label, c in zip(labels, calls, strict=True)]
+    return list(_Normalize.apply(group, after, *tensors))  # type: ignore[no-untyped-call]
+
+
+class _After(NamedTuple):
+    """What a layer is, besides its tensors."""
+
+    label: str
+    eps: float
+    activation: str
+    activation_param: float
+
+
+_GIVEN, _SAVED = 6, 7  # tensors of a layer
+_BY_SIGN = ("relu", "leaky_relu")  # activations whose gradient asks only for the sign of what they took in
+
+
+class _Normalize(torch.autograd.Function):
+    """Of each layer input, weight, bias, residual, statistics and count; it has the statistics' derivatives too."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, after: list[_After], *tensors: Any) -> tuple[Tensor, ...]:
+        outputs, saved = [], []
+        for i, what in enumerate(after):
+            x, weight, bias, residual, statistics, count = tensors[i * _GIVEN : (i + 1) * _GIVEN]
+            by_mask = residual is not None and what.activation in _BY_SIGN
+            output, mask = _kernels().batch_norm_by_statistics(
+                x, statistics, weight, bias, residual, what.activation, what.activation_param, by_mask
+            )
+            outputs.append(output)
+            recomputes = what.activation != "identity" and not by_mask
+            saved += [x, weight, *((bias, residual) if recomputes else (None, None))]
+            saved += [statistics, count, mask if by_mask else None]
+        ctx.save_for_backward(*saved)
+        ctx.group, ctx.after = group, after
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: hooks unpack them
+        layers = []
+        for i, (what, grad) in enumerate(zip(ctx.after, grads, strict=True)):
+            needs = ctx.needs_input_grad[2 + i * _GIVEN :][:4]
+            layers.append(_Layer(what, grad, _Needs(*needs), *saved[i * _SAVED : (i + 1) * _SAVED]))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            results = [_differentiable_gradients(ctx.group, layer) for layer in layers]
+        else:
+            results = _gradients(ctx.group, layers)
+        return (None, None, *(grad for result in results for grad in (*result, None, None)))
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class _Needs(NamedTuple):
+    """Whose gradients are asked for."""
+
+    input: bool
+    weight: bool
+    bias: bool
+    residual: bool
+
+
+class _Layer(NamedTuple):
+    """One layer's part in backward. Bias and residual are there where the activation's gradient asks for them."""
+
+    what: _After
+    grad: Tensor
+    needs: _Needs
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    statistics: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    mask: Tensor | None
+
+    def sums(self) -> Tensor:
+        """The gradients of weight and bias over this rank's values, shape (2, C), in float32 at least."""
+        weight, bias = (p.float() if p is not None and p.itemsize == 2 else p for p in (self.weight, self.bias))
+        return torch.stack(self._backward(weight, bias, True, [False, True, True, False], None)[1:3])
+
+    def gradients(self, total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of input and residual, where ``total`` are the sums of all ranks."""
+        through = self.needs.residual and self.what.activation != "identity"
+        grad_input, grad_residual = None, self.grad if self.needs.residual else None
+        if self.needs.input or through:
+            wanted = [self.needs.input, False, False, through]
+            results = self._backward(self.weight, self.bias, total is not None, wanted, total)
+            grad_input = results[0] if self.needs.input else None
+            grad_residual = results[3] if through else grad_residual
+        return grad_input, grad_residual
+
+    def _backward(
+        self, weight: Tensor | None, bias: Tensor | None, training: bool, wanted: list[bool], total: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        after = (bias, self.residual, self.mask, self.what.activation, self.what.activation_param, False)
+        of_all = (total, None if total is None else self.count)
+        operator = _kernels().batch_norm_backward
+        results: tuple[Tensor, Tensor, Tensor, Tensor] = operator(
+            self.grad, self.input, weight, self.statistics, training, wanted, *after, *of_all
+        )
+        return results
+
+
+def _gradients(group: Group, layers: list[_Layer]) -> list[Gradients]:
+    sums = [layer.sums() if any(layer.needs[:3]) else torch.empty(0) for layer in layers]
+    shared = [own for layer, own in zip(layers, sums, strict=True) if layer.needs.input]
+    totals: Any = iter(())
+    if shared:
+        label = " and ".join(layer.what.label for layer in layers if layer.needs.input)
+        if agreement.debugs():
+            agreement.agree(group, f"backward of {label}")
+        joined = _sum(_joined([own.flatten() for own in shared]), group, label)
+        totals = iter(torch.split(joined, [own.numel() for own in shared]))
+    results: list[Gradients] = []
+    for layer, own in zip(layers, sums, strict=True):
+        grad_input, grad_residual = layer.gradients(next(totals).view_as(own) if layer.needs.input else None)
+        grad_weight, grad_bias = (
+            own[k].to(layer.weight.dtype) if needed and layer.weight is not None else None
+            for k, needed in enumerate(layer.needs[1:3])
+        )
+        results.append((grad_input, grad_weight, grad_bias, grad_residual))
+    return results
+
+
+# ---- in plain torch: derivatives of the second order and beyond, and the fallback ------------------------------------
+
+
+def _all_sum(group: Group, label: str) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: _AllSum.apply(tensor, group, label)  # type: ignore[no-untyped-call]
+
+
+def _by_reference(group: Group, labels: list[str], calls: list[Call]) -> list[Tensor]:
+    return [
+        reference.batch_norm(
+            call.input,
+            call.running_mean,
+            call.running_var,
+            call.weight,
+            call.bias,
+            True,
+            call.momentum,
+            call.eps,
+            num_batches_tracked=call.num_batches_tracked,
+            residual=call.residual,
+            activation=call.activation,
+            activation_param=call.activation_param,
+            running_var_correction=call.running_var_correction,
+            nonfinite_batches=call.nonfinite_batches,
+            all_sum=_all_sum(group, label),
+        )
+        for label, call in zip(labels, calls, strict=True)
+    ]
+
+
+def _differentiable_gradients(group: Group, layer: _Layer) -> Gradients:
+    """The same as :func:`_gradients`, by operations that have derivatives."""
+    grad, (label, eps, activation, parameter) = layer.grad, layer.what
+    if layer.mask is not None:
+        below = parameter if activation == "leaky_relu" else 0.0
+        grad, activation = grad * _slope(layer.mask, layer.input, below), "identity"
+    bias = layer.bias
+    if bias is None and layer.needs.bias:  # whatever it is: it is added
+        assert layer.weight is not None
+        bias = torch.zeros_like(layer.weight, requires_grad=True)
+    added = layer.needs.residual and layer.residual is None
+    needs = layer.needs._replace(residual=layer.needs.residual and not added)
+    operands = (layer.input, layer.weight, bias, layer.residual)
+    sources = [tensor for tensor, needed in zip(operands, needs, strict=True) if needed and tensor is not None]
+    found: Any = iter(())
+    if sources:
+        output = reference.batch_norm(
+            layer.input,
+            None,
+            None,
+            layer.weight,
+            bias,
+            True,
+            eps=eps,
+            residual=layer.residual,
+            activation=activation,
+            activation_param=parameter,
+            all_sum=_all_sum(group, label),
+        )
+        found = iter(torch.autograd.grad(output, sources, grad, create_graph=True))
+    grad_input, grad_weight, grad_bias, grad_residual = (next(found) if needed else None for needed in needs)
+    return grad_input, grad_weight, grad_bias, grad if added else grad_residual
+
+
+def _slope(mask: Tensor, input: Tensor, below: float) -> Tensor:
+    """The activation's slope at each value, by the mask's bits, which are in the order of ``input``'s memory."""
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.unsqueeze(1).bitwise_right_shift(places) & 1).flatten()[: input.numel()].bool()
+    above = bits.as_strided(input.shape, reference.with_view(input).stride())
+    return torch.where(above, 1.0, below).to(input.dtype)
