@@ -1,0 +1,115 @@
+"""What synchronization costs: SyncBatchNorm of two ranks, against batch norm of each alone and the bare collectives.
+
+``python benchmarks/sync.py`` writes sync.json and sync.md to results/<device>/. On the CPU ranks share the threads
+(gloo); on CUDA each has a GPU of its own (nccl).
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import command
+import tables
+import torch
+from cases import MEMORY_FORMATS
+from timing import make_stopwatch
+from torch import Tensor, distributed, nn
+
+import normfused
+
+RANKS = 2
+ROUNDS = 150
+TARGET = 1.25
+SHAPES = ((16, 256, 28, 28), (16, 64, 56, 56), (16, 2048, 7, 7), (2, 64, 8, 8))
+OURS, ALONE, BARE = "SyncBatchNorm", "BatchNorm2d", "collectives"
+
+
+def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
+
+
+def collectives(channels: int, device: torch.device) -> Callable[[], Any]:
+    """As many words as SyncBatchNorm gives to as many collectives."""
+    words = torch.zeros(channels + 1, dtype=torch.int64, device=device)
+    gathered = [torch.zeros_like(words) for _ in range(RANKS)]
+    sums = torch.zeros(2 * channels, device=device)
+
+    def both() -> None:
+        distributed.all_gather(gathered, words)
+        distributed.all_reduce(sums)
+
+    return both
+
+
+def measure_rank(rank: int, device_type: str, threads: int, folder: str) -> None:
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    torch.set_num_threads(max(1, threads // RANKS))
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    stopwatch = make_stopwatch(device_type, host=True)
+    rows = []
+    for shape in SHAPES:
+        for layout, memory_format in MEMORY_FORMATS.items():
+            x = torch.randn(shape, device=device).contiguous(memory_format=memory_format).requires_grad_()
+            grad = torch.randn_like(x)
+            layers = normfused.SyncBatchNorm(shape[1]).to(device), normfused.BatchNorm2d(shape[1]).to(device)
+            calls = {OURS: step(layers[0], x, grad), ALONE: step(layers[1], x, grad)}
+            calls[BARE] = collectives(shape[1], device)
+            samples = torch.tensor(list(interleaved(calls, stopwatch).values()), device=device)
+            distributed.all_reduce(samples, distributed.ReduceOp.MAX)  # a round is over when all are done
+            ours, alone, bare = samples.cpu().tolist()
+            shares = [a / (b + c) for a, b, c in zip(ours, alone, bare, strict=True)]
+            times = {OURS: ours, ALONE: alone, BARE: bare}
+            row = {"case": f"{'×'.join(map(str, shape))} {layout}", "ratio": statistics.median(shares)}
+            rows.append(row | {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()})
+    if rank == 0:
+        torch.save(rows, f"{folder}/rows")
+    distributed.destroy_process_group()
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], stopwatch: Callable[..., float]) -> dict[str, list[float]]:
+    """Seconds of each call in each round, begun by all ranks together."""
+    order, shuffle = list(calls), random.Random(0).shuffle
+    samples: dict[str, list[float]] = {name: [] for name in order}
+    for round in range(ROUNDS + 5):
+        shuffle(order)
+        for name in order:
+            distributed.barrier()
+            seconds = stopwatch(calls[name])
+            if round >= 5:
+                samples[name].append(seconds)
+    return samples
+
+
+def measure(device: str) -> list[command.Row]:
+    if device == "cuda" and torch.cuda.device_count() < RANKS:
+        raise SystemExit(f"{RANKS} GPUs are needed, or --device cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(measure_rank, (device, torch.get_num_threads(), folder), nprocs=RANKS)
+        rows: list[command.Row] = torch.load(Path(folder) / "rows")
+    return rows
+
+
+def render(description: dict[str, Any], rows: list[command.Row]) -> str:
+    target, names = rows[0], (OURS, ALONE, BARE)
+    lines = [(row["case"], *(f"{row[name]:.3g}" for name in names), f"{row['ratio']:.2f}") for row in rows]
+    header = ("shares of", *(f"{name} ms" for name in names), "the first over the others' sum")
+    verdict = "reached" if target["ratio"] <= TARGET else "**not reached**"
+    parts = [
+        f"# Synchronization, {RANKS} ranks: {description.get('gpu', description['cpu'])}",
+        command.versions(description),
+        "Forward + backward, float32; medians of rounds in which each ran once on all ranks together, by the slowest.",
+        tables.table(header, lines, text_columns=1),
+        f"Target: at most {TARGET} for {target['case']}: {target['ratio']:.2f}, {verdict}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(__doc__, "sync", measure, render))
