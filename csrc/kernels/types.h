@@ -57,6 +57,11 @@ struct Activation {
   constexpr bool is_straight() const { return kind <= ActivationKind::kLeakyRelu; }
 };
 
+// One bit for each value, in the order of memory: whether what the activation took in was above zero. Then zeros:
+// kernels read up to eight bytes at once.
+constexpr int64_t kMaskPadding = 8;
+constexpr int64_t mask_bytes(int64_t numel) { return (numel + 7) / 8 + kMaskPadding; }
+
 // Where the statistics of a batch go.
 struct BatchStatistics {
   ChannelVector running_mean, running_var;  // training: updated where present; inference: read
@@ -77,9 +82,7 @@ struct BatchNormForward : BatchStatistics {  // inference without running statis
   ChannelVector weight, bias;  // absent: 1, 0
   Activation activation{};
   const void* residual = nullptr;  // added before the activation; as the input in dtype and layout
-  // One bit for each value, in the order of memory: whether what the activation took in was above zero. Null: not
-  // wanted. Eight bytes past its end must be there.
-  uint8_t* mask = nullptr;
+  uint8_t* mask = nullptr;         // (mask_bytes), or null: not wanted
 
   constexpr bool fused() const {
     return activation.kind != ActivationKind::kIdentity || residual != nullptr || mask != nullptr;

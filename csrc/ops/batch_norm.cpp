@@ -65,11 +65,8 @@ OptionalTensor like_input(const char* name, const OptionalTensor& tensor, const 
 
 const void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
-// Bits for all values, and eight bytes that kernels may read past them.
-int64_t mask_bytes(const at::Tensor& input) { return (input.numel() + 7) / 8 + 8; }
-
 at::Tensor empty_mask(const at::Tensor& input, bool wanted) {
-  return at::empty({wanted ? mask_bytes(input) : 0},
+  return at::empty({wanted ? mask_bytes(input.numel()) : 0},
                    input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
 }
 
@@ -229,11 +226,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_k
   check_channels("bias", bias, input);
   check_statistics(statistics, input);
   const Activation applied = activation_of(activation, activation_param);
-  TORCH_CHECK_VALUE(
-      !mask || (gradient_is_by_sign(applied) && mask->scalar_type() == at::kByte && mask->dim() == 1 &&
-                mask->is_contiguous() && mask->numel() == mask_bytes(input) && mask->device() == input.device()),
-      "mask must be contiguous uint8 of shape (", mask_bytes(input), ") on ", input.device(),
-      ", and the activation's gradient one by sign");
+  TORCH_CHECK_VALUE(!mask || (gradient_is_by_sign(applied) && mask->scalar_type() == at::kByte && mask->dim() == 1 &&
+                              mask->is_contiguous() && mask->numel() == mask_bytes(input.numel()) &&
+                              mask->device() == input.device()),
+                    "mask must be contiguous uint8 of shape (", mask_bytes(input.numel()), ") on ", input.device(),
+                    ", and the activation's gradient one by sign");
   TORCH_CHECK_VALUE(!from_output || (can_be_undone(applied) && !residual && !mask),
                     "from_output needs an activation that can be undone, and neither residual nor mask");
   const at::ScalarType sums_type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -17,7 +17,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 //
 // output = activation(normalized * weight + bias + residual), by the activation's name and its parameter (see
 // activation.h). `mask` has one bit for each value, in the order of memory: whether what the activation took in was
-// above zero. It is empty unless save_mask asks for it.
+// above zero; then zeros (see mask_bytes() in kernels/types.h). It is empty unless save_mask asks for it.
 
 // Normalizes with the batch's statistics and updates running_mean, running_var and num_batches_tracked where given.
 // Without momentum they are cumulative averages. The variance that goes into running_var is the sum of squares divided

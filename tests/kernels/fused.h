@@ -69,7 +69,7 @@ void run_fused(Backend& backend, const Fusion& fusion, const Case<T>& data, Batc
   const double epsilon = Format<T>::epsilon, sums = Format<T>::dtype == DType::kFloat64 ? 6e-16 : 6e-8;
   const double difference = 1e-9;  // of the slopes that are taken by differences
   Buffer<T> residual(n, offset), output(n, offset), grad(n, offset), grad_input(n, offset), grad_residual(n, offset);
-  std::vector<uint8_t> mask(static_cast<size_t>((n + 7) / 8 + 8), 0xff);
+  std::vector<uint8_t> mask(static_cast<size_t>(mask_bytes(n)));
   std::uniform_int_distribution<int> eighths(-16, 16);
   std::vector<double> z(n), g(n);
   for (int64_t i = 0; i < n; ++i) {
@@ -85,6 +85,7 @@ void run_fused(Backend& backend, const Fusion& fusion, const Case<T>& data, Batc
   if (fusion.residual) forward.residual = residual.data;
   if (fusion.mask) forward.mask = mask.data();
   for (const bool training : {true, false}) {
+    std::fill(mask.begin(), mask.end(), 0xff);
     training ? backend.batch_norm_training(forward) : backend.batch_norm_inference(forward);
     for (int64_t i = 0; i < n; ++i) {
       const double want = activate(fusion.activation, z[i]);
@@ -92,6 +93,8 @@ void run_fused(Backend& backend, const Fusion& fusion, const Case<T>& data, Batc
                   1.1 * epsilon * std::abs(want) + 40 * sums * (1 + std::abs(z[i])));
       if (fusion.mask && !near_a_kink(z[i])) expect_near("mask", i, mask[i / 8] >> i % 8 & 1, z[i] > 0, 0);
     }
+    for (int64_t i = n; fusion.mask && i < 8 * mask_bytes(n); ++i)
+      expect_near("mask's padding", i, mask[i / 8] >> i % 8 & 1, 0, 0);
   }
 
   for (const bool training : {true, false}) {

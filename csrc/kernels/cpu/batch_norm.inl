@@ -318,7 +318,7 @@ void for_fused(bool fused, const F& f) {
 
 template <bool kFused, class T>
 NormalizeOp<T, kFused> normalize_op(const BatchNormForward& args) {
-  if (args.mask != nullptr) std::memset(args.mask, 0, static_cast<size_t>((args.view.numel() + 7) / 8 + 8));
+  if (args.mask != nullptr) std::memset(args.mask, 0, static_cast<size_t>(mask_bytes(args.view.numel())));
   return {static_cast<const T*>(args.input),
           static_cast<T*>(args.output),
           static_cast<const T*>(args.residual),

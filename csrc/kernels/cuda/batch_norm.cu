@@ -31,11 +31,15 @@ cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_
                counter,
                static_cast<const T*>(args.residual),
                args.activation,
-               args.mask};
+               args.mask,
+               nullptr};
   if (args.mask == nullptr) return cudaSuccess;
+  const int64_t bytes = mask_bytes(args.view.numel());
   const ApplyPlan plan = plan_apply(args.view, planned_itemsize<Normalize>(), sizeof(T), aligned, resources.limits);
-  if ((plan.by_rows ? plan.flat.values : plan.columns.values) > 1) return cudaSuccess;
-  return for_each_channel(ClearBits{args.mask}, args.view.numel() / 32 + 1, resources.stream);
+  if ((plan.by_rows ? plan.flat.values : plan.columns.values) == 1)
+    return for_each_channel(ClearBits{args.mask}, bytes, resources.stream);
+  normalize.padding = args.mask + bytes - kMaskPadding;
+  return cudaSuccess;
 }
 
 }  // namespace

@@ -63,6 +63,7 @@ struct NormalizeOp {
   const T* residual;
   Activation activation;
   uint8_t* bits;
+  uint8_t* padding;  // past the last bit, for the first block to clear; or null
 
   NF_DEVICE const T* input(int k) const { return k == 0 ? tensor : residual; }
   NF_DEVICE Output* output(int) const { return target; }
@@ -89,7 +90,9 @@ struct NormalizeOp {
     }
   }
   NF_DEVICE void before() const {
-    if (counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*counter;
+    if (blockIdx.x != 0) return;
+    if (counter != nullptr && threadIdx.x == 0) ++*counter;
+    if (kFused && padding != nullptr && threadIdx.x < kMaskPadding) padding[threadIdx.x] = 0;
   }
 };
 
@@ -409,11 +412,10 @@ struct PrepareBackward {
   }
 };
 
-// The bits of so many values made zero, a word at once.
 struct ClearBits {
   uint8_t* bits;
 
-  NF_DEVICE void operator()(int64_t word) const { reinterpret_cast<unsigned*>(bits)[word] = 0; }
+  NF_DEVICE void operator()(int64_t byte) const { bits[byte] = 0; }
 };
 
 }  // namespace normfused::cuda
