@@ -7,10 +7,6 @@
 // they are not: rows that follow each other in memory are what hardware prefetchers follow, and against them eval of
 // (32, 512, 28, 28) in bfloat16 took twice as long.
 
-// Where streaming stores begin to pay: from 6 MB on, output and its next reader together took 0.7 of the time they take
-// with ordinary stores (Ice Lake server, 1.25 MiB of L2 a core).
-inline constexpr int64_t kStreamBytes = 4 << 20;
-
 // Writes one of an Op's outputs.
 template <bool kStream>
 struct Put {
@@ -109,12 +105,12 @@ void apply_channels_last(const Op& op, const ChannelView& view, const Unit& unit
                            table_stride);
 }
 
-// Streaming stores spare the read of what they overwrite. Channels-last rows are streamed only where every unit and
-// every row of it is aligned.
+// Whether to stream outputs of so many bytes and more. Channels-last rows are streamed only where every unit and every
+// row of it is aligned.
 template <class Op>
-bool worth_streaming(const Op& op, const ChannelView& view, const Plan& plan) {
+bool worth_streaming(const Op& op, const ChannelView& view, const Plan& plan, int64_t from_bytes) {
   constexpr int64_t kItem = sizeof(typename Op::T);
-  if (kVectorBytes == 16 || view.numel() * kItem < kStreamBytes || !op.outputs_are_aligned_alike()) return false;
+  if (kVectorBytes == 16 || view.numel() * kItem < from_bytes || !op.outputs_are_aligned_alike()) return false;
   if (view.inner > 1) return true;
   const int64_t row = view.channels * rows_in_one<typename Op::V::S>(view.channels);
   return row * kItem % kVectorBytes == 0 && plan.position_block * view.channels * kItem % kVectorBytes == 0 &&

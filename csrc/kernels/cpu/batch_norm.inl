@@ -340,7 +340,7 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
 
   for_fused(args.fused(), [&](auto fused) {
     const auto normalize = normalize_op<fused(), T>(args);
-    const bool streaming = worth_streaming(normalize, view, plan);
+    const bool streaming = worth_streaming(normalize, view, plan, kStreamBytes);
     sweep(
         moments, view, plan, parallel, results,
         [&](int64_t c0, int64_t c1) {
@@ -356,9 +356,10 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
 
 // A pass over the tensor without a reduction before it.
 template <class Op>
-void apply_all(const Op& op, const ChannelView& view, const Parallel& parallel, const typename Op::V::S* table) {
+void apply_all(const Op& op, const ChannelView& view, const Parallel& parallel, const typename Op::V::S* table,
+               int64_t stream_from_bytes = kStreamBytes) {
   const Plan plan = plan_elementwise(view, sizeof(typename Op::T), 2);
-  const bool streaming = worth_streaming(op, view, plan);
+  const bool streaming = worth_streaming(op, view, plan, stream_from_bytes);
   parallel(plan.units(), grain(plan),
            [&](int64_t index) { apply(op, view, unit_of(plan, view, index), table, streaming); });
 }
@@ -377,7 +378,9 @@ void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel
     }
     forward_table(args, table, c0, n);
   });
-  for_fused(args.fused(), [&](auto fused) { apply_all(normalize_op<fused(), T>(args), view, parallel, table); });
+  const int64_t stream_from_bytes = args.running_mean ? reused_stream_bytes() : kStreamBytes;
+  for_fused(args.fused(),
+            [&](auto fused) { apply_all(normalize_op<fused(), T>(args), view, parallel, table, stream_from_bytes); });
 }
 
 template <class T, bool kFused>
@@ -412,7 +415,7 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
 
   const Reduce sums{gradient, args.mean, table, view.channels};
   const Results results{workspace.results, view.channels};
-  const bool streaming = worth_streaming(through_statistics, view, plan);
+  const bool streaming = worth_streaming(through_statistics, view, plan, kStreamBytes);
   sweep(
       sums, view, plan, parallel, results,
       [&](int64_t c0, int64_t c1) {

@@ -1,5 +1,7 @@
 #include "kernels/cpu/plan.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 namespace normfused::cpu {
@@ -93,5 +95,14 @@ BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes) {
 
 int64_t grain(const Plan& plan) { return grain_of(plan.unit_bytes); }
 int64_t grain(const BlockPlan& plan) { return grain_of(plan.task_bytes); }
+
+int64_t reused_stream_bytes() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+  constexpr int64_t cache = 0;
+#endif
+  return std::max(kStreamBytes, cache / 12);
+}
 
 }  // namespace normfused::cpu
