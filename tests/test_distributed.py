@@ -18,7 +18,7 @@ from ranks import Ranks
 from torch import Tensor, distributed, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import normfused
 from normfused import reference
@@ -376,21 +376,27 @@ def kept() -> int:
     return kept_for_backward(layer, x, r)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_b22_checkpointing(ranks: Ranks, reentrant: bool) -> None:
-    ranks.run(2, checkpointed, reentrant)
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "selective"])
+def test_b22_checkpointing(ranks: Ranks, needs_extension: None, how: str) -> None:
+    ranks.run(2, checkpointed, how)
 
 
-def checkpointed(reentrant: bool) -> None:
+def checkpointed(how: str) -> None:
+    options: dict[str, Any] = {"use_reentrant": how == "reentrant"}
+    if how == "selective":
+        saved = [torch.ops._c10d_functional.all_gather_into_tensor.default]
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, saved)
     results = []
-    for run in (lambda layer, *x: layer(*x), functools.partial(checkpoint, use_reentrant=reentrant)):
+    for run in (lambda layer, *x: layer(*x), functools.partial(checkpoint, **options)):
         torch.manual_seed(distributed.get_rank())
         layer = normfused.SyncBatchNorm(3, activation="relu")
         x, r = (torch.randn(4, 3, 5, requires_grad=True) for _ in range(2))
-        run(layer, x, r).square().sum().backward()
+        with Traffic() as traffic:
+            run(layer, x, r).square().sum().backward()
         results.append([x.grad, r.grad, layer.weight.grad, layer.bias.grad, *layer.state_dict().values()])
     assert all(map(torch.equal, *results))
     assert layer.num_batches_tracked == 1
+    assert [name for name, _ in traffic.calls] == [GATHER, *([] if how == "selective" else [GATHER]), REDUCE]
 
 
 def test_transforms_are_refused(ranks: Ranks) -> None:
