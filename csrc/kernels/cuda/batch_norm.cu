@@ -31,8 +31,7 @@ cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_
                counter,
                static_cast<const T*>(args.residual),
                args.activation,
-               args.mask,
-               nullptr};
+               args.mask};
   if (args.mask == nullptr) return cudaSuccess;
   const int64_t bytes = mask_bytes(args.view.numel());
   const ApplyPlan plan = plan_apply(args.view, planned_itemsize<Normalize>(), sizeof(T), aligned, resources.limits);

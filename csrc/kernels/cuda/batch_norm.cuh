@@ -63,7 +63,7 @@ struct NormalizeOp {
   const T* residual;
   Activation activation;
   uint8_t* bits;
-  uint8_t* padding;  // past the last bit, for the first block to clear; or null
+  uint8_t* padding = nullptr;  // past the last bit, for the first block to clear; or null
 
   NF_DEVICE const T* input(int k) const { return k == 0 ? tensor : residual; }
   NF_DEVICE Output* output(int) const { return target; }
