@@ -24,7 +24,7 @@ class Budget:
     least_rounds: int
 
 
-FULL = Budget(seconds=0.3, least_rounds=7)
+FULL = Budget(seconds=0.3, least_rounds=15)
 QUICK = Budget(seconds=0.1, least_rounds=5)
 
 
