@@ -14,13 +14,13 @@ from normfused import agreement
 from normfused.agreement import Group
 from normfused.checks import check_group
 from normfused.functional import named_batch_norm
-from normfused.modules import _BatchNorm, mask_of
+from normfused.modules import _OfSequences
 from normfused.sync_batch_norm import Call, gather, synchronized
 
 __all__ = ["SyncBatchNorm", "sync_running_stats"]
 
 
-class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+class SyncBatchNorm(_OfSequences, nn.SyncBatchNorm):
     """Batch norm over the batches of all processes together; drop-in for :class:`torch.nn.SyncBatchNorm`.
 
     It runs on the CPU (gloo) as on CUDA (nccl), for ``(N, C, ...)`` of 2 to 5 dimensions, with shares of any size, the
@@ -64,16 +64,6 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
             raise ValueError("SyncBatchNorm: inplace=True is for layers that are not synchronized")
         if agreement.debugs():
             agreement.name_layers(SyncBatchNorm)
-
-    def forward(
-        self,
-        input: Tensor,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
-        """Normalize ``input``; see the class."""
-        return super().forward(input, residual, mask_of(type(self).__name__, input, mask, lengths))
 
     def _batch_norm(self, *arguments: Any) -> Tensor:
         return _batch_norms([(self, Call(*arguments))])[0]

@@ -227,7 +227,34 @@ def _traced_as_leaf(module: nn.Module, input: fx.Proxy, *others: Any) -> Any:
     return input.tracer.create_proxy("call_module", path, (input, *others), {}) if path else None
 
 
-class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+class _OfSequences(_BatchNorm):
+    """Layers that take sequences too, of which ``lengths`` says what ``mask`` says."""
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Normalize ``input``; see the class."""
+        if lengths is not None:
+            mask = self._mask_of(input, mask, lengths)
+        return super().forward(input, residual, mask)
+
+    def _mask_of(self, input: Tensor, mask: Tensor | None, lengths: Tensor) -> Tensor:
+        name = type(self).__name__
+        if mask is not None:
+            raise ValueError(f"{name}: mask and lengths say the same, got both")
+        if input.dim() != 3 or lengths.shape != input.shape[:1] or lengths.is_floating_point():
+            raise ValueError(
+                f"{name}: lengths must be integers of shape (N,) for an input of shape (N, C, L), "
+                f"got {lengths.dtype} of shape {tuple(lengths.shape)} for {tuple(input.shape)}"
+            )
+        return torch.arange(input.size(2), device=input.device) < lengths.to(input.device).unsqueeze(1)
+
+
+class BatchNorm1d(_OfSequences, nn.BatchNorm1d):
     """Batch norm over ``(N, C)`` or ``(N, C, L)``; drop-in for :class:`torch.nn.BatchNorm1d`, which it subclasses.
 
     Arguments, parameters, buffers and ``state_dict`` are torch.nn's. The arithmetic, what is updated and what raises:
@@ -253,30 +280,6 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     """
 
     _ranks = (2, 3)
-
-    def forward(
-        self,
-        input: Tensor,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
-        """Normalize ``input``; see the class."""
-        return super().forward(input, residual, mask_of(type(self).__name__, input, mask, lengths))
-
-
-def mask_of(name: str, input: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """``mask``, or the mask of sequences ``(N, C, L)`` of these lengths."""
-    if lengths is None:
-        return mask
-    if mask is not None:
-        raise ValueError(f"{name}: mask and lengths say the same, got both")
-    if input.dim() != 3 or lengths.shape != input.shape[:1] or lengths.is_floating_point():
-        raise ValueError(
-            f"{name}: lengths must be integers of shape (N,) for an input of shape (N, C, L), "
-            f"got {lengths.dtype} of shape {tuple(lengths.shape)} for {tuple(input.shape)}"
-        )
-    return torch.arange(input.size(2), device=input.device) < lengths.to(input.device).unsqueeze(1)
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):

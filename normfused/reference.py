@@ -26,8 +26,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "gelu": lambda z, _: F.gelu(z),
     "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
 }
-# What a batch of one value on all ranks is refused with.
-ONE_VALUE = "expected more than 1 value per channel when training, got 1 on all ranks together"
 # The parameter where none is given: leaky ReLU's negative slope, ELU's alpha.
 ACTIVATION_PARAMS = {"leaky_relu": 0.01, "elu": 1.0}
 
@@ -159,7 +157,7 @@ def batch_norm(
     if training:
         mean, var, count = _batch_statistics(x, all_sum)
         if count == 1 and all_sum is not None:
-            raise ValueError(ONE_VALUE)
+            raise ValueError("expected more than 1 value per channel when training, got 1 on all ranks together")
         if count != 0:
             new_var = var * count / (count - running_var_correction)
             _update(running_mean, running_var, num_batches_tracked, nonfinite_batches, momentum, mean, new_var)
