@@ -40,11 +40,12 @@ int main() {
   std::mt19937 random(7);
   int64_t cases = 0;
   // Channels first: rows shorter and longer than vectors and tiles; few and many channels. Channels last: channel
-  // counts around vector, register tile and unit.
+  // counts around vector, register tile and unit. Rows of a few values, which are walked as channels last are: too few
+  // of them for that, more than a tile of them, more channels than its lanes hold, and units that end inside a row.
   const ChannelView views[] = {
-      {1, 1, 1},    {1, 1, 2},    {2, 3, 1},    {1, 3, 31},    {4, 3, 49},   {32, 65, 49}, {2, 130, 7},
-      {3, 2, 4097}, {2, 3, 9000}, {5, 2049, 2}, {3, 40, 900},  {7, 16, 64},  {31, 1, 1},   {33, 65, 1},
-      {700, 96, 1}, {900, 70, 1}, {3, 2049, 1}, {60, 1100, 1}, {4000, 3, 1},
+      {1, 1, 1},    {1, 1, 2},     {2, 3, 1},    {1, 3, 31},  {4, 3, 49},   {32, 65, 49}, {2, 130, 7},   {3, 2, 4097},
+      {2, 3, 9000}, {5, 2049, 2},  {3, 40, 900}, {7, 16, 64}, {31, 1, 1},   {33, 65, 1},  {700, 96, 1},  {900, 70, 1},
+      {3, 2049, 1}, {60, 1100, 1}, {4000, 3, 1}, {7, 40, 4},  {600, 40, 2}, {9, 65, 16},  {8, 2100, 25}, {13001, 3, 3},
   };
   for (const ChannelView& view : views) {
     for (const int64_t offset : {0, 1}) {
@@ -77,12 +78,14 @@ int main() {
   // So large that outputs are streamed.
   run_standardize(backend, {1, 3, 400003}, 1, random);
   ++cases;
-  // Outputs large enough to be streamed past the caches, from short rows, long rows and channels last.
+  // Outputs large enough to be streamed past the caches, from short rows, long rows and channels last. Rows of two
+  // values are not.
   run<float>(backend, {64, 350, 49}, 1, random);
   run<float>(backend, {2, 70, 7600}, 0, random);
   run<float>(backend, {1700, 640, 1}, 0, random);
   run<float>(backend, {1700, 640, 1}, 1, random);
-  cases += 4;
+  run<float>(backend, {8500, 64, 2}, 0, random);
+  cases += 5;
   run<BFloat16>(backend, {43, 1000, 49}, 1, random);
   ++cases;
   std::printf("%s: %lld cases, %lld values checked\n", cpu::capability(), static_cast<long long>(cases),

@@ -6,6 +6,7 @@ struct Block {
   using S = S_;
   static constexpr int64_t kParts = std::is_same_v<T, BFloat16> && std::is_same_v<S, float> ? 2 : 1;
   static constexpr int64_t kWidth = kParts * kLanes<S>;
+  static constexpr int64_t kItem = sizeof(T);
 
   Vec<S> part[kParts];
 

@@ -85,10 +85,10 @@ void add_channels_last(const T* input, const ChannelView& view, const Unit& unit
   using A = typename Accumulator<T>::type;
   constexpr int64_t kRows = 16;
   const int64_t channels = unit.c1 - unit.c0;
-  const int64_t together = channels == view.channels && channels * kRows <= kMaxChannelsLast ? kRows : 1;
+  const int64_t together = channels == view.channels && channels * kRows <= kMaxLanes ? kRows : 1;
   const int64_t lanes = channels * together;
-  alignas(64) A sum[kMaxChannelsLast], squares[kMaxChannelsLast];
-  alignas(64) T low[kMaxChannelsLast], high[kMaxChannelsLast];
+  alignas(64) A sum[kMaxLanes], squares[kMaxLanes];
+  alignas(64) T low[kMaxLanes], high[kMaxLanes];
   for (int64_t m = unit.m0; m < unit.m1;) {
     for (int64_t lane = 0; lane < lanes; ++lane) {
       sum[lane] = squares[lane] = 0;

@@ -13,6 +13,8 @@ namespace {
 
 #include "kernels/cpu/block.inl"
 
+#include "kernels/cpu/lanes.inl"
+
 #include "kernels/cpu/reduce.inl"
 
 #include "kernels/cpu/channel_vector.inl"

@@ -53,10 +53,10 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
   const int64_t splits = std::min({bytes / kLeastSplitBytes, positions / kLeastSplitRows, kUnits});
   if (splits > 1) {
     const int64_t block = round_up(ceil_div(positions, splits), kMultiple);
-    return make_plan(view, std::min(view.channels, kMaxChannelsLast), block, item_bytes);
+    return make_plan(view, std::min(view.channels, kMaxLanes), block, item_bytes);
   }
   const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
-  const int64_t wide = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsLast});
+  const int64_t wide = std::min({kCacheBytes / channel_bytes, fair, kMaxLanes});
   const int64_t block = std::max(kMultiple, wide / kMultiple * kMultiple);
   return make_plan(view, std::min(block, view.channels), positions, item_bytes);
 }

@@ -8,10 +8,10 @@
 
 namespace normfused::cpu {
 
-// Bounds of a unit's channels, whose accumulators live on the stack. Channels last: two sums and a pivot a channel take
-// 20 of 48 KiB of L1 in float.
+// Bounds of what has accumulators on the stack: a unit's channels, channels first, and lanes that are walked together,
+// of which two sums and a pivot each take 20 of 48 KiB of L1 in float.
 inline constexpr int64_t kMaxChannelsFirst = 64;
-inline constexpr int64_t kMaxChannelsLast = 1024;
+inline constexpr int64_t kMaxLanes = 1024;
 
 // The tensor cut into a grid of units: `channel_units` ranges of channels by `position_units` ranges of positions.
 // With one range of positions a unit owns its channels whole: it reduces, finalizes and applies while they are still

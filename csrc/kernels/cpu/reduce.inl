@@ -20,10 +20,13 @@ inline constexpr int64_t kChain = 64;
 inline constexpr int64_t kVectors = 4;
 template <class V>
 inline constexpr int64_t kBlocks = kVectors / V::kParts;
-// Channels last: each lane is a channel, so S holds no more than the rows that advance together, which are as many
-// sequential streams as hardware prefetchers follow. A tile is as long as its pivot may serve.
+// Lane by lane: S holds no more than the rows that advance together, which are as many sequential streams as hardware
+// prefetchers follow. A tile is so many times as long as the trial for its pivot.
 inline constexpr int64_t kRowsTogether = 16;
-inline constexpr int64_t kTileRows = 1024;
+inline constexpr int64_t kTrialsInTile = 64;
+// Rows of up to so many are reduced in lanes: for 7 x 7 float32, 196 bytes, moments took as long either way, for 5 x 5
+// half the time and for 2 x 2 a tenth.
+inline constexpr int64_t kShortRowBytes = 100;
 // Channels that one task merges after a split reduction.
 inline constexpr int64_t kMergeBlock = 256;
 
@@ -32,26 +35,6 @@ template <class Op>
 struct Coefficients {
   typename Op::V k[Op::kCoefficients];
 };
-
-// A range of channels and a range of positions.
-struct Unit {
-  int64_t c0, c1;
-  int64_t m0, m1;
-};
-
-NF_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-NF_FN int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
-
-NF_FN Unit unit_of(const Plan& plan, const ChannelView& view, int64_t index) {
-  const int64_t c0 = index % plan.channel_units * plan.channel_block;
-  const int64_t m0 = index / plan.channel_units * plan.position_block;
-  return {c0, least(c0 + plan.channel_block, view.channels), m0, least(m0 + plan.position_block, view.positions())};
-}
-
-// Offset of position m of channel c.
-NF_FN int64_t offset_of(const ChannelView& view, int64_t c, int64_t m) {
-  return (m / view.inner * view.channels + c) * view.inner + m % view.inner;
-}
 
 // kSums doubles per channel, as rows of C.
 struct Results {
@@ -244,18 +227,10 @@ void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& un
   }
 }
 
-// Rows of a channels-last tensor that are walked as one: as many as it takes to fill four vectors, if that can be.
-template <class S>
-NF_FN int64_t rows_in_one(int64_t channels) {
-  constexpr int64_t kEnough = 4 * kLanes<S>;
-  if (channels >= kEnough) return 1;
-  return channels % kLanes<S> == 0 ? kEnough / channels : kLanes<S> * ((kEnough / kLanes<S> + channels - 1) / channels);
-}
-
 // A few blocks of neighbouring lanes over a few rows that lie `stride` apart: sums in registers meanwhile, then joined
-// to the tile's, which are double.
+// to the tile's, which are double. What lies `ahead` will be wanted soon.
 template <int64_t blocks, class Op, class Width>
-NF_FN void accumulate_rows(const Op& op, int64_t offset, int64_t stride, int64_t rows, Width width,
+NF_FN void accumulate_rows(const Op& op, int64_t offset, int64_t stride, int64_t rows, int64_t ahead, Width width,
                            const typename Op::V::S* table, double* sums) {
   using V = typename Op::V;
   using S = typename V::S;
@@ -263,11 +238,11 @@ NF_FN void accumulate_rows(const Op& op, int64_t offset, int64_t stride, int64_t
   Coefficients<Op> coefficients[blocks];
   unroll<blocks>([&](auto b) {
     unroll<Op::kCoefficients>(
-        [&](auto k) { coefficients[b].k[k] = in_block_order<V>(table + k * kMaxChannelsLast + b * V::kWidth); });
+        [&](auto k) { coefficients[b].k[k] = in_block_order<V>(table + k * kMaxLanes + b * V::kWidth); });
     part[b].clear();
   });
   for (int64_t row = 0; row < rows; ++row) {
-    op.prefetch(offset + (row + rows) * stride, blocks * V::kWidth);
+    op.prefetch(offset + row * stride + ahead, blocks * V::kWidth);
     unroll<blocks>(
         [&](auto b) { op.accumulate(part[b], offset + row * stride + b * V::kWidth, width, coefficients[b]); });
   }
@@ -277,60 +252,81 @@ NF_FN void accumulate_rows(const Op& op, int64_t offset, int64_t stride, int64_t
     unroll<V::kParts>([&](auto v) {
       const Wide<S> wide = widened(lanes.part[v]);
       unroll<Wide<S>::kParts>([&](auto h) {
-        double* const sum = sums + k * kMaxChannelsLast + b * V::kWidth + v * kLanes<S> + h * kLanes<double>;
+        double* const sum = sums + k * kMaxLanes + b * V::kWidth + v * kLanes<S> + h * kLanes<double>;
         store(sum, Op::join(k, load<double>(sum, Whole{}), wide.part[h]), Whole{});
       });
     });
   });
 }
 
+// Joins the lanes of each channel to one value in the first places: accumulator k.
 template <class Op>
-void reduce_channels_last(const Op& op, const ChannelView& view, const Unit& unit, const Results& results) {
+void join_lanes(const RowOfLanes& row, int64_t k, double* sums) {
+  if (row.channels_last) {
+    for (int64_t lane = row.channels; lane < row.lanes(); ++lane)
+      sums[lane % row.channels] = Op::join(k, sums[lane % row.channels], sums[lane]);
+    return;
+  }
+  const Vec<double> none = broadcast(static_cast<double>(Op::empty(k)));
+  for (int64_t c = 0; c < row.channels; ++c) {
+    Vec<double> total = none;
+    for_each_vector<double>(row.positions, [&](int64_t i, auto width) {
+      total = Op::join(k, total, load<double>(sums + c * row.positions + i, width, none));
+    });
+    sums[c] = across<Op>(k, total);
+  }
+}
+
+template <class Op>
+void reduce_lanes(const Op& op, const ChannelView& view, const Unit& unit, const RowOfLanes& row,
+                  const Results& results) {
   using V = typename Op::V;
   using S = typename V::S;
-  const int64_t channels = unit.c1 - unit.c0;
-  const int64_t together = channels == view.channels ? rows_in_one<S>(channels) : 1;
-  const int64_t lanes = channels * together;
+  const int64_t lanes = row.lanes();
+  const int64_t stride = view.channels * row.positions;
   const int64_t padded = (lanes + V::kWidth - 1) / V::kWidth * V::kWidth;  // the last block may use all of its lanes
-  Tile<Op, kMaxChannelsLast> tile(op, unit, results);
-  tile.begin(unit.m0 * view.channels + unit.c0, 1);
+  Tile<Op, kMaxLanes> tile(op, unit, results);
+  tile.begin(offset_of(view, unit.c0, unit.m0), view.inner);
 
-  const auto accumulate_block = [&](int64_t m, int64_t rows, int64_t stride, int64_t n) {
-    const int64_t offset = m * view.channels + unit.c0;
+  const auto accumulate_block = [&](int64_t offset, int64_t rows, int64_t n) {
+    constexpr int64_t kStep = kBlocks<V> * V::kWidth;
+    // Hardware follows channels-last rows, but is late for the first; short rows are too far apart for it.
+    const int64_t ahead = row.channels_last ? rows * stride : kStep;
     int64_t i = 0;
-    for (; i + kBlocks<V> * V::kWidth <= n; i += kBlocks<V> * V::kWidth)
-      accumulate_rows<kBlocks<V>>(op, offset + i, stride, rows, Whole{}, tile.table + i, tile.sums + i);
+    for (; i + kStep <= n; i += kStep)
+      accumulate_rows<kBlocks<V>>(op, offset + i, stride, rows, ahead, Whole{}, tile.table + i, tile.sums + i);
     for_each_block<V>(n - i, [&](int64_t j, auto width) {
-      accumulate_rows<1>(op, offset + i + j, stride, rows, width, tile.table + i + j, tile.sums + i + j);
+      accumulate_rows<1>(op, offset + i + j, stride, rows, ahead, width, tile.table + i + j, tile.sums + i + j);
     });
   };
   const auto accumulate = [&](int64_t m, int64_t end) {
     for (int64_t k = 0; k < Op::kCoefficients; ++k) {
-      S* const row = tile.table + k * kMaxChannelsLast;
-      for (int64_t lane = channels; lane < padded; ++lane) row[lane] = lane < lanes ? row[lane - channels] : S(0);
+      S* const coefficients = tile.table + k * kMaxLanes;
+      row.spread(coefficients);
+      for (int64_t lane = lanes; lane < padded; ++lane) coefficients[lane] = 0;
     }
     for (int64_t k = 0; k < Op::kSums; ++k)
-      for (int64_t lane = 0; lane < padded; ++lane)
-        tile.sums[k * kMaxChannelsLast + lane] = static_cast<double>(Op::empty(k));
-    for (int64_t rows; m + together <= end; m += rows * together) {
-      rows = least(kRowsTogether, (end - m) / together);
-      accumulate_block(m, rows, view.channels * together, lanes);
+      for (int64_t lane = 0; lane < padded; ++lane) tile.sums[k * kMaxLanes + lane] = static_cast<double>(Op::empty(k));
+    int64_t offset = offset_of(view, unit.c0, m);
+    int64_t left = (end - m) / row.positions;
+    for (int64_t rows; left > 0; left -= rows, offset += rows * stride) {
+      rows = least(kRowsTogether, left);
+      accumulate_block(offset, rows, lanes);
     }
-    if (m < end) accumulate_block(m, 1, 0, (end - m) * channels);
-    for (int64_t k = 0; k < Op::kSums; ++k)
-      for (int64_t lane = channels; lane < lanes; ++lane) {
-        double* const sum = tile.sums + k * kMaxChannelsLast;
-        sum[lane % channels] = Op::join(k, sum[lane % channels], sum[lane]);
-      }
+    const int64_t rest = (end - m) % row.positions;  // channels last
+    if (rest > 0) accumulate_block(offset, 1, rest * row.channels);
+    for (int64_t k = 0; k < Op::kCoefficients; ++k) row.gather(tile.table + k * kMaxLanes);
+    for (int64_t k = 0; k < Op::kSums; ++k) join_lanes<Op>(row, k, tile.sums + k * kMaxLanes);
   };
 
+  const int64_t trial = (kRowsTogether + row.positions - 1) / row.positions * row.positions;
   if constexpr (Op::kSeeksPivot) {
-    const int64_t trial = least(kRowsTogether, unit.m1 - unit.m0);
-    accumulate(unit.m0, unit.m0 + trial);
-    tile.seek_pivots(trial);
+    const int64_t count = least(trial, unit.m1 - unit.m0);
+    accumulate(unit.m0, unit.m0 + count);
+    tile.seek_pivots(count);
   }
-  for (int64_t m = unit.m0; m < unit.m1; m += kTileRows) {
-    const int64_t count = least(kTileRows, unit.m1 - m);
+  for (int64_t m = unit.m0; m < unit.m1; m += kTrialsInTile * trial) {
+    const int64_t count = least(kTrialsInTile * trial, unit.m1 - m);
     accumulate(m, m + count);
     tile.fold(m - unit.m0, count);
   }
@@ -338,10 +334,10 @@ void reduce_channels_last(const Op& op, const ChannelView& view, const Unit& uni
 
 template <class Op>
 void reduce(const Op& op, const ChannelView& view, const Unit& unit, const Results& results) {
-  if (view.inner > 1)
-    reduce_channels_first(op, view, unit, results);
-  else
-    reduce_channels_last(op, view, unit, results);
+  const bool in_lanes = for_rows_of_lanes<typename Op::V>(
+      view, unit, kShortRowBytes / Op::V::kItem,
+      [&](const Unit& part, const RowOfLanes& row) { reduce_lanes(op, view, part, row, results); });
+  if (!in_lanes) reduce_channels_first(op, view, unit, results);
 }
 
 // The results of all ranges of positions made one, in their order, in the place of the first. Those of range p are the

@@ -2,6 +2,7 @@
 // that their inline functions stay baseline code: the linker may pick any copy of them for the whole library.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
