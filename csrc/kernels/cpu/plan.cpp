@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <numeric>
 
 namespace normfused::cpu {
 
@@ -16,15 +17,19 @@ constexpr int64_t kUnits = 64;
 constexpr int64_t kLeastUnitBytes = 16 << 10;
 constexpr int64_t kLeastSplitBytes = 64 << 10;
 // Rows of channels that pay for the merge of their result.
-constexpr int64_t kLeastSplitRows = 256;
+constexpr int64_t kLeastSplitRows = 128;
 // A cache line's worth of channels, or of rows of whatever length, in every dtype.
 constexpr int64_t kMultiple = 64;
+constexpr int64_t kCacheLine = 64;
 // Positions of a row in scratch: whole vectors in every dtype, and so few that a window of ten rows stays in L1. Not a
 // power of two: there, the rows of a window would share few sets of the cache.
 constexpr int64_t kRowMultiple = 32, kLongestRow = 480;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Rows that fill whole cache lines, and that kernels take at once.
+int64_t aligned_rows(int64_t row_bytes) { return std::max<int64_t>(4, kCacheLine / std::gcd(row_bytes, kCacheLine)); }
 
 int64_t grain_of(int64_t task_bytes) { return std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, task_bytes)); }
 
@@ -49,10 +54,12 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
   }
   // Rows lie next to each other in memory, the columns of a channel range do not: 64 of 2048 channels are two cache
   // lines in every page, and those of a power of two fall into a few sets of the cache. So rows are split where there
-  // are enough of them.
-  const int64_t splits = std::min({bytes / kLeastSplitBytes, positions / kLeastSplitRows, kUnits});
-  if (splits > 1) {
-    const int64_t block = round_up(ceil_div(positions, splits), kMultiple);
+  // are enough of them, in a power of two of parts, which the usual numbers of threads share evenly.
+  const int64_t most = std::min({bytes / kLeastSplitBytes, positions / kLeastSplitRows, kUnits});
+  if (most > 1) {
+    int64_t splits = kUnits;
+    while (splits > most) splits /= 2;
+    const int64_t block = round_up(ceil_div(positions, splits), aligned_rows(view.channels * itemsize));
     return make_plan(view, std::min(view.channels, kMaxLanes), block, item_bytes);
   }
   const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
