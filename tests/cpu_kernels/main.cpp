@@ -5,6 +5,7 @@
 
 #include "definition.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/plan.h"
 
 using namespace normfused;
 using namespace normfused::testing;
@@ -33,9 +34,39 @@ struct Cpu {
   void local_response_norm(const LocalResponseNorm& args) { cpu::local_response_norm(args, kThreads); }
 };
 
+// Values that the busiest of some threads has, over its share.
+double load_of_the_busiest(const ChannelView& view, const cpu::Plan& plan, int64_t threads) {
+  const int64_t chunk = std::max(cpu::grain(plan), (plan.units() + threads - 1) / threads);
+  int64_t busiest = 0;
+  for (int64_t begin = 0; begin < plan.units(); begin += chunk) {
+    int64_t load = 0;
+    for (int64_t unit = begin; unit < std::min(begin + chunk, plan.units()); ++unit) {
+      const int64_t c0 = unit % plan.channel_units * plan.channel_block;
+      const int64_t m0 = unit / plan.channel_units * plan.position_block;
+      load += std::min(plan.channel_block, view.channels - c0) * std::min(plan.position_block, view.positions() - m0);
+    }
+    busiest = std::max(busiest, load);
+  }
+  return static_cast<double>(busiest * threads) / static_cast<double>(view.numel());
+}
+
+// Two or four threads share each batch norm of ResNet-50 evenly.
+void run_shares() {
+  const int64_t shapes[][2] = {{64, 112}, {64, 56},   {256, 56}, {128, 28}, {512, 28},
+                               {256, 14}, {1024, 14}, {512, 7},  {2048, 7}};
+  for (const auto& [channels, side] : shapes)
+    for (const ChannelView& view : {ChannelView{32, channels, side * side}, ChannelView{32 * side * side, channels, 1}})
+      for (const int64_t itemsize : {2, 4})
+        for (const int64_t operands : {1, 2})
+          for (const int64_t threads : {2, 4})
+            expect_near("share", channels,
+                        load_of_the_busiest(view, cpu::plan_reduction(view, itemsize, operands), threads), 1, 0.1);
+}
+
 }  // namespace
 
 int main() {
+  run_shares();
   Cpu backend;
   std::mt19937 random(7);
   int64_t cases = 0;
