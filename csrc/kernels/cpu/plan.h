@@ -45,13 +45,15 @@ struct BlockPlan {
 BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes);
 
 // Output bytes from which streaming stores pay: they spare the read of what they overwrite, but leave nothing in cache.
-// An output that is kept for backward lies where nothing was read for long: from 6 MB on, it and its next reader took
-// 0.7 of the time with ordinary stores on Ice Lake, 0.8 on Granite Rapids.
+// An output that is kept for backward lies where nothing was read for long: from 6 MB on, streamed, it and its next
+// reader took 0.7 of the time on Ice Lake, 0.8 on Granite Rapids.
 inline constexpr int64_t kStreamBytes = 4 << 20;
 
-// In inference an output lies where one before it lay, and that is still in a large last-level cache: on Granite Rapids
-// (480 MiB) 13 MB took 1.5 times as long streamed, 51 MB 0.75 times; on Ice Lake (48 MiB) it is as above.
-int64_t reused_stream_bytes();
+// In inference and in backward an output lies where one before it lay, and that is still in a large last-level cache,
+// if what is read beside it, so many tensors, leaves room. On Granite Rapids (480 MiB) inference took 1.5 times as long
+// streamed at 13 MB and 0.75 times at 51 MB, backward with the gradient's next reader 1.4 times at 6 MB, 1.2 times at
+// 13 MB and 0.85 times at 26 MB, though alone 0.85 times at all sizes; on Ice Lake (48 MiB) it is as above.
+int64_t reused_stream_bytes(int64_t reads);
 
 // Tasks that one thread should take at least: below 32 KiB a thread's work is smaller than the cost of waking it.
 int64_t grain(const Plan& plan);
