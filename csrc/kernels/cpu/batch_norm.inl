@@ -378,7 +378,7 @@ void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel
     }
     forward_table(args, table, c0, n);
   });
-  const int64_t stream_from_bytes = args.running_mean ? reused_stream_bytes(args.residual ? 2 : 1) : kStreamBytes;
+  const int64_t stream_from_bytes = args.running_mean ? reused_stream_bytes(kInferencePart) : kStreamBytes;
   for_fused(args.fused(),
             [&](auto fused) { apply_all(normalize_op<fused(), T>(args), view, parallel, table, stream_from_bytes); });
 }
@@ -399,7 +399,7 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
   const GradInputOp<T, kFused> through_statistics{gradient, grad_input, grad_residual};
   const ScaleOp<T, kFused> past_statistics{gradient, grad_input, grad_residual};
 
-  const int64_t stream_from_bytes = reused_stream_bytes(args.residual ? 3 : 2);
+  const int64_t stream_from_bytes = reused_stream_bytes(kBackwardPart);
   const bool reduces = args.count == nullptr && (args.training || args.grad_weight || args.grad_bias);
   const Plan plan = plan_reduction(view, sizeof(T), 2);
   const Workspace workspace(reduces ? plan.position_units * Reduce::kSums * view.channels : 0,

@@ -49,11 +49,13 @@ BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes);
 // reader took 0.7 of the time on Ice Lake, 0.8 on Granite Rapids.
 inline constexpr int64_t kStreamBytes = 4 << 20;
 
-// In inference and in backward an output lies where one before it lay, and that is still in a large last-level cache,
-// if what is read beside it, so many tensors, leaves room. On Granite Rapids (480 MiB) inference took 1.5 times as long
-// streamed at 13 MB and 0.75 times at 51 MB, backward with the gradient's next reader 1.4 times at 6 MB, 1.2 times at
-// 13 MB and 0.85 times at 26 MB, though alone 0.85 times at all sizes; on Ice Lake (48 MiB) it is as above.
-int64_t reused_stream_bytes(int64_t reads);
+// In inference and in backward an output lies where one before it lay, which is still in a large last-level cache. Up
+// to these parts of that it pays to leave the output there for its next reader. On Granite Rapids (480 MiB) inference
+// took 1.5 times as long streamed at 13 MB and 0.75 times at 51 MB; backward with the gradient's reader 1.4 times at 6
+// MB, 0.9 to 1.4 times at 13 MB, where without a reader it took 0.85 times as long, and 0.85 times at 26 MB. On Ice
+// Lake (48 MiB) it is as above.
+inline constexpr int64_t kInferencePart = 12, kBackwardPart = 48;
+int64_t reused_stream_bytes(int64_t part);
 
 // Tasks that one thread should take at least: below 32 KiB a thread's work is smaller than the cost of waking it.
 int64_t grain(const Plan& plan);
