@@ -27,7 +27,7 @@ NF_FN void apply_run(const Op& op, int64_t offset, int64_t rows, int64_t n, cons
                      int64_t table_stride) {
   using V = typename Op::V;
   constexpr int64_t kWidth = V::kWidth;
-  constexpr int64_t kItem = sizeof(typename Op::T);
+  constexpr int64_t kItem = V::kItem;
   typename Op::T* const output = op.output + offset;
   Coefficients<Op> row;
   const auto next_row = [&]() __attribute__((always_inline)) {
