@@ -111,12 +111,13 @@ NF_CALLED void apply_lanes(const Op& op, const ChannelView& view, const Unit& un
 template <class V>
 inline constexpr int64_t kShortRow = V::kWidth / 2;
 
-// Whether to stream outputs of so many bytes and more. Rows of lanes are streamed only where each of them is aligned;
-// short rows channels first are not.
+// Whether to stream outputs larger than that part of the last-level cache. Rows of lanes are streamed only where each
+// of them is aligned; short rows channels first are not.
 template <class Op>
-bool worth_streaming(const Op& op, const ChannelView& view, const Plan& plan, int64_t from_bytes) {
+bool worth_streaming(const Op& op, const ChannelView& view, const Plan& plan, int64_t cache_part) {
   using V = typename Op::V;
-  if (kVectorBytes == 16 || view.numel() * V::kItem < from_bytes || !op.outputs_are_aligned_alike()) return false;
+  if (kVectorBytes == 16 || view.numel() * V::kItem < stream_bytes(cache_part) || !op.outputs_are_aligned_alike())
+    return false;
   if (view.inner > 1) return view.inner > kShortRow<V>;
   const int64_t row = view.channels * rows_in_one<typename V::S>(view.channels);
   return row * V::kItem % kVectorBytes == 0 && plan.position_block * view.channels * V::kItem % kVectorBytes == 0 &&

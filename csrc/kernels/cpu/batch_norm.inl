@@ -340,7 +340,7 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
 
   for_fused(args.fused(), [&](auto fused) {
     const auto normalize = normalize_op<fused(), T>(args);
-    const bool streaming = worth_streaming(normalize, view, plan, kStreamBytes);
+    const bool streaming = worth_streaming(normalize, view, plan, kTrainingPart);
     sweep(
         moments, view, plan, parallel, results,
         [&](int64_t c0, int64_t c1) {
@@ -357,9 +357,9 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
 // A pass over the tensor without a reduction before it.
 template <class Op>
 void apply_all(const Op& op, const ChannelView& view, const Parallel& parallel, const typename Op::V::S* table,
-               int64_t stream_from_bytes) {
+               int64_t cache_part) {
   const Plan plan = plan_elementwise(view, sizeof(typename Op::T), 2);
-  const bool streaming = worth_streaming(op, view, plan, stream_from_bytes);
+  const bool streaming = worth_streaming(op, view, plan, cache_part);
   parallel(plan.units(), grain(plan),
            [&](int64_t index) { apply(op, view, unit_of(plan, view, index), table, streaming); });
 }
@@ -378,9 +378,9 @@ void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel
     }
     forward_table(args, table, c0, n);
   });
-  const int64_t stream_from_bytes = args.running_mean ? reused_stream_bytes(kInferencePart) : kStreamBytes;
+  const int64_t cache_part = args.running_mean ? kInferencePart : kTrainingPart;
   for_fused(args.fused(),
-            [&](auto fused) { apply_all(normalize_op<fused(), T>(args), view, parallel, table, stream_from_bytes); });
+            [&](auto fused) { apply_all(normalize_op<fused(), T>(args), view, parallel, table, cache_part); });
 }
 
 template <class T, bool kFused>
@@ -399,7 +399,6 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
   const GradInputOp<T, kFused> through_statistics{gradient, grad_input, grad_residual};
   const ScaleOp<T, kFused> past_statistics{gradient, grad_input, grad_residual};
 
-  const int64_t stream_from_bytes = reused_stream_bytes(kBackwardPart);
   const bool reduces = args.count == nullptr && (args.training || args.grad_weight || args.grad_bias);
   const Plan plan = plan_reduction(view, sizeof(T), 2);
   const Workspace workspace(reduces ? plan.position_units * Reduce::kSums * view.channels : 0,
@@ -410,13 +409,13 @@ void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel
   if (args.count != nullptr) {
     for_entries(0, view.channels,
                 [&](int64_t c0, int64_t n) { finish_backward(args, nullptr, *args.count, table, c0, n); });
-    return apply_all(through_statistics, view, parallel, table, stream_from_bytes);
+    return apply_all(through_statistics, view, parallel, table, kTrainingPart);
   }
-  if (!reduces) return apply_all(past_statistics, view, parallel, table, stream_from_bytes);
+  if (!reduces) return apply_all(past_statistics, view, parallel, table, kTrainingPart);
 
   const Reduce sums{gradient, args.mean, table, view.channels};
   const Results results{workspace.results, view.channels};
-  const bool streaming = worth_streaming(through_statistics, view, plan, stream_from_bytes);
+  const bool streaming = worth_streaming(through_statistics, view, plan, kTrainingPart);
   sweep(
       sums, view, plan, parallel, results,
       [&](int64_t c0, int64_t c1) {

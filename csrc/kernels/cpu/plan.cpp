@@ -1,7 +1,5 @@
 #include "kernels/cpu/plan.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <numeric>
 
@@ -102,14 +100,5 @@ BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes) {
 
 int64_t grain(const Plan& plan) { return grain_of(plan.unit_bytes); }
 int64_t grain(const BlockPlan& plan) { return grain_of(plan.task_bytes); }
-
-int64_t reused_stream_bytes(int64_t part) {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-  constexpr int64_t cache = 0;
-#endif
-  return std::max(kStreamBytes, cache / part);
-}
 
 }  // namespace normfused::cpu

@@ -44,19 +44,6 @@ struct BlockPlan {
 // Scratch is `position_bytes` for each position.
 BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes);
 
-// Output bytes from which streaming stores pay: they spare the read of what they overwrite, but leave nothing in cache.
-// An output that is kept for backward lies where nothing was read for long: from 6 MB on, streamed, it and its next
-// reader took 0.7 of the time on Ice Lake, 0.8 on Granite Rapids.
-inline constexpr int64_t kStreamBytes = 4 << 20;
-
-// In inference and in backward an output lies where one before it lay, which is still in a large last-level cache. Up
-// to these parts of that it pays to leave the output there for its next reader. On Granite Rapids (480 MiB) inference
-// took 1.5 times as long streamed at 13 MB and 0.75 times at 51 MB; backward with the gradient's reader 1.1 to 1.7
-// times at 6 MB, 0.9 to 1.4 times at 13 MB, where forward and backward without a reader took 0.8 to 0.9 times as long,
-// and 0.9 to 1.2 times at 26 MB. On Ice Lake (48 MiB) it is as above.
-inline constexpr int64_t kInferencePart = 12, kBackwardPart = 48;
-int64_t reused_stream_bytes(int64_t part);
-
 // Tasks that one thread should take at least: below 32 KiB a thread's work is smaller than the cost of waking it.
 int64_t grain(const Plan& plan);
 int64_t grain(const BlockPlan& plan);

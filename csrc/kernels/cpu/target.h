@@ -21,6 +21,7 @@
 
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/plan.h"
+#include "kernels/cpu/streaming.h"
 #include "kernels/cpu/table.h"
 #include "kernels/cpu/workspace.h"
 #include "kernels/types.h"
