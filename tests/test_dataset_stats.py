@@ -1,0 +1,332 @@
+"""dataset_stats and statistics over processes. Runs on the fallback too."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pixels import BOOLS, CHW, HWC, IMAGES, OTHER_CHANNELS, assert_is_of_all_pixels, exact_sums
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from normfused import ChannelStats, dataset_stats
+from normfused.dataset import collect
+
+
+class Items(Dataset[Any]):
+    """A map-style dataset, at module level so that a spawned process finds it."""
+
+    def __init__(self, items: list[Any], fails_at: int | None = None, error: type[BaseException] = OSError) -> None:
+        self.items, self.fails_at, self.error = items, fails_at, error
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        if index == self.fails_at:
+            raise self.error("no such disk")
+        return self.items[index]
+
+
+class Threads(Items):
+    """Refuses to be read where a worker has threads of its own."""
+
+    def __getitem__(self, index: int) -> Any:
+        assert torch.utils.data.get_worker_info() is not None
+        assert torch.get_num_threads() == 1
+        return self.items[index]
+
+
+class Shard(IterableDataset[Any]):
+    """Gives each worker its share."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = torch.utils.data.get_worker_info()
+        return iter(self.items if worker is None else self.items[worker.id :: worker.num_workers])
+
+
+def batches_of_one() -> list[Tensor]:
+    return [torch.from_numpy(image).permute(2, 0, 1)[None] for image in IMAGES]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: IMAGES,
+        lambda: tuple(IMAGES),
+        lambda: iter(IMAGES),
+        lambda: Items(IMAGES),
+        lambda: Shard(IMAGES),
+        lambda: Items([(image, 7) for image in IMAGES]),
+        lambda: Items([{"label": 7, "image": image} for image in IMAGES]),
+        lambda: Items([{"pixel_values": image} for image in IMAGES]),
+        lambda: DataLoader(Items(batches_of_one()), batch_size=None),
+        lambda: DataLoader(Items([(image, 7) for image in batches_of_one()]), batch_size=None),
+    ],
+    ids=["list", "tuple", "iterator", "dataset", "iterable", "pairs", "dicts", "pixels", "loader", "loader of pairs"],
+)
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_b37_dataset_stats(data: Callable[[], Any], batch_size: int) -> None:
+    assert_is_of_all_pixels(dataset_stats(data(), batch_size=batch_size))
+
+
+def test_b37_key_names_the_image() -> None:
+    assert_is_of_all_pixels(dataset_stats(Items([{"scan": i, "image": 1} for i in IMAGES]), key="scan"))
+    assert_is_of_all_pixels(dataset_stats(Items([(7, i) for i in IMAGES]), key=1))
+
+
+@pytest.mark.parametrize(
+    ("data", "layout"),
+    [
+        (torch.from_numpy(np.stack([HWC, HWC[::-1], HWC])).permute(0, 3, 1, 2), None),
+        (np.stack([HWC, HWC[::-1], HWC]), None),
+        (np.stack([HWC, HWC[::-1], HWC]).transpose(0, 3, 1, 2), "NCHW"),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_b37_array_of_images(data: Any, layout: str | None, batch_size: int) -> None:
+    stats = dataset_stats(data, layout=layout, batch_size=batch_size)
+    assert stats.sums == tuple(s.merge(s).merge(s) for s in exact_sums(HWC.reshape(-1, 3)))
+    assert stats.images == 3
+
+
+def test_one_image_is_no_data_set() -> None:
+    message = r"^data of shape \(60, 28, 28\) is one image as CHW: pass layout='NHW' for many grayscale ones$"
+    with pytest.raises(ValueError, match=message):
+        dataset_stats(torch.zeros(60, 28, 28))
+    assert dataset_stats(torch.zeros(60, 28, 28), layout="NHW").images == 60
+
+
+@pytest.fixture
+def start_method() -> Iterator[Callable[[str], None]]:
+    """Sets how processes start, and sets it back."""
+    before = multiprocessing.get_start_method()
+    yield lambda method: multiprocessing.set_start_method(method, force=True)
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("method", "workers"), [("fork", 4), ("spawn", 2)])
+def test_b43_workers(start_method: Callable[[str], None], method: str, workers: int) -> None:
+    start_method(method)
+    torch.ones(1 << 20).sum()  # this process has used its threads
+    assert_is_of_all_pixels(dataset_stats(Threads(IMAGES), num_workers=workers, batch_size=2))
+
+
+def test_b43_workers_of_an_iterable_dataset() -> None:
+    assert_is_of_all_pixels(dataset_stats(Shard(IMAGES), num_workers=2))
+
+
+def test_b43_workers_give_the_same_bits() -> None:
+    floats = Items([torch.randn(3, 5 + i, 9) for i in range(10)])
+    assert dataset_stats(floats, num_workers=2, batch_size=3) == dataset_stats(floats, batch_size=3)
+
+
+def test_b43_random_numbers_stay_as_they_are() -> None:
+    state = torch.get_rng_state()
+    dataset_stats(Items(IMAGES))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        (lambda: Items(IMAGES, fails_at=5), RuntimeError, "item 5: OSError('no such disk')"),
+        (lambda: Items(IMAGES, fails_at=5, error=ValueError), ValueError, "item 5: no such disk"),
+        (lambda: Items([HWC, HWC > 3]), TypeError, f"item 1: {BOOLS}bool"),
+        (lambda: Items([HWC, HWC, HWC[..., 0]]), ValueError, f"item 2: {OTHER_CHANNELS}"),
+        (lambda: iter([HWC, HWC[..., 0]]), ValueError, f"item 1: {OTHER_CHANNELS}"),
+        (
+            lambda: Items([{"scan": HWC, "y": 3}]),
+            ValueError,
+            "item 0: a dict of scan, y: pass key= to say which is the image",
+        ),
+        (lambda: [], ValueError, "data holds no images"),
+        (lambda: Items([]), ValueError, "data holds no images"),
+        (lambda: iter(()), ValueError, "data holds no images"),
+        (lambda: torch.zeros(0, 3, 4, 4), ValueError, "data holds no images"),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_dataset_errors_name_the_item(
+    data: Callable[[], Any], kind: type[Exception], message: str, batch_size: int
+) -> None:
+    with pytest.raises(kind) as error:
+        dataset_stats(data(), batch_size=batch_size)
+    assert str(error.value) == message
+
+
+def test_error_keeps_its_cause() -> None:
+    with pytest.raises(RuntimeError) as error:
+        dataset_stats(Items(IMAGES, fails_at=0))
+    assert isinstance(error.value.__cause__, OSError)
+
+
+def test_error_in_a_worker_names_the_item() -> None:
+    with pytest.raises(ValueError, match=r"item 3: no such disk"):
+        dataset_stats(Items(IMAGES, fails_at=3, error=ValueError), num_workers=1, batch_size=2)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match=r"^batch_size must be at least 1, got 0$"):
+        dataset_stats(IMAGES, batch_size=0)
+    with pytest.raises(ValueError, match=r"^num_workers=2 needs a dataset or a sequence, got generator$"):
+        dataset_stats((i for i in IMAGES), num_workers=2)
+    with pytest.raises(ValueError, match=r"^num_workers=2 needs a dataset or a sequence, got DataLoader$"):
+        dataset_stats(DataLoader(Items(IMAGES)), num_workers=2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_b44_interrupted(batch_size: int) -> None:
+    done = 5 // batch_size * batch_size
+    data = Items(IMAGES, fails_at=5, error=KeyboardInterrupt)
+    message = f"^interrupted: the statistics are those of {done} of {len(IMAGES)} images$"
+    with pytest.warns(RuntimeWarning, match=message):
+        stats = dataset_stats(data, batch_size=batch_size)
+    assert not stats.complete
+    assert stats.images == done
+    assert stats.sums == dataset_stats(IMAGES[:done]).sums
+    assert not ChannelStats().merge(stats).complete
+
+
+def test_b44_interrupted_generator() -> None:
+    def images() -> Iterator[np.ndarray]:
+        yield from IMAGES[:3]
+        raise KeyboardInterrupt
+
+    with pytest.warns(RuntimeWarning, match="^interrupted: the statistics are those of 3 images$"):
+        assert dataset_stats(images()).images == 3
+
+
+def test_b44_interrupted_before_the_first() -> None:
+    with pytest.warns(RuntimeWarning, match="those of 0 of 9 images"):
+        stats = dataset_stats(Items(IMAGES, fails_at=0, error=KeyboardInterrupt))
+    assert (stats.images, stats.complete) == (0, False)
+
+
+def test_b44_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset_stats(IMAGES, batch_size=4)
+    assert capsys.readouterr().err == ""  # no terminal
+    dataset_stats(IMAGES, batch_size=4, progress=True)
+    assert "9/9" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert_is_of_all_pixels(dataset_stats(IMAGES, progress=True))
+
+
+def test_b37_collect_names_the_part() -> None:
+    parts = [("first.png", ChannelStats().update(CHW)), ("second.png", ChannelStats().update(CHW[:1]))]
+    with pytest.raises(ValueError, match=f"^second.png: {OTHER_CHANNELS}$"):
+        collect(parts, None, None, False)
+
+
+def test_b15_dataset_stats_warns_once() -> None:
+    x = torch.zeros(300, 1, 2, 2)
+    x[::2, 0, 0, 0] = torch.nan
+    with pytest.warns(RuntimeWarning) as warned:
+        stats = dataset_stats(TensorDataset(x))
+    assert stats.nonfinite.tolist() == [150]
+    assert len([w for w in warned if "NaN" in str(w.message)]) == 1
+
+
+# --- several processes -------------------------------------------------------------------------
+
+ALL_REDUCE = """
+import sys
+import numpy as np, torch
+from torch import distributed
+from normfused import ChannelStats
+
+rank, store, state = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+stats = ChannelStats()
+for seed in range(rank, 5, 2):  # 3 images here, 2 there
+    torch.manual_seed(seed)
+    stats.update(torch.randint(0, 256, (3, 4 + seed, 5), dtype=torch.uint8))
+    stats.update(torch.randn(3, 4, 4))
+assert stats.all_reduce() is stats
+stats.save(f"{state}{rank}")
+torch.manual_seed(0)
+try:
+    ChannelStats().update(torch.randn(1 + rank, 4, 4)).all_reduce()
+except ValueError as error:
+    assert str(error) == "channels: got 2, but the images before have 1", error
+else:
+    raise AssertionError("channels that do not fit")
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
+def test_b37_all_reduce(tmp_path: Path) -> None:
+    arguments = [str(tmp_path / "store"), str(tmp_path / "stats")]
+    command = [sys.executable, "-W", "ignore", "-c", ALL_REDUCE]
+    # Not in the checkout, whose folder normfused has no extension.
+    processes = [subprocess.Popen([*command, str(rank), *arguments], cwd=tmp_path) for rank in (0, 1)]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    first, second = (ChannelStats.load(f"{tmp_path}/stats{rank}") for rank in (0, 1))
+    assert first == second
+    alone = ChannelStats()
+    for seed in (0, 2, 4, 1, 3):
+        torch.manual_seed(seed)
+        alone.update(torch.randint(0, 256, (3, 4 + seed, 5), dtype=torch.uint8))
+        alone.update(torch.randn(3, 4, 4))
+    assert first.sums == alone.sums
+    assert first.images == 10
+    torch.testing.assert_close(first.std(), alone.std(), rtol=1e-13, atol=0)
+
+
+def test_all_reduce_without_a_group() -> None:
+    with pytest.raises(RuntimeError, match=r"^all_reduce needs a process group: call torch.distributed.init_process_"):
+        ChannelStats().all_reduce()
+
+
+# --- a billion values --------------------------------------------------------------------------
+
+BILLION = """
+import resource
+import numpy as np, torch
+from normfused import ChannelStats, dataset_stats
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+rows = torch.randint(0, 256, (1000, 1000, 1000), dtype=torch.uint8)
+ChannelStats().update(rows[:1, :64], layout="NHW")  # threads and their stacks
+x = rows.view(1000, 500, 1000, 2)
+for images, layout in ((rows, "NHW"), (x, "NHWC"), (x.view(1000, 2, 500, 1000), "NCHW"), (x.numpy(), None)):
+    for whole in (True, False):
+        before = peak()
+        stats = ChannelStats().update(images, layout) if whole else dataset_stats(images, layout=layout)
+        grown = peak() - before
+        assert grown < rows.numel() / 100, (layout, whole, grown)
+        assert stats.count.sum() == 10**9
+        assert sum(s.sum for s in stats.sums) == (total := int(rows.numpy().sum(dtype=np.int64)))
+        if layout == "NHWC":
+            assert [s.sum for s in stats.sums] == [int(x.numpy()[..., c].sum(dtype=np.int64)) for c in (0, 1)]
+squares = sum(int((part.astype(np.int64) ** 2).sum()) for part in rows.numpy())
+assert sum(s.sum_of_squares for s in stats.sums) == squares
+"""
+
+
+@pytest.mark.large
+@pytest.mark.usefixtures("needs_extension")
+def test_b38_a_billion_bytes_in_no_more_memory(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", BILLION], check=True, timeout=900, cwd=tmp_path)
