@@ -8,8 +8,8 @@
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/streaming.h"
 
-// In place of streaming.cpp: whatever cache this machine has, outputs of some megabytes are streamed.
-int64_t normfused::cpu::stream_bytes(int64_t) { return kStreamBytes; }
+// In place of streaming.cpp: whatever cache this machine has, outputs are streamed that take no time to check.
+int64_t normfused::cpu::stream_bytes(int64_t) { return 256 << 10; }
 
 using namespace normfused;
 using namespace normfused::testing;
@@ -80,7 +80,7 @@ int main() {
   const ChannelView views[] = {
       {1, 1, 1},    {1, 1, 2},     {2, 3, 1},    {1, 3, 31},  {4, 3, 49},   {32, 65, 49}, {2, 130, 7},   {3, 2, 4097},
       {2, 3, 9000}, {5, 2049, 2},  {3, 40, 900}, {7, 16, 64}, {31, 1, 1},   {33, 65, 1},  {700, 96, 1},  {900, 70, 1},
-      {3, 2049, 1}, {60, 1100, 1}, {4000, 3, 1}, {7, 40, 4},  {600, 40, 2}, {9, 65, 16},  {8, 2100, 25}, {13001, 3, 3},
+      {3, 2049, 1}, {60, 1100, 1}, {4000, 3, 1}, {7, 40, 4},  {600, 40, 2}, {9, 65, 16},  {5, 2100, 25}, {13001, 3, 3},
   };
   for (const ChannelView& view : views) {
     for (const int64_t offset : {0, 1}) {
@@ -115,14 +115,12 @@ int main() {
   ++cases;
   // Outputs large enough to be streamed past the caches, from short rows, long rows and channels last. Rows of two
   // values are not.
-  run<float>(backend, {64, 350, 49}, 1, random);
-  run<float>(backend, {2, 70, 7600}, 0, random);
-  run<float>(backend, {1700, 640, 1}, 0, random);
-  run<float>(backend, {1700, 640, 1}, 1, random);
-  run<float>(backend, {8500, 64, 2}, 0, random);
-  cases += 5;
-  run<BFloat16>(backend, {43, 1000, 49}, 1, random);
-  ++cases;
+  for (const ChannelView& view : {ChannelView{11, 250, 49}, {2, 70, 1000}, {550, 640, 1}, {1200, 64, 2}})
+    for (const int64_t offset : {0, 1}) {
+      run<float>(backend, view, offset, random);
+      run<BFloat16>(backend, view, offset, random);
+      cases += 2;
+    }
   std::printf("%s: %lld cases, %lld values checked\n", cpu::capability(), static_cast<long long>(cases),
               static_cast<long long>(checks));
 }
