@@ -219,7 +219,7 @@ def fused_call(
         return handle_torch_function(fused_call, (input, residual), *arguments)
     alike = residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
     if alike and isinstance(layer, modules._BatchNorm) and not _has_hooks(layer):
-        return layer.normalized(input, residual, None, activation, parameter, inplace)
+        return layer._batch_norm(*layer._arguments(input, residual, None, activation, parameter, inplace))
     output = layer(input) if residual is None else layer(input) + residual
     return ACTIVATIONS[activation](output, parameter)
 

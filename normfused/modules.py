@@ -106,21 +106,8 @@ class _BatchNorm(_Base):
             leaf = _traced_as_leaf(self, input, residual, mask)
             if leaf is not None:
                 return leaf
-        return self.normalized(
-            input, residual, mask, self.activation or "identity", self.activation_param, self.inplace
-        )
-
-    def normalized(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        activation: str,
-        activation_param: float | None,
-        inplace: bool,
-    ) -> Tensor:
-        """What a call of the layer does, with an activation and a place other than its own, and without its hooks."""
-        return self._batch_norm(*self._arguments(input, residual, mask, activation, activation_param, inplace))
+        after = (self.activation or "identity", self.activation_param, self.inplace)
+        return self._batch_norm(*self._arguments(input, residual, mask, *after))
 
     _batch_norm = staticmethod(named_batch_norm)
 
@@ -133,7 +120,7 @@ class _BatchNorm(_Base):
         activation_param: float | None,
         inplace: bool,
     ) -> tuple[Any, ...]:
-        """Those of :func:`named_batch_norm`."""
+        """Those of :func:`named_batch_norm`, for a call with an activation and a place other than the layer's own."""
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         running_mean, running_var = self.running_mean, self.running_var  # once: nn.Module takes 0.7 us to find each
         training = self.training or (running_mean is None and running_var is None)
