@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ OPERATIONS = {
     "add_relu_forward_backward": Operation("BN + add + ReLU training, forward + backward", (4, 3), (7, 3)),
     "eval_forward": Operation("BN eval, forward", (1, 1), (1, 1)),
     "channel_moments": Operation("channel_moments", (1, 0), (1, 0)),
+    "channel_sums": Operation("channel_sums", (1, 0), (1, 0)),
     "small_call": Operation("Small call, BN forward + backward", (3, 2), (6, 2)),
 }
 GRID_OPERATIONS = tuple(name for name in OPERATIONS if name != "small_call")
@@ -92,6 +93,7 @@ def _planned_bytes(case: Case) -> int:
         "training_backward": ["BACKWARD"],
         "eval_forward": ["INFERENCE"],
         "channel_moments": ["MOMENTS"],
+        "channel_sums": ["SUMS"],
     }.get(case.operation, ["TRAINING", "BACKWARD"])  # an activation moves no more bytes; a residual is added below
     n, c, h, w = case.shape
     view = (n * h * w, c, 1) if case.layout == "channels_last" else (n, c, h * w)
@@ -136,8 +138,8 @@ def build_calls(case: Case, device: str, more: Sequence[str] = ()) -> dict[str, 
     """One call per peer. Outputs are new tensors, except those of `copy`, whose buffer is ready."""
     x, grad_output, buffer = _inputs(case.shape, case.dtype, case.layout, device)
     calls: dict[str, Call] = {
-        "normfused": _call(case.operation, normfused.BatchNorm2d, normfused.channel_moments, x, grad_output),
-        "torch": _call(case.operation, nn.BatchNorm2d, _var_mean, x, grad_output),
+        "normfused": _call(case.operation, normfused.BatchNorm2d, OUR_STATISTICS, x, grad_output),
+        "torch": _call(case.operation, nn.BatchNorm2d, STATISTICS, x, grad_output),
         "copy": lambda: (buffer.copy_(x),),
         "clone": lambda: (x.clone(),),
     }
@@ -146,7 +148,7 @@ def build_calls(case: Case, device: str, more: Sequence[str] = ()) -> dict[str, 
     if "compile" in more:
         torch.compiler.reset()  # each case is compiled for its own shape
         layer = lambda channels: torch.compile(nn.BatchNorm2d(channels), dynamic=False)  # noqa: E731
-        statistics = torch.compile(_var_mean, dynamic=False)
+        statistics = {name: torch.compile(function, dynamic=False) for name, function in STATISTICS.items()}
         calls["compile"] = _call(case.operation, layer, statistics, x, grad_output)
     return {name: calls[name] for name in peer_names(case, more)}
 
@@ -154,7 +156,7 @@ def build_calls(case: Case, device: str, more: Sequence[str] = ()) -> dict[str, 
 def _without_cudnn(operation: str, x: Tensor, grad_output: Tensor) -> Call:
     off = torch.backends.cudnn.flags
     with off(enabled=False):  # a backward on its own runs what its forward chose
-        call = _call(operation, nn.BatchNorm2d, _var_mean, x, grad_output)
+        call = _call(operation, nn.BatchNorm2d, STATISTICS, x, grad_output)
 
     def without() -> Sequence[Any]:
         with off(enabled=False):
@@ -167,16 +169,26 @@ def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
 
 
+def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    dims = [d for d in range(x.dim()) if d != 1]
+    return x.sum(dims), x.square().sum(dims)
+
+
+Statistics = Mapping[str, Callable[[Tensor], Sequence[Any]]]
+OUR_STATISTICS: Statistics = {"channel_moments": normfused.channel_moments, "channel_sums": normfused.channel_sums}
+STATISTICS: Statistics = {"channel_moments": _var_mean, "channel_sums": _sums}
+
+
 def _call(
     operation: str,
     layer: Callable[[int], Any],
-    statistics: Callable[[Tensor], Sequence[Any]],
+    statistics: Statistics,
     x: Tensor,
     grad_output: Tensor,
     relu: Callable[[Tensor], Tensor] = torch.relu,
 ) -> Call:
-    if operation == "channel_moments":
-        return lambda: statistics(x)
+    if operation in statistics:
+        return lambda: statistics[operation](x)
 
     parameter_dtype = torch.promote_types(x.dtype, torch.float32)
     norm = _initialized(layer(x.size(1)).to(x.device, parameter_dtype))
@@ -237,10 +249,12 @@ def check(case: Case, device: str, results: Sequence[Any]) -> None:
     # Which values are just above zero is for rounding to say, so both are held to the same.
     above = results[0] > 0 if "relu" in case.operation else None
     relu = torch.relu if above is None else lambda z: z * above
-    expected = _call(case.operation, nn.BatchNorm2d, _var_mean, x.double(), grad_output.double(), relu)()
+    expected = _call(case.operation, nn.BatchNorm2d, STATISTICS, x.double(), grad_output.double(), relu)()
     if case.operation == "channel_moments":
         count, mean, m2, *_ = results
         results = (m2 / count, mean)
+    if case.operation == "channel_sums":
+        _, *results, _, _ = results
     for index, (actual, exact) in enumerate(zip(results, expected, strict=True)):
         error = ((actual.detach() - exact.detach()).abs().max() / exact.detach().abs().max()).item()
         assert error <= TOLERANCE[case.dtype], f"{case.name}: result {index} is off by {error:.1e} of the largest value"

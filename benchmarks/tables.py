@@ -37,8 +37,8 @@ def summary(machine: dict[str, Any], settings: dict[str, Any], results: list[Res
     if results:
         parts += [
             "## Times faster than torch eager",
-            "Geometric means of the cases' medians. torch is `torch.nn.BatchNorm2d`, and `torch.var_mean` beside "
-            "`channel_moments`.",
+            "Geometric means of the cases' medians. torch is `torch.nn.BatchNorm2d`, `torch.var_mean` beside "
+            "`channel_moments`, and `x.sum` and `x.square().sum` beside `channel_sums`.",
             _geometric_means(results),
         ]
     return "\n\n".join(parts)
