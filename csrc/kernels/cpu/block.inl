@@ -1,10 +1,12 @@
-// Blocks: what one access to memory holds of T, as vectors of S. That is one vector, but two of bfloat16: the values at
-// even and those at odd places, which a shift and a mask take apart, and put together again. Widening and narrowing
-// lane by lane takes shuffles, for which there is one port.
+// Blocks: what one access to memory holds of T, as vectors of S. That is one vector, but two
+//   of bfloat16 as float: the values at even and those at odd places, which a shift and a mask take apart, and put
+//     together again. Widening and narrowing lane by lane takes shuffles, for which there is one port;
+//   of what is narrower than double as double: those of the first and of the second half.
 template <class S_, class T>
 struct Block {
   using S = S_;
-  static constexpr int64_t kParts = std::is_same_v<T, BFloat16> && std::is_same_v<S, float> ? 2 : 1;
+  static constexpr bool kInterleaved = std::is_same_v<T, BFloat16> && std::is_same_v<S, float>;
+  static constexpr int64_t kParts = kInterleaved || (std::is_same_v<S, double> && !std::is_same_v<T, double>) ? 2 : 1;
   static constexpr int64_t kWidth = kParts * kLanes<S>;
   static constexpr int64_t kItem = sizeof(T);
 
@@ -33,10 +35,21 @@ struct Block {
 // As many values of a as there are lanes, and b's behind them; in the order they have in memory as T.
 template <class S, class T>
 NF_FN Block<S, T> joined(const Block<S, T>& a, const Block<S, T>& b, int64_t lanes) {
-  constexpr int64_t kParts = Block<S, T>::kParts;
-  return Block<S, T>::each([&](int64_t i) {
-    return lane_index<S>() < static_cast<lane_index_t<S>>((lanes + kParts - 1 - i) / kParts) ? a.part[i] : b.part[i];
+  using V = Block<S, T>;
+  return V::each([&](int64_t i) {
+    const int64_t of_part = V::kInterleaved ? (lanes + 1 - i) / 2 : lanes - i * kLanes<S>;
+    return lane_index<S>() < static_cast<lane_index_t<S>>(of_part) ? a.part[i] : b.part[i];
   });
+}
+
+// Values of which only a part was loaded, with those of `fill` behind them.
+template <class V>
+NF_FN V filled_up(const V& values, const V&, Whole) {
+  return values;
+}
+template <class V>
+NF_FN V filled_up(const V& values, const V& fill, Part part) {
+  return joined(values, fill, part.lanes);
 }
 
 template <class V>
@@ -68,12 +81,21 @@ NF_FN auto put_together(const V& values) {
     return (round_to_bfloat16(values.part[0]) >> 16) | (round_to_bfloat16(values.part[1]) & 0xffff0000);
 }
 
+// By way of float, exactly.
+template <class T, class Width>
+NF_FN Block<double, T> load_doubles(const T* p, Width width) {
+  const Wide<float> halves = widened(load<float>(p, width));
+  return {{halves.part[0], halves.part[1]}};
+}
+
 template <class V, class T>
 NF_FN V load_block(const T* p, Whole) {
   if constexpr (V::kParts == 1)
     return {{load<typename V::S>(p, Whole{})}};
-  else
+  else if constexpr (V::kInterleaved)
     return taken_apart(read_as<U32>(p));
+  else
+    return load_doubles(p, Whole{});
 }
 
 // The lanes beyond the part are those of `fill`.
@@ -81,6 +103,8 @@ template <class V, class T>
 NF_FN V load_block(const T* p, Part part, const V& fill = V{}) {
   if constexpr (V::kParts == 1) {
     return {{load<typename V::S>(p, part, fill.part[0])}};
+  } else if constexpr (!V::kInterleaved) {
+    return joined(load_doubles(p, part), fill, part.lanes);
   } else {
 #if NF_VECTOR_BYTES == 64
     const V values = taken_apart((U32)_mm512_maskz_loadu_epi16((1u << part.lanes) - 1, p));
@@ -133,8 +157,8 @@ NF_FN Vec<float> picked(Vec<float> a, Vec<float> b, Vec<int32_t> index) {
 // A block from values of S in their own order, and back. These shuffle; they are for what is loaded once for many rows.
 template <class V>
 NF_FN V in_block_order(const typename V::S* p) {
-  if constexpr (V::kParts == 1) {
-    return {{load<typename V::S>(p, Whole{})}};
+  if constexpr (!V::kInterleaved) {
+    return V::each([&](int64_t i) { return load<typename V::S>(p + i * kLanes<typename V::S>, Whole{}); });
   } else {
     const Vec<float> a = load<float>(p, Whole{}), b = load<float>(p + kLanes<float>, Whole{});
     return V::each([&](int64_t i) { return picked(a, b, 2 * lane_index<float>() + static_cast<int32_t>(i)); });
@@ -143,7 +167,7 @@ NF_FN V in_block_order(const typename V::S* p) {
 
 template <class V>
 NF_FN V in_own_order(const V& block) {
-  if constexpr (V::kParts == 1) {
+  if constexpr (!V::kInterleaved) {
     return block;
   } else {
     const Vec<int32_t> lane = lane_index<float>();

@@ -82,7 +82,7 @@ struct SumsOp {
     sums.k[0] = sums.k[0] + value;
     sums.k[1] = sums.k[1] + value * value;
     unroll<2>([&](auto k) {
-      const V seen = load_block(input + offset, width, V::filled(empty(2 + k)));
+      const V seen = filled_up(value, V::filled(empty(2 + k)), width);
       sums.k[2 + k] = V::each([&](auto i) { return join(2 + k, sums.k[2 + k].part[i], seen.part[i]); });
     });
   }

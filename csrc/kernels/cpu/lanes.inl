@@ -28,6 +28,7 @@ struct RowOfLanes {
   bool channels_last;
 
   int64_t lanes() const { return channels * positions; }
+  int64_t channel_of(int64_t lane) const { return channels_last ? lane % channels : lane / positions; }
 
   // Each channel's value, which is in the first places, to all of its lanes.
   template <class S>

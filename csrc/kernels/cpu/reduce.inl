@@ -121,17 +121,19 @@ template <class Op>
 NF_FN void accumulate_row(const Op& op, ChannelSums<Op>& sums, int64_t offset, int64_t n,
                           const Coefficients<Op>& coefficients) {
   using V = typename Op::V;
-  Sums<Op> row;
-  row.clear();
   int64_t done = 0;
-  if (n >= kLongRow<V>) {
+  Sums<Op> row;
+  if (n < kLongRow<V>) {
+    row.clear();
+  } else {
     constexpr int64_t kStep = kBlocks<V> * V::kWidth;
     done = n / kStep * kStep;
     Sums<Op> part[kBlocks<V>];
     unroll<kBlocks<V>>([&](auto b) { part[b].clear(); });
     for (int64_t i = 0; i < done; i += kStep)
       unroll<kBlocks<V>>([&](auto b) { op.accumulate(part[b], offset + i + b * V::kWidth, Whole{}, coefficients); });
-    unroll<kBlocks<V>>([&](auto b) { row.join(part[b]); });
+    row = part[0];
+    unroll<kBlocks<V> - 1>([&](auto b) { row.join(part[b + 1]); });
   }
   for_each_block<V>(n - done,
                     [&](int64_t i, auto width) { op.accumulate(row, offset + done + i, width, coefficients); });
