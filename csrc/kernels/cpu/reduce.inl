@@ -122,7 +122,7 @@ NF_FN void accumulate_row(const Op& op, ChannelSums<Op>& sums, int64_t offset, i
                           const Coefficients<Op>& coefficients) {
   using V = typename Op::V;
   int64_t done = 0;
-  Sums<Op> row;
+  Sums<Op> row;  // cleared only where it begins empty: held through the loop, sums in double took 1.3 times as long
   if (n < kLongRow<V>) {
     row.clear();
   } else {

@@ -40,7 +40,6 @@ template <class V>
 NF_FN V minimum(V a, V b) {
 #if NF_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_min_ps((__m512)a, (__m512)b);
-  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm512_min_pd((__m512d)a, (__m512d)b);
 #endif
   return a < b ? a : b;
 }
@@ -48,7 +47,6 @@ template <class V>
 NF_FN V maximum(V a, V b) {
 #if NF_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_max_ps((__m512)a, (__m512)b);
-  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
 #endif
   return a > b ? a : b;
 }
