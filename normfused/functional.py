@@ -55,8 +55,8 @@ def batch_norm(
     Args:
         input: shape ``(N, C, ...)``, float32, float64, float16 or bfloat16, any strides. Written if ``inplace``.
         running_mean, running_var: shape ``(C,)``, given together or not at all; needed unless ``training``. In
-            training they are updated in place: ``(1 - momentum) * running + momentum * batch``. Never saved for
-            backward.
+            training they are updated in place: ``(1 - momentum) * running + momentum * batch``, also when checkpointing
+            runs this call again, which only the layers can tell. Never saved for backward.
         weight, bias: shape ``(C,)``; default 1 and 0. Parameters and buffers have ``input``'s dtype, or float32 where
             that is float16 or bfloat16; all arithmetic is in float32 or wider.
         training: whether the batch's own statistics are used.
@@ -139,8 +139,11 @@ def named_batch_norm(
     running_var_correction: int = 1,
     nonfinite_batches: Tensor | None = None,
     inplace: bool = False,
+    update_in_backward: bool = True,
 ) -> Tensor:
     """:func:`batch_norm` for a caller of that name, whose input must have one of these ranks (``None``: any).
+
+    Without ``update_in_backward`` a call inside a backward pass, which is a recomputation, updates no buffer.
 
     The ranks are looked at here because only here is ``input`` surely a tensor: ``torch.fx`` traces this call whole.
     """
@@ -167,6 +170,7 @@ def named_batch_norm(
             running_var_correction,
             nonfinite_batches,
             inplace,
+            update_in_backward,
         )
     check_shape(name, ranks, input, training and mask is None, running_mean is not None)
     if inplace:
@@ -194,6 +198,7 @@ def named_batch_norm(
             None,
             running_var_correction,
             nonfinite_batches,
+            update_in_backward=update_in_backward,
         )
         return unmasked(mask, rows, input)
     compiling = torch.compiler.is_compiling()
@@ -204,7 +209,7 @@ def named_batch_norm(
             first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
             if training:
                 first = (*first, num_batches_tracked, momentum)
-            last = (running_var_correction, nonfinite_batches) if training else ()
+            last = (running_var_correction, nonfinite_batches, update_in_backward) if training else ()
             if inplace:
                 into = kernels.batch_norm_training_ if training else kernels.batch_norm_inference_
                 into(*first, eps, activation, activation_param, *last)
@@ -240,6 +245,7 @@ def named_batch_norm(
         if training:
             buffers = (running_mean, running_var, num_batches_tracked)
             updates = {"correction": running_var_correction, "skipped": nonfinite_batches}
+            updates["update_in_backward"] = update_in_backward
             results = ops.batch_norm_training(source, weight, bias, *buffers, momentum, eps, **after, **updates)
         else:
             results = ops.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **after)
@@ -257,6 +263,7 @@ def named_batch_norm(
             num_batches_tracked=num_batches_tracked,
             running_var_correction=running_var_correction,
             nonfinite_batches=nonfinite_batches,
+            update_in_backward=update_in_backward,
             **after,
         )
     return input.copy_(output) if inplace else output
