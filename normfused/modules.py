@@ -291,7 +291,8 @@ class BatchNorm1d(_OfSequences, nn.BatchNorm1d):
         running_var_correction: 1 as torch; 0 makes evaluation equal training at ``momentum=1``.
         nonfinite: ``"propagate"`` as torch; ``"skip"``: a channel in whose batch there is an infinity or a NaN leaves
             its running statistics as they are, and is counted in the buffer ``nonfinite_batches``, int64 of shape
-            ``(C,)``, which is not part of ``state_dict``.
+            ``(C,)``, which is not part of ``state_dict``: it restarts at 0 where running statistics are reset or
+            loaded.
         inplace: write the output over the input, and keep no other activation for backward; for no activation or a
             leaky ReLU. What this asks of the input: :func:`normfused.functional.batch_norm`.
 
