@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfused.checks import is_in_backward
-from normfused.functional import check_activation, check_undoable, local_response_norm, named_batch_norm
+from normfused.functional import INTEGERS, check_activation, check_undoable, local_response_norm, named_batch_norm
 from normfused.reference import ACTIVATION_PARAMS
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LocalResponseNorm", "no_stats_update"]
@@ -270,11 +270,22 @@ class _OfSequences(_BatchNorm):
         name = type(self).__name__
         if mask is not None:
             raise ValueError(f"{name}: mask and lengths say the same, got both")
-        if input.dim() != 3 or lengths.shape != input.shape[:1] or lengths.is_floating_point():
+        if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
+            got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+            raise TypeError(f"{name}: lengths must be an integer tensor, got {got}")
+        if input.dim() != 3 or lengths.shape != input.shape[:1]:
             raise ValueError(
-                f"{name}: lengths must be integers of shape (N,) for an input of shape (N, C, L), "
-                f"got {lengths.dtype} of shape {tuple(lengths.shape)} for {tuple(input.shape)}"
+                f"{name}: lengths must have shape (N,) for an input of shape (N, C, L), "
+                f"got {tuple(lengths.shape)} for {tuple(input.shape)}"
             )
+        if lengths.device not in (input.device, torch.device("cpu")):
+            raise ValueError(f"{name}: lengths is on {lengths.device}, but input is on {input.device}")
+        fits = ((lengths >= 0) & (lengths <= input.size(2))).all()
+        message = f"{name}: lengths must be from 0 to {input.size(2)}, the length of input"
+        if torch.compiler.is_compiling() or lengths.device.type != "cpu":
+            torch._assert_async(fits, message)  # without waiting for the device
+        elif not fits:
+            raise ValueError(f"{message}, got {lengths.tolist()}")
         return torch.arange(input.size(2), device=input.device) < lengths.to(input.device).unsqueeze(1)
 
 
@@ -297,8 +308,9 @@ class BatchNorm1d(_OfSequences, nn.BatchNorm1d):
             leaky ReLU. What this asks of the input: :func:`normfused.functional.batch_norm`.
 
     Called with ``(input, residual=None, mask=None, lengths=None)``: ``residual`` is added before the activation;
-    ``mask``, bool of shape ``(N,)`` or ``(N, L)``, names the positions that are there; ``lengths``, integers of shape
-    ``(N,)``, says the same of sequences by how long they are.
+    ``mask``, bool of shape ``(N,)`` or ``(N, L)``, names the positions that are present; ``lengths``, integers of shape
+    ``(N,)`` from 0 to ``L`` on the CPU or ``input``'s device, says the same of sequences by how long they are. Lengths
+    out of this range raise ``ValueError`` on the CPU, ``RuntimeError`` in compiled code, and fail an assertion on CUDA.
 
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167;
     https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html
