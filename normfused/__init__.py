@@ -5,7 +5,7 @@ from normfused._extension import info
 from normfused._version import __version__
 from normfused.convert import Conversion, convert, convert_sync_batchnorm, fold_bn, revert
 from normfused.dataset import dataset_stats
-from normfused.distributed import SyncBatchNorm, sync_running_stats
+from normfused.distributed import SyncBatchNorm, SyncBatchNormAct, sync_running_stats
 from normfused.functional import (
     ChannelMoments,
     ChannelSums,
@@ -14,19 +14,38 @@ from normfused.functional import (
     standardize,
     standardize_,
 )
-from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LocalResponseNorm, no_stats_update
+from normfused.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    LocalResponseNorm,
+    no_stats_update,
+)
 from normfused.stats import ChannelStats
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "ChannelMoments",
     "ChannelStats",
     "ChannelSums",
     "Conversion",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "LocalResponseNorm",
     "SyncBatchNorm",
+    "SyncBatchNormAct",
     "__version__",
     "channel_moments",
     "channel_sums",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normfused import modules
-from normfused.distributed import SyncBatchNorm
+from normfused.distributed import SyncBatchNorm, SyncBatchNormAct, _Synchronized
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS
 
 __all__ = ["Conversion", "convert", "convert_sync_batchnorm", "fold_bn", "kept_for_backward", "revert"]
@@ -25,9 +25,13 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: modules.BatchNorm1d,
     nn.BatchNorm2d: modules.BatchNorm2d,
     nn.BatchNorm3d: modules.BatchNorm3d,
+    nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
     nn.SyncBatchNorm: SyncBatchNorm,
 }
 _STOCK = {ours: stock for stock, ours in _OURS.items()}
+_WITH_ACTIVATION = (modules.BatchNormAct1d, modules.BatchNormAct2d, modules.BatchNormAct3d, SyncBatchNormAct)
 
 Activation = tuple[str, float]
 
@@ -112,6 +116,7 @@ def convert(
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
     """Make every batch norm in ``model`` a :class:`normfused.SyncBatchNorm`, of any number of dimensions.
 
+    Those with an activation become :class:`normfused.SyncBatchNormAct`, and lazy ones one of them at their first input.
     torch.nn's layers and ours change their class in place: parameters, buffers, activations, training flag, hooks,
     names and sharing are as before. Subclasses are left alone, with a warning. :func:`revert` undoes it.
 
@@ -138,10 +143,9 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         if getattr(layer, "inplace", False):
             raise ValueError(f"convert_sync_batchnorm: {path or 'model'} has inplace=True, and cannot be synchronized")
     for path, layer in norms:
-        if type(layer) in (*_OURS, *_STOCK):
-            if not isinstance(layer, SyncBatchNorm):
-                layer.converted_from = type(layer)
-                layer.__class__ = SyncBatchNorm
+        if type(layer) in (*_OURS, *_STOCK, *_WITH_ACTIVATION):
+            if not isinstance(layer, _Synchronized):
+                _synchronize(layer)
             layer.path, layer.process_group = path, process_group
         else:
             warnings.warn(
@@ -153,12 +157,23 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     return model
 
 
+def _synchronize(layer: Any) -> None:
+    """Change the layer's class, or, where it is lazy, the one that its first input makes it."""
+    is_lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+    if is_lazy:
+        layer.converted_from = layer.cls_to_become
+        layer.__class__, layer.cls_to_become = _OURS.get(type(layer), type(layer)), SyncBatchNorm
+    else:
+        layer.converted_from = type(layer)
+        layer.__class__ = SyncBatchNormAct if type(layer) in _WITH_ACTIVATION else SyncBatchNorm
+
+
 def revert(model: nn.Module) -> nn.Module:
     """Undo :func:`convert` and :func:`convert_sync_batchnorm`.
 
     Our batch norms become torch.nn's, and fused graphs the modules that they were made from.
 
-    Layers that were built with an activation or another option of ours keep their class, because torch.nn's have none.
+    Layers with an activation or another option of ours keep their class, because torch.nn's have none.
     Returns the model, which is another object where ``model`` is a fused graph.
 
     Raises:
@@ -168,11 +183,12 @@ def revert(model: nn.Module) -> nn.Module:
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
     model = _sources(model)
     for module in model.modules():
-        before = getattr(module, "converted_from", None) if type(module) is SyncBatchNorm else None
+        before = getattr(module, "converted_from", None) if isinstance(module, modules._BatchNorm) else None
         if before is not None:
-            module.__class__ = before
-            for name in ("converted_from", "path", "process_group"):
-                del module.__dict__[name]
+            if not isinstance(module, nn.modules.lazy.LazyModuleMixin):
+                module.__class__ = before
+            for name in ("converted_from", "path", "process_group", "cls_to_become"):
+                module.__dict__.pop(name, None)
         stock = _STOCK.get(type(module))
         if stock is not None and not modules.own_options(module):
             module.__class__ = stock
@@ -376,11 +392,7 @@ def _fuse_graph(root: nn.Module, graph: fx.Graph, path: str, report: Conversion)
         if type(layer) not in _OURS and type(layer) not in _STOCK:
             continue
         where = _join(path, str(node.target))
-        if (
-            len(node.args) != 1
-            or node.kwargs
-            or (isinstance(layer, modules._BatchNorm) and (layer.activation or layer.inplace))
-        ):
+        if len(node.args) != 1 or node.kwargs or (isinstance(layer, modules._BatchNorm) and layer.inplace):
             continue  # ours already, with something of its own behind it, or written over what it reads
         match = _what_follows(root, node)
         if isinstance(match, str):
@@ -574,7 +586,7 @@ def fold_bn(previous: _Folded, bn: nn.Module) -> _Folded:
 
     dtype = torch.promote_types(previous.weight.dtype, torch.float32)
     mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    scale = (var + bn.eps).rsqrt()
+    scale = (var + (bn.epsilon if isinstance(bn, modules._BatchNorm) else bn.eps)).rsqrt()
     if bn.weight is not None:
         scale = scale * bn.weight.to(dtype)
     weight = previous.weight.to(dtype)

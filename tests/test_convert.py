@@ -416,7 +416,7 @@ BAD = [
         "fold_bn: bn has no running statistics",
     ),
     (
-        lambda: normfused.fold_bn(nn.Conv2d(3, 3, 1), normfused.BatchNorm2d(3, activation="relu").eval()),
+        lambda: normfused.fold_bn(nn.Conv2d(3, 3, 1), normfused.BatchNormAct2d(3, activation="relu").eval()),
         ValueError,
         "fold_bn: bn has an activation, 'relu', which cannot be folded",
     ),
