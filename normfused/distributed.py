@@ -191,7 +191,7 @@ def _batch_norms(calls: Sequence[tuple[_Synchronized, Call]]) -> list[Tensor]:
 
 
 def _label(layer: _Synchronized) -> str:
-    return f"{type(layer).__name__}({layer.num_features}){' ' + layer.path if layer.path else ''}"
+    return f"SyncBatchNorm({layer.num_features}){' ' + layer.path if layer.path else ''}"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

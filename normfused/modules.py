@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from normfused.functional import check_activation, check_undoable, local_response_norm, named_batch_norm
 from normfused.reference import ACTIVATION_PARAMS
+from normfused.scripting import scriptable
 
 __all__ = [
     "BatchNorm1d",
@@ -228,6 +229,10 @@ class _BatchNorm(_Base):
 
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles."""
+        return scriptable(self, _options_to_lose(self))
 
     def extra_repr(self) -> str:
         ours = [f"{name}={value!r}" for name, value in own_options(self).items()]
@@ -513,3 +518,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``."""
         return local_response_norm(input, self.size, self.alpha, self.beta, self.k)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles."""
+        return scriptable(self, {})

@@ -157,12 +157,12 @@ def test_b24_unknown_classes_are_left_alone() -> None:
     class Custom(nn.BatchNorm2d):
         pass
 
-    model = nn.Sequential(Custom(3), nn.ReLU(), nn.InstanceNorm2d(3), nn.LazyBatchNorm2d())
+    model = nn.Sequential(Custom(3), nn.ReLU(), nn.InstanceNorm2d(3), nn.LazyInstanceNorm2d())
     report = normfused.convert(model, fuse=False)
-    assert [type(m) for m in model] == [Custom, nn.ReLU, nn.InstanceNorm2d, nn.LazyBatchNorm2d]
+    assert [type(m) for m in model] == [Custom, nn.ReLU, nn.InstanceNorm2d, nn.LazyInstanceNorm2d]
     assert report.skipped == [
         (path, f"{kind} is not one of torch.nn's plain batch norms")
-        for path, kind in [("0", "Custom"), ("2", "InstanceNorm2d"), ("3", "LazyBatchNorm2d")]
+        for path, kind in [("0", "Custom"), ("2", "InstanceNorm2d"), ("3", "LazyInstanceNorm2d")]
     ]
 
 

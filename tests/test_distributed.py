@@ -61,7 +61,9 @@ def test_b33_evaluation_and_one_process_need_no_group() -> None:
         assert torch.equal(got, wanted)
         assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, wanted)))
     assert all(map(torch.equal, layer.state_dict().values(), alone.state_dict().values()))
-    assert isinstance(layer, nn.SyncBatchNorm)
+    assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    assert not isinstance(layer, nn.SyncBatchNorm)
+    assert isinstance(normfused.SyncBatchNorm(3), nn.SyncBatchNorm)
 
 
 @pytest.fixture

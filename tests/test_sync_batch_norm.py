@@ -40,7 +40,8 @@ def as_one_process(
     n = sum(sizes)
     x, r, grad = (torch.randn(n, *shape[1:]).mul(2).add(3).to(dtype) for _ in range(3))
     present = torch.rand(n, *shape[2:]) < 0.6 if masked else None
-    layer = normfused.SyncBatchNorm(channels, dtype=parameter_dtype or dtype, **options)
+    cls = normfused.SyncBatchNormAct if "activation" in options else normfused.SyncBatchNorm
+    layer = cls(channels, dtype=parameter_dtype or dtype, **options)
     if layer.affine:
         nn.init.normal_(layer.weight)
         nn.init.normal_(layer.bias)
