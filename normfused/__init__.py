@@ -1,6 +1,6 @@
 """Fast normalization for PyTorch: batch norm, its relatives and per-channel statistics in hand-written C++."""
 
-from normfused import functional, reference, transforms
+from normfused import functional, quantization, reference, transforms
 from normfused._extension import info
 from normfused._version import __version__
 from normfused.convert import Conversion, convert, convert_sync_batchnorm, fold_bn, revert
@@ -56,6 +56,7 @@ __all__ = [
     "functional",
     "info",
     "no_stats_update",
+    "quantization",
     "reference",
     "revert",
     "standardize",

@@ -48,7 +48,11 @@ def standardize(
     """As the operator of that name, in float32 where neither input nor output is float64."""
     dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
     wide = torch.promote_types(torch.promote_types(input.dtype, dtype), torch.float32)
-    centre, deviation = (torch.tensor(values, dtype=wide, device=input.device).view(-1, 1, 1) for values in (mean, std))
+    # Not torch.tensor, which a trace cannot hold as a function.
+    centre, deviation = (
+        torch.stack([torch.full((1, 1), value, dtype=wide, device=input.device) for value in values])
+        for values in (mean, std)
+    )
     output = ((input.to(wide) * scale - centre) / deviation).to(dtype)
     if memory_format in (None, torch.preserve_format):
         return output

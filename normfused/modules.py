@@ -135,7 +135,7 @@ class _BatchNorm(_Base):
     # it is stopped there. The value lies where torch.nn's layers have it, for copies, pickles and changes of class.
     @property
     def eps(self) -> float:
-        if _options_to_lose(self):
+        if options_to_lose(self):
             raise AttributeError  # after which __getattr__ is called, and says why
         return self.epsilon
 
@@ -150,7 +150,7 @@ class _BatchNorm(_Base):
             if kind in own and name in own[kind]:
                 return own[kind][name]
         if name == "eps" and "eps" in own:
-            options = ", ".join(f"{option}={value!r}" for option, value in _options_to_lose(self).items())
+            options = ", ".join(f"{option}={value!r}" for option, value in options_to_lose(self).items())
             raise AttributeError(
                 f"{type(self).__name__}: eps cannot be read, because code that folds or rebuilds the layer by its "
                 f"attributes would lose {options}; use normfused.convert_sync_batchnorm or normfused.fold_bn instead, "
@@ -232,7 +232,7 @@ class _BatchNorm(_Base):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles."""
-        return scriptable(self, _options_to_lose(self))
+        return scriptable(self, options_to_lose(self))
 
     def extra_repr(self) -> str:
         ours = [f"{name}={value!r}" for name, value in own_options(self).items()]
@@ -249,8 +249,20 @@ def own_options(layer: nn.Module) -> dict[str, Any]:
 _OPTIONS_TO_LOSE = ("activation", "activation_param", "running_var_correction", "nonfinite", "frozen")
 
 
-def _options_to_lose(layer: nn.Module) -> dict[str, Any]:
+def options_to_lose(layer: nn.Module) -> dict[str, Any]:
+    """Those of :func:`own_options` without which the layer would do something else."""
     return {name: value for name, value in own_options(layer).items() if name in _OPTIONS_TO_LOSE}
+
+
+def as_torchs(layer: nn.Module) -> bool:
+    """Change one of our layers to torch.nn's in place, where nothing would be lost. Return whether it was."""
+    cls = type(layer)
+    stock = cls.__bases__[-1]
+    known = cls.__module__.startswith("normfused.") and stock in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if not known or options_to_lose(layer):
+        return False
+    layer.__class__ = stock
+    return True
 
 
 def _traced_as_leaf(module: nn.Module, input: fx.Proxy, *others: Any) -> Any:
@@ -263,6 +275,8 @@ def _traced_as_leaf(module: nn.Module, input: fx.Proxy, *others: Any) -> Any:
     path = input.tracer.path_of_module(module)
     while others and others[-1] is None:
         others = others[:-1]
+    if not others and any(cls.__module__.startswith("torch.ao.quantization") for cls in type(input.tracer).__mro__):
+        as_torchs(module)  # by whose class it is then found
     return input.tracer.create_proxy("call_module", path, (input, *others), {}) if path else None
 
 
