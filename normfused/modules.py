@@ -183,6 +183,8 @@ class _BatchNorm(_Base):
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         running_mean, running_var = self.running_mean, self.running_var  # once: nn.Module takes 0.7 us to find each
         training = self.training or (running_mean is None and running_var is None)
+        if training and self.frozen:
+            raise ValueError(f"{type(self).__name__}: the layer is frozen, but its running statistics are gone")
         updates = self.training and self.track_running_stats and _may_update()
         buffered = updates or not self.training
         counter = self.num_batches_tracked if updates else None
@@ -229,6 +231,16 @@ class _BatchNorm(_Base):
 
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
+
+    def reset_running_stats(self) -> None:
+        """Set them to mean 0 and variance 1, as torch.nn's layers do; those of a frozen layer stay as they are."""
+        if not self.frozen:
+            super().reset_running_stats()
+
+    def reset_parameters(self) -> None:
+        """Set parameters and running statistics to what a new layer has."""
+        super().reset_running_stats()
+        super().reset_parameters()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles."""
