@@ -21,11 +21,6 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-def is_in_backward() -> bool:
-    """Whether this thread is inside a backward pass; never in code that is being compiled, which runs later."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 def check_device(input: Tensor) -> None:
     """Raise ``RuntimeError`` for a CUDA tensor where the extension has no CUDA kernels."""
     if input.is_cuda and _extension.C is not None and not _extension.C.has_cuda():

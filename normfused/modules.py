@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from normfused.checks import is_in_backward
 from normfused.functional import INTEGERS, check_activation, check_undoable, local_response_norm, named_batch_norm
-from normfused.reference import ACTIVATION_PARAMS
+from normfused.reference import ACTIVATION_PARAMS, is_in_backward
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LocalResponseNorm", "no_stats_update"]
 
@@ -156,16 +155,17 @@ class _BatchNorm(_Base):
         checkpoint wrappers turn ``track_running_stats`` off in the first pass, which runs without gradients, and leave
         the update to the recomputation. Each such pass is counted, and lets one recomputation update.
         """
-        if updates and not self._deferred_updates:
-            return False
-        in_backward = is_in_backward()
         if not updates:
-            if _stats_update and self.running_mean is not None and not torch.is_grad_enabled() and not in_backward:
+            may_be_first = _stats_update and self.running_mean is not None and not torch.is_grad_enabled()
+            if may_be_first and not is_in_backward():
                 self._deferred_updates += 1
+            return False
+        if not self._deferred_updates:
             return False
         # Outside of a backward pass the update is made anyway, and what was counted before was no such wrapper's.
         # Compiled code cannot know where it will run, and is assumed to be a recomputation.
-        self._deferred_updates = self._deferred_updates - 1 if in_backward or torch.compiler.is_compiling() else 0
+        recomputes = is_in_backward() or torch.compiler.is_compiling()
+        self._deferred_updates = self._deferred_updates - 1 if recomputes else 0
         return True
 
     def reset_running_stats(self) -> None:
