@@ -36,7 +36,7 @@ def calls(x: Tensor, grad: Tensor) -> dict[str, Callable[[], Sequence[Tensor]]]:
 
     result = {}
     for name, function in ACTIVATIONS.items():
-        ours = normfused.BatchNorm2d(x.size(1), activation=name, device=x.device, dtype=dtype)
+        ours = normfused.BatchNormAct2d(x.size(1), activation=name, device=x.device, dtype=dtype)
         stock = nn.BatchNorm2d(x.size(1), device=x.device, dtype=dtype)
         parameter = ACTIVATION_PARAMS.get(name, 0.0)
         result[name] = step(ours, ours)

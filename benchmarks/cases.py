@@ -217,12 +217,14 @@ def _block(operation: str, norm: nn.Module, x: Tensor, grad_output: Tensor, relu
     """Batch norm and what follows it: in one pass where the layer is ours, as separate layers where it is torch's."""
     leaf = x.detach().requires_grad_()
     residuals = [grad_output.detach().requires_grad_()] if operation.startswith("add") else []
-    inputs = (leaf, *norm.parameters(), *residuals)
     if isinstance(norm, normfused.BatchNorm2d):
-        norm.activation = "relu"
+        state = norm.state_dict()
+        norm = normfused.BatchNormAct2d(norm.num_features, "relu", device=x.device, dtype=norm.weight.dtype)
+        norm.load_state_dict(state)
         block: Callable[..., Tensor] = norm
     else:
         block = lambda x, *residual: relu(sum(residual, start=norm(x)))  # noqa: E731
+    inputs = (leaf, *norm.parameters(), *residuals)
 
     def forward_backward() -> Sequence[Tensor]:
         output = block(leaf, *residuals)

@@ -1,6 +1,6 @@
 """Fast normalization for PyTorch: batch norm, its relatives and per-channel statistics in hand-written C++."""
 
-from normfused import functional, reference, transforms
+from normfused import functional, quantization, reference, transforms
 from normfused._extension import info
 from normfused._version import __version__
 from normfused.conversion import (
@@ -12,7 +12,7 @@ from normfused.conversion import (
     revert,
 )
 from normfused.dataset import dataset_stats
-from normfused.distributed import SyncBatchNorm, sync_running_stats
+from normfused.distributed import SyncBatchNorm, SyncBatchNormAct, sync_running_stats
 from normfused.folding import fold_bn
 from normfused.functional import (
     ChannelMoments,
@@ -22,19 +22,38 @@ from normfused.functional import (
     standardize,
     standardize_,
 )
-from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LocalResponseNorm, no_stats_update
+from normfused.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    LocalResponseNorm,
+    no_stats_update,
+)
 from normfused.stats import ChannelStats
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "ChannelMoments",
     "ChannelStats",
     "ChannelSums",
     "ConversionReport",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "LocalResponseNorm",
     "SyncBatchNorm",
+    "SyncBatchNormAct",
     "__version__",
     "channel_moments",
     "channel_sums",
@@ -46,6 +65,7 @@ __all__ = [
     "functional",
     "info",
     "no_stats_update",
+    "quantization",
     "reference",
     "register_conversion",
     "revert",

@@ -1,10 +1,18 @@
-"""What compilers need to know of the operators: shapes, dtypes and strides of their results, without running them."""
+"""What compilers need to know of the operators.
+
+Shapes, dtypes and strides of their results, without running them; and how those of evaluation are made of torch's own
+operators, for exporters of formats that have no others.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from normfused import decompositions
 from normfused.reference import with_view
 
 
@@ -223,3 +231,59 @@ def _standardize_out(input: Tensor, mean: list[float], std: list[float], scale: 
 @torch.library.register_fake("normfused::standardize_")
 def _standardize_inplace(input: Tensor, mean: list[float], std: list[float], scale: float = 1.0) -> None:
     pass
+
+
+# ---- decompositions --------------------------------------------------------------------------------------------------
+
+_Function = Callable[..., Any]
+
+
+def _decompose(name: str, shapes: _Function) -> Callable[[_Function], _Function]:
+    """Register how an operator is made of torch's own, in the table that exporters such as torch.onnx look into.
+
+    Compilers do not look into it, but for shapes, where a table of its own comes first.
+    """
+    register = getattr(torch._decomp, "register_decomposition", None)
+    if register is None:
+        return lambda function: function
+    operator = getattr(torch.ops.normfused, name).default
+    register(operator, type="meta")(shapes)
+    return register(operator)  # type: ignore[no-any-return]
+
+
+@_decompose("batch_norm_inference", _batch_norm_inference)
+def _decomposed_batch_norm_inference(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if save_mask:  # which only our backward reads
+        return NotImplemented  # type: ignore[no-any-return]
+    arguments = (weight, bias, running_mean, running_var, eps, residual, activation, activation_param)
+    output = decompositions.batch_norm_inference(input, *arguments)
+    statistics = torch.stack((running_mean.double(), (running_var.double() + eps).rsqrt()))
+    return output, statistics, _mask(input, save_mask)
+
+
+@_decompose("local_response_norm", _local_response_norm)
+def _decomposed_local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    return decompositions.local_response_norm(input, size, alpha, beta, k)
+
+
+@_decompose("standardize", _standardize)
+def _decomposed_standardize(
+    input: Tensor,
+    mean: list[float],
+    std: list[float],
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    return decompositions.standardize(input, mean, std, scale, dtype, memory_format)

@@ -16,62 +16,34 @@ from normfused import agreement
 from normfused.agreement import Group
 from normfused.checks import check_group
 from normfused.functional import named_batch_norm
-from normfused.modules import _OfSequences
+from normfused.modules import _OfSequences, _WithActivation
 from normfused.sync_batch_norm import Call, gather, synchronized
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SyncBatchNorm", "sync_running_stats"]
+__all__ = ["SyncBatchNorm", "SyncBatchNormAct", "sync_running_stats"]
 
 
-class SyncBatchNorm(_OfSequences, nn.SyncBatchNorm):
-    """Batch norm over the batches of all processes together; drop-in for :class:`torch.nn.SyncBatchNorm`.
-
-    It runs on the CPU (gloo) as on CUDA (nccl), for ``(N, C, ...)`` of 2 to 5 dimensions, with shares of any size, the
-    empty one included. In training each rank sends the count, mean and standard deviation of its share, in one
-    collective, and in backward the sums of two gradients in another. In evaluation, frozen, or in a group of one
-    process it does what :class:`normfused.BatchNorm2d` does, and needs no process group. Statistics and running
-    statistics are equal to the bit on every rank. The gradients of ``weight`` and ``bias`` are those of this rank's
-    share, which ``DistributedDataParallel`` averages. Derivatives after the first take collectives of their own. So
-    does a forward that :func:`torch.utils.checkpoint.checkpoint` runs again, unless its ``context_fn`` saves
-    ``torch.ops._c10d_functional.all_gather_into_tensor.default``.
-
-    Args:
-        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: torch.nn's.
-        activation, activation_param, running_var_correction, nonfinite: as for :class:`normfused.BatchNorm1d`;
-            ``"skip"`` looks at the statistics of all ranks together.
-
-    Called with ``(input, residual=None, mask=None, lengths=None)``, as :class:`normfused.BatchNorm1d`; ``mask`` is of
-    ``input``'s shape without the channels, and a rank may have no position that is there.
-
-    ``copy.deepcopy`` keeps the process group, as ``AveragedModel`` needs it. Pickling and ``torch.save`` of the module
-    drop an explicit one with a warning: what is loaded synchronizes over all processes until ``process_group`` is set.
-
-    Raises:
-        ValueError: at construction ``inplace=True``; in training one value a channel on all ranks together, on each of
-            them. What else a call raises: :func:`normfused.functional.batch_norm`.
-        RuntimeError: a process group that is gone, or that this rank is not in; an exchange that fails, as it does
-            where the ranks' channels differ. The text names the layer.
-        NotImplementedError: under :mod:`torch.func` or forward-mode differentiation.
-
-    With ``NORMFUSED_SYNC_DEBUG=1`` in the environment ranks compare what they are about to do before each collective.
-    Those that differ raise, with the layer's name, and so does one that has waited ``NORMFUSED_SYNC_DEBUG_TIMEOUT``
-    seconds for another (default 30).
-
-    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html; Chan, Golub and LeVeque, 1983.
-    """
+class _Synchronized(_OfSequences):
+    """What :class:`SyncBatchNorm` and :class:`SyncBatchNormAct` have in common."""
 
     _ranks = (2, 3, 4, 5)
     path = ""  # in the model, where it is known
     converted_from: type[nn.Module] | None = None  # by convert_sync_batchnorm()
+    process_group: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.inplace:
-            raise ValueError("SyncBatchNorm: inplace=True is for layers that are not synchronized")
+    def _set_process_group(self, process_group: Any) -> None:
+        self.process_group = process_group
         if agreement.debugs():
-            agreement.name_layers(SyncBatchNorm)
+            agreement.name_layers(_Synchronized)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """:func:`normfused.convert_sync_batchnorm`, at the place where :class:`torch.nn.SyncBatchNorm` has its own."""
+        import normfused
+
+        return normfused.convert_sync_batchnorm(module, process_group)
 
     # A process group is a handle of this process: copies share it, and it cannot be pickled.
 
@@ -120,10 +92,120 @@ class SyncBatchNorm(_OfSequences, nn.SyncBatchNorm):
         return _batch_norms(prepared)
 
 
-def _batch_norms(calls: Sequence[tuple[SyncBatchNorm, Call]]) -> list[Tensor]:
+class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):
+    """Batch norm over the batches of all processes together; drop-in for :class:`torch.nn.SyncBatchNorm`.
+
+    It runs on the CPU (gloo) as on CUDA (nccl), for ``(N, C, ...)`` of 2 to 5 dimensions, with shares of any size, the
+    empty one included. In training each rank sends the count, mean and standard deviation of its share, in one
+    collective, and in backward the sums of two gradients in another. In evaluation, frozen, or in a group of one
+    process it does what :class:`normfused.BatchNorm2d` does, and needs no process group. Statistics and running
+    statistics are equal to the bit on every rank. The gradients of ``weight`` and ``bias`` are those of this rank's
+    share, which ``DistributedDataParallel`` averages. Derivatives after the first take collectives of their own. So
+    does a forward that :func:`torch.utils.checkpoint.checkpoint` runs again, unless its ``context_fn`` saves
+    ``torch.ops._c10d_functional.all_gather_into_tensor.default``.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, bias: torch.nn's.
+        running_var_correction, nonfinite: as for :class:`normfused.BatchNorm1d`;
+            ``"skip"`` looks at the statistics of all ranks together.
+
+    Called with ``(input, residual=None, mask=None, lengths=None)``, as :class:`normfused.BatchNorm1d`; ``mask`` is of
+    ``input``'s shape without the channels, and a rank may have no position that is present.
+
+    ``copy.deepcopy`` keeps the process group, as ``AveragedModel`` needs it. Pickling and ``torch.save`` of the module
+    drop an explicit one with a warning: what is loaded synchronizes over all processes until ``process_group`` is set.
+
+    Raises:
+        ValueError: in training one value a channel on all ranks together, on each of
+            them. What else a call raises: :func:`normfused.functional.batch_norm`.
+        RuntimeError: a process group that is gone, or that this rank is not in; an exchange that fails, as it does
+            where the ranks' channels differ. The text names the layer.
+        NotImplementedError: under :mod:`torch.func` or forward-mode differentiation.
+
+    With ``NORMFUSED_SYNC_DEBUG=1`` in the environment ranks compare what they are about to do before each collective.
+    Those that differ raise, with the layer's name, and so does one that has waited ``NORMFUSED_SYNC_DEBUG_TIMEOUT``
+    seconds for another (default 30).
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html; Chan, Golub and LeVeque, 1983.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        running_var_correction: int = 1,
+        nonfinite: str = "propagate",
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            running_var_correction=running_var_correction,
+            nonfinite=nonfinite,
+        )
+        self._set_process_group(process_group)
+
+
+class SyncBatchNormAct(_WithActivation, _Synchronized, nn.modules.batchnorm._BatchNorm):
+    """:class:`SyncBatchNorm` with an activation in the same pass over memory.
+
+    No subclass of :class:`torch.nn.SyncBatchNorm`; why, and ``activation``, ``activation_param`` and ``eps``:
+    :class:`normfused.BatchNormAct1d`. Otherwise as :class:`SyncBatchNorm`.
+    """
+
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: str | None = "relu",
+        activation_param: float | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        running_var_correction: int = 1,
+        nonfinite: str = "propagate",
+    ) -> None:
+        super().__init__(
+            num_features,
+            activation,
+            activation_param,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            running_var_correction=running_var_correction,
+            nonfinite=nonfinite,
+        )
+        self._set_process_group(process_group)
+
+
+def _batch_norms(calls: Sequence[tuple[_Synchronized, Call]]) -> list[Tensor]:
     """The outputs of all calls; those in training share one collective."""
     if agreement.debugs():
-        agreement.name_layers(SyncBatchNorm)
+        agreement.name_layers(_Synchronized)
     training = [(layer, call) for layer, call in calls if layer.training]
     groups = [layer.process_group for layer, _ in training]
     if any(group is not groups[0] for group in groups):
@@ -140,7 +222,7 @@ def _batch_norms(calls: Sequence[tuple[SyncBatchNorm, Call]]) -> list[Tensor]:
     return [next(outputs) if layer.training else named_batch_norm(*call) for layer, call in calls]
 
 
-def _label(layer: SyncBatchNorm) -> str:
+def _label(layer: _Synchronized) -> str:
     return f"SyncBatchNorm({layer.num_features}){' ' + layer.path if layer.path else ''}"
 
 
@@ -216,7 +298,7 @@ def _admit_to_ddp() -> None:
         return
 
     def refuse_others(ddp: DistributedDataParallel, module: nn.Module) -> None:
-        others = [layer for layer in module.modules() if not isinstance(layer, SyncBatchNorm)]
+        others = [layer for layer in module.modules() if not isinstance(layer, _Synchronized)]
         refuse(ddp, SimpleNamespace(modules=lambda: others))
 
     DistributedDataParallel._passing_sync_batchnorm_handle = refuse_others  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from normfused import modules
 from normfused.checks import DTYPES
-from normfused.distributed import SyncBatchNorm
+from normfused.distributed import SyncBatchNorm, SyncBatchNormAct
 
 __all__ = ["fold_bn"]
 
@@ -36,7 +36,11 @@ _BATCH_NORMS: dict[type[nn.Module], tuple[int, ...]] = {
     modules.BatchNorm1d: (2, 3),
     modules.BatchNorm2d: (4,),
     modules.BatchNorm3d: (5,),
+    modules.BatchNormAct1d: (2, 3),
+    modules.BatchNormAct2d: (4,),
+    modules.BatchNormAct3d: (5,),
     SyncBatchNorm: (2, 3, 4, 5),
+    SyncBatchNormAct: (2, 3, 4, 5),
 }
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -147,7 +151,8 @@ def _folded(previous: Any, bn: Any, tensors: dict[str, Tensor]) -> tuple[Tensor,
             raise ValueError(f"fold_bn: {name} has shape {tuple(tensor.shape)}, but previous gives {channels} channels")
         dtype = torch.promote_types(dtype, tensor.dtype)
     of = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    scale = (of["bn.running_var"] + bn.eps).rsqrt()
+    eps = bn.epsilon if isinstance(bn, modules._BatchNorm) else bn.eps
+    scale = (of["bn.running_var"] + eps).rsqrt()
     if "bn.weight" in of:
         scale = scale * of["bn.weight"]
     bias = (of["previous.bias"] - of["bn.running_mean"] if "previous.bias" in of else -of["bn.running_mean"]) * scale

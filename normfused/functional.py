@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit._trace import TracerWarning
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from normfused import _extension, dtensor, reference
+from normfused import _extension, decompositions, dtensor, reference
 from normfused.checks import DTYPES, check_can_be_overwritten, check_device, check_residual, is_transformed
 from normfused.masks import check_mask, check_some_positions, masked_rows, masked_zeros, unmasked
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
@@ -219,6 +221,24 @@ def named_batch_norm(
         )
         return unmasked(mask, output, input) if training else masked_zeros(mask, output, None)[0]
     compiling = torch.compiler.is_compiling()
+    if not (training or compiling) and torch._C._is_tracing():
+        return _jit_traced_inference(
+            inplace,
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked,
+            residual,
+            activation,
+            activation_param,
+            running_var_correction,
+            nonfinite_batches,
+        )
     refusal = None
     if _extension.C is not None and not compiling and not is_transformed():
         try:
@@ -283,6 +303,18 @@ def named_batch_norm(
             update_in_backward=update_in_backward,
             **options,
         )
+    return input.copy_(output) if inplace else output
+
+
+def _jit_traced_inference(inplace: bool, input: Tensor, *arguments: Any) -> Tensor:
+    """What ``torch.jit.trace`` records: torch's operators, which it can fold, optimize and export."""
+    with warnings.catch_warnings():  # of the tracer, which sees each comparison of sizes
+        warnings.simplefilter("ignore", TracerWarning)
+        check_arguments(input, *arguments)
+    weight, bias, running_mean, running_var, _, _, eps, _, residual, activation, activation_param, _, _ = arguments
+    output = decompositions.batch_norm_inference(
+        input, weight, bias, running_mean, running_var, eps, residual, activation, activation_param
+    )
     return input.copy_(output) if inplace else output
 
 
@@ -364,6 +396,9 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     if has_torch_function_unary(input):
         return handle_torch_function(local_response_norm, (input,), input, size, alpha=alpha, beta=beta, k=k)
     compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._is_tracing():
+        _check_local_response_norm(input, size, alpha, beta, k)
+        return decompositions.local_response_norm(input, size, alpha, beta, k)
     refusal = None
     if _extension.C is not None and not compiling and not is_transformed():
         try:

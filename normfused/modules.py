@@ -1,4 +1,4 @@
-"""Layers that stand where torch.nn's stand."""
+"""Drop-in layers for torch.nn's, and batch norm layers with an activation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,21 @@ from torch import Tensor, fx, nn
 
 from normfused.functional import INTEGERS, check_activation, check_undoable, local_response_norm, named_batch_norm
 from normfused.reference import ACTIVATION_PARAMS, is_in_backward
+from normfused.scripting import scriptable
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LocalResponseNorm", "no_stats_update"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LocalResponseNorm",
+    "no_stats_update",
+]
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,10 +57,11 @@ def no_stats_update() -> Iterator[None]:
 class _BatchNorm(_Base):
     """The forward pass and what we add; parameters, buffers and state are those of the torch.nn class mixed in."""
 
-    _ranks: ClassVar[tuple[int, ...]]
+    # Numbers of dimensions that an input may have; None: a subclass has a _check_input_dim() of its own.
+    _ranks: ClassVar[tuple[int, ...] | None]
 
     # Defaults at the class, so that a torch.nn layer can become one of ours by its class alone.
-    activation: str | None = None
+    activation: str | None = None  # only layers that torch's tools cannot mistake for theirs have one
     activation_param: float | None = None
     running_var_correction: int = 1
     nonfinite: str = "propagate"
@@ -56,48 +70,91 @@ class _BatchNorm(_Base):
     _deferred_updates: int = 0  # updates that recomputations are to make, see _update_in_backward()
     nonfinite_batches: Tensor  # where nonfinite is "skip"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__:
+            if "_ranks" in vars(base):
+                break
+            if "_check_input_dim" in vars(base):
+                cls._ranks = None
+                break
+
     def __init__(
         self,
-        *args: Any,
-        activation: str | None = None,
-        activation_param: float | None = None,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
         running_var_correction: int = 1,
         nonfinite: str = "propagate",
         inplace: bool = False,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if not bias:  # which torch.nn's layers have only in newer versions
+            factory["bias"] = False
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
+        self._set_options(running_var_correction, nonfinite, inplace)
+
+    def _set_options(self, running_var_correction: int, nonfinite: str, inplace: bool) -> None:
+        """Set what differs from the defaults of the class."""
         name = type(self).__name__
-        if activation is not None:
-            check_activation(name, activation, 0.0 if activation_param is None else activation_param)
-            self.activation = activation
-        if activation_param is not None:
-            if activation not in ACTIVATION_PARAMS:
-                raise ValueError(
-                    f"{name}: activation_param is for {' and '.join(ACTIVATION_PARAMS)}, got it for {activation!r}"
-                )
-            self.activation_param = activation_param
         if running_var_correction not in (0, 1):
             raise ValueError(f"{name}: running_var_correction must be 0 or 1, got {running_var_correction!r}")
         if running_var_correction != 1:
             self.running_var_correction = running_var_correction
         if nonfinite not in ("propagate", "skip"):
             raise ValueError(f"{name}: nonfinite must be 'propagate' or 'skip', got {nonfinite!r}")
-        if inplace:
-            check_undoable(
-                name,
-                activation,
-                ACTIVATION_PARAMS.get(activation or "", 0.0) if activation_param is None else activation_param,
-            )
-            self.inplace = inplace
         if nonfinite == "skip":
             if not self.track_running_stats:
                 raise ValueError(f"{name}: nonfinite='skip' needs track_running_stats=True")
             self.nonfinite = nonfinite
-            assert self.running_mean is not None
-            counts = torch.zeros(self.num_features, dtype=torch.int64, device=self.running_mean.device)
-            # Not in state_dict, which stays torch.nn's.
-            self.register_buffer("nonfinite_batches", counts, persistent=False)
+            self._register_nonfinite_batches()
+        if inplace:
+            self.inplace = inplace
+
+    def _register_nonfinite_batches(self) -> None:
+        assert self.running_mean is not None
+        counts = torch.zeros(self.num_features, dtype=torch.int64, device=self.running_mean.device)
+        # Not in state_dict, which stays torch.nn's.
+        self.register_buffer("nonfinite_batches", counts, persistent=False)
+
+    @property
+    def epsilon(self) -> float:
+        """What is added to the variance: ``eps``, readable whatever the options."""
+        value: float = self.__dict__["eps"]
+        return value
+
+    # Code that folds a batch norm or rebuilds it as another layer has to read its eps. It cannot know our options, so
+    # it is stopped there. The value lies where torch.nn's layers have it, for copies, pickles and changes of class.
+    @property
+    def eps(self) -> float:
+        if options_to_lose(self):
+            raise AttributeError  # after which __getattr__ is called, and says why
+        return self.epsilon
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.__dict__["eps"] = value
+
+    def __getattr__(self, name: str) -> Any:
+        # As nn.Module's, whose call is saved: a forward pass comes here for each parameter and buffer.
+        own = self.__dict__
+        for kind in ("_buffers", "_parameters"):
+            if kind in own and name in own[kind]:
+                return own[kind][name]
+        if name == "eps" and "eps" in own:
+            options = ", ".join(f"{option}={value!r}" for option, value in options_to_lose(self).items())
+            raise AttributeError(
+                f"{type(self).__name__}: eps cannot be read, because code that folds or rebuilds the layer by its "
+                f"attributes would lose {options}; use normfused.convert_sync_batchnorm or normfused.fold_bn instead, "
+                "or read layer.epsilon"
+            )
+        return super().__getattr__(name)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         if isinstance(input, fx.Proxy):
@@ -119,9 +176,13 @@ class _BatchNorm(_Base):
         inplace: bool,
     ) -> tuple[Any, ...]:
         """Those of :func:`named_batch_norm`, for a call with an activation and a place other than the layer's own."""
+        if self._ranks is None:
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         running_mean, running_var = self.running_mean, self.running_var  # once: nn.Module takes 0.7 us to find each
         training = self.training or (running_mean is None and running_var is None)
+        if training and self.frozen:
+            raise ValueError(f"{type(self).__name__}: the layer is frozen, but its running statistics are gone")
         updates = self.training and self.track_running_stats and _stats_update
         buffered = updates or not self.training
         counter = self.num_batches_tracked if updates else None
@@ -136,7 +197,7 @@ class _BatchNorm(_Base):
             training,
             # A cumulative average without a counter stands still, as torch.nn's does.
             0.0 if self.momentum is None and counter is None else self.momentum,
-            self.eps,
+            self.epsilon,
             counter,
             residual,
             activation,
@@ -169,7 +230,16 @@ class _BatchNorm(_Base):
         return True
 
     def reset_running_stats(self) -> None:
-        """Set running statistics and counters to their initial values."""
+        """Set running statistics and counters to their initial values; those of a frozen layer stay as they are."""
+        if not self.frozen:
+            self._restart_statistics()
+
+    def reset_parameters(self) -> None:
+        """Set parameters, running statistics and counters to what a new layer has."""
+        self._restart_statistics()
+        super().reset_parameters()
+
+    def _restart_statistics(self) -> None:
         super().reset_running_stats()
         if "nonfinite_batches" in self._buffers:  # not yet while torch.nn's constructor runs
             self._restart_nonfinite_batches()
@@ -208,23 +278,9 @@ class _BatchNorm(_Base):
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
 
-    @property
-    def qconfig(self) -> Any:
-        """What torch.ao.quantization sets. torch's converters ask for it, and would then drop what only we can do."""
-        if "qconfig" in self.__dict__:
-            return self.__dict__["qconfig"]
-        options = own_options(self)
-        if options:
-            told = ", ".join(f"{name}={value!r}" for name, value in options.items())
-            raise TypeError(
-                f"{type(self).__name__}: torch's converters would drop {told}; "
-                "normfused.convert_sync_batchnorm keeps it, and normfused.fold_bn folds it into a convolution"
-            )
-        raise AttributeError("qconfig")
-
-    @qconfig.setter
-    def qconfig(self, value: Any) -> None:
-        self.__dict__["qconfig"] = value
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles."""
+        return scriptable(self, options_to_lose(self))
 
     def extra_repr(self) -> str:
         ours = [f"{name}={value!r}" for name, value in own_options(self).items()]
@@ -233,9 +289,28 @@ class _BatchNorm(_Base):
 
 def own_options(layer: nn.Module) -> dict[str, Any]:
     """What one of our layers has been told that torch.nn's layers cannot be."""
-    names = ("activation", "activation_param", "running_var_correction", "nonfinite", "inplace", "frozen")
-    options = {name: getattr(layer, name) for name in names}
+    options = {name: getattr(layer, name) for name in (*_OPTIONS_TO_LOSE, "inplace")}
     return {name: value for name, value in options.items() if value != getattr(_BatchNorm, name)}
+
+
+# Without one of these a layer gives other results or other running statistics. In place is not among them.
+_OPTIONS_TO_LOSE = ("activation", "activation_param", "running_var_correction", "nonfinite", "frozen")
+
+
+def options_to_lose(layer: nn.Module) -> dict[str, Any]:
+    """Those of :func:`own_options` without which the layer would do something else."""
+    return {name: value for name, value in own_options(layer).items() if name in _OPTIONS_TO_LOSE}
+
+
+def as_torchs(layer: nn.Module) -> bool:
+    """Change one of our layers to torch.nn's in place, where nothing would be lost. Return whether it was."""
+    cls = type(layer)
+    stock = cls.__bases__[-1]
+    known = cls.__module__.startswith("normfused.") and stock in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if not known or options_to_lose(layer):
+        return False
+    layer.__class__ = stock
+    return True
 
 
 def _traced_as_leaf(module: nn.Module, input: fx.Proxy, *others: Any) -> Any:
@@ -248,6 +323,8 @@ def _traced_as_leaf(module: nn.Module, input: fx.Proxy, *others: Any) -> Any:
     path = input.tracer.path_of_module(module)
     while others and others[-1] is None:
         others = others[:-1]
+    if not others and any(cls.__module__.startswith("torch.ao.quantization") for cls in type(input.tracer).__mro__):
+        as_torchs(module)  # by whose class it is then found
     return input.tracer.create_proxy("call_module", path, (input, *others), {}) if path else None
 
 
@@ -289,6 +366,94 @@ class _OfSequences(_BatchNorm):
         return torch.arange(input.size(2), device=input.device) < lengths.to(input.device).unsqueeze(1)
 
 
+class _WithActivation(_BatchNorm):
+    """Layers that :class:`torch.nn.BatchNorm2d` is no base of: what looks for that would lose the activation."""
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: str | None = "relu",
+        activation_param: float | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        running_var_correction: int = 1,
+        nonfinite: str = "propagate",
+        inplace: bool = False,
+    ) -> None:
+        self._check_activation(activation, activation_param, inplace)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            running_var_correction=running_var_correction,
+            nonfinite=nonfinite,
+            inplace=inplace,
+        )
+        self._set_activation(activation, activation_param)
+
+    def _check_activation(self, activation: str | None, parameter: float | None, inplace: bool) -> None:
+        name = type(self).__name__
+        kind = "identity" if activation is None else activation
+        check_activation(name, kind, 0.0 if parameter is None else parameter)
+        if parameter is None:
+            parameter = ACTIVATION_PARAMS.get(kind, 0.0)
+        elif kind not in ACTIVATION_PARAMS:
+            kinds = " and ".join(ACTIVATION_PARAMS)
+            raise ValueError(f"{name}: activation_param is for {kinds}, got it for {activation!r}")
+        if inplace:
+            check_undoable(name, activation, parameter)
+
+    def _set_activation(self, activation: str | None, parameter: float | None) -> None:
+        self.activation = None if activation == "identity" else activation
+        self.activation_param = parameter
+
+
+class _Lazy(_BatchNorm):
+    """Layers that learn ``num_features`` from their first input."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        running_var_correction: int = 1,
+        nonfinite: str = "propagate",
+        inplace: bool = False,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if not bias:
+            factory["bias"] = False
+        # Past our own, which has another signature.
+        lazy: Any = super(_BatchNorm, self)
+        lazy.__init__(eps, momentum, affine, track_running_stats, **factory)
+        self._set_options(running_var_correction, nonfinite, inplace)
+
+    def _register_nonfinite_batches(self) -> None:
+        if self.num_features:
+            super()._register_nonfinite_batches()
+
+    def initialize_parameters(self, input: Tensor) -> None:
+        super().initialize_parameters(input)  # type: ignore[misc]
+        if self.nonfinite == "skip":
+            self._register_nonfinite_batches()
+
+
 class BatchNorm1d(_OfSequences, nn.BatchNorm1d):
     """Batch norm over ``(N, C)`` or ``(N, C, L)``; drop-in for :class:`torch.nn.BatchNorm1d`, which it subclasses.
 
@@ -298,16 +463,20 @@ class BatchNorm1d(_OfSequences, nn.BatchNorm1d):
     checkpointing runs a forward twice. (CUDA graphs replay the updates of the forward that they captured.)
 
     Args:
-        activation, activation_param: what follows the normalization, in the same pass over memory.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: torch.nn's.
         running_var_correction: 1 as torch; 0 makes evaluation equal training at ``momentum=1``.
         nonfinite: ``"propagate"`` as torch; ``"skip"``: a channel in whose batch there is an infinity or a NaN leaves
             its running statistics as they are, and is counted in the buffer ``nonfinite_batches``, int64 of shape
             ``(C,)``, which is not part of ``state_dict``: it restarts at 0 where running statistics are reset or
             loaded.
-        inplace: write the output over the input, and keep no other activation for backward; for no activation or a
-            leaky ReLU. What this asks of the input: :func:`normfused.functional.batch_norm`.
+        inplace: write the output over the input, and keep no other activation for backward. What this asks of the
+            input: :func:`normfused.functional.batch_norm`.
 
-    Called with ``(input, residual=None, mask=None, lengths=None)``: ``residual`` is added before the activation;
+    An activation in the same pass over memory: :class:`BatchNormAct1d`. ``eps`` of a layer that is frozen or has a
+    ``running_var_correction`` or ``nonfinite`` other than the default raises ``AttributeError``, which stops code that
+    would rebuild or fold the layer without them; ``layer.epsilon`` is always readable.
+
+    Called with ``(input, residual=None, mask=None, lengths=None)``: ``residual`` is added to the result;
     ``mask``, bool of shape ``(N,)`` or ``(N, L)``, names the positions that are present; ``lengths``, integers of shape
     ``(N,)`` from 0 to ``L`` on the CPU or ``input``'s device, says the same of sequences by how long they are. Lengths
     out of this range raise ``ValueError`` on the CPU, ``RuntimeError`` in compiled code, and fail an assertion on CUDA.
@@ -339,6 +508,79 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     _ranks = (5,)
 
 
+class BatchNormAct1d(_WithActivation, _OfSequences, nn.modules.batchnorm._BatchNorm):
+    """:class:`BatchNorm1d` with an activation in the same pass over memory; parameters and ``state_dict`` are the same.
+
+    ``activation(batch_norm(input) + residual)``. Not a subclass of :class:`torch.nn.BatchNorm1d`, because code that
+    folds, quantizes or replaces those layers would lose the activation. Reading ``eps`` raises ``AttributeError`` for
+    the same reason; read ``layer.epsilon``.
+
+    Args:
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``,
+            ``"silu"``, ``"gelu"``, ``"gelu_tanh"``; ``"identity"`` or ``None`` for none.
+        activation_param: leaky ReLU's negative slope (default 0.01), ELU's alpha (default 1).
+        inplace: as for :class:`BatchNorm1d`; without an activation or with a leaky ReLU of a positive slope.
+
+    Otherwise as :class:`BatchNorm1d`.
+
+    Raises:
+        ValueError: an unknown activation, or a parameter that it does not have.
+    """
+
+    _ranks = (2, 3)
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class BatchNormAct2d(_WithActivation, nn.modules.batchnorm._BatchNorm):
+    """:class:`BatchNorm2d` with an activation in the same pass over memory, for ``(N, C, H, W)``.
+
+    Called with ``(input, residual=None, mask=None)``. Otherwise as :class:`BatchNormAct1d`.
+    """
+
+    _ranks = (4,)
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class BatchNormAct3d(_WithActivation, nn.modules.batchnorm._BatchNorm):
+    """:class:`BatchNorm3d` with an activation in the same pass over memory, for ``(N, C, D, H, W)``.
+
+    Called with ``(input, residual=None, mask=None)``. Otherwise as :class:`BatchNormAct1d`.
+    """
+
+    _ranks = (5,)
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
+
+
+class LazyBatchNorm1d(_Lazy, _OfSequences, nn.LazyBatchNorm1d):
+    """A :class:`BatchNorm1d` that learns ``num_features`` from its first input, at which it becomes one.
+
+    Drop-in for :class:`torch.nn.LazyBatchNorm1d`. Arguments: those of :class:`BatchNorm1d` without ``num_features``.
+    """
+
+    _ranks = BatchNorm1d._ranks
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d):
+    """A :class:`BatchNorm2d` that learns ``num_features`` from its first input, at which it becomes one.
+
+    Drop-in for :class:`torch.nn.LazyBatchNorm2d`. Arguments: those of :class:`BatchNorm2d` without ``num_features``.
+    """
+
+    _ranks = BatchNorm2d._ranks
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d):
+    """A :class:`BatchNorm3d` that learns ``num_features`` from its first input, at which it becomes one.
+
+    Drop-in for :class:`torch.nn.LazyBatchNorm3d`. Arguments: those of :class:`BatchNorm3d` without ``num_features``.
+    """
+
+    _ranks = BatchNorm3d._ranks
+    cls_to_become = BatchNorm3d
+
+
 class LocalResponseNorm(nn.LocalResponseNorm):
     """Local response normalization over ``(N, C, ...)``; drop-in for :class:`torch.nn.LocalResponseNorm`.
 
@@ -351,3 +593,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``."""
         return local_response_norm(input, self.size, self.alpha, self.beta, self.k)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles."""
+        return scriptable(self, {})

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfused import _extension, dtensor, reference
+from normfused import _extension, decompositions, dtensor, reference
 from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed
 
 
@@ -126,7 +126,9 @@ class ImageConstants:
         mean, std = self._for_channels_of(input)
         images = input.flatten(0, -4) if input.dim() > 4 else input
         arguments = (images, mean, std, scale, dtype if direct else input.dtype, memory_format)
-        if _extension.C is None or is_transformed():
+        if not torch.compiler.is_compiling() and torch._C._is_tracing():
+            output = decompositions.standardize(*arguments)
+        elif _extension.C is None or is_transformed():
             output = reference.standardize(*arguments)
         else:
             operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ def test_b33_one_collective_each_way(needs_extension: None, ranks: Ranks, dtype:
 
 def one_collective_each_way(dtype: torch.dtype) -> None:
     channels, size = 5, 8 if dtype == torch.float64 else 4
-    layer = normfused.SyncBatchNorm(channels, dtype=dtype, activation="relu")
+    layer = normfused.SyncBatchNormAct(channels, dtype=dtype, activation="relu")
     x, r = (torch.randn(3, channels, 4, dtype=dtype, requires_grad=True) for _ in range(2))
     with Traffic() as traffic:
         y = layer(x, r)
@@ -56,13 +55,15 @@ def one_collective_each_way(dtype: torch.dtype) -> None:
 
 def test_b33_evaluation_and_one_process_need_no_group() -> None:
     x = torch.randn(4, 3, 5, requires_grad=True)
-    layer, alone = normfused.SyncBatchNorm(3, activation="relu"), normfused.BatchNorm1d(3, activation="relu")
+    layer, alone = normfused.SyncBatchNormAct(3, activation="relu"), normfused.BatchNormAct1d(3, activation="relu")
     for training in (True, False):
         got, wanted = layer.train(training)(x), alone.train(training)(x)
         assert torch.equal(got, wanted)
         assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, wanted)))
     assert all(map(torch.equal, layer.state_dict().values(), alone.state_dict().values()))
-    assert isinstance(layer, nn.SyncBatchNorm)
+    assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    assert not isinstance(layer, nn.SyncBatchNorm)
+    assert isinstance(normfused.SyncBatchNorm(3), nn.SyncBatchNorm)
 
 
 @pytest.fixture
@@ -98,7 +99,11 @@ def test_layers_together(needs_extension: None, ranks: Ranks) -> None:
 
 def layers_together() -> None:
     def build() -> list[normfused.SyncBatchNorm]:
-        return [normfused.SyncBatchNorm(3), normfused.SyncBatchNorm(5, activation="silu"), normfused.SyncBatchNorm(2)]
+        return [
+            normfused.SyncBatchNorm(3),
+            normfused.SyncBatchNormAct(5, activation="silu"),
+            normfused.SyncBatchNorm(2),
+        ]
 
     torch.manual_seed(distributed.get_rank())
     shapes = [(4, 3, 6), (2, 5, 3, 3), (7, 2)]
@@ -164,7 +169,7 @@ def compiled_whole(dynamic: bool) -> None:
         torch.manual_seed(7)
         return nn.Sequential(
             nn.Conv2d(3, 8, 3),
-            normfused.SyncBatchNorm(8, activation="relu"),
+            normfused.SyncBatchNormAct(8, activation="relu"),
             nn.Conv2d(8, 4, 1),
             normfused.SyncBatchNorm(4, momentum=None),
         )
@@ -350,7 +355,7 @@ def test_convert_and_revert() -> None:
 
     shared = nn.BatchNorm2d(3, momentum=None).eval()
     model = nn.Sequential(
-        shared, normfused.BatchNorm1d(3, activation="relu", nonfinite="skip"), nn.SyncBatchNorm(3), Custom(3)
+        shared, normfused.BatchNormAct1d(3, activation="relu", nonfinite="skip"), nn.SyncBatchNorm(3), Custom(3)
     )
     model.append(nn.Sequential(shared, nn.BatchNorm3d(3, affine=False).half()))
     model[1].weight.requires_grad_(False)
@@ -360,10 +365,11 @@ def test_convert_and_revert() -> None:
     parameters = list(map(id, model.parameters()))
     with pytest.warns(RuntimeWarning, match="leaves 3 alone: Custom is not one of"):
         assert normfused.convert_sync_batchnorm(model, "group") is model
-    sync = normfused.SyncBatchNorm
-    assert [type(m) for m in model] == [sync, sync, sync, Custom, nn.Sequential]
-    assert [m.path for m in model.modules() if isinstance(m, sync)] == ["0", "1", "2", "4.1"]
-    assert all(m.process_group == "group" for m in model.modules() if isinstance(m, sync))
+    sync, with_activation = normfused.SyncBatchNorm, normfused.SyncBatchNormAct
+    assert [type(m) for m in model] == [sync, with_activation, sync, Custom, nn.Sequential]
+    synchronized = [m for m in model.modules() if isinstance(m, (sync, with_activation))]
+    assert [m.path for m in synchronized] == ["0", "1", "2", "4.1"]
+    assert all(m.process_group == "group" for m in synchronized)
     assert model[4][0] is model[0] is shared
     assert not model[0].training
     assert model[0].momentum is None
@@ -380,12 +386,13 @@ def test_convert_and_revert() -> None:
 
 
 def test_convert_refuses_layers_in_place_before_it_changes_any() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(3), normfused.BatchNorm1d(3, activation="leaky_relu", inplace=True))
+    model = nn.Sequential(nn.BatchNorm1d(3), normfused.BatchNormAct1d(3, activation="leaky_relu", inplace=True))
     with pytest.raises(ValueError, match=r"^convert_sync_batchnorm: 1 has inplace=True, and cannot be synchronized$"):
         normfused.convert_sync_batchnorm(model)
     assert type(model[0]) is nn.BatchNorm1d
-    with pytest.raises(ValueError, match="inplace=True is for layers that are not synchronized"):
-        normfused.SyncBatchNorm(3, inplace=True)
+    for synchronized in (normfused.SyncBatchNorm, normfused.SyncBatchNormAct):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'inplace'"):
+            synchronized(3, inplace=True)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
         normfused.convert_sync_batchnorm([])
 
@@ -393,12 +400,32 @@ def test_convert_refuses_layers_in_place_before_it_changes_any() -> None:
 def test_b24_torchs_converter_keeps_or_refuses() -> None:
     plain = nn.Sequential(normfused.BatchNorm2d(3), normfused.SyncBatchNorm(3))
     assert [type(m) for m in nn.SyncBatchNorm.convert_sync_batchnorm(plain)] == [nn.SyncBatchNorm] * 2
-    for layer in (normfused.BatchNorm2d(3, activation="relu"), normfused.SyncBatchNorm(3, nonfinite="skip")):
-        with pytest.raises(TypeError, match=r"torch's converters would drop (activation='relu'|nonfinite='skip')"):
+    for layer in (normfused.BatchNormAct2d(3, activation="relu"), normfused.SyncBatchNorm(3, nonfinite="skip")):
+        with pytest.raises(AttributeError, match=r"would lose (activation='relu'|nonfinite='skip'); use normfused"):
             nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer))
-        layer.qconfig = None  # as torch.ao.quantization says that a layer is to be left alone
-        assert layer.qconfig is None
-        assert copy.deepcopy(layer).qconfig is None
+        assert not hasattr(layer, "qconfig")
+
+
+def test_torchs_class_method_gives_our_layers() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), normfused.BatchNormAct2d(3, "silu"), nn.SyncBatchNorm(3))
+    for cls in (normfused.SyncBatchNorm, normfused.SyncBatchNormAct):
+        assert cls.convert_sync_batchnorm(model, "group") is model
+        sync = normfused.SyncBatchNorm
+        assert [type(m) for m in model] == [sync, normfused.SyncBatchNormAct, sync]
+        assert [m.process_group for m in model] == ["group"] * 3
+    assert model[1].activation == "silu"
+
+
+@pytest.mark.parametrize("cls", [nn.LazyBatchNorm2d, normfused.LazyBatchNorm2d])
+def test_a_lazy_layer_is_synchronized_from_its_first_input(cls: type) -> None:
+    assert type(normfused.revert(normfused.convert_sync_batchnorm(nn.Sequential(cls())))[0]) is nn.LazyBatchNorm2d
+    model = normfused.convert_sync_batchnorm(nn.Sequential(cls()), "group")
+    model.eval()(torch.randn(2, 3, 4, 4))  # in evaluation no process group is needed
+    assert type(model[0]) is normfused.SyncBatchNorm
+    assert (model[0].process_group, model[0].num_features) == ("group", 3)
+    normfused.revert(model)
+    assert type(model[0]) is nn.BatchNorm2d
+    assert set(vars(model[0])) == set(vars(nn.BatchNorm2d(3)))
 
 
 def test_b37_dataset_statistics_over_ranks(ranks: Ranks) -> None:

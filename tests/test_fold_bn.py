@@ -33,7 +33,7 @@ FOLDED = [
     (nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3, eps=0.1), (2, 2, 4, 4, 4)),
     (nn.ConvTranspose1d(4, 6, 3, 2, groups=2), nn.BatchNorm1d(6), (2, 4, 8)),
     (nn.ConvTranspose2d(4, 4, 3, 2, groups=4, bias=False), normfused.BatchNorm2d(4), (2, 4, 5, 5)),
-    (nn.ConvTranspose2d(4, 12, 3, 2, groups=2), normfused.BatchNorm2d(12, activation="identity"), (2, 4, 5, 5)),
+    (nn.ConvTranspose2d(4, 12, 3, 2, groups=2), normfused.BatchNormAct2d(12, activation="identity"), (2, 4, 5, 5)),
     (nn.ConvTranspose3d(2, 3, 2), nn.BatchNorm3d(3, affine=False), (2, 2, 3, 3, 3)),
     (nn.Conv1d(4, 6, 3), normfused.BatchNorm1d(6, nonfinite="skip", running_var_correction=0), (2, 4, 8)),
     (nn.Conv3d(2, 3, 2), normfused.BatchNorm3d(3, inplace=True), (2, 2, 4, 4, 4)),
@@ -174,7 +174,7 @@ BAD: list[tuple[str, Callable[[], tuple[Any, Any]], type[Exception], str]] = [
     ),
     (
         "activation",
-        lambda: (conv(), normfused.BatchNorm2d(3, activation="relu").eval()),
+        lambda: (conv(), normfused.BatchNormAct2d(3, activation="relu").eval()),
         ValueError,
         "bn has an activation, 'relu', which cannot be folded",
     ),

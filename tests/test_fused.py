@@ -158,7 +158,7 @@ def test_b20_what_is_kept_for_backward(dtype: torch.dtype) -> None:
     shape, channels = (8, 16, 14, 14), 16
     x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     size, few = x.numel() * x.element_size(), 64 * channels
-    layer = normfused.BatchNorm2d(channels, activation="relu")
+    layer = normfused.BatchNormAct2d(channels, activation="relu")
     relu, _ = saved_bytes(lambda: layer(x))
     assert size <= relu <= size + few
     added, where = saved_bytes(lambda: layer(x, residual))
@@ -174,7 +174,7 @@ def test_b20_what_is_kept_for_backward(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("activation", "bits"), [(None, 0), ("relu", 1)])
 def test_b23_frozen_keeps_no_activation(activation: str | None, bits: int) -> None:
     x = torch.randn(8, 16, 14, 14, requires_grad=True)
-    layer = normfused.BatchNorm2d(16, activation=activation).freeze().requires_grad_(False)
+    layer = normfused.BatchNormAct2d(16, activation=activation).freeze().requires_grad_(False)
     kept, _ = saved_bytes(lambda: layer(x))
     assert kept <= bits * x.numel() // 8 + 64 * 16
     strided = lay_out(torch.randn(8, 16, 14, 14), "channels_last")
@@ -257,7 +257,7 @@ def test_b22_no_stats_update() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_b22_checkpointing_updates_once(reentrant: bool) -> None:
-    layer, plain = normfused.BatchNorm2d(3, activation="relu"), normfused.BatchNorm2d(3, activation="relu")
+    layer, plain = normfused.BatchNormAct2d(3, activation="relu"), normfused.BatchNormAct2d(3, activation="relu")
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
     checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
     got, x.grad = x.grad, None
@@ -287,9 +287,9 @@ BAD = [
     ),
     (lambda: normfused.BatchNorm2d(3)(X, 1.0), TypeError, "batch_norm: residual must be a tensor or None, got float"),
     (
-        lambda: normfused.BatchNorm2d(3, activation="swish"),
+        lambda: normfused.BatchNormAct2d(3, activation="swish"),
         ValueError,
-        "BatchNorm2d: unknown activation 'swish': must be one of identity, relu, relu6, leaky_relu, elu, "
+        "BatchNormAct2d: unknown activation 'swish': must be one of identity, relu, relu6, leaky_relu, elu, "
         "hardswish, sigmoid, tanh, silu, gelu, gelu_tanh",
     ),
     (
@@ -299,14 +299,14 @@ BAD = [
         "hardswish, sigmoid, tanh, silu, gelu, gelu_tanh",
     ),
     (
-        lambda: normfused.BatchNorm2d(3, activation="relu", activation_param=0.1),
+        lambda: normfused.BatchNormAct2d(3, activation="relu", activation_param=0.1),
         ValueError,
-        "BatchNorm2d: activation_param is for leaky_relu and elu, got it for 'relu'",
+        "BatchNormAct2d: activation_param is for leaky_relu and elu, got it for 'relu'",
     ),
     (
-        lambda: normfused.BatchNorm2d(3, activation="elu", activation_param=float("nan")),
+        lambda: normfused.BatchNormAct2d(3, activation="elu", activation_param=float("nan")),
         ValueError,
-        "BatchNorm2d: activation_param must be a finite number, got nan",
+        "BatchNormAct2d: activation_param must be a finite number, got nan",
     ),
     (
         lambda: normfused.BatchNorm2d(3, running_var_correction=2),
@@ -369,8 +369,8 @@ def test_b28_opcheck(activation: str, with_residual: bool, layout: str, training
 class Block(nn.Module):
     def __init__(self, activation: str) -> None:
         super().__init__()
-        self.first = normfused.BatchNorm2d(6, activation=activation, nonfinite="skip")
-        self.second = normfused.BatchNorm2d(6, activation="relu", running_var_correction=0)
+        self.first = normfused.BatchNormAct2d(6, activation=activation, nonfinite="skip")
+        self.second = normfused.BatchNormAct2d(6, activation="relu", running_var_correction=0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x), x)

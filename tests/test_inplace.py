@@ -143,7 +143,7 @@ def test_b21_only_parameters_learn(training: bool, device: torch.device) -> None
 @modes
 def test_b21_without_gradients(training: bool, device: torch.device) -> None:
     x = torch.randn(5, 3, 4, device=device)
-    layer = normfused.BatchNorm1d(3, inplace=True, activation="leaky_relu", device=device).train(training)
+    layer = normfused.BatchNormAct1d(3, inplace=True, activation="leaky_relu", device=device).train(training)
     stock = nn.BatchNorm1d(3, device=device).train(training)
     values, version = x.clone(), 0
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_b21_what_others_have_kept_is_noticed() -> None:
 @pytest.mark.parametrize("small", [0, 3])
 def test_b21_what_is_kept_for_backward(small: int) -> None:
     """The output, which the next layer keeps anyway, and the channels that it does not tell."""
-    layer = normfused.BatchNorm2d(16, activation="leaky_relu", inplace=True)
+    layer = normfused.BatchNormAct2d(16, activation="leaky_relu", inplace=True)
     with torch.no_grad():
         layer.weight[:small] = 0
         layer.bias.fill_(1)
@@ -256,7 +256,7 @@ def test_b21_a_network_of_blocks(device: torch.device) -> None:
         for inputs, outputs in ((3, 8), (8, 8), (8, 5)):
             layers.append(nn.Conv2d(inputs, outputs, 3, bias=False))
             if ours:
-                layers.append(normfused.BatchNorm2d(outputs, activation="leaky_relu", inplace=True))
+                layers.append(normfused.BatchNormAct2d(outputs, activation="leaky_relu", inplace=True))
             else:
                 layers += [nn.BatchNorm2d(outputs), nn.LeakyReLU(inplace=True)]
         return nn.Sequential(*layers).to(device, torch.float64)
@@ -310,7 +310,7 @@ def test_b22_checkpointing(reentrant: bool) -> None:
 def test_b28_compiled_is_eager(training: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv1d(3, 4, 3), normfused.BatchNorm1d(4, inplace=True, activation="leaky_relu"), nn.Conv1d(4, 2, 3)
+        nn.Conv1d(3, 4, 3), normfused.BatchNormAct1d(4, inplace=True, activation="leaky_relu"), nn.Conv1d(4, 2, 3)
     ).train(training)
     x = torch.randn(5, 3, 9)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -415,7 +415,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
         f"batch_norm: inplace=True {UNDOABLE}'leaky_relu' with 0.0",
     ),
     (
-        lambda: normfused.BatchNorm2d(3, activation="elu", inplace=True),
+        lambda: normfused.BatchNormAct2d(3, activation="elu", inplace=True),
         ValueError,
         f"BatchNorm2d: inplace=True {UNDOABLE}'elu'",
     ),

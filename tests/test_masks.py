@@ -33,7 +33,7 @@ def test_a_mask_is_the_gathered_positions(
     with_residual: bool, layout: str, training: bool, device: torch.device
 ) -> None:
     """What the positions that are left out hold, as NaN, makes no difference."""
-    layer = normfused.BatchNorm2d(3, activation="relu", dtype=torch.float64, device=device).train(training)
+    layer = normfused.BatchNormAct2d(3, activation="relu", dtype=torch.float64, device=device).train(training)
     layer.running_mean.normal_()
     other = copy.deepcopy(layer)
     mask = torch.rand(4, 5, 6, device=device) > 0.4
@@ -86,7 +86,7 @@ def test_lengths_on_the_cpu_serve_any_device(device: torch.device) -> None:
 
 @pytest.mark.parametrize("arguments", [{"mask": torch.zeros(4, 6).bool()}, {"lengths": torch.zeros(4).long()}], ids=str)
 def test_no_position_at_all_gives_zeros_in_evaluation(arguments: dict[str, Tensor]) -> None:
-    layer = normfused.BatchNorm1d(3, activation="sigmoid").eval()
+    layer = normfused.BatchNormAct1d(3, activation="sigmoid").eval()
     x = torch.randn(4, 3, 6, requires_grad=True)
     y = layer(x, **arguments)
     y.sum().backward()
@@ -221,7 +221,7 @@ def test_synchronized_layers_refuse_the_same(case: Case, kind: type[Exception], 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.usefixtures("needs_extension")
 def test_compiled_in_one_graph_is_eager(backend: str, dynamic: bool, with_residual: bool, training: bool) -> None:
-    layer = normfused.BatchNorm1d(3, activation="relu").train(training)
+    layer = normfused.BatchNormAct1d(3, activation="relu").train(training)
     plain = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
     for length in (6, 7):

@@ -102,7 +102,7 @@ def test_pickles_drop_the_process_group_and_say_so(
 
 @pytest.mark.filterwarnings("error")
 def test_the_default_group_is_pickled_without_a_warning() -> None:
-    layer = normfused.SyncBatchNorm(3, activation="relu")
+    layer = normfused.SyncBatchNormAct(3, activation="relu")
     assert pickle.loads(pickle.dumps(layer)).activation == "relu"
 
 

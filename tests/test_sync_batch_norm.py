@@ -40,7 +40,8 @@ def as_one_process(
     n = sum(sizes)
     x, r, grad = (torch.randn(n, *shape[1:]).mul(2).add(3).to(dtype) for _ in range(3))
     present = torch.rand(n, *shape[2:]) < 0.6 if masked else None
-    layer = normfused.SyncBatchNorm(channels, dtype=parameter_dtype or dtype, **options)
+    cls = normfused.SyncBatchNormAct if "activation" in options else normfused.SyncBatchNorm
+    layer = cls(channels, dtype=parameter_dtype or dtype, **options)
     if layer.affine:
         nn.init.normal_(layer.weight)
         nn.init.normal_(layer.bias)
@@ -73,7 +74,7 @@ def as_one_process(
         alone["bias"],
         True,
         layer.momentum,
-        layer.eps,
+        layer.epsilon,
         num_batches_tracked=counter,
         residual=rows[1],
         activation=layer.activation or "identity",
@@ -280,7 +281,7 @@ def second_derivatives(activation: str, residual: bool) -> None:
         return list(torch.autograd.grad(mix, leaves, allow_unused=True, materialize_grads=True))
 
     parameter = reference.ACTIVATION_PARAMS.get(activation, 0.0)
-    layer = normfused.SyncBatchNorm(3, activation=activation, **options)
+    layer = normfused.SyncBatchNormAct(3, activation=activation, **options)
 
     def ours(x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
         parameters = {"weight": weight, "bias": bias}
@@ -305,7 +306,7 @@ def test_only_gradients_that_are_asked_for(ranks: Ranks, activation: str) -> Non
 
 
 def some_gradients(activation: str) -> None:
-    layer = normfused.SyncBatchNorm(3, activation=activation, dtype=torch.float64)
+    layer = normfused.SyncBatchNormAct(3, activation=activation, dtype=torch.float64)
     x, r, grad = torch.randn(3, 4, 3, 5, dtype=torch.float64)
     wanted: dict[str, Tensor] = {}
     for count in (4, 1, 2, 3):
@@ -327,7 +328,7 @@ def test_b20_a_bit_a_value_is_kept_of_what_relu_took_in(needs_extension: None, r
 
 
 def kept() -> int:
-    layer = normfused.SyncBatchNorm(8, activation="relu")
+    layer = normfused.SyncBatchNormAct(8, activation="relu")
     x, r = (torch.randn(16, 8, 100, requires_grad=True) for _ in range(2))
     return kept_for_backward(layer, x, r)
 
@@ -345,7 +346,7 @@ def checkpointed(how: str) -> None:
     results = []
     for run in (lambda layer, *x: layer(*x), functools.partial(checkpoint, **options)):
         torch.manual_seed(distributed.get_rank())
-        layer = normfused.SyncBatchNorm(3, activation="relu")
+        layer = normfused.SyncBatchNormAct(3, activation="relu")
         x, r = (torch.randn(4, 3, 5, requires_grad=True) for _ in range(2))
         with Traffic() as traffic:
             run(layer, x, r).square().sum().backward()

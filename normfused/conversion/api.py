@@ -13,7 +13,7 @@ from torch import nn
 from normfused import modules
 from normfused.conversion import classes
 from normfused.conversion.report import ConversionReport, by_class, forget, kept_for_backward, remember
-from normfused.distributed import SyncBatchNorm
+from normfused.distributed import SyncBatchNorm, SyncBatchNormAct, _Synchronized
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -121,6 +121,7 @@ def _saved_by_copy(model: nn.Module, inputs: tuple[Any, ...], is_copy: bool = Fa
 def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
     """Make every batch norm in ``model`` a :class:`normfused.SyncBatchNorm`, of any number of dimensions.
 
+    Those with an activation become :class:`normfused.SyncBatchNormAct`, and lazy ones one of them at their first input.
     torch.nn's layers and ours change their class in place: parameters, buffers, activations, training flag, hooks,
     names and sharing stay. Other classes are left alone, with a warning. :func:`revert` undoes it.
 
@@ -146,10 +147,9 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
         if getattr(layer, "inplace", False) and isinstance(layer, modules._BatchNorm):
             raise ValueError(f"convert_sync_batchnorm: {path or 'model'} has inplace=True, and cannot be synchronized")
     for path, layer in norms:
-        if type(layer) in (*classes.PLAIN, *classes.STOCK):
-            if not isinstance(layer, SyncBatchNorm):
-                layer.converted_from = type(layer)
-                layer.__class__ = SyncBatchNorm
+        if type(layer) in (*classes.PLAIN, *classes.STOCK, *classes.WITH_ACTIVATION):
+            if not isinstance(layer, _Synchronized):
+                _synchronize(layer)
             layer.path, layer.process_group = path, process_group
         else:
             warnings.warn(
@@ -161,11 +161,22 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
     return model
 
 
+def _synchronize(layer: Any) -> None:
+    """Change the class of ``layer``; of a lazy one, the class that its first input gives it."""
+    is_lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+    if is_lazy:
+        layer.converted_from = layer.cls_to_become
+        layer.__class__, layer.cls_to_become = classes.PLAIN.get(type(layer), type(layer)), SyncBatchNorm
+    else:
+        layer.converted_from = type(layer)
+        layer.__class__ = SyncBatchNormAct if type(layer) in classes.WITH_ACTIVATION else SyncBatchNorm
+
+
 def revert(model: Model) -> Model:
     """Undo :func:`convert` and :func:`convert_sync_batchnorm`, in place.
 
     The layers get the class that they had; their parameters and buffers are those of now. Calls are no longer captured.
-    Layers that were built with an activation or another option of ours keep their class, because torch.nn's have none.
+    Layers with an activation or another option of ours keep their class, because torch.nn's have none.
 
     Returns:
         ``model`` itself.
@@ -179,11 +190,12 @@ def revert(model: Model) -> Model:
     capture.uninstall(model)
     forget(model)
     for layer in model.modules():
-        before = layer.__dict__.get("converted_from") if type(layer) is SyncBatchNorm else None
-        if before is not None:
-            layer.__class__ = before
-            for name in ("converted_from", "path", "process_group"):
-                del layer.__dict__[name]
+        before = layer.__dict__.get("converted_from")
+        if before is not None and isinstance(layer, modules._BatchNorm):
+            if not isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+                layer.__class__ = before
+            for name in ("converted_from", "path", "process_group", "cls_to_become"):
+                layer.__dict__.pop(name, None)
         source = classes.source_of(layer)
         if source is not None:
             layer.__class__ = source

@@ -10,16 +10,20 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from normfused import functional, modules
-from normfused.distributed import SyncBatchNorm
+from normfused.distributed import SyncBatchNorm, SyncBatchNormAct
 
 # torch.nn's layers change their class and nothing else.
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: modules.BatchNorm1d,
     nn.BatchNorm2d: modules.BatchNorm2d,
     nn.BatchNorm3d: modules.BatchNorm3d,
+    nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
     nn.SyncBatchNorm: SyncBatchNorm,
 }
 STOCK = {ours: stock for stock, ours in PLAIN.items()}
+WITH_ACTIVATION = (modules.BatchNormAct1d, modules.BatchNormAct2d, modules.BatchNormAct3d, SyncBatchNormAct)
 
 _registered: dict[type[nn.Module], type[nn.Module]] = {}
 

@@ -1,0 +1,48 @@
+"""What ``torch.ao.quantization`` has to know of our layers, which it looks up by their exact class.
+
+Layers without an option of ours are quantized and fused as torch.nn's, which they become for that. ``fuse_modules`` and
+``convert`` find them in the tables of torch, ``prepare_fx`` and ``prepare_qat_fx`` when they trace the model
+(:func:`normfused.modules.as_torchs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, as_torchs, options_to_lose
+
+_OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+
+
+def _of_ours(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's method that fuses layers, for layers of ours."""
+
+    def fuse(is_qat: bool, *layers: nn.Module) -> Any:
+        for layer in layers:
+            if type(layer) in _OURS.values() and not as_torchs(layer):
+                lost = ", ".join(f"{option}={value!r}" for option, value in options_to_lose(layer).items())
+                raise ValueError(f"torch's fusion would lose {lost} of {type(layer).__name__}")
+        return method(is_qat, *layers)
+
+    return fuse
+
+
+def _register() -> None:
+    try:
+        from torch.ao.quantization.fuser_method_mappings import _DEFAULT_OP_LIST_TO_FUSER_METHOD as FUSERS
+        from torch.ao.quantization.quantization_mappings import DEFAULT_STATIC_QUANT_MODULE_MAPPINGS as STATIC
+    except ImportError:  # private names, which a version of torch may not have
+        return
+    for kinds, method in list(FUSERS.items()):
+        ours = tuple(_OURS.get(kind, kind) for kind in kinds)
+        if ours != kinds:
+            FUSERS[ours] = _of_ours(method)
+    for stock, mine in _OURS.items():
+        if stock in STATIC:
+            STATIC[mine] = STATIC[stock]
+
+
+_register()

@@ -1,0 +1,103 @@
+"""What ``torch.jit.script`` compiles in place of our layers: torch.nn's, of the same parameters and buffers.
+
+``torch.jit.script`` asks modules for that by ``__prepare_scriptable__`` and puts the answer into the model it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Optional
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from normfused.reference import ACTIVATION_PARAMS
+
+_MODULES: dict[str, Callable[[float], nn.Module]] = {
+    "identity": lambda _: nn.Identity(),
+    "relu": lambda _: nn.ReLU(),
+    "relu6": lambda _: nn.ReLU6(),
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "hardswish": lambda _: nn.Hardswish(),
+    "sigmoid": lambda _: nn.Sigmoid(),
+    "tanh": lambda _: nn.Tanh(),
+    "silu": lambda _: nn.SiLU(),
+    "gelu": lambda _: nn.GELU(),
+    "gelu_tanh": lambda _: nn.GELU("tanh"),
+}
+
+
+def _named(name: str, function: Any) -> Any:
+    """The function under another name: TorchScript compiles a method by the name that its function has."""
+    copied = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    copied.__annotations__ = function.__annotations__
+    return copied
+
+
+class _BatchNormAct(nn.modules.batchnorm._BatchNorm):
+    """Batch norm, addition and activation by torch.nn's layers; ``state_dict`` has batch norm's keys alone."""
+
+    if TYPE_CHECKING:  # TorchScript reads annotations
+        follow: Any
+    _normalize = _named("_normalize", nn.modules.batchnorm._BatchNorm.forward)
+
+    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 (TorchScript reads it)
+        output = self._normalize(input)
+        if residual is not None:
+            output = output + residual
+        return self.follow(output)  # type: ignore[no-any-return]
+
+
+class _BatchNormAct1d(_BatchNormAct):
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class _BatchNormAct2d(_BatchNormAct):
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class _BatchNormAct3d(_BatchNormAct):
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
+
+
+_SCRIPTABLE: dict[str, type[nn.Module]] = {
+    "BatchNorm1d": nn.BatchNorm1d,
+    "BatchNorm2d": nn.BatchNorm2d,
+    "BatchNorm3d": nn.BatchNorm3d,
+    "BatchNormAct1d": _BatchNormAct1d,
+    "BatchNormAct2d": _BatchNormAct2d,
+    "BatchNormAct3d": _BatchNormAct3d,
+    "LocalResponseNorm": nn.LocalResponseNorm,
+}
+
+
+# torch.jit.script remembers by id() the modules that it has seen, and drops those that it replaces: another module at
+# the same address would be taken for the one before. So a replaced layer lives as long as what replaces it.
+_REPLACED: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def scriptable(layer: Any, options: dict[str, Any]) -> nn.Module:
+    """The layer as ``torch.jit.script`` can compile it, with the same parameters, buffers and hooks.
+
+    Raises:
+        RuntimeError: the layer is of another class, or has one of ``options``, which TorchScript would lose.
+    """
+    name = type(layer).__name__
+    cls = _SCRIPTABLE.get(name) if type(layer).__module__.startswith("normfused.") else None
+    if cls is None:
+        raise RuntimeError(f"torch.jit.script cannot compile {name}; normfused.revert gives layers that it can")
+    lost = ", ".join(f"{option}={value!r}" for option, value in options.items() if not option.startswith("activation"))
+    if lost:
+        raise RuntimeError(f"torch.jit.script would lose {lost} of {name}; reset it before, on a copy of the model")
+    twin = copy.copy(layer)
+    twin.__class__ = cls
+    if issubclass(cls, _BatchNormAct):
+        activation, parameter = layer.activation or "identity", layer.activation_param
+        if parameter is None:
+            parameter = ACTIVATION_PARAMS.get(activation, 0.0)
+        twin._modules = {"follow": _MODULES[activation](parameter)}
+    _REPLACED[twin] = layer
+    return twin  # type: ignore[no-any-return]
