@@ -119,7 +119,7 @@ class _BatchNorm(_Base):
 
     def _register_nonfinite_batches(self) -> None:
         assert self.running_mean is not None
-        counts = torch.zeros(self.num_features, dtype=torch.int64, device=self.running_mean.device)
+        counts = torch.zeros(self.running_mean.shape, dtype=torch.int64, device=self.running_mean.device)
         # Not in state_dict, which stays torch.nn's.
         self.register_buffer("nonfinite_batches", counts, persistent=False)
 
@@ -445,7 +445,8 @@ class _Lazy(_BatchNorm):
         self._set_options(running_var_correction, nonfinite, inplace)
 
     def _register_nonfinite_batches(self) -> None:
-        if self.num_features:
+        # Not by num_features, which torch.nn leaves at 0 where a state_dict brings the shapes.
+        if self.running_mean is not None and not nn.parameter.is_lazy(self.running_mean):
             super()._register_nonfinite_batches()
 
     def initialize_parameters(self, input: Tensor) -> None:

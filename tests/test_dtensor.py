@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,11 @@ import normfused
 from normfused import functional
 
 MESHES = [(2,), (1, 2), (2, 1)]
-SHAPES = {normfused.BatchNorm1d: (4, 6, 5), normfused.BatchNorm2d: (4, 6, 3, 2)}
+CASES = [
+    (functools.partial(normfused.BatchNorm1d, 6), (4, 6, 5)),
+    (functools.partial(normfused.BatchNorm2d, 6, affine=False), (4, 6, 3, 2)),
+    (functools.partial(normfused.BatchNormAct2d, 6, "gelu", nonfinite="skip"), (4, 6, 3, 2)),
+]
 
 
 def placement(what: str) -> Any:
@@ -72,30 +77,28 @@ def test_batch_norm_is_that_of_one_process(ranks: Ranks, layout: tuple[str, ...]
 
 def as_one_process(layout: tuple[str, ...], training: bool) -> None:
     of_input, of_vectors, of_output = layout[0], layout[1], layout[2 if training else 3]
-    options: list[dict[str, Any]] = [{}, {"activation": "gelu", "nonfinite": "skip"}, {"affine": False}]
     for mesh in map(mesh_of, MESHES):
-        for make, shape in SHAPES.items():
-            for option in options:
-                torch.manual_seed(0)
-                plain = make(6, **option, dtype=torch.float64).train(training)
-                with torch.no_grad():
-                    for p in plain.parameters():
-                        p.normal_()
-                layer = distribute_layer(copy.deepcopy(plain), mesh, of_vectors)
-                x, r = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
-                weight = torch.randn(shape, dtype=torch.float64)
-                dx, dr = (distributed(t, mesh, of_input) for t in (x, r))
-                y, expected = layer(dx, dr), plain(x, r)
-                (y * distributed(weight, mesh, "replicated")).sum().backward()
-                (expected * weight).sum().backward()
-                assert y.placements[mesh.shape.index(2)] == placement(of_output)
-                torch.testing.assert_close(whole(y), expected)
-                torch.testing.assert_close(whole(dx.grad), x.grad)
-                torch.testing.assert_close(whole(dr.grad), r.grad)
-                for a, e in zip(layer.parameters(), plain.parameters(), strict=True):
-                    torch.testing.assert_close(whole(a.grad), e.grad)
-                for a, e in zip(layer.buffers(), plain.buffers(), strict=True):
-                    torch.testing.assert_close(whole(a), e)
+        for make, shape in CASES:
+            torch.manual_seed(0)
+            plain = make(dtype=torch.float64).train(training)
+            with torch.no_grad():
+                for p in plain.parameters():
+                    p.normal_()
+            layer = distribute_layer(copy.deepcopy(plain), mesh, of_vectors)
+            x, r = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+            weight = torch.randn(shape, dtype=torch.float64)
+            dx, dr = (distributed(t, mesh, of_input) for t in (x, r))
+            y, expected = layer(dx, dr), plain(x, r)
+            (y * distributed(weight, mesh, "replicated")).sum().backward()
+            (expected * weight).sum().backward()
+            assert y.placements[mesh.shape.index(2)] == placement(of_output)
+            torch.testing.assert_close(whole(y), expected)
+            torch.testing.assert_close(whole(dx.grad), x.grad)
+            torch.testing.assert_close(whole(dr.grad), r.grad)
+            for a, e in zip(layer.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(whole(a.grad), e.grad)
+            for a, e in zip(layer.buffers(), plain.buffers(), strict=True):
+                torch.testing.assert_close(whole(a), e)
 
 
 def test_without_running_statistics_the_input_decides(ranks: Ranks) -> None:

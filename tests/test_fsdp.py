@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,15 +21,14 @@ KINDS = ["plain", "activation", "skip", "inplace", "synchronized"]
 
 
 def layer(kind: str, channels: int) -> nn.Module:
-    if kind == "synchronized":
-        return normfused.SyncBatchNorm(channels, activation="relu")
-    options: dict[str, Any] = {
-        "plain": {},
-        "activation": {"activation": "gelu"},
-        "skip": {"nonfinite": "skip", "momentum": None},
-        "inplace": {"inplace": True, "activation": "leaky_relu"},
+    made: dict[str, Callable[[], nn.Module]] = {
+        "plain": lambda: normfused.BatchNorm2d(channels),
+        "activation": lambda: normfused.BatchNormAct2d(channels, "gelu"),
+        "skip": lambda: normfused.BatchNorm2d(channels, nonfinite="skip", momentum=None),
+        "inplace": lambda: normfused.BatchNormAct2d(channels, "leaky_relu", inplace=True),
+        "synchronized": lambda: normfused.SyncBatchNormAct(channels, "relu"),
     }
-    return normfused.BatchNorm2d(channels, **options[kind])
+    return made[kind]()
 
 
 def network(kind: str) -> nn.Sequential:
@@ -60,7 +60,7 @@ def one_process(kind: str) -> tuple[nn.Module, list[Tensor], list[nn.Module]]:
     model = network("activation" if kind == "synchronized" else kind)
     if kind == "synchronized":  # its statistics are those of the whole batch
         for block in model[:2]:
-            block[1] = normfused.BatchNorm2d(block[1].num_features, activation="relu")
+            block[1] = normfused.BatchNormAct2d(block[1].num_features, "relu")
     of_ranks: list[nn.Module] = [copy.deepcopy(model) for _ in range(2)]
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
     for x in batches():
