@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -199,9 +201,25 @@ def named_batch_norm(
         )
         return unmasked(mask, rows, input)
     compiling = torch.compiler.is_compiling()
-    if not (training or compiling) and torch._C._is_tracing():
-        return _jit_traced_inference(
-            inplace,
+    traced = not (training or compiling) and torch._C._is_tracing()  # by torch.jit
+    refusal = None
+    if _extension.C is not None and not (compiling or traced or is_transformed()):
+        try:
+            kernels = _extension.C
+            first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
+            if training:
+                first = (*first, num_batches_tracked, momentum)
+            last = (running_var_correction, nonfinite_batches) if training else ()
+            if inplace:
+                into = kernels.batch_norm_training_ if training else kernels.batch_norm_inference_
+                into(*first, eps, activation, activation_param, *last)
+                return input
+            function = kernels.batch_norm_training if training else kernels.batch_norm_inference
+            return function(*first, eps, residual, activation, activation_param, False, *last)  # type: ignore[no-any-return]
+        except (RuntimeError, TypeError, ValueError) as error:
+            refusal = error  # in few words; the check finds the argument and says what it must be
+    with _no_tracer_warnings() if traced else nullcontext():
+        check_arguments(
             input,
             weight,
             bias,
@@ -217,44 +235,16 @@ def named_batch_norm(
             running_var_correction,
             nonfinite_batches,
         )
-    refusal = None
-    if _extension.C is not None and not compiling and not is_transformed():
-        try:
-            kernels = _extension.C
-            first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
-            if training:
-                first = (*first, num_batches_tracked, momentum)
-            last = (running_var_correction, nonfinite_batches) if training else ()
-            if inplace:
-                into = kernels.batch_norm_training_ if training else kernels.batch_norm_inference_
-                into(*first, eps, activation, activation_param, *last)
-                return input
-            function = kernels.batch_norm_training if training else kernels.batch_norm_inference
-            return function(*first, eps, residual, activation, activation_param, False, *last)  # type: ignore[no-any-return]
-        except (RuntimeError, TypeError, ValueError) as error:
-            refusal = error  # in few words; the check finds the argument and says what it must be
-    check_arguments(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        num_batches_tracked,
-        residual,
-        activation,
-        activation_param,
-        running_var_correction,
-        nonfinite_batches,
-    )
     if refusal is not None:
         raise refusal
     after: dict[str, Any] = {"residual": residual, "activation": activation, "activation_param": activation_param}
     # Autograd may keep what these read: over it nothing must be written.
     source = input.clone() if inplace else input
-    if compiling and _extension.C is not None:
+    if traced:
+        assert running_mean is not None
+        assert running_var is not None
+        output = decompositions.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **after)
+    elif compiling and _extension.C is not None:
         # The operators as compilers see them; the pybind11 module is opaque to them.
         ops = torch.ops.normfused
         if training:
@@ -282,16 +272,12 @@ def named_batch_norm(
     return input.copy_(output) if inplace else output
 
 
-def _jit_traced_inference(inplace: bool, input: Tensor, *arguments: Any) -> Tensor:
-    """What ``torch.jit.trace`` records: torch's operators, which it can fold, optimize and export."""
-    with warnings.catch_warnings():  # of the tracer, which sees each comparison of sizes
+@contextmanager
+def _no_tracer_warnings() -> Iterator[None]:
+    """Without the warnings of ``torch.jit.trace``, which sees each comparison of sizes that a check makes."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", TracerWarning)
-        check_arguments(input, *arguments)
-    weight, bias, running_mean, running_var, _, _, eps, _, residual, activation, activation_param, _, _ = arguments
-    output = decompositions.batch_norm_inference(
-        input, weight, bias, running_mean, running_var, eps, residual, activation, activation_param
-    )
-    return input.copy_(output) if inplace else output
+        yield
 
 
 def channel_sums(input: Tensor) -> ChannelSums:

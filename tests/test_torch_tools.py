@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.ao.quantization as quantization
 import torch.utils.mkldnn
-from torch import Tensor, nn
+from on_ranks import assert_same_everywhere, everyones
+from ranks import Ranks
+from torch import Tensor, distributed, nn
 from torch.ao.quantization import quantize_fx
 from torch.fx.experimental import optimization
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -303,3 +305,31 @@ def eagerly(function: Any, model: Network) -> Tensor:
     if function is mkldnn:
         return nn.Sequential(model.conv1, model.bn1, model.relu1, model.conv2, model.bn2).eval()(X)
     return model.eval()(X)
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_compilers_that_freeze_weights_stay_right() -> None:
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    act: Norms = (normfused.BatchNormAct2d, normfused.BatchNormAct1d, False)
+    for norms in (OURS, act):
+        model = Network(*norms).eval()
+        with torch.no_grad(), config.patch(freezing=True):
+            compiled = torch.compile(model, fullgraph=True)
+            torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_ddp_broadcasts_buffers_of_layers_with_an_activation(ranks: Ranks) -> None:
+    ranks.run(2, broadcast_buffers)
+
+
+def broadcast_buffers() -> None:
+    rank = distributed.get_rank()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), normfused.BatchNormAct2d(4), normfused.BatchNorm2d(4))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for step in range(2):
+        parallel(X[rank : rank + 2] + step).sum().backward()
+    assert not torch.equal(*everyones(model[1].running_mean))  # each has seen a share of its own
+    parallel(X)  # before a forward pass the buffers of the first rank are everyone's
+    assert_same_everywhere(*(b.double() for b in model.buffers() if b.is_floating_point()))
