@@ -14,7 +14,7 @@ from torch.jit._trace import TracerWarning
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from normfused import _extension, decompositions, reference
-from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed
+from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed, needs_torchs_operators
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 from normfused.standardization import standardize, standardize_
 
@@ -201,7 +201,7 @@ def named_batch_norm(
         )
         return unmasked(mask, rows, input)
     compiling = torch.compiler.is_compiling()
-    traced = not (training or compiling) and torch._C._is_tracing()  # by torch.jit
+    traced = not training and needs_torchs_operators(compiling)
     refusal = None
     if _extension.C is not None and not (compiling or traced or is_transformed()):
         try:
@@ -354,7 +354,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     if has_torch_function_unary(input):
         return handle_torch_function(local_response_norm, (input,), input, size, alpha=alpha, beta=beta, k=k)
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._is_tracing():
+    if needs_torchs_operators(compiling):
         _check_local_response_norm(input, size, alpha, beta, k)
         return decompositions.local_response_norm(input, size, alpha, beta, k)
     refusal = None
@@ -366,7 +366,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     _check_local_response_norm(input, size, alpha, beta, k)
     if refusal is not None:
         raise refusal
-    if compiling and _extension.C is not None:
+    if compiling:
         output: Tensor = torch.ops.normfused.local_response_norm(input, size, alpha, beta, k)
         return output
     return reference.local_response_norm(input, size, alpha, beta, k)
@@ -528,6 +528,8 @@ def check_arguments(
     """Raise what is wrong with the arguments of :func:`batch_norm`, if anything."""
     if input.dtype not in DTYPES:
         raise TypeError(f"batch_norm: input must be float32, float64, float16 or bfloat16, got {input.dtype}")
+    if input.layout != torch.strided:
+        raise TypeError(f"batch_norm: input must be a strided tensor, got layout {input.layout}")
     check_device(input)
     if (running_mean is None) != (running_var is None):
         given = "running_var" if running_mean is None else "running_mean"

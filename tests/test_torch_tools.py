@@ -267,7 +267,7 @@ REFUSALS = (
     r"|did not find fuser method for: .*BatchNormAct"
     r"|batch_norm: input must be .* got torch.quint8"
     r"|the layer is frozen, but its running statistics are gone"
-    r"|Could not run 'normfused::batch_norm_inference' with arguments from the 'MkldnnCPU' backend"
+    r"|batch_norm: input must be a strided tensor, got layout torch\._mkldnn"
 )
 
 
