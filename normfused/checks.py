@@ -22,7 +22,7 @@ def is_transformed() -> bool:
 
 
 def needs_torchs_operators(compiling: bool) -> bool:
-    """Whether what is recorded must hold torch's operators: by ``torch.jit``, or by compilers where ours did not load."""
+    """Whether a recording must hold torch's operators: by ``torch.jit``, and by compilers where ours did not load."""
     return _extension.C is None if compiling else torch._C._is_tracing()
 
 
