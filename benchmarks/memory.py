@@ -27,7 +27,7 @@ from resnet50 import frozen, images, resnet50
 from torch import Tensor, nn
 
 import normfused
-from normfused.convert import kept_for_backward
+from normfused.conversion import kept_for_backward
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,7 +43,7 @@ class Mode:
 
 
 def _converted(model: nn.Module, inplace: bool = False) -> nn.Module:
-    return normfused.convert(model, inplace=inplace).model
+    return normfused.convert(model, inplace=inplace)
 
 
 MODES = {

@@ -3,9 +3,17 @@
 from normfused import functional, quantization, reference, transforms
 from normfused._extension import info
 from normfused._version import __version__
-from normfused.convert import Conversion, convert, convert_sync_batchnorm, fold_bn, revert
+from normfused.conversion import (
+    ConversionReport,
+    conversion_report,
+    convert,
+    convert_sync_batchnorm,
+    register_conversion,
+    revert,
+)
 from normfused.dataset import dataset_stats
 from normfused.distributed import SyncBatchNorm, SyncBatchNormAct, sync_running_stats
+from normfused.folding import fold_bn
 from normfused.functional import (
     ChannelMoments,
     ChannelSums,
@@ -39,7 +47,7 @@ __all__ = [
     "ChannelMoments",
     "ChannelStats",
     "ChannelSums",
-    "Conversion",
+    "ConversionReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -49,6 +57,7 @@ __all__ = [
     "__version__",
     "channel_moments",
     "channel_sums",
+    "conversion_report",
     "convert",
     "convert_sync_batchnorm",
     "dataset_stats",
@@ -58,6 +67,7 @@ __all__ = [
     "no_stats_update",
     "quantization",
     "reference",
+    "register_conversion",
     "revert",
     "standardize",
     "standardize_",

@@ -51,6 +51,7 @@ def _batch_norm_training(
     save_mask: bool = False,
     correction: int = 1,
     skipped: Tensor | None = None,
+    update_in_backward: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked, residual, skipped)
     return _output_like(input), _statistics(input), _mask(input, save_mask)
@@ -87,6 +88,7 @@ def _batch_norm_training_inplace(
     activation_param: float = 0.0,
     correction: int = 1,
     skipped: Tensor | None = None,
+    update_in_backward: bool = True,
 ) -> Tensor:
     _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked, skipped)
     return _statistics(input)
@@ -171,6 +173,7 @@ def _merge_ranks(
     eps: float,
     correction: int = 1,
     skipped: Tensor | None = None,
+    update_in_backward: bool = True,
 ) -> tuple[Tensor, Tensor]:
     _check_device(words, running_mean, running_var, num_batches_tracked, skipped)
     return words.new_empty((2, channels), dtype=torch.float64), words.new_empty(())

@@ -26,6 +26,11 @@ def needs_torchs_operators(compiling: bool) -> bool:
     return _extension.C is None if compiling else torch._C._is_tracing()
 
 
+def is_in_backward() -> bool:
+    """Whether this thread is inside a backward pass; never in code that is being compiled, which runs later."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def check_device(input: Tensor) -> None:
     """Raise ``RuntimeError`` for a CUDA tensor where the extension has no CUDA kernels."""
     if input.is_cuda and _extension.C is not None and not _extension.C.has_cuda():

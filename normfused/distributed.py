@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,6 +18,9 @@ from normfused.checks import check_group
 from normfused.functional import named_batch_norm
 from normfused.modules import _OfSequences, _WithActivation
 from normfused.sync_batch_norm import Call, gather, synchronized
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["SyncBatchNorm", "SyncBatchNormAct", "sync_running_stats"]
 
@@ -39,6 +44,30 @@ class _Synchronized(_OfSequences):
         import normfused
 
         return normfused.convert_sync_batchnorm(module, process_group)
+
+    # A process group is a handle of this process: copies share it, and it cannot be pickled.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self).__new__(type(self))
+        memo[id(self)], memo[id(self.process_group)] = copied, self.process_group
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return copied
+
+    def __copy__(self) -> Self:
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self.__dict__.copy())  # type: ignore[no-untyped-call]
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.process_group is not None:
+            warnings.warn(
+                f"{_label(self)}: its process group is not pickled; what is loaded synchronizes over all processes "
+                "until its process_group is set",
+                stacklevel=2,
+            )
+            state["process_group"] = None
+        return state
 
     def _batch_norm(self, *arguments: Any) -> Tensor:
         return _batch_norms([(self, Call(*arguments))])[0]
@@ -81,7 +110,10 @@ class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):
             ``"skip"`` looks at the statistics of all ranks together.
 
     Called with ``(input, residual=None, mask=None, lengths=None)``, as :class:`normfused.BatchNorm1d`; ``mask`` is of
-    ``input``'s shape without the channels, and a rank may have no position that is there.
+    ``input``'s shape without the channels, and a rank may have no position that is present.
+
+    ``copy.deepcopy`` keeps the process group, as ``AveragedModel`` needs it. Pickling and ``torch.save`` of the module
+    drop an explicit one with a warning: what is loaded synchronizes over all processes until ``process_group`` is set.
 
     Raises:
         ValueError: in training one value a channel on all ranks together, on each of

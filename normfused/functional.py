@@ -29,7 +29,7 @@ __all__ = [
     "standardize_",
 ]
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def batch_norm(
@@ -59,8 +59,8 @@ def batch_norm(
     Args:
         input: shape ``(N, C, ...)``, float32, float64, float16 or bfloat16, any strides. Written if ``inplace``.
         running_mean, running_var: shape ``(C,)``, given together or not at all; needed unless ``training``. In
-            training they are updated in place: ``(1 - momentum) * running + momentum * batch``. Never saved for
-            backward.
+            training they are updated in place: ``(1 - momentum) * running + momentum * batch``, also when checkpointing
+            runs this call again, which only the layers can tell. Never saved for backward.
         weight, bias: shape ``(C,)``; default 1 and 0. Parameters and buffers have ``input``'s dtype, or float32 where
             that is float16 or bfloat16; all arithmetic is in float32 or wider.
         training: whether the batch's own statistics are used.
@@ -72,8 +72,11 @@ def batch_norm(
         activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``,
             ``"silu"``, ``"gelu"`` (by erf), ``"gelu_tanh"``, or ``"identity"``, the default.
         activation_param: leaky ReLU's negative slope (default 0.01), ELU's alpha (default 1).
-        mask: bool, shape ``(N, ...)``, which is ``input``'s without the channels: the positions that are there. Results
-            are those of these positions alone; the others give zeros, and have zero gradients.
+        mask: bool, shape ``(N, ...)``, which is ``input``'s without the channels: the positions that are present.
+            Results are those of these positions alone; the others give zeros, and have zero gradients. In training at
+            least one position must be present; to see it, a device is waited for. Compiled code needs two, and raises
+            ``RuntimeError`` when it runs; without ``fullgraph`` torch may split the graph here, because the number of
+            positions depends on values.
         running_var_correction: 1 updates ``running_var`` with the unbiased variance, as torch does; 0 with the
             variance that normalizes, so that ``momentum=1`` makes evaluation equal training.
         nonfinite_batches: shape ``(C,)``, int64. Where given, a channel whose batch has an infinity or a NaN leaves
@@ -143,8 +146,11 @@ def named_batch_norm(
     running_var_correction: int = 1,
     nonfinite_batches: Tensor | None = None,
     inplace: bool = False,
+    update_in_backward: bool = True,
 ) -> Tensor:
     """:func:`batch_norm` for a caller of that name, whose input must have one of these ranks (``None``: any).
+
+    Without ``update_in_backward`` a call inside a backward pass, which is a recomputation, updates no buffer.
 
     The ranks are looked at here because only here is ``input`` surely a tensor: ``torch.fx`` traces this call whole.
     """
@@ -171,19 +177,24 @@ def named_batch_norm(
             running_var_correction,
             nonfinite_batches,
             inplace,
+            update_in_backward,
         )
     check_shape(name, ranks, input, training and mask is None, running_mean is not None)
     if inplace:
         _check_inplace(name, input, residual, mask, activation, activation_param)
     if mask is not None:
         check_mask(name, mask, input)
-        if input.numel() != 0 and not mask.any():
-            raise ValueError(f"{name}: mask has no valid position")
-        rows, residual_rows = masked_rows(mask, input, residual)
-        rows = named_batch_norm(
+        if training:
+            _check_some_positions(name, mask, input)
+        # Evaluation needs no statistics of the positions: it normalizes all of them, those that are left out as zeros.
+        part_of = masked_rows if training else masked_zeros
+        part, residual_part = part_of(mask, input, residual)
+        if training and torch.compiler.is_compiling():  # what _check_some_positions() sees to, for symbolic shapes
+            torch._check(part.numel() != part.size(1))  # type: ignore[no-untyped-call]
+        output = named_batch_norm(
             name,
             None,
-            rows,
+            part,
             running_mean,
             running_var,
             weight,
@@ -192,14 +203,15 @@ def named_batch_norm(
             momentum,
             eps,
             num_batches_tracked,
-            residual_rows,
+            residual_part,
             activation,
             activation_param,
             None,
             running_var_correction,
             nonfinite_batches,
+            update_in_backward=update_in_backward,
         )
-        return unmasked(mask, rows, input)
+        return unmasked(mask, output, input) if training else masked_zeros(mask, output, None)[0]
     compiling = torch.compiler.is_compiling()
     traced = not training and needs_torchs_operators(compiling)
     refusal = None
@@ -209,7 +221,7 @@ def named_batch_norm(
             first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
             if training:
                 first = (*first, num_batches_tracked, momentum)
-            last = (running_var_correction, nonfinite_batches) if training else ()
+            last = (running_var_correction, nonfinite_batches, update_in_backward) if training else ()
             if inplace:
                 into = kernels.batch_norm_training_ if training else kernels.batch_norm_inference_
                 into(*first, eps, activation, activation_param, *last)
@@ -250,6 +262,7 @@ def named_batch_norm(
         if training:
             buffers = (running_mean, running_var, num_batches_tracked)
             updates = {"correction": running_var_correction, "skipped": nonfinite_batches}
+            updates["update_in_backward"] = update_in_backward
             results = ops.batch_norm_training(source, weight, bias, *buffers, momentum, eps, **after, **updates)
         else:
             results = ops.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **after)
@@ -267,6 +280,7 @@ def named_batch_norm(
             num_batches_tracked=num_batches_tracked,
             running_var_correction=running_var_correction,
             nonfinite_batches=nonfinite_batches,
+            update_in_backward=update_in_backward,
             **after,
         )
     return input.copy_(output) if inplace else output
@@ -296,7 +310,7 @@ def channel_sums(input: Tensor) -> ChannelSums:
     Raises:
         ValueError: fewer than two dimensions. TypeError: bool or complex input.
     """
-    _check_statistics_input("channel_sums", input, DTYPES + _INTEGERS)
+    _check_statistics_input("channel_sums", input, DTYPES + INTEGERS)
     input = input.detach()
     if _extension.C is None:
         return reference.channel_sums(input)
@@ -432,6 +446,14 @@ def masked_rows(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[T
     return input.movedim(1, -1)[mask], residual
 
 
+def masked_zeros(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``input`` and ``residual`` with zeros at the positions that are left out."""
+    if residual is not None:
+        _check_residual(input, residual)
+        residual = torch.where(mask.unsqueeze(1), residual, 0)
+    return torch.where(mask.unsqueeze(1), reference.with_view(input), 0), residual
+
+
 def unmasked(mask: Tensor, rows: Tensor, input: Tensor) -> Tensor:
     """The rows put back to where they were in ``input``; zeros elsewhere."""
     output = rows.new_zeros(input.movedim(1, -1).shape).index_put((mask,), rows).movedim(-1, 1)
@@ -450,6 +472,14 @@ def check_mask(name: str, mask: Tensor, input: Tensor) -> None:
         )
     if mask.device != input.device:
         raise ValueError(f"{name}: mask is on {mask.device}, but input is on {input.device}")
+
+
+def _check_some_positions(name: str, mask: Tensor, input: Tensor) -> None:
+    """Raise where ``mask`` leaves nothing to train with. Compiled code raises ``RuntimeError``, when it runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async((mask.sum() > 1) | (input.numel() == 0), f"{name}: mask has less than 2 valid positions")
+    elif input.numel() != 0 and not mask.any():
+        raise ValueError(f"{name}: mask has no valid position")
 
 
 def _check_residual(input: Tensor, residual: Tensor) -> None:

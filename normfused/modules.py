@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from normfused.functional import check_activation, check_undoable, local_response_norm, named_batch_norm
+from normfused.checks import is_in_backward
+from normfused.functional import INTEGERS, check_activation, check_undoable, local_response_norm, named_batch_norm
 from normfused.reference import ACTIVATION_PARAMS
 from normfused.scripting import scriptable
 
@@ -42,7 +43,9 @@ def no_stats_update() -> Iterator[None]:
     """Leave running statistics and counters alone: training forwards inside use the batch's own and update nothing.
 
     For warm-ups, probes and second passes over a batch. It holds for the whole process, not for one thread. A forward
-    that is run again during a backward pass, as by :func:`torch.utils.checkpoint.checkpoint`, updates nothing either.
+    that is run again during a backward pass, as by :func:`torch.utils.checkpoint.checkpoint`, updates nothing either,
+    in eager and in compiled code; unless its first pass ran without gradients and with ``track_running_stats=False``,
+    as checkpoint wrappers do that leave the update to the second pass. Either way there is one update.
     """
     global _stats_update
     before, _stats_update = _stats_update, False
@@ -50,11 +53,6 @@ def no_stats_update() -> Iterator[None]:
         yield
     finally:
         _stats_update = before
-
-
-def _may_update() -> bool:
-    # Within backward it is a recomputation, whose statistics have been taken already.
-    return _stats_update and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
 
 
 class _BatchNorm(_Base):
@@ -70,6 +68,7 @@ class _BatchNorm(_Base):
     nonfinite: str = "propagate"
     inplace: bool = False
     frozen: bool = False
+    _deferred_updates: int = 0  # updates that recomputations are to make, see _update_in_backward()
     nonfinite_batches: Tensor  # where nonfinite is "skip"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -185,7 +184,7 @@ class _BatchNorm(_Base):
         training = self.training or (running_mean is None and running_var is None)
         if running_mean is None and self.frozen:
             raise ValueError(f"{type(self).__name__}: the layer is frozen, but its running statistics are gone")
-        updates = self.training and self.track_running_stats and _may_update()
+        updates = self.training and self.track_running_stats and _stats_update
         buffered = updates or not self.training
         counter = self.num_batches_tracked if updates else None
         return (
@@ -208,7 +207,54 @@ class _BatchNorm(_Base):
             self.running_var_correction,
             self.nonfinite_batches if updates and self.nonfinite == "skip" else None,
             inplace,
+            self.training and self._update_in_backward(updates),
         )
+
+    def _update_in_backward(self, updates: bool) -> bool:
+        """Whether a training forward is to update running statistics although it runs inside a backward pass.
+
+        Such a forward is a recomputation by checkpointing, whose first pass has updated them already. But some
+        checkpoint wrappers turn ``track_running_stats`` off in the first pass, which runs without gradients, and leave
+        the update to the recomputation. Each such pass is counted, and lets one recomputation update.
+        """
+        if updates and not self._deferred_updates:
+            return False
+        in_backward = is_in_backward()
+        if not updates:
+            if _stats_update and self.running_mean is not None and not torch.is_grad_enabled() and not in_backward:
+                self._deferred_updates += 1
+            return False
+        # Outside of a backward pass the update is made anyway, and what was counted before was no such wrapper's.
+        # Compiled code cannot know where it will run, and is assumed to be a recomputation.
+        self._deferred_updates = self._deferred_updates - 1 if in_backward or torch.compiler.is_compiling() else 0
+        return True
+
+    def reset_running_stats(self) -> None:
+        """Set running statistics and counters to their initial values; those of a frozen layer stay as they are."""
+        if not self.frozen:
+            self._restart_statistics()
+
+    def reset_parameters(self) -> None:
+        """Set parameters, running statistics and counters to what a new layer has."""
+        self._restart_statistics()
+        super().reset_parameters()
+
+    def _restart_statistics(self) -> None:
+        super().reset_running_stats()
+        if "nonfinite_batches" in self._buffers:  # not yet while torch.nn's constructor runs
+            self._restart_nonfinite_batches()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        # The counter is of the running statistics that are replaced. On the meta device or after to_empty() it has no
+        # values, and state_dict has none for it.
+        if f"{prefix}running_mean" in state_dict and "nonfinite_batches" in self._buffers:
+            self._restart_nonfinite_batches()
+
+    def _restart_nonfinite_batches(self) -> None:
+        if self.running_mean is not None and self.running_mean.device != self.nonfinite_batches.device:
+            self.nonfinite_batches = torch.empty_like(self.nonfinite_batches, device=self.running_mean.device)
+        self.nonfinite_batches.zero_()
 
     def freeze(self) -> Self:
         """Normalize with the running statistics from now on, whatever :meth:`train` says, and update nothing.
@@ -231,16 +277,6 @@ class _BatchNorm(_Base):
 
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
-
-    def reset_running_stats(self) -> None:
-        """Set them to mean 0 and variance 1, as torch.nn's layers do; those of a frozen layer stay as they are."""
-        if not self.frozen:
-            super().reset_running_stats()
-
-    def reset_parameters(self) -> None:
-        """Set parameters and running statistics to what a new layer has."""
-        super().reset_running_stats()
-        super().reset_parameters()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles."""
@@ -311,11 +347,22 @@ class _OfSequences(_BatchNorm):
         name = type(self).__name__
         if mask is not None:
             raise ValueError(f"{name}: mask and lengths say the same, got both")
-        if input.dim() != 3 or lengths.shape != input.shape[:1] or lengths.is_floating_point():
+        if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
+            got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+            raise TypeError(f"{name}: lengths must be an integer tensor, got {got}")
+        if input.dim() != 3 or lengths.shape != input.shape[:1]:
             raise ValueError(
-                f"{name}: lengths must be integers of shape (N,) for an input of shape (N, C, L), "
-                f"got {lengths.dtype} of shape {tuple(lengths.shape)} for {tuple(input.shape)}"
+                f"{name}: lengths must have shape (N,) for an input of shape (N, C, L), "
+                f"got {tuple(lengths.shape)} for {tuple(input.shape)}"
             )
+        if lengths.device not in (input.device, torch.device("cpu")):
+            raise ValueError(f"{name}: lengths is on {lengths.device}, but input is on {input.device}")
+        fits = ((lengths >= 0) & (lengths <= input.size(2))).all()
+        message = f"{name}: lengths must be from 0 to {input.size(2)}, the length of input"
+        if torch.compiler.is_compiling() or lengths.device.type != "cpu":
+            torch._assert_async(fits, message)  # without waiting for the device
+        elif not fits:
+            raise ValueError(f"{message}, got {lengths.tolist()}")
         return torch.arange(input.size(2), device=input.device) < lengths.to(input.device).unsqueeze(1)
 
 
@@ -412,15 +459,16 @@ class BatchNorm1d(_OfSequences, nn.BatchNorm1d):
 
     Arguments, parameters, buffers and ``state_dict`` are torch.nn's. The arithmetic, what is updated and what raises:
     :func:`normfused.functional.batch_norm`. Running statistics and ``num_batches_tracked`` are updated in place by each
-    training forward, inside the one operator; not inside :func:`normfused.no_stats_update`, and not when a forward is
-    run again by checkpointing.
+    training forward, inside the one operator; not inside :func:`normfused.no_stats_update`, and once where
+    checkpointing runs a forward twice. (CUDA graphs replay the updates of the forward that they captured.)
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: torch.nn's.
         running_var_correction: 1 as torch; 0 makes evaluation equal training at ``momentum=1``.
         nonfinite: ``"propagate"`` as torch; ``"skip"``: a channel in whose batch there is an infinity or a NaN leaves
             its running statistics as they are, and is counted in the buffer ``nonfinite_batches``, int64 of shape
-            ``(C,)``, which is not part of ``state_dict``.
+            ``(C,)``, which is not part of ``state_dict``: it restarts at 0 where running statistics are reset or
+            loaded.
         inplace: write the output over the input, and keep no other activation for backward. What this asks of the
             input: :func:`normfused.functional.batch_norm`.
 
@@ -429,8 +477,9 @@ class BatchNorm1d(_OfSequences, nn.BatchNorm1d):
     would rebuild or fold the layer without them; ``layer.epsilon`` is always readable.
 
     Called with ``(input, residual=None, mask=None, lengths=None)``: ``residual`` is added to the result;
-    ``mask``, bool of shape ``(N,)`` or ``(N, L)``, names the positions that are there; ``lengths``, integers of shape
-    ``(N,)``, says the same of sequences by how long they are.
+    ``mask``, bool of shape ``(N,)`` or ``(N, L)``, names the positions that are present; ``lengths``, integers of shape
+    ``(N,)`` from 0 to ``L`` on the CPU or ``input``'s device, says the same of sequences by how long they are. Lengths
+    out of this range raise ``ValueError`` on the CPU, ``RuntimeError`` in compiled code, and fail an assertion on CUDA.
 
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167;
     https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from normfused.checks import is_in_backward
+
 # What may follow the normalization, by name: a function of its input and of a parameter.
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, _: z,
@@ -146,6 +148,7 @@ def batch_norm(
     activation_param: float = 0.0,
     running_var_correction: int = 1,
     nonfinite_batches: Tensor | None = None,
+    update_in_backward: bool = True,
     all_sum: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """:func:`normfused.functional.batch_norm` in plain torch, without its argument checks and defaults.
@@ -158,9 +161,10 @@ def batch_norm(
         mean, var, count = _batch_statistics(x, all_sum)
         if count == 1 and all_sum is not None:
             raise ValueError("expected more than 1 value per channel when training, got 1 on all ranks together")
-        if count != 0:
+        if count != 0 and (update_in_backward or not is_in_backward()):
             new_var = var * count / (count - running_var_correction)
-            _update(running_mean, running_var, num_batches_tracked, nonfinite_batches, momentum, mean, new_var)
+            updates = None if update_in_backward or not torch.compiler.is_compiling() else _outside_backward(mean)
+            _update(running_mean, running_var, num_batches_tracked, nonfinite_batches, momentum, mean, new_var, updates)
     else:
         assert running_mean is not None
         assert running_var is not None
@@ -177,6 +181,17 @@ def batch_norm(
     return laid_out_as(y.to(input.dtype), input)
 
 
+@torch.library.custom_op("normfused::outside_backward", mutates_args=())
+def _outside_backward(like: Tensor) -> Tensor:
+    """Whether this thread is outside of any backward pass, 0-d bool, found when compiled code runs."""
+    return torch.tensor(not is_in_backward(), device=like.device)
+
+
+@_outside_backward.register_fake
+def _(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.bool)
+
+
 @torch.no_grad()
 def _update(
     running_mean: Tensor | None,
@@ -186,16 +201,19 @@ def _update(
     momentum: float | None,
     new_mean: Tensor,
     new_var: Tensor,
+    updates: Tensor | None,
 ) -> None:
+    """Write the buffers; where ``updates``, 0-d bool, is given and false, the values that they have."""
     for written in (running_mean, running_var, num_batches_tracked, nonfinite_batches):
         if written is not None:
             written.mul_(1)  # raises where torch refuses to write, before anything is written
     if num_batches_tracked is not None:
-        num_batches_tracked += 1
-    taken = torch.ones_like(new_mean, dtype=torch.bool)
+        num_batches_tracked += 1 if updates is None else updates
+    taken = torch.ones_like(new_mean, dtype=torch.bool) if updates is None else updates.expand(new_mean.shape)
     if nonfinite_batches is not None:
-        taken = new_mean.isfinite() & new_var.isfinite()
-        nonfinite_batches += ~taken
+        finite = new_mean.isfinite() & new_var.isfinite()
+        nonfinite_batches += taken & ~finite
+        taken = taken & finite
     for buffer, value in ((running_mean, new_mean), (running_var, new_var)):
         if buffer is None:
             continue

@@ -36,6 +36,7 @@ class Call(NamedTuple):
     running_var_correction: int
     nonfinite_batches: Tensor | None
     inplace: bool
+    update_in_backward: bool
 
     def check(self) -> None:
         """Raise what is wrong on this rank."""
@@ -50,11 +51,15 @@ class Call(NamedTuple):
         check_arguments(self.input, self.weight, self.bias, *statistics, *after, *updates)
 
     def of_rows(self) -> Call:
-        """The same of the positions that the mask names."""
+        """The same of the positions that the mask names, which are now the rows of a matrix."""
         if self.mask is None:
             return self
         rows, residual = masked_rows(self.mask, self.input, self.residual)
-        return self._replace(input=rows, residual=residual, mask=None)
+        return self._replace(input=rows, residual=residual)
+
+    def own_count(self) -> int:
+        """Values per channel; 0, which has all ranks' count looked at, where it depends on values of the mask."""
+        return 0 if self.mask is not None and torch.compiler.is_compiling() else values_per_channel(self.input)
 
     def signature(self, label: str) -> str:
         """What must be alike on all ranks."""
@@ -142,10 +147,11 @@ def _by_kernels(group: Group, labels: list[str], calls: list[Call]) -> list[Tens
     first = 0
     for call, own in zip(calls, words, strict=True):
         buffers = (call.running_mean, call.running_var, call.num_batches_tracked)
-        updates = (call.momentum, call.eps, call.running_var_correction, call.nonfinite_batches)
-        own_count = values_per_channel(call.input)
+        updates = (call.running_var_correction, call.nonfinite_batches, call.update_in_backward)
         of_all = gathered.narrow(1, first, own.numel())
-        statistics, count = _kernels().merge_ranks(of_all, call.input.size(1), own_count, *buffers, *updates)
+        statistics, count = _kernels().merge_ranks(
+            of_all, call.input.size(1), call.own_count(), *buffers, call.momentum, call.eps, *updates
+        )
         tensors += [call.input, call.weight, call.bias, call.residual, statistics, count]
         first += own.numel()
     after = [_After(label, c.eps, c.activation, c.activation_param) for label, c in zip(labels, calls, strict=True)]
@@ -298,6 +304,7 @@ def _by_reference(group: Group, labels: list[str], calls: list[Call]) -> list[Te
             activation_param=call.activation_param,
             running_var_correction=call.running_var_correction,
             nonfinite_batches=call.nonfinite_batches,
+            update_in_backward=call.update_in_backward,
             all_sum=_all_sum(group, label),
         )
         for label, call in zip(labels, calls, strict=True)

@@ -1,36 +1,51 @@
-"""Whole models converted, fused, reverted and folded (B24 to B26)."""
+"""Whole models converted and reverted: families of networks, the report, copies, other tools around them."""
 
 from __future__ import annotations
 
 import copy
 import io
+import pickle
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from models import MODELS, resnet50
-from torch import Tensor, fx, nn
+from models import resnet18, resnet50
+from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo import ZOO, TimmNet
 
 import normfused
-from normfused.convert import kept_for_backward
+from normfused.conversion import kept_for_backward
 
 OURS = (normfused.BatchNorm1d, normfused.BatchNorm2d, normfused.BatchNorm3d)
-models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+models = pytest.mark.parametrize("make", ZOO.values(), ids=ZOO.keys())
+pytestmark = pytest.mark.usefixtures("needs_extension", "_fresh_compiler")
+
+
+@pytest.fixture
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
 
 
 def types(model: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(module)) for name, module in model.named_modules()]
 
 
+def images(n: int = 4, size: int = 32, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).to(dtype)
+
+
 def three_steps(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs and losses' gradients of three steps of SGD, and all state at the end."""
-    generator = torch.Generator().manual_seed(5)
+    """Outputs and gradients of three steps of SGD, and all state at the end."""
+    torch.manual_seed(5)
     optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
     results = []
-    for _ in range(3):
-        x = torch.randn(6, 3, 64, 64, generator=generator, dtype=torch.float64).to(dtype)
-        y = model(x)
+    for step in range(3):
+        y = model(images(6 - step, dtype=dtype))
         results.append(y.detach())
         optimizer.zero_grad()
         y.square().mean().backward()
@@ -44,35 +59,10 @@ def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(((a - b).abs().max() / (1 + b.abs().max())).item() for a, b in zip(ours, theirs, strict=True))
 
 
-@models
-def test_b25_fused_models_train_as_before(make: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(0)
-    stock = make().double()
-    report = normfused.convert(copy.deepcopy(stock))
-    assert report.fused
-    assert not any(type(m) in (nn.BatchNorm1d, nn.BatchNorm2d) for m in report.model.modules())
-    assert list(report.model.state_dict()) == list(stock.state_dict())
-    # Three steps of a deep network amplify the last digits: torch itself may be further off in another layout.
-    relaid = copy.deepcopy(stock).to(memory_format=torch.channels_last)
-    ours, theirs, others = (three_steps(m, torch.float64) for m in (report.model, stock, relaid))
-    assert distance(ours, theirs) <= max(1e-10, distance(others, theirs))
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(report.model.eval()(x), stock.eval()(x), rtol=1e-10, atol=1e-10)
+# ---- families of networks --------------------------------------------------------------------------------------------
 
-
-@models
-def test_b25_in_float32_as_close_as_torch(make: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(0)
-    exact = make().double()
-    stock = copy.deepcopy(exact).float()
-    converted = normfused.convert(copy.deepcopy(stock)).model
-    x = torch.randn(6, 3, 32, 32)
-    truth, theirs, ours = exact(x.double()), stock(x), converted(x)
-    error, torch_error = ((y.double() - truth).abs().max().item() for y in (ours, theirs))
-    assert error <= 2 * torch_error + 1e-6 * truth.abs().max().item()
-
-
-# What is fused where; in ResNets all but the shortcuts' own, which are what is added.
+# Batch norms, and how many of them are fused; all are replaced. The others are residuals of a fused one, or something
+# else follows them.
 EXPECTED = {
     "resnet18": (20, 17),
     "resnet50": (53, 49),
@@ -80,356 +70,528 @@ EXPECTED = {
     "mobilenetv2": (11, 10),
     "unet": (10, 10),
     "gan": (5, 5),
+    "vgg": (4, 4),
+    "seresnext": (7, 5),
+    "efficientnet": (7, 6),
+    "mobilenetv3": (5, 5),
+    "shufflenet": (7, 5),
+    "googlenet": (9, 9),
+    "hrnet": (5, 3),
+    "yolo": (10, 10),
+    "pointnet": (3, 2),
+    "repvgg": (7, 5),
+    "mlp": (3, 3),
+    "video": (2, 2),
+    "convmixer": (3, 1),
+    "ghostnet": (4, 4),
+    "timm relu": (7, 7),
+    "timm silu, drop path": (7, 5),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_b25_what_is_found(name: str) -> None:
-    report = normfused.convert(MODELS[name]())
-    assert (len(report.replaced), len(report.fused)) == EXPECTED[name]
-    assert isinstance(report.model, fx.GraphModule)
-    if name == "resnet18":
-        assert dict(report.fused)["layer1.0.bn1"] == "BatchNorm2d + relu"
-        assert dict(report.fused)["layer1.0.bn2"] == "BatchNorm2d + add + relu"
-    if name == "mobilenetv2":
-        assert dict(report.fused)["features.1"] == "BatchNorm2d + relu6"
-        assert dict(report.fused)["features.3.conv.7"] == "BatchNorm2d + add"
-    if name == "gan":
-        assert dict(report.fused)["discriminator.1"] == "BatchNorm2d + leaky_relu"
+def test_families_of_networks(record_property: Callable[[str, object], None]) -> None:
+    """Outputs, three steps of SGD and evaluation, equal in float64; one graph a mode, without a break."""
+    titles = f"{'norms':>5} {'replaced':>8} {'fused':>5} {'graphs':>6} {'training':>9} {'3 steps':>9} {'eval':>9}"
+    lines = [f"{'model':22} {titles}"]
+    for name, make in ZOO.items():
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        stock = make().double()
+        ours = normfused.convert(copy.deepcopy(stock))
+        assert ours.training
+        # Three steps of a deep network amplify last digits. How much is seen from one whose weights differ in these.
+        nudged = copy.deepcopy(stock)
+        with torch.no_grad():
+            for p in nudged.parameters():
+                p.mul_(1 + torch.finfo(p.dtype).eps)
+        runs = [three_steps(m, torch.float64) for m in (ours, stock, nudged)]
+        report = normfused.conversion_report(ours)
+        fused = len(report.fused)
+        first, steps, limit = distance(runs[0][:1], runs[1][:1]), distance(*runs[:2]), distance(runs[2], runs[1])
+        stock.load_state_dict(ours.state_dict())
+        evaluated = distance([ours.eval()(images(2))], [stock.eval()(images(2))])
+        lines.append(
+            f"{name:22} {EXPECTED[name][0]:5} {len(report.replaced):8} {fused:5} {report.graphs:6} "
+            f"{first:9.1e} {steps:9.1e} {evaluated:9.1e}"
+        )
+        assert first <= 1e-10, name
+        assert evaluated <= 1e-10, name
+        assert steps <= max(1e-10, limit), name
+        assert (len(report.replaced), fused) == EXPECTED[name]
+        assert (report.skipped, report.waiting) == ([], []), name
+        # Without a break: for a batch of 6, for any batch, in evaluation.
+        assert report.graphs <= 4, name
+    record_property("table", "\n".join(lines))
 
 
-def test_b24_report_is_a_table() -> None:
-    report = normfused.convert(resnet50(), example_inputs=(torch.randn(2, 3, 64, 64),))
-    lines = str(report).splitlines()
-    assert lines[0] == "53 batch norms replaced, 49 fused, 0 skipped"
-    assert any(line.split() == ["fused", "layer2.1.bn3", "BatchNorm2d", "+", "add", "+", "relu"] for line in lines)
-    assert lines[-1].startswith("kept for backward: ")
-
-
-@models
-@pytest.mark.parametrize("fuse", [True, False])
-def test_b24_revert_is_the_inverse(make: Callable[[], nn.Module], fuse: bool) -> None:
-    stock = make()
-    model = copy.deepcopy(stock)
-    state = {k: v.data_ptr() for k, v in model.state_dict().items()}
-    back = normfused.revert(normfused.convert(model, fuse=fuse).model)
-    assert types(back) == types(stock)
-    assert {k: v.data_ptr() for k, v in back.state_dict().items()} == state
-    x = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(back.eval()(x), stock.eval()(x), rtol=0, atol=0)
-
-
-def test_b24_a_copy_of_a_fused_model_reverts_too() -> None:
+@pytest.mark.parametrize("name", ["resnet18", "unet", "timm silu, drop path"])
+def test_in_float32_as_close_as_torch(name: str) -> None:
     torch.manual_seed(0)
-    stock = MODELS["resnet18"]()
-    fused = normfused.convert(copy.deepcopy(stock)).model
-    back = normfused.revert(copy.deepcopy(fused))
-    assert not any(isinstance(m, OURS) for m in back.modules())
-    assert list(back.state_dict()) == list(stock.state_dict())
-    x = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(back(x), stock(x), rtol=0, atol=0)
-    assert all(isinstance(m, OURS) for m in fused.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-
-
-def test_b24_everything_stays() -> None:
-    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4).eval())
-    layers[1].weight.requires_grad_(False)
-    calls = []
-    layers[3].register_forward_hook(lambda *_: calls.append(1))
-    model = Case(lambda m, x: m.layers(x))
-    model.layers, model.shared, model.half_norm = layers, layers[1], nn.BatchNorm1d(2).to(torch.bfloat16)
-    del model.a, model.b, model.hooked
-    identities = {name: id(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    report = normfused.convert(model)
-    converted = report.model
-    assert {name: id(t) for name, t in [*converted.named_parameters(), *converted.named_buffers()]} == identities
-    assert converted.layers[1] is converted.shared
-    assert [converted.layers[i].training for i in (1, 3)] == [True, False]
-    assert not converted.layers[1].weight.requires_grad
-    assert converted.half_norm.weight.dtype == torch.bfloat16
-    converted(torch.randn(2, 3, 4, 4))
-    assert calls == [1]
-    assert [path for path, _ in report.replaced] == ["layers.1", "layers.3", "half_norm"]
-    assert [path for path, _ in report.fused] == ["layers.1"]
-
-
-def test_b24_unknown_classes_are_left_alone() -> None:
-    class Custom(nn.BatchNorm2d):
-        pass
-
-    model = nn.Sequential(Custom(3), nn.ReLU(), nn.InstanceNorm2d(3), nn.LazyInstanceNorm2d())
-    report = normfused.convert(model, fuse=False)
-    assert [type(m) for m in model] == [Custom, nn.ReLU, nn.InstanceNorm2d, nn.LazyInstanceNorm2d]
-    assert report.skipped == [
-        (path, f"{kind} is not one of torch.nn's plain batch norms")
-        for path, kind in [("0", "Custom"), ("2", "InstanceNorm2d"), ("3", "LazyInstanceNorm2d")]
-    ]
-
-
-def test_b24_saved_and_loaded_whole() -> None:
-    fused = normfused.convert(MODELS["resnet18"]()).model.eval()
-    file = io.BytesIO()
-    torch.save(fused, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    x = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(loaded(x), fused(x), rtol=0, atol=0)
-
-
-class Untraceable(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-        self.norm = nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block(x)
-        return F.relu(self.norm(x)) if x.sum() > 0 else self.norm(x)
-
-
-def test_b25_what_cannot_be_traced_is_converted_part_by_part() -> None:
-    stock = Untraceable()
-    report = normfused.convert(model := copy.deepcopy(stock))
-    assert report.model is model
-    assert [path for path, _ in report.fused] == ["block.1"]
-    ((path, reason),) = report.skipped
-    assert path == "Untraceable"
-    assert reason.startswith("not traced: ")
-    x = torch.randn(4, 3, 5, 5)
-    torch.testing.assert_close(report.model(x), stock(x))
-    assert types(normfused.revert(report.model)) == types(stock)
-
-
-class Case(nn.Module):
-    """A graph by its forward function."""
-
-    def __init__(self, function: Callable[[Case, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-        self.a, self.b, self.relu = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.ReLU()
-        self.hooked = nn.BatchNorm2d(3)
-        self.hooked.register_forward_hook(lambda *_: None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
-def read_twice(m: Case, x: Tensor) -> Tensor:
-    y = m.a(x)
-    return m.relu(y) + y
-
-
-def changed_operand(m: Case, x: Tensor) -> Tensor:
-    y = x * 2
-    z = m.a(y)
-    y += 1
-    return torch.relu(z) + y
-
-
-def changed_residual(m: Case, x: Tensor) -> Tensor:
-    y = x * 2
-    z = y
-    z += m.a(x)
-    return m.relu(z) * y
-
-
-def added_to_what_the_caller_has(m: Case, x: Tensor) -> Tensor:
-    x = x * 1
-    y = x.view(-1)
-    x += m.a(x * 3)
-    return torch.relu(x) + y.view_as(x)
-
-
-def residual_of_one_channel(m: Case, x: Tensor) -> Tensor:
-    return torch.relu(m.a(x) + x[:, :1])
-
-
-def by_mode(m: Case, x: Tensor) -> Tensor:
-    return F.dropout(m.relu(m.a(x)), 0.5, m.training)
-
-
-def both_normalized(m: Case, x: Tensor) -> Tensor:
-    return F.leaky_relu(m.a(x) + m.b(x), 0.3)
-
-
-def called_twice(m: Case, x: Tensor) -> Tensor:
-    return F.elu(m.a(torch.tanh(m.a(x))), alpha=0.7)
-
-
-def with_a_hook(m: Case, x: Tensor) -> Tensor:
-    return torch.relu(m.hooked(x)) + F.gelu(m.a(x), approximate="tanh").sigmoid()
-
-
-def added_to_a_number(m: Case, x: Tensor) -> Tensor:
-    return torch.relu(m.a(x) + 1)
-
-
-CASES: list[tuple[Callable[[Case, Tensor], Tensor], list[str], str | None]] = [
-    (read_twice, [], "its output is read by others too"),
-    (changed_operand, [], "what it reads is changed in place before"),
-    (changed_residual, [], "it is added in place to something that others may read"),
-    (added_to_what_the_caller_has, [], "it is added in place to something that others may read"),
-    (residual_of_one_channel, ["BatchNorm2d + add + relu"], None),
-    (by_mode, [], "not traced: does not do the same in training and evaluation"),
-    (both_normalized, ["BatchNorm2d + add + leaky_relu"], None),
-    (called_twice, ["BatchNorm2d + tanh", "BatchNorm2d + elu"], None),
-    (with_a_hook, ["BatchNorm2d + gelu_tanh"], "it or what follows has hooks"),
-    (added_to_a_number, [], None),
-]
-
-
-@pytest.mark.parametrize(("function", "fused", "skipped"), CASES, ids=[f.__name__ for f, *_ in CASES])
-def test_b25_graphs(function: Callable[[Case, Tensor], Tensor], fused: list[str], skipped: str | None) -> None:
-    stock = Case(function)
-    report = normfused.convert(copy.deepcopy(stock))
-    assert [what for _, what in report.fused] == fused
-    assert [why for _, why in report.skipped] == ([skipped] if skipped else [])
+    exact = ZOO[name]().double()
+    stock = copy.deepcopy(exact).float()
+    converted = normfused.convert(copy.deepcopy(stock))
+    x = images(dtype=torch.float32)
     results = []
-    for model in (stock, report.model):
+    for model, inputs in ((exact, x.double()), (stock, x), (converted, x)):
         torch.manual_seed(1)
-        x = torch.randn(4, 3, 5, 5, requires_grad=True)
-        if function is changed_operand:  # for backward, torch refuses it
-            x = x.detach().requires_grad_(False)
-            model.requires_grad_(False)
-        y = model(x)
-        if y.requires_grad:
-            y.square().sum().backward()
-        results.append([y, x if x.grad is None else x.grad, *(t.clone() for t in model.state_dict().values())])
-    for a, e in zip(*results, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+        results.append(model(inputs).double())
+    truth, theirs, ours = results
+    assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-6 * truth.abs().max()
 
 
-class Leaky(nn.Module):
-    """Layers with a leaky ReLU behind them: some of whose input nothing else reads, and others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(5))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(6))
-        self.act = nn.LeakyReLU(0.1, inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norms[0](self.convs[0](x)))
-        y = self.convs[1](x)
-        x = self.act(self.norms[1](y)) + y  # read twice
-        x = self.act(self.norms[2](x * 2))  # of no layer
-        x = F.leaky_relu(self.norms[3](self.convs[2](x)))
-        x += 1  # written over
-        x = self.act(self.norms[4](self.convs[3](x)) + x)  # of a sum
-        return F.leaky_relu(self.norms[5](self.convs[4](x)), 0.2)
+# ---- what convert does at once, and what it does not -----------------------------------------------------------------
 
 
-def test_b25_in_place_where_nothing_else_reads_the_input() -> None:
-    stock = Leaky().double()
-    report = normfused.convert(copy.deepcopy(stock), inplace=True)
-    assert {path: what for path, what in report.fused} == {
-        "norms.0": "BatchNorm2d + leaky_relu, in place",
-        "norms.1": "BatchNorm2d + leaky_relu",
-        "norms.2": "BatchNorm2d + leaky_relu",
-        "norms.3": "BatchNorm2d + leaky_relu",
-        "norms.4": "BatchNorm2d + add + leaky_relu",
-        "norms.5": "BatchNorm2d + leaky_relu, in place",
-    }
-    results = []
-    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
-    for model in (stock, report.model):
-        y = model(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in model.parameters()), *model.buffers()])
-    for a, e in zip(*results, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
-    assert types(normfused.revert(report.model)) == types(stock)
+def test_conversion_runs_nothing_and_changes_only_classes() -> None:
+    class Raises(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("convert must not run it")
+
+    model = Raises(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4).eval(), nn.BatchNorm1d(2).bfloat16()
+    )
+    model.shared = model[1]
+    model[1].weight.requires_grad_(False)
+    before = {name: id(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    state = torch.get_rng_state()
+    attributes = {name: {k: v for k, v in vars(m).items()} for name, m in model.named_modules()}
+    assert normfused.convert(model) is model
+    assert type(model) is Raises
+    assert {name: id(t) for name, t in [*model.named_parameters(), *model.named_buffers()]} == before
+    for name, m in model.named_modules():
+        now = {k: v for k, v in vars(m).items() if k != "_compiled_call_impl"}
+        assert now == attributes[name]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model[1] is model.shared
+    assert [m.training for m in model][:5] == [True, True, True, False, True]
+    assert model[4].weight.dtype == torch.bfloat16
+    assert [path for path, _ in normfused.conversion_report(model).replaced] == ["1", "3", "4"]
 
 
-def test_b25_kept_bytes_are_counted() -> None:
+def test_report_before_and_after_the_first_call() -> None:
+    model = normfused.convert(resnet18())
+    lines = str(normfused.conversion_report(model)).splitlines()
+    assert lines[:2] == [
+        "20 batch norms replaced, 0 fused",
+        "what is fused is known after the first call, or with example_inputs",
+    ]
+    model(images(dtype=torch.float32))
+    report = normfused.conversion_report(model)
+    lines = [re.sub(r" +", " ", line) for line in str(report).splitlines()]
+    assert lines[0] == "20 batch norms replaced, 17 fused"
+    assert " fused layer1.0.bn1 torch.nn.BatchNorm2d + relu" in lines
+    assert " fused layer1.0.bn2 torch.nn.BatchNorm2d + add + relu" in lines
+    assert " replaced layer2.0.downsample.1 torch.nn.BatchNorm2d: it is the residual of another batch norm" in lines
+
+
+def test_report_with_example_inputs() -> None:
+    torch.manual_seed(0)
+    model = ZOO["timm silu, drop path"]()
+    state, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    normfused.convert(model, example_inputs=(images(dtype=torch.float32),))
+    report = normfused.conversion_report(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+    assert len(report.fused) == 5
+    assert report.bytes_before is not None
+    assert report.bytes_after is not None
+    assert report.bytes_after < report.bytes_before
+    assert str(report).splitlines()[-1].startswith("saved for backward: ")
+
+
+def test_saved_bytes_are_counted() -> None:
     x = torch.randn(4, 8, 6, 6)
     size = x.numel() * 4
     layers = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Sigmoid())
     assert kept_for_backward(layers, x) == 3 * size  # the input, ReLU's output, Sigmoid's output
 
 
-FOLDED = [
-    (nn.Linear(3, 4), nn.BatchNorm1d(4), (5, 3)),
-    (nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4, affine=False), (5, 3)),
-    (nn.Conv1d(4, 6, 3, groups=2), nn.BatchNorm1d(6), (2, 4, 8)),
-    (nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.BatchNorm2d(4), (2, 4, 8, 8)),
-    (nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3, eps=0.1), (2, 2, 4, 4, 4)),
-    (nn.ConvTranspose1d(4, 6, 3, 2, groups=2), nn.BatchNorm1d(6), (2, 4, 8)),
-    (nn.ConvTranspose2d(4, 4, 3, 2, groups=4, bias=False), normfused.BatchNorm2d(4), (2, 4, 5, 5)),
-    (nn.ConvTranspose3d(2, 3, 2), nn.BatchNorm3d(3, affine=False), (2, 2, 3, 3, 3)),
-]
+def test_a_block_with_a_silu_saves_less() -> None:
+    x = torch.randn(4, 8, 6, 6)
+    size = x.numel() * 4
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.SiLU())
+    small = 4 * 2 * 8 * 8
+    assert abs(kept_for_backward(model, x) - 3 * size) < small  # the input, the norm's input, SiLU's input
+    assert abs(kept_for_backward(normfused.convert(model), x) - 2 * size) < small
 
 
-@pytest.mark.parametrize(("previous", "bn", "shape"), FOLDED, ids=[repr(p).split("(")[0] for p, *_ in FOLDED])
-def test_b26_folded_is_both(previous: nn.Module, bn: nn.Module, shape: tuple[int, ...]) -> None:
-    previous, bn = copy.deepcopy(previous).double(), copy.deepcopy(bn).double().eval()
+def test_bad_arguments_are_refused() -> None:
+    for function in (normfused.convert, normfused.revert, normfused.convert_sync_batchnorm):
+        with pytest.raises(TypeError, match=rf"{function.__name__}: model must be a torch.nn.Module, got list"):
+            function([])
+    with pytest.raises(ValueError, match="inplace=True needs fuse=True"):
+        normfused.convert(nn.BatchNorm2d(3), fuse=False, inplace=True)
+    with pytest.raises(ValueError, match="conversion_report: this BatchNorm2d has not been converted"):
+        normfused.conversion_report(nn.BatchNorm2d(3))
+
+
+def test_a_single_layer_is_a_model_too() -> None:
+    layer = normfused.convert(nn.BatchNorm2d(3))
+    assert type(layer) is normfused.BatchNorm2d
+    x = images(dtype=torch.float32)
+    torch.testing.assert_close(layer(x), nn.BatchNorm2d(3)(x))
+
+
+def test_converting_twice_is_converting_once() -> None:
+    model = normfused.convert(normfused.convert(resnet18()))
+    model(images(dtype=torch.float32))
+    report = normfused.conversion_report(model)
+    assert (len(report.replaced), len(report.fused), report.graphs) == (20, 17, 1)
+
+
+# ---- back ------------------------------------------------------------------------------------------------------------
+
+
+@models
+@pytest.mark.parametrize("fuse", [True, False])
+def test_revert_is_the_inverse(make: Callable[[], nn.Module], fuse: bool) -> None:
+    torch.manual_seed(0)
+    stock = make()
+    model = copy.deepcopy(stock)
+    state = {k: v.data_ptr() for k, v in model.state_dict().items()}
+    attributes = [set(vars(m)) for m in model.modules()]
+    back = normfused.revert(normfused.convert(model, fuse=fuse))
+    assert back is model
+    assert types(back) == types(stock)
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert {k: v.data_ptr() for k, v in back.state_dict().items()} == state
+    x = images(3, dtype=torch.float32)
+    torch.testing.assert_close(back.eval()(x), stock.eval()(x), rtol=0, atol=0)
+
+
+def doubled(m: nn.Module) -> nn.Module:
+    return m.double()
+
+
+def assigned(m: nn.Module) -> nn.Module:
+    m.load_state_dict(
+        {k: v.double() * 2 if v.is_floating_point() else v for k, v in m.state_dict().items()}, assign=True
+    )
+    return m
+
+
+def buffers_replaced(m: nn.Module) -> nn.Module:
+    m.double()
+    m.bn1.running_mean = torch.full_like(m.bn1.running_mean, 0.5)
+    m.bn1.weight = nn.Parameter(torch.full_like(m.bn1.weight, 3))
+    return m
+
+
+def evaluated(m: nn.Module) -> nn.Module:
+    m.double().eval()
+    m.layer1.train()
+    return m
+
+
+@pytest.mark.parametrize("change", [doubled, assigned, buffers_replaced, evaluated])
+def test_revert_returns_the_state_of_now(change: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    stock = resnet18()
+    ours = normfused.convert(copy.deepcopy(stock))
+    ours(images(dtype=torch.float32))
+    stock(images(dtype=torch.float32))
+    change(stock)
+    change(ours)
+    torch.testing.assert_close(ours(images()), stock(images()), rtol=1e-6, atol=1e-6)
+    expected = {k: v.clone() for k, v in ours.state_dict().items()}
+    back = normfused.revert(ours)
+    torch.testing.assert_close(back.state_dict(), expected, rtol=0, atol=0)
+    assert [m.training for m in back.modules()] == [m.training for m in stock.modules()]
+    torch.testing.assert_close(back(images()), stock(images()), rtol=1e-6, atol=1e-6)
+
+
+# ---- copies, files, and other tools around a converted model ---------------------------------------------------------
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("name", ["resnet18", "timm relu"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, saved_and_loaded, pickled])
+def test_copies(copied: Callable[[nn.Module], nn.Module], name: str, called: bool) -> None:
+    torch.manual_seed(0)
+    model = normfused.convert(ZOO[name]()).eval()
+    x = images(dtype=torch.float32)
+    if called:
+        model(x)
+    other = copied(model)
+    assert types(other) == types(model)
+    torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"of a copy, or after loading, call normfused\.convert again"):
+        normfused.conversion_report(other)
+    if copied is not copy.copy:
+        normfused.convert(other)
+        torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
+        assert len(normfused.conversion_report(other).fused) == EXPECTED[name][1]
+        normfused.revert(other)
+        assert not any(isinstance(m, OURS) for m in other.modules())
+    assert any(isinstance(m, OURS) for m in model.modules())
+
+
+def test_a_replica_runs_on_its_own_parameters() -> None:
+    """nn.DataParallel copies the attributes of each module, what it is called by included."""
+    model = normfused.convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
+    x = images(dtype=torch.float32)
+    model(x)
+    replica = model._replicate_for_data_parallel()
+    replica._modules = {name: copy.deepcopy(child) for name, child in model._modules.items()}
     with torch.no_grad():
-        bn.running_mean.normal_()
-        bn.running_var.uniform_(0.5, 2)
-        for p in bn.parameters():
-            p.normal_()
-    before = copy.deepcopy(previous.state_dict())
-    folded = normfused.fold_bn(previous, bn)
-    x = torch.randn(shape, dtype=torch.float64)
-    torch.testing.assert_close(folded(x), bn(previous(x)), rtol=1e-12, atol=1e-12)
-    assert type(folded) is type(previous)
-    assert all(torch.equal(before[k], v) for k, v in previous.state_dict().items())
+        replica._modules["1"].bias.add_(5)
+    assert replica(x).min() > 1
+    assert model(x).min() == 0
 
 
-def test_b26_half_is_folded_in_float32() -> None:
-    conv, bn = nn.Conv2d(3, 4, 1).half(), nn.BatchNorm2d(4).eval()
-    bn.running_var.fill_(1e-7)
-    bn.weight.data.fill_(1e-4)
-    bn.eps = 0.0
-    folded = normfused.fold_bn(conv, bn)
-    assert folded.weight.dtype == torch.float16
-    scale = 1e-4 / 1e-7**0.5
-    torch.testing.assert_close(folded.weight.float(), conv.weight.float() * scale, rtol=1e-3, atol=1e-6)
+def test_functional_call_with_other_parameters() -> None:
+    torch.manual_seed(0)
+    stock = resnet18().double()
+    ours = normfused.convert(copy.deepcopy(stock))
+    others = {name: p.detach() * 1.5 for name, p in stock.named_parameters()}
+    x = images()
+    ours(x), stock(x)
+    for m in (ours, stock):
+        m.eval()
+    expected = torch.func.functional_call(stock, others, (x,))
+    torch.testing.assert_close(torch.func.functional_call(ours, others, (x,)), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours(x), stock(x), rtol=1e-10, atol=1e-10)
 
 
-BAD = [
-    (
-        lambda: normfused.convert(nn.BatchNorm1d(3), fuse=False, inplace=True),
-        ValueError,
-        "convert: inplace=True needs fuse=True, which finds where it can be",
-    ),
-    (lambda: normfused.convert(3), TypeError, "convert: model must be a torch.nn.Module, got int"),
-    (lambda: normfused.revert("x"), TypeError, "revert: model must be a torch.nn.Module, got str"),
-    (
-        lambda: normfused.fold_bn(nn.ReLU(), nn.BatchNorm2d(3).eval()),
-        TypeError,
-        "fold_bn: previous must be a Linear, Conv or ConvTranspose, got ReLU",
-    ),
-    (
-        lambda: normfused.fold_bn(nn.Linear(3, 3), nn.LayerNorm(3)),
-        TypeError,
-        "fold_bn: bn must be a batch norm, got LayerNorm",
-    ),
-    (
-        lambda: normfused.fold_bn(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)),
-        ValueError,
-        "fold_bn: bn is in training mode, in which it depends on the batch; call eval() first",
-    ),
-    (
-        lambda: normfused.fold_bn(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False).eval()),
-        ValueError,
-        "fold_bn: bn has no running statistics",
-    ),
-    (
-        lambda: normfused.fold_bn(nn.Conv2d(3, 3, 1), normfused.BatchNormAct2d(3, activation="relu").eval()),
-        ValueError,
-        "fold_bn: bn has an activation, 'relu', which cannot be folded",
-    ),
-    (
-        lambda: normfused.fold_bn(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(3).eval()),
-        ValueError,
-        "fold_bn: bn has 3 channels, but previous gives 4",
-    ),
-]
+def test_transforms_over_a_converted_model() -> None:
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU()).double().eval()
+    ours = normfused.convert(copy.deepcopy(stock))
+    x, t = images(2), images(3)[:2]
+    ours(x)
+    for compute in (
+        lambda m: torch.func.jvp(m, (x,), (t,)),
+        lambda m: torch.func.vjp(m, x)[1](t),
+        lambda m: torch.func.vmap(lambda one: m(one[None])[0])(x),
+        lambda m: torch.func.grad(lambda z: m(z).sum())(x),
+    ):
+        torch.testing.assert_close(compute(ours), compute(stock), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("call", "kind", "message"), BAD, ids=[message[:50] for _, _, message in BAD])
-def test_b10_bad_arguments(call: Callable[[], object], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind) as error:
-        call()
-    assert str(error.value) == message
+def test_double_backward_through_a_converted_model() -> None:
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU()).double()
+    results = []
+    for model in (normfused.convert(copy.deepcopy(stock)), stock):
+        x = images().requires_grad_()
+        (first,) = torch.autograd.grad(model(x).pow(2).sum(), x, create_graph=True)
+        first.pow(2).sum().backward()
+        results.append([x.grad, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_traced_and_exported_as_without_conversion() -> None:
+    torch.manual_seed(0)
+    model = normfused.convert(resnet18()).eval()
+    x = images(dtype=torch.float32)
+    expected = model(x)
+    for other in (
+        torch.fx.symbolic_trace(model),
+        torch.jit.trace(model, (x,)),
+        torch.export.export(model, (x,)).module(),
+        torch.fx.experimental.proxy_tensor.make_fx(model)(x),
+    ):
+        torch.testing.assert_close(other(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_by_the_user_is_compiled_once(backend: str) -> None:
+    torch.manual_seed(0)
+    stock = resnet18().double()
+    ours = normfused.convert(copy.deepcopy(stock))
+    graphs = []
+
+    def counting(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(gm)
+        return torch._dynamo.lookup_backend(backend)(gm, inputs)
+
+    compiled = torch.compile(ours, backend=counting)
+    for n in (4, 6):
+        torch.testing.assert_close(compiled(images(n)), stock(images(n)), rtol=1e-10, atol=1e-10)
+    assert len(graphs) == 2
+    assert normfused.conversion_report(ours).graphs == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"then": "aot_eager"}])
+def test_the_backend_by_name(options: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    stock = resnet18().double()
+    ours = normfused.convert(copy.deepcopy(stock), fuse=False)
+    compiled = torch.compile(ours, backend="normfused", options=options, fullgraph=True)
+    results = []
+    for model in (compiled, stock):
+        x = images().requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, x.grad])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    saved = [kept_for_backward(m, images()) for m in (compiled, ours)]
+    assert saved[0] < saved[1]
+
+
+def test_the_backend_refuses_unknown_options() -> None:
+    compiled = torch.compile(normfused.BatchNorm2d(3), backend="normfused", options={"than": "inductor"})
+    with pytest.raises(Exception, match="unknown option 'than'; known are 'then' and 'inplace'"):
+        compiled(images(dtype=torch.float32))
+
+
+def test_then_inductor() -> None:
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    ours = normfused.convert(copy.deepcopy(stock), fuse=False)
+    compiled = torch.compile(ours, backend="normfused", options={"then": "inductor"})
+    results = []
+    for model in (compiled, stock):
+        x = images(dtype=torch.float32).requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, x.grad])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+# ---- modes, and how many graphs they take ----------------------------------------------------------------------------
+
+
+def test_modes_and_sizes_take_a_bounded_number_of_graphs() -> None:
+    torch.manual_seed(0)
+    stock = resnet18().double()
+    ours = normfused.convert(copy.deepcopy(stock))
+    for _ in range(2):
+        for n, size in ((4, 32), (6, 32), (5, 40), (7, 48), (3, 64)):
+            x = images(n, size)
+            for training in (True, False):
+                for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+                    with context():
+                        got, expected = ours.train(training)(x), stock.train(training)(x)
+                    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+    # Six modes. In each the first size is static; later ones share a graph, one where only the batch differed so far.
+    assert normfused.conversion_report(ours).graphs <= 6 * 3
+
+
+def test_blocks_of_many_widths_are_all_fused() -> None:
+    """More than Dynamo's own limit of eight, in a bare container, and called one by one."""
+
+    def block(width: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 3, 1))
+
+    class OneByOne(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(map(block, range(1, 21)))
+
+        @torch._dynamo.disable(recursive=False)
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.blocks:
+                x = layer(x)
+            return x
+
+    for model in (nn.Sequential(*map(block, range(1, 21))), OneByOne()):
+        normfused.convert(model)
+        model(images(dtype=torch.float32))
+        report = normfused.conversion_report(model)
+        assert len(report.fused) == 20
+        assert report.waiting == []
+
+
+def test_without_dynamo_only_classes_change() -> None:
+    with torch._dynamo.config.patch(disable=True):
+        model = normfused.convert(resnet18())
+        assert all(isinstance(m, OURS) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        model(images(dtype=torch.float32))
+    assert "nothing is fused: Dynamo is disabled" in str(normfused.conversion_report(model))
+
+
+def test_timm_models_with_checkpointing_and_methods() -> None:
+    torch.manual_seed(0)
+    stock = TimmNet(nn.SiLU).double()
+    ours = normfused.convert(copy.deepcopy(stock))
+    x = images()
+    torch.testing.assert_close(ours.forward_features(x), stock.forward_features(x), rtol=1e-10, atol=1e-10)
+    report = normfused.conversion_report(ours)
+    assert len(report.fused) == EXPECTED["timm relu"][1]
+    assert ours.pretrained_cfg == stock.pretrained_cfg
+    ours.stages[0].zero_init_last()
+    assert not ours.stages[0].bn3.weight.any()
+
+
+def test_readme_snippet_with_a_frozen_stem() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    snippet = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "conversion_report" in block)
+    program = f"""
+import copy, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+import normfused
+from models import resnet18
+class Frozen(type(resnet18())):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+for frozen in (False, True):
+    model, images = resnet18(), torch.randn(4, 3, 32, 32)
+    if frozen:
+        model.__class__ = Frozen
+    before = copy.deepcopy(model)
+{chr(10).join("    " + line for line in snippet.splitlines())}
+    print(model)
+    y = model(images)
+    torch.testing.assert_close(y, before(images), rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    assert (model.conv1.weight.grad is None) == frozen
+    assert model.layer1[0].conv1.weight.grad is not None
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "20 batch norms replaced, 17 fused" in result.stdout
+    assert "BatchNorm2d(4, eps=1e-05" in result.stdout
+
+
+# ---- in place --------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_of_leaky_relus_in_place() -> None:
+    class Leaky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
+            self.act = nn.LeakyReLU(0.1, inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = self.act(norm(conv(x)))
+            return F.avg_pool2d(x, 2)
+
+    torch.manual_seed(0)
+    stock = Leaky().double()
+    ours = normfused.convert(copy.deepcopy(stock), inplace=True)
+    results = []
+    for model in (ours, stock):
+        y = model(images())
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+    assert set(normfused.conversion_report(ours).fused.values()) == {"leaky_relu, in place"}
+    assert kept_for_backward(ours, images()) < 0.7 * kept_for_backward(stock, images())
+
+
+def test_resnet50_is_reported_as_a_table() -> None:
+    model = normfused.convert(resnet50(), example_inputs=(images(2, 64, torch.float32),))
+    lines = str(normfused.conversion_report(model)).splitlines()
+    assert lines[0] == "53 batch norms replaced, 49 fused"
+    wanted = ["fused", "layer2.1.bn3", "torch.nn.BatchNorm2d", "+", "add", "+", "relu"]
+    assert any(line.split() == wanted for line in lines)

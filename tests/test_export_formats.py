@@ -72,7 +72,7 @@ class Blocks(nn.Module):
 
 @exporters
 def test_onnx_of_a_residual_network(dynamo: bool) -> None:
-    model = trained(normfused.convert(resnet18(), fuse=False).model, 4, 3, 32, 32)
+    model = trained(normfused.convert(resnet18(), fuse=False), 4, 3, 32, 32)
     x = torch.randn(2, 3, 32, 32)
     got, operators = to_onnx(model, x, dynamo)
     torch.testing.assert_close(got, model(x).detach(), rtol=1e-5, atol=1e-5)
@@ -83,7 +83,7 @@ def test_onnx_of_a_residual_network(dynamo: bool) -> None:
 
 @exporters
 def test_onnx_of_a_fused_network(dynamo: bool) -> None:
-    model = trained(normfused.convert(resnet18()).model, 4, 3, 32, 32)
+    model = trained(normfused.convert(resnet18()), 4, 3, 32, 32)
     x = torch.randn(2, 3, 32, 32)
     got, operators = to_onnx(model, x, dynamo)
     torch.testing.assert_close(got, model(x).detach(), rtol=1e-5, atol=1e-5)

@@ -268,51 +268,6 @@ def test_b22_checkpointing_updates_once(reentrant: bool) -> None:
     assert layer.num_batches_tracked.item() == 1
 
 
-@modes
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@residuals
-def test_b27_a_mask_is_the_gathered_positions(
-    with_residual: bool, layout: str, training: bool, device: torch.device
-) -> None:
-    layer = normfused.BatchNormAct2d(3, activation="relu", dtype=torch.float64, device=device).train(training)
-    other = copy.deepcopy(layer)
-    mask = torch.rand(4, 5, 6, device=device) > 0.4
-    x, residual, grad = (lay_out(double(4, 3, 5, 6).to(device), layout).requires_grad_() for _ in range(3))
-    residual = residual if with_residual else None
-    y = layer(x, residual, mask)
-    assert y.stride() == x.stride()
-    assert not y.movedim(1, -1)[~mask].any()
-
-    rows = [
-        None if t is None else t.detach().movedim(1, -1)[mask].unsqueeze(2).unsqueeze(3).requires_grad_()
-        for t in (x, residual)
-    ]
-    gathered = other(*rows)
-    torch.testing.assert_close(y.movedim(1, -1)[mask], gathered[:, :, 0, 0])
-    inputs = [t for t in (x, residual) if t is not None]
-    gathered_inputs = [t for t in rows if t is not None]
-    ours = torch.autograd.grad(y, [*inputs, *layer.parameters()], grad)
-    theirs = torch.autograd.grad(
-        gathered, [*gathered_inputs, *other.parameters()], grad.movedim(1, -1)[mask][:, :, None, None]
-    )
-    for a, e in zip(ours[: len(inputs)], theirs, strict=False):
-        assert not a.movedim(1, -1)[~mask].any()
-        torch.testing.assert_close(a.movedim(1, -1)[mask], e[:, :, 0, 0])
-    for a, e in zip(ours[len(inputs) :], theirs[len(inputs) :], strict=True):
-        torch.testing.assert_close(a, e)
-    for a, e in zip(layer.buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(a, e)
-
-
-def test_b27_lengths_are_a_mask() -> None:
-    layer = normfused.BatchNorm1d(3)
-    other = copy.deepcopy(layer)
-    x, lengths = torch.randn(4, 3, 6), torch.tensor([6, 2, 0, 5])
-    mask = torch.arange(6) < lengths.unsqueeze(1)
-    assert_same_bits(layer(x, lengths=lengths), other(x, mask=mask))
-    assert_same_bits(layer.running_var, other.running_var)
-
-
 X = torch.randn(4, 3, 5, 5)
 BAD = [
     (
@@ -378,37 +333,6 @@ BAD = [
         ValueError,
         "batch_norm: nonfinite_batches must be an int64 tensor of shape (3,) on cpu, "
         "got torch.float32 of shape (3,) on cpu",
-    ),
-    (
-        lambda: normfused.BatchNorm2d(3)(X[0], mask=torch.ones(4, 5, dtype=torch.bool)),
-        ValueError,
-        "BatchNorm2d: expected a 4D input, got 3D input of shape (3, 5, 5)",
-    ),
-    (
-        lambda: normfused.BatchNorm2d(3)(X, mask=torch.ones(4, 5, dtype=torch.bool)),
-        ValueError,
-        "BatchNorm2d: mask must have the shape of input without its channels, (4, 5, 5), got (4, 5)",
-    ),
-    (
-        lambda: normfused.BatchNorm2d(3)(X, mask=torch.ones(4, 5, 5)),
-        TypeError,
-        "BatchNorm2d: mask must be a bool tensor, got torch.float32",
-    ),
-    (
-        lambda: normfused.BatchNorm2d(3)(X, mask=torch.zeros(4, 5, 5, dtype=torch.bool)),
-        ValueError,
-        "BatchNorm2d: mask has no valid position",
-    ),
-    (
-        lambda: normfused.BatchNorm1d(3)(X[0], mask=torch.ones(3, 5).bool(), lengths=torch.tensor([5])),
-        ValueError,
-        "BatchNorm1d: mask and lengths say the same, got both",
-    ),
-    (
-        lambda: normfused.BatchNorm1d(3)(X[:, :, 0], lengths=torch.tensor([5.0])),
-        ValueError,
-        "BatchNorm1d: lengths must be integers of shape (N,) for an input of shape (N, C, L), got torch.float32 of "
-        "shape (1,) for (4, 3, 5)",
     ),
 ]
 

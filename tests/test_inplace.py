@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import normfused
-from normfused.convert import kept_for_backward
+from normfused.conversion import kept_for_backward
 from normfused.functional import batch_norm
 
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -281,7 +281,7 @@ def test_b21_a_resnet_with_its_weights(device: torch.device) -> None:
         for p in [*stock.parameters(), *stock.buffers()]:
             if p.is_floating_point():
                 p.uniform_(0.2, 0.6)
-    ours = normfused.convert(resnet18().to(device, torch.float64), fuse=False).model.eval()
+    ours = normfused.convert(resnet18().to(device, torch.float64), fuse=False).eval()
     for layer in ours.modules():
         if isinstance(layer, normfused.BatchNorm2d):
             layer.inplace = True
@@ -446,8 +446,11 @@ def test_b10_nothing_is_written_where_it_raises() -> None:
 
 def test_convert_leaves_it_as_it_is() -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 3), normfused.BatchNorm1d(4, inplace=True), nn.ReLU())
-    report = normfused.convert(model)
-    assert report.fused == []
+    x = torch.randn(8, 3, 16)
+    expected, kept = model(x), kept_for_backward(model, x)
+    torch.testing.assert_close(normfused.convert(model)(x), expected)
+    assert normfused.conversion_report(model).fused == {}
+    assert kept_for_backward(model, x) == kept
     assert "inplace=True" in repr(model[1])
     assert normfused.revert(model) is model
     assert type(model[1]) is normfused.BatchNorm1d

@@ -257,19 +257,20 @@ def test_lazy_layers_with_options() -> None:
         normfused.LazyBatchNorm1d(running_var_correction=2)
 
 
-def test_convert_replaces_lazy_layers() -> None:
+@pytest.mark.parametrize("fuse", [True, False])
+def test_convert_replaces_lazy_layers(fuse: bool) -> None:
     def made() -> nn.Sequential:
         return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
 
     model = made()
-    report = normfused.convert(model, fuse=False)
+    normfused.convert(model, fuse=fuse)
     assert type(model[1]) is normfused.LazyBatchNorm2d
-    assert report.replaced == [("1", "torch.nn.LazyBatchNorm2d")]
+    assert normfused.conversion_report(model).replaced == [("1", "torch.nn.LazyBatchNorm2d")]
     x = torch.randn(2, 3, 6, 6)
     torch.manual_seed(1)
     got = model(x)
     torch.manual_seed(1)
     torch.testing.assert_close(got, made()(x))
     assert type(model[1]) is normfused.BatchNorm2d
-    back = normfused.revert(normfused.convert(made(), fuse=False).model)
+    back = normfused.revert(normfused.convert(made(), fuse=fuse))
     assert type(back[1]) is nn.LazyBatchNorm2d

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import normfused
 from normfused import reference
-from normfused.convert import kept_for_backward
+from normfused.conversion import kept_for_backward
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without torch.distributed")
 

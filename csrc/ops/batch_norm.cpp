@@ -85,13 +85,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_batch(
     Target target, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
-    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped) {
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped,
+    bool update_in_backward) {
   check_input(input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
   check_channels("running_mean", running_mean, input);
   check_channels("running_var", running_var, input);
-  RunningStatistics running{running_mean, running_var, num_batches_tracked, skipped, momentum, eps, correction};
+  RunningStatistics running{running_mean, running_var, num_batches_tracked, skipped,
+                            momentum,     eps,         correction,          update_in_backward};
   running.check(input.size(1), input.device());
 
   const at::Tensor dense = with_view(input);
@@ -183,9 +185,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training_kernels(
     const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
-    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped) {
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped,
+    bool update_in_backward) {
   return normalize_by_batch(Target::kNew, input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
-                            eps, residual, activation, activation_param, save_mask, correction, skipped);
+                            eps, residual, activation, activation_param, save_mask, correction, skipped,
+                            update_in_backward);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference_kernels(
@@ -202,10 +206,10 @@ at::Tensor batch_norm_training_inplace_kernels(const at::Tensor& input, const Op
                                                const OptionalTensor& num_batches_tracked,
                                                std::optional<double> momentum, double eps, std::string_view activation,
                                                double activation_param, int64_t correction,
-                                               const OptionalTensor& skipped) {
+                                               const OptionalTensor& skipped, bool update_in_backward) {
   return std::get<1>(normalize_by_batch(Target::kInput, input, weight, bias, running_mean, running_var,
                                         num_batches_tracked, momentum, eps, std::nullopt, activation, activation_param,
-                                        /*save_mask=*/false, correction, skipped));
+                                        /*save_mask=*/false, correction, skipped, update_in_backward));
 }
 
 at::Tensor batch_norm_inference_inplace_kernels(const at::Tensor& input, const OptionalTensor& weight,
@@ -304,10 +308,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training(
     const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
-    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped) {
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped,
+    bool update_in_backward) {
   static const auto op = find_operator<decltype(batch_norm_training)>("normfused::batch_norm_training");
   return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
-                 activation, activation_param, save_mask, correction, skipped);
+                 activation, activation_param, save_mask, correction, skipped, update_in_backward);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference(
@@ -331,10 +336,10 @@ at::Tensor batch_norm_training_(const at::Tensor& input, const OptionalTensor& w
                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                 const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
                                 std::string_view activation, double activation_param, int64_t correction,
-                                const OptionalTensor& skipped) {
+                                const OptionalTensor& skipped, bool update_in_backward) {
   static const auto op = find_operator<decltype(batch_norm_training_)>("normfused::batch_norm_training_");
   return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation,
-                 activation_param, correction, skipped);
+                 activation_param, correction, skipped, update_in_backward);
 }
 
 at::Tensor batch_norm_inference_(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

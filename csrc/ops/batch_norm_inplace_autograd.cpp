@@ -1,6 +1,7 @@
 // The derivative of batch norm in place (Rota Bulò, Porzi and Kontschieder, 2018): x is gone, and backward works from
 // y.
 #include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/library.h>
@@ -57,7 +58,12 @@ struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
       place = at::empty({0}, input.options().memory_format(at::MemoryFormat::Contiguous));
       set_gradient_edge(place, torch::autograd::impl::gradient_edge(input));
     }
+    const auto version = input._version();
     const Tensor statistics = call();
+    // Selective checkpointing can give back the statistics that it saved and leave the input as it was.
+    TORCH_CHECK(input.numel() == 0 || input.key_set().has_any(at::kTensorSubclassLike) || input._version() != version,
+                "normfused::batch_norm_training_ and batch_norm_inference_ write over their input: selective "
+                "checkpointing must recompute them, not save their results");
     ctx->mark_dirty({input});
     // Not the output itself: of a view, the node would hold itself alive. Its version is the output's.
     ctx->save_for_backward(
@@ -148,11 +154,12 @@ Tensor batch_norm_training_inplace_autograd(const Tensor& input, const OptionalT
                                             const OptionalTensor& running_var,
                                             const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
                                             double eps, std::string_view activation, double activation_param,
-                                            int64_t correction, const OptionalTensor& skipped) {
+                                            int64_t correction, const OptionalTensor& skipped,
+                                            bool update_in_backward) {
   check_buffers(running_mean, running_var);
   return differentiable(input, weight, bias, {true, activation_of(activation, activation_param)}, [&] {
     return batch_norm_training_(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
-                                activation, activation_param, correction, skipped);
+                                activation, activation_param, correction, skipped, update_in_backward);
   });
 }
 

@@ -30,13 +30,14 @@ std::tuple<at::Tensor, at::Tensor> merge_ranks_kernels(const at::Tensor& words, 
                                                        const OptionalTensor& running_var,
                                                        const OptionalTensor& num_batches_tracked,
                                                        std::optional<double> momentum, double eps, int64_t correction,
-                                                       const OptionalTensor& skipped) {
+                                                       const OptionalTensor& skipped, bool update_in_backward) {
   const bool is_double = words.dim() == 2 && words.size(1) == rank_words(channels, DType::kFloat64);
   TORCH_CHECK_VALUE(words.scalar_type() == at::kLong && words.dim() == 2 && words.stride(1) == 1 && channels > 0 &&
                         (is_double || words.size(1) == rank_words(channels, DType::kFloat32)),
                     "words must be int64, with the words of ", channels, " channels in each row, got ",
                     words.scalar_type(), " of shape ", words.sizes());
-  RunningStatistics running{running_mean, running_var, num_batches_tracked, skipped, momentum, eps, correction};
+  RunningStatistics running{running_mean, running_var, num_batches_tracked, skipped,
+                            momentum,     eps,         correction,          update_in_backward};
   running.check(channels, words.device());
   if (own_count < 2) {
     // Every rank of a batch of one value comes here.
@@ -72,10 +73,10 @@ std::tuple<at::Tensor, at::Tensor> merge_ranks(const at::Tensor& words, int64_t 
                                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                                const OptionalTensor& num_batches_tracked,
                                                std::optional<double> momentum, double eps, int64_t correction,
-                                               const OptionalTensor& skipped) {
+                                               const OptionalTensor& skipped, bool update_in_backward) {
   static const auto op = find_operator<decltype(merge_ranks)>("normfused::merge_ranks");
   return op.call(words, channels, own_count, running_mean, running_var, num_batches_tracked, momentum, eps, correction,
-                 skipped);
+                 skipped, update_in_backward);
 }
 
 TORCH_LIBRARY_IMPL(normfused, CPU, m) {

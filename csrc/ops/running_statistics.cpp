@@ -1,6 +1,7 @@
 #include "ops/running_statistics.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <cmath>
 #include <limits>
@@ -40,6 +41,10 @@ void RunningStatistics::check(int64_t channels, const at::Device& device) const 
 }
 
 void RunningStatistics::begin(BatchStatistics& args) {
+  args.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
+  args.eps = eps;
+  args.correction = correction;
+  if (!update_in_backward && torch::autograd::get_current_graph_task_id() != -1) return;
   for (const auto* const buffer : {&mean, &var, &num_batches_tracked, &skipped})
     if (*buffer) begin_update(**buffer);
   if (mean) dense_mean = mean->contiguous();
@@ -47,15 +52,12 @@ void RunningStatistics::begin(BatchStatistics& args) {
   args.running_mean = channel_vector(dense_mean);
   args.running_var = channel_vector(dense_var);
   args.num_batches_tracked = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
-  args.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
-  args.eps = eps;
-  args.correction = correction;
   args.skipped = skipped ? skipped->mutable_data_ptr<int64_t>() : nullptr;
 }
 
 void RunningStatistics::finish() {
-  if (mean) finish_update(*mean, *dense_mean);
-  if (var) finish_update(*var, *dense_var);
+  if (dense_mean) finish_update(*mean, *dense_mean);
+  if (dense_var) finish_update(*var, *dense_var);
 }
 
 }  // namespace normfused::ops

@@ -19,9 +19,12 @@ struct RunningStatistics {
   std::optional<double> momentum;  // none: cumulative averages
   double eps;
   int64_t correction;
+  bool update_in_backward;
 
   void check(int64_t channels, const at::Device& device) const;
-  // All buffers are refused before one is written. The arguments point to memory that is kept until finish().
+  // All buffers are refused before one is written. The arguments point to memory that is kept until finish(). Without
+  // update_in_backward they point to no buffer inside a backward pass: there a forward recomputes what has already
+  // updated them.
   void begin(BatchStatistics& args);
   void finish();
 

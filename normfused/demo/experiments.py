@@ -117,7 +117,7 @@ def mlp(image: torch.Size, layers: NormLayers | None) -> nn.Sequential:
 def resnet(image: torch.Size, run: Run) -> nn.Module:
     """A residual network of torch.nn's layers; with ours, the same converted."""
     network = ResNet(image[0], CLASSES)
-    return normfused.convert(network, inplace=run.inplace).model if run.layers is normfused else network
+    return normfused.convert(network, inplace=run.inplace) if run.layers is normfused else network
 
 
 EXPERIMENTS = {

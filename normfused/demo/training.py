@@ -13,7 +13,7 @@ from torch import Tensor, nn, optim
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from normfused.convert import kept_for_backward
+from normfused.conversion import kept_for_backward
 from normfused.demo.dataset import Dataset, Split, Standardization
 from normfused.demo.experiments import Experiment, Run
 

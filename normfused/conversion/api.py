@@ -1,0 +1,202 @@
+"""Whole models converted and reverted, in place."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from normfused import modules
+from normfused.conversion import classes
+from normfused.conversion.report import ConversionReport, by_class, forget, kept_for_backward, remember
+from normfused.distributed import SyncBatchNorm, SyncBatchNormAct, _Synchronized
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _check_model(name: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def convert(
+    model: Model,
+    fuse: bool = True,
+    inplace: bool = False,
+    example_inputs: tuple[Any, ...] | None = None,
+) -> Model:
+    """Replace the batch norms of ``model`` by ours, and fuse them with what follows them.
+
+    The layers change their class in place: ``torch.nn.BatchNorm1d/2d/3d`` and ``SyncBatchNorm``, known layers of timm,
+    torchvision and detectron2, and what :func:`register_conversion` added. Parameters, buffers, training flags, hooks,
+    names and sharing stay. Other subclasses of torch.nn's layers are left alone and named in the report.
+
+    With ``fuse`` the model is called through Dynamo, as after ``model.compile(backend="normfused")``. In each captured
+    graph a batch norm, an addition of a tensor of the same shape and dtype, and an activation become one operator if
+    nothing else reads or writes what lies between; all else runs as before, with eager autograd. Dynamo's guards see to
+    it that another mode, branch or attribute gets a graph of its own. The first call of each kind takes longer.
+    Conversion itself runs no code of the model.
+
+    A copy (``copy.deepcopy``) and a model that was saved whole have our layers, but fuse nothing until they are
+    converted themselves.
+
+    Args:
+        model: any module, in training or evaluation mode; it is changed.
+        fuse: whether calls are captured and fused. ``False``: only the layers' classes change.
+        inplace: whether batch norms that are followed by a leaky ReLU are written over their input, if that comes from
+            a convolution or a linear layer and nothing else reads it. For the effect on gradients see
+            :func:`normfused.functional.batch_norm`. Needs ``fuse``.
+        example_inputs: arguments of ``model``. Copies of the model run on them before and after, and the report says
+            what is fused and how many bytes are saved for backward. Random number generators are left as they were.
+
+    Returns:
+        ``model`` itself. :func:`conversion_report` says what was done.
+
+    Raises:
+        TypeError: ``model`` is not a module. ValueError: ``inplace`` without ``fuse``.
+    """
+    _check_model("convert", model)
+    if inplace and not fuse:
+        raise ValueError("convert: inplace=True needs fuse=True, which finds where it is possible")
+    report = ConversionReport(fuse, inplace)
+    if example_inputs is not None:
+        report.bytes_before = _saved_by_copy(model, example_inputs)
+    _replace_layers(model, report)
+    if fuse:
+        _install(model, report)
+    if example_inputs is not None:
+        trial = copy.deepcopy(model)
+        if fuse:
+            _install(trial, report)
+        report.bytes_after = _saved_by_copy(trial, example_inputs, is_copy=True)
+    remember(model, report)
+    return model
+
+
+def _replace_layers(model: nn.Module, report: ConversionReport) -> None:
+    skipped = []
+    for path, layer in model.named_modules():
+        ours = classes.class_for(type(layer))
+        name = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        if ours is not None:
+            why = classes.why_not(layer)
+            if why is None:
+                report.replaced.append((path, _short(type(layer))))
+                layer.__class__ = ours
+            else:
+                skipped.append((path, f"{name}: {why}"))
+        elif classes.is_ours(layer):
+            report.replaced.append((path, type(layer).__name__))
+        elif classes.is_foreign_batch_norm(layer):
+            skipped.append((path, f"{name} is not a known class; normfused.register_conversion adds it"))
+    report.skipped = by_class(skipped)
+
+
+def _short(kind: type) -> str:
+    return f"torch.nn.{kind.__name__}" if kind in classes.PLAIN else f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+
+
+def _install(model: nn.Module, report: ConversionReport) -> None:
+
+    from normfused.conversion import capture
+
+    report.why_not_fused = capture.why_not()
+    if report.why_not_fused is None:
+        capture.install(model, report)
+
+
+def _saved_by_copy(model: nn.Module, inputs: tuple[Any, ...], is_copy: bool = False) -> int:
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng():
+            return kept_for_backward(model if is_copy else copy.deepcopy(model), *inputs)
+    finally:
+        random.setstate(state)
+
+
+def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
+    """Make every batch norm in ``model`` a :class:`normfused.SyncBatchNorm`, of any number of dimensions.
+
+    Those with an activation become :class:`normfused.SyncBatchNormAct`, and lazy ones one of them at their first input.
+    torch.nn's layers and ours change their class in place: parameters, buffers, activations, training flag, hooks,
+    names and sharing stay. Other classes are left alone, with a warning. :func:`revert` undoes it.
+
+    Args:
+        model: any module, or a single layer; its layers are changed.
+        process_group: over which they are synchronized; default all processes.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module. ValueError: a layer that writes over its input (``inplace=True``), before
+        any layer is changed.
+
+    Warns:
+        RuntimeWarning: a batch norm of another class, which is left alone.
+    """
+    _check_model("convert_sync_batchnorm", model)
+    norms: list[tuple[str, Any]] = [
+        (path, m) for path, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)
+    ]
+    for path, layer in norms:
+        if getattr(layer, "inplace", False) and isinstance(layer, modules._BatchNorm):
+            raise ValueError(f"convert_sync_batchnorm: {path or 'model'} has inplace=True, and cannot be synchronized")
+    for path, layer in norms:
+        if type(layer) in (*classes.PLAIN, *classes.STOCK, *classes.WITH_ACTIVATION):
+            if not isinstance(layer, _Synchronized):
+                _synchronize(layer)
+            layer.path, layer.process_group = path, process_group
+        else:
+            warnings.warn(
+                f"convert_sync_batchnorm leaves {path or 'model'} alone: {type(layer).__name__} is not one of "
+                "torch.nn's plain batch norms or ours",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return model
+
+
+def _synchronize(layer: Any) -> None:
+    """Change the class of ``layer``; of a lazy one, the class that its first input gives it."""
+    is_lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+    if is_lazy:
+        layer.converted_from = layer.cls_to_become
+        layer.__class__, layer.cls_to_become = classes.PLAIN.get(type(layer), type(layer)), SyncBatchNorm
+    else:
+        layer.converted_from = type(layer)
+        layer.__class__ = SyncBatchNormAct if type(layer) in classes.WITH_ACTIVATION else SyncBatchNorm
+
+
+def revert(model: Model) -> Model:
+    """Undo :func:`convert` and :func:`convert_sync_batchnorm`, in place.
+
+    The layers get the class that they had; their parameters and buffers are those of now. Calls are no longer captured.
+    Layers with an activation or another option of ours keep their class, because torch.nn's have none.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check_model("revert", model)
+    from normfused.conversion import capture
+
+    capture.uninstall(model)
+    forget(model)
+    for layer in model.modules():
+        before = layer.__dict__.get("converted_from")
+        if before is not None and isinstance(layer, modules._BatchNorm):
+            if not isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+                layer.__class__ = before
+            for name in ("converted_from", "path", "process_group", "cls_to_become"):
+                layer.__dict__.pop(name, None)
+        source = classes.source_of(layer)
+        if source is not None:
+            layer.__class__ = source
+    return model

@@ -1,0 +1,133 @@
+"""How a converted model is entered: each module with batch norms through Dynamo, by a frame of its own.
+
+``nn.Module.__call__`` calls ``_compiled_call_impl`` where a module has one; that is what ``nn.Module.compile`` sets.
+Dynamo skips frames of torch.nn, so that a bare ``nn.Sequential`` would be captured child by child. The functions here
+are frames outside of torch.nn, and capture the module that they call as a whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normfused import _torch_private
+from normfused.conversion import fusion
+from normfused.conversion.report import ConversionReport
+
+# Captures of one module: training, evaluation, gradient modes, autocast, and sizes that are static, then dynamic.
+RECOMPILE_LIMIT = 64
+
+_CONFIG = {
+    "accumulated_recompile_limit": 4096,
+    "recompile_limit": RECOMPILE_LIMIT,
+    # What Dynamo cannot capture runs as it is, and raises its own errors.
+    "suppress_errors": True,
+    "fail_on_recompile_limit_hit": False,
+    # Hooks that are added to a module after a capture count.
+    "skip_nnmodule_hook_guards": False,
+    # NumPy stays NumPy: Dynamo would draw its random numbers from torch's generator.
+    "trace_numpy": False,
+    # Buckets of DistributedDataParallel do not split graphs: autograd stays eager, and overlaps by itself.
+    "optimize_ddp": False,
+    "capture_scalar_outputs": False,
+    "capture_dynamic_output_shape_ops": False,
+}
+
+
+def why_not() -> str | None:
+    """Why Dynamo cannot capture anything in this process; ``None`` if it can."""
+    if torch._dynamo.config.disable:
+        return "Dynamo is disabled"
+    try:
+        torch.compile(lambda: None, backend="eager")
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def install(model: nn.Module, report: ConversionReport) -> None:
+    """Let every module of ``model`` that holds batch norms of ours be called through Dynamo."""
+    norms = {id(layer): path for path, layer in report.layers(model)}
+    for module in _holders(model):
+        module._compiled_call_impl = _entry(module, report, norms)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo :func:`install`; what the user has compiled stays compiled."""
+    for module in model.modules():
+        if is_installed(module):
+            del module._compiled_call_impl
+
+
+def is_installed(module: nn.Module) -> bool:
+    """Whether calls of ``module`` are captured by :func:`install`."""
+    return isinstance(module.__dict__.get("_compiled_call_impl"), FunctionType) and hasattr(
+        module.__dict__["_compiled_call_impl"], "normfused_report"
+    )
+
+
+def _holders(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold a batch norm of ours and are called: not the layers, nor torch.nn's lists."""
+    from normfused.conversion.classes import is_ours
+
+    for module in model.modules():
+        compiled = module.__dict__.get("_compiled_call_impl") is not None and not is_installed(module)
+        if is_ours(module) or compiled or type(module) in (nn.ModuleList, nn.ModuleDict):
+            continue
+        if any(map(is_ours, module.modules())):
+            yield module
+
+
+def _with_own_code(function: Any) -> Any:
+    """A copy of ``function`` with a code object of its own: Dynamo stores captures, and counts them, by code object."""
+    code = function.__code__.replace()
+    copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    return copy
+
+
+def _entry(module: Any, report: ConversionReport, norms: dict[int, str]) -> Callable[..., Any]:
+    """What ``module.__call__`` is to call."""
+    compiled: Callable[..., Any] | None = None
+    configure: Callable[[], Callable[[], None]] | None = None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    def compile_for(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return _backend(gm, report, norms)
+
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # in a larger graph
+            return module._call_impl(*args, **kwargs)
+        nonlocal compiled, configure
+        caller: Any = sys._getframe(1).f_locals.get("self")
+        if caller is not module and getattr(caller, "_compiled_call_impl", None) is entry:
+            return caller._call_impl(*args, **kwargs)  # a shallow copy of the module, as nn.DataParallel makes them
+        if _torch_private.must_run_eagerly():
+            return module._call_impl(*args, **kwargs)
+        if compiled is None:
+            compiled = _torch_private.compile_apart(_with_own_code(call), compile_for, RECOMPILE_LIMIT)
+            configure = _torch_private.dynamo_patcher(**_CONFIG)
+        assert configure is not None
+        undo = configure()
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            undo()
+
+    entry: Callable[..., Any] = _with_own_code(enter)
+    entry.normfused_report = report  # type: ignore[attr-defined]
+    return entry
+
+
+def _backend(gm: fx.GraphModule, report: ConversionReport, norms: dict[int, str]) -> Callable[..., Any]:
+    fusion.check_is_flat(gm)
+    outcomes = fusion.fuse(gm, report.inplace)
+    report.record({norms.get(int(layer), layer) if layer.isdigit() else layer: o for layer, o in outcomes.items()})
+    fusion.run_directly(gm)
+    return gm.forward

@@ -1,0 +1,168 @@
+"""Which class a layer becomes: torch.nn's batch norms, those of known libraries, and those that users register.
+
+Classes are compared exactly. A subclass may have a forward of its own, and is only replaced where it is registered.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from normfused import functional, modules
+from normfused.distributed import SyncBatchNorm, SyncBatchNormAct
+
+# torch.nn's layers change their class and nothing else.
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: modules.BatchNorm1d,
+    nn.BatchNorm2d: modules.BatchNorm2d,
+    nn.BatchNorm3d: modules.BatchNorm3d,
+    nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+}
+STOCK = {ours: stock for stock, ours in PLAIN.items()}
+WITH_ACTIVATION = (modules.BatchNormAct1d, modules.BatchNormAct2d, modules.BatchNormAct3d, SyncBatchNormAct)
+
+_registered: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class _Adapted:
+    """A layer of another library whose batch norm is ours: a subclass of that layer's class, made when it is met."""
+
+    converted_from: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is not found by its name: copies and pickles name the class that it was made from.
+        return _rebuild, (type(self).converted_from,), self.__getstate__()
+
+
+def _rebuild(source: type[nn.Module]) -> nn.Module:
+    adapted = class_for(source)
+    result: nn.Module = (source if adapted is None else adapted).__new__(source if adapted is None else adapted)
+    return result
+
+
+class _NormThenDropThenAct:
+    """timm's layers: batch norm, ``self.drop`` and ``self.act``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized: Tensor = super().forward(x)  # type: ignore[misc]
+        result: Tensor = self.act(self.drop(normalized))  # type: ignore[attr-defined]
+        return result
+
+
+class _Frozen:
+    """Layers whose statistics, weight and bias are all buffers, and constant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:  # type: ignore[attr-defined]  # the result would be promoted
+            result: Tensor = super().forward(x)  # type: ignore[misc]
+            return result
+        constants = (self.running_mean, self.running_var, self.weight, self.bias)  # type: ignore[attr-defined]
+        return functional.batch_norm(x, *constants, training=False, eps=self.eps)  # type: ignore[attr-defined]
+
+
+class _FrozenThenDropThenAct(_Frozen):
+    """timm's frozen layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:  # type: ignore[attr-defined]
+            return super().forward(x)
+        result: Tensor = self.act(self.drop(super().forward(x)))  # type: ignore[attr-defined]
+        return result
+
+
+# By module and name, so that no library is imported: the classes from which the replacement inherits, before the class
+# itself, and the submodules that its forward needs.
+_TIMM = ("timm.layers.norm_act", "timm.models.layers.norm_act")
+_KNOWN: dict[tuple[str, str], tuple[tuple[type, ...], tuple[str, ...]]] = {
+    **{(m, "BatchNormAct2d"): ((_NormThenDropThenAct, modules.BatchNorm2d), ("drop", "act")) for m in _TIMM},
+    **{(m, "SyncBatchNormAct"): ((_NormThenDropThenAct, SyncBatchNorm), ("drop", "act")) for m in _TIMM},
+    **{(m, "FrozenBatchNormAct2d"): ((_FrozenThenDropThenAct,), ("drop", "act")) for m in _TIMM},
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"): ((_Frozen,), ()),
+    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"): ((_Frozen,), ()),
+}
+
+
+def register_conversion(source: type[nn.Module], target: type[nn.Module] | None = None) -> None:
+    """Let :func:`normfused.convert` replace layers of a class of your own.
+
+    Args:
+        source: the class, compared exactly. Its subclasses are not replaced.
+        target: what its layers become: a class that does the same with the same attributes. By default ``source`` must
+            be a subclass of ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm`` that calls
+            ``super().forward``; its layers become a subclass of ``source`` in which that call is ours.
+
+    Raises:
+        TypeError: an argument is not a module class, or ``source`` needs a ``target``.
+    """
+    for name, value in (("source", source), ("target", target)):
+        if not (isinstance(value, type) and issubclass(value, nn.Module)) and not (name == "target" and value is None):
+            raise TypeError(f"register_conversion: {name} must be a subclass of torch.nn.Module, got {value!r}")
+    if target is None:
+        bases = [ours for stock, ours in PLAIN.items() if issubclass(source, stock)]
+        if not bases or source in PLAIN or is_ours_class(source):
+            raise TypeError(
+                f"register_conversion: {source.__name__} is no subclass of torch.nn's batch norms, and needs a target"
+            )
+        target = _adapt(source, (bases[0],))
+    _registered[source] = target
+
+
+def _adapt(source: type[nn.Module], before: tuple[type, ...]) -> type[nn.Module]:
+    own: list[type] = [base for base in before if issubclass(base, nn.Module)]
+    other: list[type] = [base for base in before if base not in own]
+    # What `source` itself defines wins over our layers, except for a forward that is replaced as a whole.
+    bases: tuple[type, ...] = (_Adapted, *other, *own, source) if other else (_Adapted, source, *own)
+    attributes = {"converted_from": source, "__module__": source.__module__, "__qualname__": source.__qualname__}
+    adapted: type[nn.Module] = type(source.__name__, bases, attributes)
+    return adapted
+
+
+def class_for(source: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that layers of exactly this class become; ``None`` if they are not replaced."""
+    if issubclass(source, _Adapted):  # its name is that of the class it was made from
+        return None
+    target = PLAIN.get(source) or _registered.get(source)
+    if target is None and (known := _KNOWN.get((source.__module__, source.__qualname__))) is not None:
+        target = _registered[source] = _adapt(source, known[0])
+    return target
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why a layer whose class is known is left alone; ``None`` if it is replaced."""
+    known = _KNOWN.get((type(layer).__module__, type(layer).__qualname__))
+    missing = [name for name in (known[1] if known is not None else ()) if not hasattr(layer, name)]
+    if missing:
+        return f"it has no {missing[0]}"
+    return "its forward is replaced on the layer itself" if "forward" in layer.__dict__ else None
+
+
+def source_of(layer: nn.Module) -> type[nn.Module] | None:
+    """The class that a converted layer had before; ``None`` for a layer that is not ours, or that has our options."""
+    kind = type(layer)
+    if kind in STOCK:
+        return None if modules.own_options(layer) else STOCK[kind]
+    if issubclass(kind, _Adapted):
+        return kind.converted_from
+    return next((source for source, target in _registered.items() if target is kind), None)
+
+
+def is_ours_class(kind: type) -> bool:
+    """Whether layers of this class run our batch norm."""
+    return issubclass(kind, (modules._BatchNorm, _Adapted)) or kind in _registered.values()
+
+
+def is_ours(layer: nn.Module) -> bool:
+    """Whether ``layer`` runs our batch norm."""
+    return is_ours_class(type(layer))
+
+
+def is_foreign_batch_norm(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a batch norm of a class that is not known, which the report names."""
+    if is_ours(layer) or isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        return False
+    looks_like_one = {"running_mean", "running_var"} <= {*layer._buffers, *layer._parameters}
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) or looks_like_one
