@@ -14,11 +14,14 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work.
-
-    Autograd Functions written in C++ refuse the one, and would lose the other's tangents without a word.
-    """
+    """Whether torch.func or forward-mode differentiation is active: operators in place have no derivative there."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def is_functionalized() -> bool:
+    """Whether :func:`torch.func.functionalize` is active."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == torch._C._functorch.TransformType.Functionalize for interpreter in stack)
 
 
 def check_device(input: Tensor) -> None:

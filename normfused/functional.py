@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from normfused import _extension, reference
-from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed
+from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_functionalized, is_transformed
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 from normfused.standardization import standardize, standardize_
 
@@ -169,8 +169,31 @@ def named_batch_norm(
             inplace,
         )
     check_shape(name, ranks, input, training and mask is None, running_mean is not None)
+    compiling = torch.compiler.is_compiling()
     if inplace:
         _check_inplace(name, input, residual, mask, activation, activation_param)
+        if compiling or _extension.C is None or is_transformed():
+            # Autograd may save what the operators read: nothing must be written over it.
+            output = named_batch_norm(
+                name,
+                ranks,
+                input.clone(),
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                training,
+                momentum,
+                eps,
+                num_batches_tracked,
+                None,
+                activation,
+                activation_param,
+                None,
+                running_var_correction,
+                nonfinite_batches,
+            )
+            return input.copy_(output)
     if mask is not None:
         check_mask(name, mask, input)
         if input.numel() != 0 and not mask.any():
@@ -196,9 +219,8 @@ def named_batch_norm(
             nonfinite_batches,
         )
         return unmasked(mask, rows, input)
-    compiling = torch.compiler.is_compiling()
     refusal = None
-    if _extension.C is not None and not compiling and not is_transformed():
+    if _extension.C is not None and not compiling:
         try:
             kernels = _extension.C
             first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
@@ -229,37 +251,33 @@ def named_batch_norm(
         running_var_correction,
         nonfinite_batches,
     )
-    if refusal is not None:
+    if refusal is not None and not is_functionalized():  # which refuses operators that update buffers
         raise refusal
     after: dict[str, Any] = {"residual": residual, "activation": activation, "activation_param": activation_param}
-    # Autograd may keep what these read: over it nothing must be written.
-    source = input.clone() if inplace else input
     if compiling and _extension.C is not None:
         # The operators as compilers see them; the pybind11 module is opaque to them.
         ops = torch.ops.normfused
         if training:
             buffers = (running_mean, running_var, num_batches_tracked)
             updates = {"correction": running_var_correction, "skipped": nonfinite_batches}
-            results = ops.batch_norm_training(source, weight, bias, *buffers, momentum, eps, **after, **updates)
+            results = ops.batch_norm_training(input, weight, bias, *buffers, momentum, eps, **after, **updates)
         else:
-            results = ops.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **after)
-        output = results[0]
-    else:
-        output = reference.batch_norm(
-            source,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked=num_batches_tracked,
-            running_var_correction=running_var_correction,
-            nonfinite_batches=nonfinite_batches,
-            **after,
-        )
-    return input.copy_(output) if inplace else output
+            results = ops.batch_norm_inference(input, weight, bias, running_mean, running_var, eps, **after)
+        return results[0]  # type: ignore[no-any-return]
+    return reference.batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked=num_batches_tracked,
+        running_var_correction=running_var_correction,
+        nonfinite_batches=nonfinite_batches,
+        **after,
+    )
 
 
 def channel_sums(input: Tensor) -> ChannelSums:
@@ -337,7 +355,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
         return handle_torch_function(local_response_norm, (input,), input, size, alpha=alpha, beta=beta, k=k)
     compiling = torch.compiler.is_compiling()
     refusal = None
-    if _extension.C is not None and not compiling and not is_transformed():
+    if _extension.C is not None and not compiling:
         try:
             return _extension.C.local_response_norm(input, size, alpha, beta, k)  # type: ignore[no-any-return]
         except (RuntimeError, TypeError, ValueError) as error:

@@ -77,17 +77,12 @@ def laid_out_as(values: Tensor, input: Tensor) -> Tensor:
 
 
 class _KeepLayout(torch.autograd.Function):
-    """The identity, whose gradient is laid out in memory as its input."""
-
-    generate_vmap_rule = True
+    """The identity, whose gradient has the memory layout of its input."""
 
     @staticmethod
-    def forward(input: Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.strides = _strides_of_view(input)
         return input.view_as(input)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.strides = _strides_of_view(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -96,6 +91,14 @@ class _KeepLayout(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent.view_as(tangent)
+
+
+def _keep_layout(input: Tensor) -> Tensor:
+    """``input``, whose gradient has its memory layout; under :mod:`torch.func` the layout is left to torch."""
+    if torch._C._functorch.maybe_current_level() is not None:  # functionalize refuses autograd Functions
+        return input
+    output: Tensor = _KeepLayout.apply(input)  # type: ignore[no-untyped-call]
+    return output
 
 
 def _by_channel(input: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ def batch_norm(
 
     With ``all_sum``, which sums a tensor over processes, the batch in training is that of all of them.
     """
-    x = with_view(_KeepLayout.apply(input)).double()  # type: ignore[no-untyped-call]
+    x = with_view(_keep_layout(input)).double()
     shape = [1, -1] + [1] * (input.dim() - 2)
     if training:
         mean, var, count = _batch_statistics(x, all_sum)
@@ -160,7 +163,8 @@ def batch_norm(
             raise ValueError("expected more than 1 value per channel when training, got 1 on all ranks together")
         if count != 0:
             new_var = var * count / (count - running_var_correction)
-            _update(running_mean, running_var, num_batches_tracked, nonfinite_batches, momentum, mean, new_var)
+            statistics = mean.detach(), new_var.detach()  # buffers have no derivative, in either mode
+            _update(running_mean, running_var, num_batches_tracked, nonfinite_batches, momentum, *statistics)
     else:
         assert running_mean is not None
         assert running_var is not None
@@ -251,7 +255,7 @@ def standardize(
 
 def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
     """:func:`normfused.functional.local_response_norm` in plain torch, without its argument checks."""
-    x = with_view(_KeepLayout.apply(input)).double()  # type: ignore[no-untyped-call]
+    x = with_view(_keep_layout(input)).double()
     # Beyond the channels there are only zeros, however many the window has of them.
     before, after = (min(side, input.size(1)) for side in (size // 2, (size - 1) // 2))
     squares = F.pad(x.square(), (*[0, 0] * (input.dim() - 2), before, after))

@@ -126,7 +126,7 @@ class ImageConstants:
         mean, std = self._for_channels_of(input)
         images = input.flatten(0, -4) if input.dim() > 4 else input
         arguments = (images, mean, std, scale, dtype if direct else input.dtype, memory_format)
-        if _extension.C is None or is_transformed():
+        if _extension.C is None:
             output = reference.standardize(*arguments)
         else:
             operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C

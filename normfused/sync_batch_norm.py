@@ -69,8 +69,7 @@ def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Ten
     Raises:
         RuntimeError: the collective fails. Otherwise as :class:`normfused.SyncBatchNorm`.
     """
-    if is_transformed():
-        raise NotImplementedError("SyncBatchNorm: torch.func and forward-mode differentiation are not supported")
+    _refuse_transforms()
     rows = [call.of_rows() for call in calls]
     if agreement.debugs():
         agreement.agree(group, ", ".join(map(Call.signature, rows, labels)))
@@ -82,6 +81,11 @@ def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Ten
         output if call.mask is None else unmasked(call.mask, output, call.input)
         for call, output in zip(calls, outputs, strict=True)
     ]
+
+
+def _refuse_transforms() -> None:
+    if is_transformed():
+        raise NotImplementedError("SyncBatchNorm: torch.func and forward-mode differentiation are not supported")
 
 
 # ---- collectives -----------------------------------------------------------------------------------------------------
@@ -187,6 +191,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_transforms()
         saved = ctx.saved_tensors  # once: hooks unpack them
         layers = []
         for i, (what, grad) in enumerate(zip(ctx.after, grads, strict=True)):
