@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "hardswish": lambda z, _: F.hardswish(z),
     "sigmoid": lambda z, _: z.sigmoid(),
     "tanh": lambda z, _: z.tanh(),
-    "silu": lambda z, _: F.silu(z),
+    "silu": lambda z, _: z * z.sigmoid(),  # torch's own has no forward mode over its backward
     "gelu": lambda z, _: F.gelu(z),
     "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
 }
@@ -199,7 +199,7 @@ def _update(
     taken = torch.ones_like(new_mean, dtype=torch.bool)
     if nonfinite_batches is not None:
         taken = new_mean.isfinite() & new_var.isfinite()
-        nonfinite_batches += ~taken
+        _write(nonfinite_batches, nonfinite_batches + ~taken)
     for buffer, value in ((running_mean, new_mean), (running_var, new_var)):
         if buffer is None:
             continue
@@ -208,7 +208,15 @@ def _update(
             factor: float | Tensor = 1 / num_batches_tracked.double()
         else:
             factor = momentum
-        buffer.copy_(torch.where(taken, (1 - factor) * buffer.double() + factor * value, buffer.double()))
+        _write(buffer, torch.where(taken, (1 - factor) * buffer.double() + factor * value, buffer.double()))
+
+
+def _write(buffer: Tensor, values: Tensor) -> None:
+    # torch.func.functionalize wraps what is computed, but not the buffers of a layer.
+    if torch._is_functional_tensor(values) and not torch._is_functional_tensor(buffer):
+        torch._sync(values)
+        values = torch._from_functional_tensor(values)
+    buffer.copy_(values)
 
 
 def channel_sums(input: Tensor) -> ChannelSums:

@@ -314,7 +314,7 @@ def _differentiable_gradients(group: Group, layer: _Layer) -> Gradients:
     grad, (label, eps, activation, parameter) = layer.grad, layer.what
     if layer.mask is not None:
         below = parameter if activation == "leaky_relu" else 0.0
-        grad, activation = grad * _slope(layer.mask, layer.input, below), "identity"
+        grad, activation = torch.where(_above_zero(layer.mask, layer.input), grad, grad * below), "identity"
     bias = layer.bias
     if bias is None and layer.needs.bias:  # whatever it is: it is added
         assert layer.weight is not None
@@ -343,9 +343,8 @@ def _differentiable_gradients(group: Group, layer: _Layer) -> Gradients:
     return grad_input, grad_weight, grad_bias, grad if added else grad_residual
 
 
-def _slope(mask: Tensor, input: Tensor, below: float) -> Tensor:
-    """The activation's slope at each value, by the mask's bits, which are in the order of ``input``'s memory."""
+def _above_zero(mask: Tensor, input: Tensor) -> Tensor:
+    """The mask's bits, which are in the order of ``input``'s memory, as bools of its shape."""
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = (mask.unsqueeze(1).bitwise_right_shift(places) & 1).flatten()[: input.numel()].bool()
-    above = bits.as_strided(input.shape, reference.with_view(input).stride())
-    return torch.where(above, 1.0, below).to(input.dtype)
+    return bits.as_strided(input.shape, reference.with_view(input).stride())

@@ -62,7 +62,7 @@ at::Tensor activate(const Activation& activation, const at::Tensor& z) {
     case ActivationKind::kTanh:
       return at::tanh(z);
     case ActivationKind::kSilu:
-      return at::silu(z);
+      return z * at::sigmoid(z);  // torch's own has no forward mode over its backward
     case ActivationKind::kGelu:
       return at::gelu(z, "none");
     case ActivationKind::kGeluTanh:

@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_composite(
   Tensor h = grad_output.to(at::kDouble);
   if (mask) {
     const double below = activation.kind == ActivationKind::kLeakyRelu ? activation.parameter : 0;
-    h = h * at::where(unpacked(*mask, with_view(input)), 1., below);
+    h = at::where(unpacked(*mask, with_view(input)), h, h * below);
   } else {
     h = activate_backward(activation, h, affine(d, weight, bias, residual));
   }
