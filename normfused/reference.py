@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import functional as F
 
 # What may follow the normalization, by name: a function of its input and of a parameter.
@@ -191,11 +192,13 @@ def _update(
     new_mean: Tensor,
     new_var: Tensor,
 ) -> None:
-    for written in (running_mean, running_var, num_batches_tracked, nonfinite_batches):
-        if written is not None:
-            written.mul_(1)  # raises where torch refuses to write, before anything is written
+    written = [b for b in (running_mean, running_var, num_batches_tracked, nonfinite_batches) if b is not None]
+    for buffer in written:
+        _check_can_be_updated(buffer, new_mean)
+    for buffer in written:
+        _write(buffer, buffer * 1)  # raises where torch refuses to write, before anything is written
     if num_batches_tracked is not None:
-        num_batches_tracked += 1
+        _write(num_batches_tracked, num_batches_tracked + 1)
     taken = torch.ones_like(new_mean, dtype=torch.bool)
     if nonfinite_batches is not None:
         taken = new_mean.isfinite() & new_var.isfinite()
@@ -211,12 +214,35 @@ def _update(
         _write(buffer, torch.where(taken, (1 - factor) * buffer.double() + factor * value, buffer.double()))
 
 
+def _check_can_be_updated(buffer: Tensor, values: Tensor) -> None:
+    """Raise ``NotImplementedError`` where ``vmap`` batches the values, but not the buffer (not its counter)."""
+    if buffer.dim() == 0 or _is_wrapped(buffer):
+        return
+    while _is_wrapped(values):
+        if torch._C._functorch.is_batchedtensor(values):
+            raise NotImplementedError(
+                "batch_norm: vmap over the input cannot update running statistics that vmap does not batch too. "
+                "Construct the layer with track_running_stats=False, call torch.func.replace_all_batch_norm_modules_, "
+                "call functional.batch_norm without running statistics, or use eval mode"
+            )
+        values = torch._C._functorch.get_unwrapped(values)
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def _write(buffer: Tensor, values: Tensor) -> None:
-    # torch.func.functionalize wraps what is computed, but not the buffers of a layer.
-    if torch._is_functional_tensor(values) and not torch._is_functional_tensor(buffer):
-        torch._sync(values)
-        values = torch._from_functional_tensor(values)
-    buffer.copy_(values)
+    """Write over a buffer; that of a layer, which torch.func's transforms do not wrap, below these."""
+    if not _is_wrapped(values) or _is_wrapped(buffer):
+        buffer.copy_(values)
+        return
+    while _is_wrapped(values):
+        if torch._is_functional_tensor(values):
+            torch._sync(values)
+        values = torch._C._functorch.get_unwrapped(values)
+    with temporarily_clear_interpreter_stack():
+        buffer.copy_(values)
 
 
 def channel_sums(input: Tensor) -> ChannelSums:
