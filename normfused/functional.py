@@ -83,15 +83,17 @@ def batch_norm(
             themselves.
 
     Returns:
-        Shape, dtype and memory format of ``input``. First and second derivatives are exact; the third raises
-        ``NotImplementedError``. Kept for backward: ``input``; one bit a value for ReLU and leaky ReLU of a sum; for the
-        other activations of a sum the residual. An empty batch gives an empty output and changes no buffer.
+        Shape, dtype and memory format of ``input``. Derivatives are exact to any order, in reverse and forward mode and
+        under :mod:`torch.func`; running statistics have none. Saved for backward: ``input``; one bit per element for
+        ReLU and leaky ReLU of a sum; for the other activations of a sum the residual. An empty batch gives an empty
+        output and changes no buffer.
 
     Raises:
         ValueError: a shape, device, name or value that does not fit, or one value per channel in training.
         TypeError: a dtype that is not supported.
         RuntimeError: a CUDA tensor where the extension was built without CUDA; ``inplace`` for an input that cannot
             be overwritten: a leaf that requires grad, overlapping memory, one that its producer keeps for backward.
+        NotImplementedError: :func:`torch.func.vmap` over ``input`` in training, but not over the running statistics.
 
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167;
     https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.batch_norm.html; in place: Rota Bulò, Porzi and

@@ -193,10 +193,10 @@ def _update(
     new_var: Tensor,
 ) -> None:
     written = [b for b in (running_mean, running_var, num_batches_tracked, nonfinite_batches) if b is not None]
-    for buffer in written:
-        _check_can_be_updated(buffer, new_mean)
-    for buffer in written:
-        _write(buffer, buffer * 1)  # raises where torch refuses to write, before anything is written
+    for b in written:
+        _check_can_be_updated(b, new_mean)
+    for b in written:
+        _write(b, b * 1)  # raises where torch refuses to write, before anything is written
     if num_batches_tracked is not None:
         _write(num_batches_tracked, num_batches_tracked + 1)
     taken = torch.ones_like(new_mean, dtype=torch.bool)
@@ -239,7 +239,7 @@ def _write(buffer: Tensor, values: Tensor) -> None:
         return
     while _is_wrapped(values):
         if torch._is_functional_tensor(values):
-            torch._sync(values)
+            torch._functionalize_sync(values)
         values = torch._C._functorch.get_unwrapped(values)
     with temporarily_clear_interpreter_stack():
         buffer.copy_(values)

@@ -378,7 +378,7 @@ def operator_calls() -> dict[str, Any]:
     zeros = torch.zeros(CHANNELS).double()
 
     def gradients(g: Tensor, x: Tensor, w: Tensor) -> Any:
-        y, pullback = torch.func.vjp(lambda x, w, b: plain_batch_norm(x, None, w, b), x, w, zeros)
+        _, pullback = torch.func.vjp(lambda x, w, b: plain_batch_norm(x, None, w, b), x, w, zeros)
         return pullback(g)
 
     return {

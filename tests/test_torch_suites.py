@@ -1,8 +1,8 @@
 """torch's own suites, its OpInfo and ModuleInfo samples under its generators of tests, with our functions in place.
 
 A case is a generator, an operator and a dtype; it runs over every sample that torch has of the operator. Torch's
-function and ours must agree on each sample: both succeed, and then their values agree; or both raise. Where they do not, the
-difference is listed here with its reason, and a listed difference that no longer differs fails.
+function and ours must agree on each sample: both pass, which is that they have the values of the definition, or both
+fail. Where they do not agree, the difference is listed here with its reason, and a listed one that is none fails.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Samples of which one side accepts what the other does not, and why."""
+    """Samples on which one side passes and the other does not, and why."""
 
     reason: str
     matches: Callable[[str, str, torch.dtype, Any], bool]
-    torch_accepts: bool = True
+    torch_passes: bool = True
 
 
 def definition(
@@ -105,7 +105,7 @@ DIFFERENCES = [
     Difference(
         "torch's forward mode holds the batch's statistics for constants: derivatives of it are wrong",
         is_second_derivative_through_jvp,
-        torch_accepts=False,
+        torch_passes=False,
     ),
 ]
 
@@ -330,7 +330,7 @@ def outcomes(generator: str, name: str, dtype: torch.dtype) -> list[Outcome]:
     except Exception:  # torch has no samples of such a dtype
         return []
     if generator in MANY_PERMUTATIONS:
-        samples = [samples[0], samples[1], samples[-1]]
+        samples = samples[:2]  # one in training, one not
     for sample in samples:
         functions = (info.op, OURS[info.op], DEFINITIONS[info.op])
         (theirs, their_error), (ours, our_error), (truth, _) = (
@@ -361,7 +361,7 @@ def disagreement(got: Any, expected: Any, dtype: torch.dtype) -> str:
                 return f"{a} instead of {e}"
             continue
         finite = e.double()[e.isfinite()].abs()
-        tolerance = TOLERANCES.get(dtype, 0.0)
+        tolerance = max(TOLERANCES.get(dtype, 0.0), TOLERANCES.get(e.dtype, 0.0))
         scale = max(1.0, finite.max().item()) if finite.numel() else 1.0
         try:
             torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
@@ -391,7 +391,7 @@ def judge(generator: str, name: str, dtype: torch.dtype, found: list[Outcome], d
         listed = [d for d in differences if d.matches(generator, name, dtype, sample)]
         if listed:
             (difference,) = listed
-            assert (theirs, ours) == (difference.torch_accepts, not difference.torch_accepts), (
+            assert (theirs, ours) == (difference.torch_passes, not difference.torch_passes), (
                 f"no longer differs: {difference.reason}: {sample}"
             )
         else:
@@ -473,8 +473,8 @@ def in_both_modes(module: nn.Module, x: Tensor) -> Any:
 MODULE_GENERATORS: dict[str, tuple[Function, tuple[torch.dtype, ...]]] = {
     "forward": (lambda m, x: (m(x), m(x), m.state_dict()), ALL),
     "gradients": (module_gradients, SINGLE),
-    "gradcheck": (module_gradcheck(torch.autograd.gradcheck, check_forward_ad=True, check_batched_grad=True), DOUBLE),
-    "gradgradcheck": (module_gradcheck(torch.autograd.gradgradcheck, check_batched_grad=True), DOUBLE),
+    "gradcheck": (module_gradcheck(torch.autograd.gradcheck, check_forward_ad=True), DOUBLE),
+    "gradgradcheck": (module_gradcheck(torch.autograd.gradgradcheck), DOUBLE),
     "non-contiguous": (lambda m, x: module_gradients(m, noncontiguous(x.detach())), SINGLE),
     "memory format": (channels_last, ALL),
     "pickle": (lambda m, x: pickle.loads(pickle.dumps(m))(x), SINGLE),
@@ -484,13 +484,14 @@ MODULE_GENERATORS: dict[str, tuple[Function, tuple[torch.dtype, ...]]] = {
     "train and eval": (in_both_modes, SINGLE),
     "repr": (lambda m, x: repr(m), SINGLE),
     "float()": (lambda m, x: m.float()(x.float()), ALL),
-    "jit.trace": (lambda m, x: torch.jit.trace(m, x)(x), DOUBLE),
+    "jit.trace": (lambda m, x: torch.jit.trace(m, x, check_trace=False)(x), DOUBLE),
     "fx": (lambda m, x: torch.fx.symbolic_trace(nn.Sequential(m))(x), DOUBLE),
 }
 
 
 def is_zero_eps(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
-    return generator == "errors" and sample.module_error_input.constructor_input.kwargs["eps"] == 0
+    is_error_of_training = generator == "errors" and name.endswith("training")
+    return is_error_of_training and sample.module_error_input.constructor_input.kwargs["eps"] == 0
 
 
 def is_empty_batch(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
@@ -498,21 +499,28 @@ def is_empty_batch(generator: str, name: str, dtype: torch.dtype, sample: Any) -
     return generator != "errors" and sample.desc == "zero_batch" and compared
 
 
-def is_half_in_3d(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
-    return generator in ("forward", "memory format") and dtype in HALF and sample.desc == "3d_custom_params"
+def is_half_image(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
+    return (
+        generator in ("forward", "memory format") and name.startswith("Local") and dtype in HALF and sample.desc != "1d"
+    )
 
 
 MODULE_DIFFERENCES = [
-    Difference("eps=0 is accepted", is_zero_eps, torch_accepts=False),
+    Difference("eps=0 is accepted in training too", is_zero_eps),
     Difference("an empty batch changes no buffer; torch counts it in num_batches_tracked", is_empty_batch),
-    Difference("torch's local response norm has no pooling of 3D half on the CPU", is_half_in_3d, torch_accepts=False),
+    Difference(
+        "torch has no pooling of half precision for images on the CPU",
+        is_half_image,
+        torch_passes=False,
+    ),
 ]
 
 
 def raises_as_listed(cls: type[nn.Module], sample: Any, dtype: torch.dtype, training: bool) -> None:
     module = made(cls, sample.module_error_input, dtype, training)
-    with pytest.raises(sample.error_type, match="eps must be"):
-        module(*sample.module_error_input.forward_input.args)
+    _, error = attempt(functools.partial(module, *sample.module_error_input.forward_input.args))
+    assert isinstance(error, sample.error_type), f"raised {error!r}"
+    assert "eps must be" in str(error)  # torch's pattern goes on with its own words
 
 
 @functools.cache
