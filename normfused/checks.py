@@ -18,6 +18,14 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation follows this tensor."""
+    if forward_ad._current_level < 0:
+        return False
+    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None
+
+
 def is_functionalized() -> bool:
     """Whether :func:`torch.func.functionalize` is active."""
     stack = torch._C._functorch.get_interpreter_stack() or []

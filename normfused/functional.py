@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from normfused import _extension, reference
-from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_functionalized, is_transformed
+from normfused.checks import (
+    DTYPES,
+    check_can_be_overwritten,
+    check_device,
+    has_tangent,
+    is_functionalized,
+    is_transformed,
+)
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 from normfused.standardization import standardize, standardize_
 
@@ -554,6 +561,8 @@ def check_arguments(
             )
         if name.startswith("running") and vector.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"batch_norm: {name} requires grad, but running statistics are not differentiated")
+        if name.startswith("running") and has_tangent(vector):
+            raise ValueError(f"batch_norm: {name} has a tangent, but running statistics are not differentiated")
     if running_mean is not None and running_mean is running_var:
         raise ValueError("batch_norm: running_mean and running_var are the same tensor")
     if num_batches_tracked is not None and num_batches_tracked.device != input.device:

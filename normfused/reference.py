@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 # What may follow the normalization, by name: a function of its input and of a parameter.
@@ -89,14 +90,10 @@ class _KeepLayout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _laid_out(grad, ctx.strides)
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.view_as(tangent)
-
 
 def _keep_layout(input: Tensor) -> Tensor:
-    """``input``, whose gradient has its memory layout; under :mod:`torch.func` the layout is left to torch."""
-    if torch._C._functorch.maybe_current_level() is not None:  # functionalize refuses autograd Functions
+    """``input``, whose gradient has its memory layout; in transforms the layout is left to torch."""
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return input
     output: Tensor = _KeepLayout.apply(input)  # type: ignore[no-untyped-call]
     return output
