@@ -284,7 +284,6 @@ def test_running_statistics_have_no_tangent(momentum: float | None) -> None:
         assert forward_ad.unpack_dual(layer.eval()(forward_ad.make_dual(x, torch.zeros_like(t)))).tangent.eq(0).all()
 
 
-@pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("transform", ["jvp", "vjp", "grad", "jacfwd", "jacrev", "linearize", "functionalize"])
 def test_running_statistics_under_transforms(transform: str) -> None:
     x = double(*SHAPE)
@@ -311,7 +310,6 @@ def test_running_statistics_with_tangents_are_refused() -> None:
 WAY_OUT = r"track_running_stats=False.*replace_all_batch_norm_modules_.*without running statistics.*eval mode"
 
 
-@pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"nonfinite": "skip"}, {"inplace": True}], ids=str)
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: torch.func.grad(cubed(f))], ids=["vmap", "vmap of grad"])
 def test_vmap_over_a_tracked_layer_is_refused(wrap: Function, options: dict[str, Any]) -> None:
@@ -329,7 +327,6 @@ def test_vmap_over_a_tracked_layer_is_refused(wrap: Function, options: dict[str,
     assert torch.func.vmap(lambda x: layer(x * 1))(x).shape == x.shape
 
 
-@pytest.mark.usefixtures("needs_extension")
 def test_vmap_over_parameters_updates_once() -> None:
     weights, x = double(5, CHANNELS), double(*SHAPE)
     results = []
@@ -340,7 +337,6 @@ def test_vmap_over_parameters_updates_once() -> None:
     assert_close(*results)
 
 
-@pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"nonfinite": "skip"}], ids=str)
 @pytest.mark.parametrize("training", MODES.values(), ids=MODES)
 def test_ensemble(training: bool, options: dict[str, Any]) -> None:
