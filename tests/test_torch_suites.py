@@ -590,8 +590,9 @@ def test_table(record_property: Callable[[str, object], None]) -> None:
     assert all(counts[row]["run"] for row in counts)
     lines = [f"{'generator':58}{'run':>6}{'torch':>7}{'ours':>7}{'differences':>13}"]
     total: Counter[str] = Counter()
-    for row, count in [*counts.items(), ("all", total)]:
+    for count in counts.values():
         total.update(count)
+    for row, count in [*counts.items(), ("all", total)]:
         lines.append(f"{row:58}" + f"{count['run']:6}{count['torch']:7}{count['ours']:7}{count['differences']:13}")
     lines += [f"{met[d.reason]:6} samples: {d.reason}" for d in (*DIFFERENCES, *MODULE_DIFFERENCES)]
     record_property("table", "\n".join(lines))
