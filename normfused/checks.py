@@ -14,16 +14,27 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work.
-
-    Autograd Functions written in C++ refuse the one, and would lose the other's tangents without a word.
-    """
+    """Whether torch.func or forward-mode differentiation is active: operators in place have no derivative there."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def needs_torchs_operators(compiling: bool) -> bool:
     """Whether a recording must hold torch's operators: by ``torch.jit``, and by compilers where ours did not load."""
     return _extension.C is None if compiling else torch._C._is_tracing()
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation follows this tensor."""
+    if forward_ad._current_level < 0:
+        return False
+    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None
+
+
+def is_functionalized() -> bool:
+    """Whether :func:`torch.func.functionalize` is active."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == torch._C._functorch.TransformType.Functionalize for interpreter in stack)
 
 
 def check_device(input: Tensor) -> None:
@@ -56,8 +67,8 @@ def check_group(who: str, group: Any) -> None:
 
 def check_can_be_overwritten(who: str, input: Tensor) -> None:
     """Raise ``RuntimeError`` where writing over ``input`` would be wrong."""
-    if torch.compiler.is_compiling():
-        return
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return  # these write by copy_, which has torch's own checks
     if torch._debug_has_internal_overlap(input) == 1:
         raise RuntimeError(
             f"{who} cannot write over input, whose elements share memory: shape {tuple(input.shape)}, "

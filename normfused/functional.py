@@ -19,6 +19,8 @@ from normfused.checks import (
     check_can_be_overwritten,
     check_device,
     check_residual,
+    has_tangent,
+    is_functionalized,
     is_transformed,
     needs_torchs_operators,
 )
@@ -98,15 +100,17 @@ def batch_norm(
             themselves.
 
     Returns:
-        Shape, dtype and memory format of ``input``. First and second derivatives are exact; the third raises
-        ``NotImplementedError``. Kept for backward: ``input``; one bit a value for ReLU and leaky ReLU of a sum; for the
-        other activations of a sum the residual. An empty batch gives an empty output and changes no buffer.
+        Shape, dtype and memory format of ``input``. Derivatives are exact to any order, in reverse and forward mode and
+        under :mod:`torch.func`; running statistics have none. Saved for backward: ``input``; one bit per element for
+        ReLU and leaky ReLU of a sum; for the other activations of a sum the residual. An empty batch gives an empty
+        output and changes no buffer.
 
     Raises:
         ValueError: a shape, device, name or value that does not fit, or one value per channel in training.
         TypeError: a dtype that is not supported.
         RuntimeError: a CUDA tensor where the extension was built without CUDA; ``inplace`` for an input that cannot
             be overwritten: a leaf that requires grad, overlapping memory, one that its producer keeps for backward.
+        NotImplementedError: :func:`torch.func.vmap` over ``input`` in training, but not over the running statistics.
 
     With a ``DTensor`` as ``input`` all tensors must be DTensors of its mesh (``num_batches_tracked`` may be plain), and
     ``mask`` and ``inplace`` are refused. Where the running statistics are sharded, or without them the input's
@@ -197,8 +201,33 @@ def named_batch_norm(
         after = (activation, activation_param, mask, running_var_correction, nonfinite_batches, inplace)
         return dtensor.batch_norm(named_batch_norm, name, ranks, input, *arguments, *after, update_in_backward)
     check_shape(name, ranks, input, training and mask is None, running_mean is not None)
+    compiling = torch.compiler.is_compiling()
+    traced = not training and needs_torchs_operators(compiling)
     if inplace:
         _check_inplace(name, input, residual, mask, activation, activation_param)
+        if compiling or traced or _extension.C is None or is_transformed():
+            # Autograd may save what the operators read: nothing must be written over it.
+            output = named_batch_norm(
+                name,
+                ranks,
+                input.clone(),
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                training,
+                momentum,
+                eps,
+                num_batches_tracked,
+                None,
+                activation,
+                activation_param,
+                None,
+                running_var_correction,
+                nonfinite_batches,
+                update_in_backward=update_in_backward,
+            )
+            return input.copy_(output)
     if mask is not None:
         check_mask(name, mask, input)
         if training:
@@ -229,10 +258,8 @@ def named_batch_norm(
             update_in_backward=update_in_backward,
         )
         return unmasked(mask, output, input) if training else masked_zeros(mask, output, None)[0]
-    compiling = torch.compiler.is_compiling()
-    traced = not training and needs_torchs_operators(compiling)
     refusal = None
-    if _extension.C is not None and not (compiling or traced or is_transformed()):
+    if _extension.C is not None and not compiling and not traced:
         try:
             kernels = _extension.C
             first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
@@ -264,43 +291,39 @@ def named_batch_norm(
             running_var_correction,
             nonfinite_batches,
         )
-    if refusal is not None:
+    if refusal is not None and not is_functionalized():  # which refuses operators that update buffers
         raise refusal
     options: dict[str, Any] = {"residual": residual, "activation": activation, "activation_param": activation_param}
-    # Autograd may keep what these read: over it nothing must be written.
-    source = input.clone() if inplace else input
     if traced:
         assert running_mean is not None
         assert running_var is not None
-        output = decompositions.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **options)
-    elif compiling and _extension.C is not None:
+        return decompositions.batch_norm_inference(input, weight, bias, running_mean, running_var, eps, **options)
+    if compiling and _extension.C is not None:
         # The operators as compilers see them; the pybind11 module is opaque to them.
         ops = torch.ops.normfused
         if training:
             buffers = (running_mean, running_var, num_batches_tracked)
             updates = {"correction": running_var_correction, "skipped": nonfinite_batches}
             updates["update_in_backward"] = update_in_backward
-            results = ops.batch_norm_training(source, weight, bias, *buffers, momentum, eps, **options, **updates)
+            results = ops.batch_norm_training(input, weight, bias, *buffers, momentum, eps, **options, **updates)
         else:
-            results = ops.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **options)
-        output = results[0]
-    else:
-        output = reference.batch_norm(
-            source,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked=num_batches_tracked,
-            running_var_correction=running_var_correction,
-            nonfinite_batches=nonfinite_batches,
-            update_in_backward=update_in_backward,
-            **options,
-        )
-    return input.copy_(output) if inplace else output
+            results = ops.batch_norm_inference(input, weight, bias, running_mean, running_var, eps, **options)
+        return results[0]  # type: ignore[no-any-return]
+    return reference.batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked=num_batches_tracked,
+        running_var_correction=running_var_correction,
+        nonfinite_batches=nonfinite_batches,
+        update_in_backward=update_in_backward,
+        **options,
+    )
 
 
 @contextmanager
@@ -393,7 +416,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
         _check_local_response_norm(input, size, alpha, beta, k)
         return decompositions.local_response_norm(input, size, alpha, beta, k)
     refusal = None
-    if _extension.C is not None and not compiling and not is_transformed():
+    if _extension.C is not None and not compiling:
         try:
             return _extension.C.local_response_norm(input, size, alpha, beta, k)  # type: ignore[no-any-return]
         except (RuntimeError, TypeError, ValueError) as error:
@@ -553,6 +576,8 @@ def check_arguments(
             )
         if name.startswith("running") and vector.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"batch_norm: {name} requires grad, but running statistics are not differentiated")
+        if name.startswith("running") and has_tangent(vector):
+            raise ValueError(f"batch_norm: {name} has a tangent, but running statistics are not differentiated")
     if running_mean is not None and running_mean is running_var:
         raise ValueError("batch_norm: running_mean and running_var are the same tensor")
     if num_batches_tracked is not None and num_batches_tracked.device != input.device:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 # What may follow the normalization, by name: a function of its input and of a parameter.
@@ -22,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "hardswish": lambda z, _: F.hardswish(z),
     "sigmoid": lambda z, _: z.sigmoid(),
     "tanh": lambda z, _: z.tanh(),
-    "silu": lambda z, _: F.silu(z),
+    "silu": lambda z, _: z * z.sigmoid(),  # torch's own has no forward mode over its backward
     "gelu": lambda z, _: F.gelu(z),
     "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
 }
@@ -77,25 +79,24 @@ def laid_out_as(values: Tensor, input: Tensor) -> Tensor:
 
 
 class _KeepLayout(torch.autograd.Function):
-    """The identity, whose gradient is laid out in memory as its input."""
-
-    generate_vmap_rule = True
+    """The identity, whose gradient has the memory layout of its input."""
 
     @staticmethod
-    def forward(input: Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.strides = _strides_of_view(input)
         return input.view_as(input)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.strides = _strides_of_view(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _laid_out(grad, ctx.strides)
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.view_as(tangent)
+
+def _keep_layout(input: Tensor) -> Tensor:
+    """``input``, whose gradient has its memory layout; in transforms the layout is left to torch."""
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return input
+    output: Tensor = _KeepLayout.apply(input)  # type: ignore[no-untyped-call]
+    return output
 
 
 def _by_channel(input: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ def batch_norm(
 
     With ``all_sum``, which sums a tensor over processes, the batch in training is that of all of them.
     """
-    x = with_view(_KeepLayout.apply(input)).double()  # type: ignore[no-untyped-call]
+    x = with_view(_keep_layout(input)).double()
     shape = [1, -1] + [1] * (input.dim() - 2)
     if training:
         mean, var, count = _batch_statistics(x, all_sum)
@@ -162,7 +163,8 @@ def batch_norm(
         if count != 0 and (update_in_backward or not is_in_backward()):
             new_var = var * count / (count - running_var_correction)
             updates = None if update_in_backward or not torch.compiler.is_compiling() else _outside_backward(mean)
-            _update(running_mean, running_var, num_batches_tracked, nonfinite_batches, momentum, mean, new_var, updates)
+            statistics = mean.detach(), new_var.detach()  # buffers have no derivative, in either mode
+            _update(running_mean, running_var, num_batches_tracked, nonfinite_batches, momentum, *statistics, updates)
     else:
         assert running_mean is not None
         assert running_var is not None
@@ -207,15 +209,17 @@ def _update(
     updates: Tensor | None,
 ) -> None:
     """Write the buffers; where ``updates``, 0-d bool, is given and false, the values that they have."""
-    for written in (running_mean, running_var, num_batches_tracked, nonfinite_batches):
-        if written is not None:
-            written.mul_(1)  # raises where torch refuses to write, before anything is written
+    written = [b for b in (running_mean, running_var, num_batches_tracked, nonfinite_batches) if b is not None]
+    for b in written:
+        _check_can_be_updated(b, new_mean)
+    for b in written:
+        _write(b, b * 1)  # raises where torch refuses to write, before anything is written
     if num_batches_tracked is not None:
-        num_batches_tracked += 1 if updates is None else updates
+        _write(num_batches_tracked, num_batches_tracked + (1 if updates is None else updates))
     taken = torch.ones_like(new_mean, dtype=torch.bool) if updates is None else updates.expand(new_mean.shape)
     if nonfinite_batches is not None:
         finite = new_mean.isfinite() & new_var.isfinite()
-        nonfinite_batches += taken & ~finite
+        _write(nonfinite_batches, nonfinite_batches + (taken & ~finite))
         taken = taken & finite
     for buffer, value in ((running_mean, new_mean), (running_var, new_var)):
         if buffer is None:
@@ -225,7 +229,38 @@ def _update(
             factor: float | Tensor = 1 / num_batches_tracked.double()
         else:
             factor = momentum
-        buffer.copy_(torch.where(taken, (1 - factor) * buffer.double() + factor * value, buffer.double()))
+        _write(buffer, torch.where(taken, (1 - factor) * buffer.double() + factor * value, buffer.double()))
+
+
+def _check_can_be_updated(buffer: Tensor, values: Tensor) -> None:
+    """Raise ``NotImplementedError`` where ``vmap`` batches the values, but not the buffer (not its counter)."""
+    if buffer.dim() == 0 or _is_wrapped(buffer):
+        return
+    while _is_wrapped(values):
+        if torch._C._functorch.is_batchedtensor(values):
+            raise NotImplementedError(
+                "batch_norm: vmap over the input cannot update running statistics that vmap does not batch too. "
+                "Construct the layer with track_running_stats=False, call torch.func.replace_all_batch_norm_modules_, "
+                "call functional.batch_norm without running statistics, or use eval mode"
+            )
+        values = torch._C._functorch.get_unwrapped(values)
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _write(buffer: Tensor, values: Tensor) -> None:
+    """Write over a buffer; that of a layer, which torch.func's transforms do not wrap, below these."""
+    if not _is_wrapped(values) or _is_wrapped(buffer):
+        buffer.copy_(values)
+        return
+    while _is_wrapped(values):
+        if torch._is_functional_tensor(values):
+            torch._functionalize_sync(values)
+        values = torch._C._functorch.get_unwrapped(values)
+    with temporarily_clear_interpreter_stack():
+        buffer.copy_(values)
 
 
 def channel_sums(input: Tensor) -> ChannelSums:
@@ -272,7 +307,7 @@ def standardize(
 
 def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
     """:func:`normfused.functional.local_response_norm` in plain torch, without its argument checks."""
-    x = with_view(_KeepLayout.apply(input)).double()  # type: ignore[no-untyped-call]
+    x = with_view(_keep_layout(input)).double()
     # Beyond the channels there are only zeros, however many the window has of them.
     before, after = (min(side, input.size(1)) for side in (size // 2, (size - 1) // 2))
     squares = F.pad(x.square(), (*[0, 0] * (input.dim() - 2), before, after))

@@ -129,7 +129,7 @@ class ImageConstants:
         compiling = torch.compiler.is_compiling()
         if needs_torchs_operators(compiling):
             output = decompositions.standardize(*arguments)
-        elif _extension.C is None or is_transformed():
+        elif _extension.C is None:
             output = reference.standardize(*arguments)
         else:
             operators = torch.ops.normfused if compiling else _extension.C

@@ -76,8 +76,7 @@ def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Ten
     Raises:
         RuntimeError: the collective fails. Otherwise as :class:`normfused.SyncBatchNorm`.
     """
-    if is_transformed():
-        raise NotImplementedError("SyncBatchNorm: torch.func and forward-mode differentiation are not supported")
+    _refuse_transforms()
     rows = [call.of_rows() for call in calls]
     if agreement.debugs():
         agreement.agree(group, ", ".join(map(Call.signature, rows, labels)))
@@ -89,6 +88,11 @@ def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Ten
         output if call.mask is None else unmasked(call.mask, output, call.input)
         for call, output in zip(calls, outputs, strict=True)
     ]
+
+
+def _refuse_transforms() -> None:
+    if is_transformed():
+        raise NotImplementedError("SyncBatchNorm: torch.func and forward-mode differentiation are not supported")
 
 
 # ---- collectives -----------------------------------------------------------------------------------------------------
@@ -195,6 +199,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_transforms()
         saved = ctx.saved_tensors  # once: hooks unpack them
         layers = []
         for i, (what, grad) in enumerate(zip(ctx.after, grads, strict=True)):
@@ -318,7 +323,7 @@ def _differentiable_gradients(group: Group, layer: _Layer) -> Gradients:
     grad, (label, eps, activation, parameter) = layer.grad, layer.what
     if layer.mask is not None:
         below = parameter if activation == "leaky_relu" else 0.0
-        grad, activation = grad * _slope(layer.mask, layer.input, below), "identity"
+        grad, activation = torch.where(_above_zero(layer.mask, layer.input), grad, grad * below), "identity"
     bias = layer.bias
     if bias is None and layer.needs.bias:  # whatever it is: it is added
         assert layer.weight is not None
@@ -347,9 +352,8 @@ def _differentiable_gradients(group: Group, layer: _Layer) -> Gradients:
     return grad_input, grad_weight, grad_bias, grad if added else grad_residual
 
 
-def _slope(mask: Tensor, input: Tensor, below: float) -> Tensor:
-    """The activation's slope at each value, by the mask's bits, which are in the order of ``input``'s memory."""
+def _above_zero(mask: Tensor, input: Tensor) -> Tensor:
+    """The mask's bits, which are in the order of ``input``'s memory, as bools of its shape."""
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = (mask.unsqueeze(1).bitwise_right_shift(places) & 1).flatten()[: input.numel()].bool()
-    above = bits.as_strided(input.shape, reference.with_view(input).stride())
-    return torch.where(above, 1.0, below).to(input.dtype)
+    return bits.as_strided(input.shape, reference.with_view(input).stride())

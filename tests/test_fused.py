@@ -128,16 +128,6 @@ def test_b18_second_derivatives(activation: str | None, with_residual: bool, tra
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.usefixtures("needs_extension")
-def test_b18_third_derivative_raises() -> None:
-    x, residual = double(3, 2, 3).requires_grad_(), double(3, 2, 3).requires_grad_()
-    y = batch_norm(x, None, None, training=True, residual=residual, activation="silu")
-    (first,) = torch.autograd.grad((y**3).sum(), residual, create_graph=True)
-    (second,) = torch.autograd.grad((first**3).sum(), residual, create_graph=True)
-    with pytest.raises(NotImplementedError, match="third derivative"):
-        torch.autograd.grad((second**2).sum(), residual)
-
-
 def saved_bytes(function: Callable[[], Tensor]) -> tuple[int, set[int]]:
     """Bytes that autograd keeps for backward, and where they lie."""
     kept: dict[int, int] = {}

@@ -12,6 +12,7 @@ from common import lay_out
 from on_ranks import GATHER, REDUCE, Traffic, assert_close, assert_same_everywhere, error_of, share, total
 from ranks import Ranks
 from torch import Tensor, distributed, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import normfused
@@ -357,12 +358,29 @@ def checkpointed(how: str) -> None:
 
 
 def test_transforms_are_refused(ranks: Ranks) -> None:
-    for error in ranks.run(2, transformed):
-        assert (
-            error == "NotImplementedError: SyncBatchNorm: torch.func and forward-mode differentiation are not supported"
-        )
+    refused = "NotImplementedError: SyncBatchNorm: torch.func and forward-mode differentiation are not supported"
+    for errors in ranks.run(2, transformed):
+        assert errors == [refused] * len(errors)
 
 
-def transformed() -> str:
+def transformed() -> list[str]:
+    """Over the forward, and over the backward of a graph that was made before."""
     layer = normfused.SyncBatchNorm(3)
-    return error_of(lambda: torch.func.grad(lambda x: layer(x).sum())(torch.randn(4, 3)))
+    x = torch.randn(4, 3, requires_grad=True)
+    y = layer(x)
+
+    def gradient(g: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(y, x, g, retain_graph=True)[0]
+
+    def dual(function: Any) -> Any:
+        with forward_ad.dual_level():
+            return function(forward_ad.make_dual(torch.randn(4, 3), torch.randn(4, 3)))
+
+    g = torch.randn(4, 3)
+    return [
+        error_of(lambda: torch.func.grad(lambda x: layer(x).sum())(g)),
+        error_of(lambda: dual(layer)),
+        error_of(lambda: dual(gradient)),
+        error_of(lambda: torch.func.jvp(gradient, (g,), (g,))),
+        error_of(lambda: torch.func.vmap(gradient)(torch.stack([g, g]))),
+    ]

@@ -1,6 +1,6 @@
 #include "ops/activation.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
 #include <string>
@@ -62,11 +62,41 @@ at::Tensor activate(const Activation& activation, const at::Tensor& z) {
     case ActivationKind::kTanh:
       return at::tanh(z);
     case ActivationKind::kSilu:
-      return at::silu(z);
+      return z * at::sigmoid(z);  // torch's own has no forward mode over its backward
     case ActivationKind::kGelu:
       return at::gelu(z, "none");
     case ActivationKind::kGeluTanh:
       return at::gelu(z, "tanh");
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+at::Tensor activate_backward(const Activation& activation, const at::Tensor& grad_output, const at::Tensor& z) {
+  switch (activation.kind) {
+    case ActivationKind::kIdentity:
+      return grad_output;
+    case ActivationKind::kRelu:
+      return at::threshold_backward(grad_output, z, 0);
+    case ActivationKind::kRelu6:
+      return at::hardtanh_backward(grad_output, z, 0, 6);
+    case ActivationKind::kLeakyRelu:
+      return at::leaky_relu_backward(grad_output, z, activation.parameter, /*self_is_result=*/false);
+    case ActivationKind::kElu:
+      return at::elu_backward(grad_output, activation.parameter, 1, 1, /*is_result=*/false, z);
+    case ActivationKind::kHardswish:
+      return at::hardswish_backward(grad_output, z);
+    case ActivationKind::kSigmoid:
+      return at::sigmoid_backward(grad_output, at::sigmoid(z));
+    case ActivationKind::kTanh:
+      return at::tanh_backward(grad_output, at::tanh(z));
+    case ActivationKind::kSilu: {
+      const at::Tensor share = at::sigmoid(z);
+      return grad_output * share * (1 + z * (1 - share));
+    }
+    case ActivationKind::kGelu:
+      return at::gelu_backward(grad_output, z, "none");
+    case ActivationKind::kGeluTanh:
+      return at::gelu_backward(grad_output, z, "tanh");
   }
   TORCH_INTERNAL_ASSERT(false);
 }

@@ -26,7 +26,8 @@ inline bool can_be_undone(const Activation& activation) {
          (activation.kind == ActivationKind::kLeakyRelu && activation.parameter > 0);
 }
 
-// The activation in torch's own operators, for derivatives of higher order.
+// The activation and its gradient, grad_output * activation'(z), in torch's own operators.
 at::Tensor activate(const Activation& activation, const at::Tensor& z);
+at::Tensor activate_backward(const Activation& activation, const at::Tensor& grad_output, const at::Tensor& z);
 
 }  // namespace normfused::ops

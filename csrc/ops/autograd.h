@@ -5,11 +5,9 @@
 
 #include "ops/activation.h"
 #include "ops/batch_norm.h"
+#include "ops/derivatives.h"
 
 namespace normfused::ops {
-
-inline bool needs_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
-inline bool needs_grad(const OptionalTensor& tensor) { return tensor && needs_grad(*tensor); }
 
 inline OptionalTensor optional(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
@@ -18,6 +16,8 @@ inline OptionalTensor optional(const at::Tensor& tensor) {
 inline void check_buffers(const OptionalTensor& running_mean, const OptionalTensor& running_var) {
   TORCH_CHECK_VALUE(!at::GradMode::is_enabled() || (!needs_grad(running_mean) && !needs_grad(running_var)),
                     "running statistics are not differentiated");
+  TORCH_CHECK_VALUE(!has_tangent(running_mean) && !has_tangent(running_var),
+                    "running statistics are not differentiated: running_mean and running_var must have no tangent");
 }
 
 // The operators' arguments that have derivatives, in their order.

@@ -1,12 +1,14 @@
 #include "ops/batch_norm.h"
 
 #include <ATen/Functions.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <cmath>
 
 #include "ops/activation.h"
 #include "ops/backend.h"
+#include "ops/batch_norm_checks.h"
 #include "ops/find_operator.h"
 #include "ops/layout.h"
 #include "ops/running_statistics.h"
@@ -14,24 +16,6 @@
 namespace normfused::ops {
 
 namespace {
-
-// Terse: functional.py explains refusals to users. These keep a direct call of the operator from crashing.
-void check_input(const at::Tensor& input) {
-  TORCH_CHECK_VALUE(input.dim() >= 2, "input needs at least 2 dimensions, got shape ", input.sizes());
-  dtype_of(input.scalar_type());
-}
-
-void check_channels(const char* name, const OptionalTensor& vector, const at::Tensor& input) {
-  if (!vector) return;
-  TORCH_CHECK_VALUE(vector->device() == input.device(), name, " is on ", vector->device(), ", input on ",
-                    input.device());
-  TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == input.size(1), name, " has shape ", vector->sizes(),
-                    ", input has ", input.size(1), " channels");
-  const at::ScalarType type = vector->scalar_type();
-  const bool narrow = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
-  TORCH_CHECK_TYPE(type == input.scalar_type() || (narrow && type == at::kFloat), name, " is ", type, " for input of ",
-                   input.scalar_type());
-}
 
 OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
@@ -52,15 +36,10 @@ BatchNormForward forward_args(const at::Tensor& input, const at::Tensor& output,
   return args;
 }
 
-// As the input in shape, dtype and device, and laid out in memory as `dense`.
+// Laid out in memory as `dense`, the input.
 OptionalTensor like_input(const char* name, const OptionalTensor& tensor, const at::Tensor& dense) {
-  if (!tensor) return std::nullopt;
-  TORCH_CHECK_VALUE(tensor->sizes() == dense.sizes(), name, " has shape ", tensor->sizes(), ", input ", dense.sizes());
-  TORCH_CHECK_TYPE(tensor->scalar_type() == dense.scalar_type(), name, " is ", tensor->scalar_type(), ", input ",
-                   dense.scalar_type());
-  TORCH_CHECK_VALUE(tensor->device() == dense.device(), name, " is on ", tensor->device(), ", input on ",
-                    dense.device());
-  return laid_out_as(*tensor, dense);
+  check_like_input(name, tensor, dense);
+  return tensor ? OptionalTensor(laid_out_as(*tensor, dense)) : std::nullopt;
 }
 
 const void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
@@ -117,13 +96,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_batch(
   if (target == Target::kInput) finish_update(input, dense);
   running.finish();
   return {output, statistics, mask};
-}
-
-void check_statistics(const at::Tensor& statistics, const at::Tensor& input) {
-  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.dim() == 2 &&
-                        statistics.size(0) == 2 && statistics.size(1) == input.size(1) &&
-                        statistics.device() == input.device(),
-                    "statistics must be contiguous float64 of shape (2, channels) on ", input.device());
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_constants(
@@ -225,28 +197,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_k
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output,
     const OptionalTensor& sums, const OptionalTensor& count) {
-  check_input(input);
-  check_channels("weight", weight, input);
-  check_channels("bias", bias, input);
-  check_statistics(statistics, input);
-  const Activation applied = activation_of(activation, activation_param);
-  TORCH_CHECK_VALUE(!mask || (gradient_is_by_sign(applied) && mask->scalar_type() == at::kByte && mask->dim() == 1 &&
-                              mask->is_contiguous() && mask->numel() == mask_bytes(input.numel()) &&
-                              mask->device() == input.device()),
-                    "mask must be contiguous uint8 of shape (", mask_bytes(input.numel()), ") on ", input.device(),
-                    ", and the activation's gradient one by sign");
-  TORCH_CHECK_VALUE(!from_output || (can_be_undone(applied) && !residual && !mask),
-                    "from_output needs an activation that can be undone, and neither residual nor mask");
-  const at::ScalarType sums_type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_VALUE(sums.has_value() == count.has_value() && (!sums || training), "sums and count belong together");
-  TORCH_CHECK_VALUE(!sums || (sums->scalar_type() == sums_type && sums->is_contiguous() && sums->dim() == 2 &&
-                              sums->size(0) == 2 && sums->size(1) == input.size(1) &&
-                              sums->device() == input.device() && !output_mask[1] && !output_mask[2]),
-                    "sums must be contiguous ", sums_type, " of shape (2, channels) on ", input.device());
-  TORCH_CHECK_VALUE(
-      !count || (count->scalar_type() == at::kLong && count->numel() == 1 && count->device() == input.device()),
-      "count must be one int64 on ", input.device());
-
+  check_backward(grad_output, input, weight, statistics, training, output_mask, bias, residual, mask, activation,
+                 activation_param, from_output, sums, count);
   const at::Tensor dense = with_view(input);
   const OptionalTensor grad_dense = like_input("grad_output", grad_output, dense);
   const OptionalTensor residual_dense = mask ? std::nullopt : like_input("residual", residual, dense);
@@ -280,7 +232,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_k
   args.mean = statistics.const_data_ptr<double>();
   args.invstd = args.mean + input.size(1);
   args.training = training;
-  args.activation = applied;
+  args.activation = activation_of(activation, activation_param);
   args.residual = data_of(residual_dense);
   args.mask = static_cast<const uint8_t*>(data_of(mask));
   args.from_output = from_output;
@@ -378,5 +330,9 @@ TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
   m.impl("batch_norm_backward", batch_norm_backward_kernels);
 }
 #endif
+
+TORCH_LIBRARY_IMPL(normfused, Autograd, m) {
+  m.impl("batch_norm_by_statistics", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace normfused::ops

@@ -1,14 +1,10 @@
-// Derivatives of batch norm: the first by the backward operator, the second by formula, the third refused.
+// Derivatives of batch norm: the first by the backward operator, all others by the composite (see derivatives.h).
 #include <ATen/ATen.h>
-#include <ATen/OpMathType.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <iterator>
-
 #include "ops/autograd.h"
-#include "ops/layout.h"
+#include "ops/batch_norm_checks.h"
+#include "ops/batch_norm_composite.h"
 
 namespace normfused::ops {
 
@@ -20,175 +16,8 @@ using torch::autograd::variable_list;
 
 // `tensor` in the given strides.
 Tensor laid_out(const Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides) {
-  return tensor.strides() == strides ? tensor : at::empty_strided(sizes, strides, tensor.options()).copy_(tensor);
+  return tensor.strides() == strides ? tensor : tensor.new_empty_strided(sizes, strides).copy_(tensor);
 }
-
-// Passes a second derivative on, so that it still counts as depending on what it was computed from.
-struct ThirdOrder : torch::autograd::Function<ThirdOrder> {
-  static Tensor forward(AutogradContext*, const Tensor& result, at::TensorList) { return result.view_as(result); }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "normfused: batch norm has no third derivative");
-  }
-};
-
-// With d = (x - mean) * invstd and P(a) = a - avg(a) - d * avg(a * d), training computes
-//   grad_input = weight * invstd * P(g),  grad_weight = sum(g * d),  grad_bias = sum(g)
-// and inference the same with P(a) = a and constant statistics. P is symmetric, which the formulas below use.
-// Given gradients of those three (u of grad_input, v of grad_weight, w of grad_bias), returns those of g, x and weight.
-variable_list batch_norm_double_backward(const Tensor& u_in, const Tensor& v_in, const Tensor& w_in, const Tensor& g_in,
-                                         const Tensor& x_in, const Tensor& weight_in, const Tensor& statistics,
-                                         bool training) {
-  const at::NoGradGuard no_grad;
-  const auto type = at::toOpMathType(x_in.scalar_type());
-  at::DimVector axes, shape(x_in.dim(), 1);
-  shape[1] = -1;
-  for (int64_t dim = 0; dim < x_in.dim(); ++dim)
-    if (dim != 1) axes.push_back(dim);
-  const auto per_channel = [&](const Tensor& t) { return t.defined() ? t.to(type).view(shape) : Tensor(); };
-  const auto sum = [&](const Tensor& t) { return t.sum(axes, /*keepdim=*/true); };
-  const auto avg = [&](const Tensor& t) { return t.mean(axes, /*keepdim=*/true); };
-  const auto plus = [](const Tensor& a, const Tensor& b) { return a.defined() ? (b.defined() ? a + b : a) : b; };
-
-  const Tensor g = g_in.to(type), x = x_in.to(type);
-  const Tensor u = u_in.defined() ? u_in.to(type) : Tensor();
-  const Tensor v = per_channel(v_in), w = per_channel(w_in);
-  const Tensor invstd = per_channel(statistics[1]);
-  const Tensor weight = weight_in.defined() ? per_channel(weight_in) : at::ones_like(invstd);
-  const Tensor d = (x.to(at::kDouble) - statistics[0].view(shape)).to(type) * invstd;
-  const auto project = [&](const Tensor& a) { return training ? a - avg(a) - d * avg(a * d) : a; };
-
-  Tensor grad_g, grad_x, grad_weight;
-  Tensor grad_d;  // how the three depend on x by way of d
-  if (u.defined()) {
-    const Tensor projected = project(u);
-    grad_g = weight * invstd * projected;
-    grad_weight = (invstd * sum(projected * g)).view(-1);
-    if (training) {
-      grad_d = -weight * invstd * (u * avg(g * d) + g * avg(u * d));
-      // … and by way of invstd, whose derivative is -invstd² d / M.
-      grad_x = -weight * invstd * invstd * avg(projected * g) * d;
-    }
-  }
-  if (v.defined()) {
-    grad_g = plus(grad_g, v * d);
-    grad_d = plus(grad_d, v * g);
-  }
-  if (w.defined()) grad_g = plus(grad_g, w.expand_as(g));
-  if (grad_d.defined()) grad_x = plus(grad_x, invstd * project(grad_d));
-
-  const auto as = [](const Tensor& t, const Tensor& like) {
-    return t.defined() && like.defined() ? t.to(like.scalar_type()) : Tensor();
-  };
-  return {as(grad_g, g_in), as(grad_x, x_in), as(grad_weight, weight_in)};
-}
-
-// The bits of a mask as a tensor of bools like `like`, which is laid out in memory as the values were.
-Tensor unpacked(const Tensor& mask, const Tensor& like) {
-  const Tensor places = at::arange(8, mask.options());
-  const Tensor bits = at::bitwise_and(at::bitwise_right_shift(mask.unsqueeze(1), places), 1).view(-1).to(at::kBool);
-  return bits.slice(0, 0, like.numel()).as_strided(like.sizes(), like.strides());
-}
-
-// What the activation took in, from what was saved.
-Tensor before_activation(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                         const Tensor& statistics, const OptionalTensor& residual) {
-  const auto type = at::toOpMathType(input.scalar_type());
-  at::DimVector shape(input.dim(), 1);
-  shape[1] = -1;
-  Tensor scale = statistics[1];
-  if (weight) scale = scale * weight->to(at::kDouble);
-  Tensor z = (input.to(at::kDouble) - statistics[0].view(shape)) * scale.view(shape);
-  if (bias) z = z + bias->to(at::kDouble).view(shape);
-  if (residual) z = z + residual->to(at::kDouble);
-  return z.to(type);
-}
-
-struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
-                               const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-                               const Tensor& statistics, const OptionalTensor& mask, const Mode& mode,
-                               std::array<bool, 4> output_mask) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [grad_input, grad_weight, grad_bias, grad_residual] =
-        batch_norm_backward(grad_output, input, weight, statistics, mode.training, output_mask, bias, residual, mask,
-                            name_of(mode.activation), mode.activation.parameter);
-    const Tensor none;
-    ctx->save_for_backward({grad_output, input, weight.value_or(none), bias.value_or(none), residual.value_or(none),
-                            statistics, mask.value_or(none)});
-    mode.save(ctx);
-    ctx->set_materialize_grads(false);
-    const variable_list results{grad_input, grad_weight, grad_bias, grad_residual};
-    variable_list unwanted;
-    for (size_t i = 0; i < results.size(); ++i)
-      if (!output_mask[i]) unwanted.push_back(results[i]);
-    ctx->mark_non_differentiable(unwanted);
-    return results;
-  }
-
-  // With z what the activation takes in and h its gradient, the first derivative is h = grad_output * activation'(z)
-  // and then batch norm's own, of h; grad_residual is h. So its derivative is batch norm's second with respect to h, x
-  // and weight, and what comes to z by way of h goes through batch norm's first.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &grad_output = saved[0], &input = saved[1], &weight = saved[2], &bias = saved[3], &residual = saved[4],
-                 &statistics = saved[5], &mask = saved[6];
-    const Mode mode = Mode::saved(ctx);
-    const Activation& activation = mode.activation;
-    Tensor h = grad_output, z_leaf, grad_leaf;
-    Tensor slope;  // of the activation, where it depends on the sign alone
-    if (mask.defined()) {
-      const double below = activation.kind == ActivationKind::kLeakyRelu ? activation.parameter : 0;
-      slope = at::where(unpacked(mask, with_view(input)), 1., below).to(grad_output.scalar_type());
-      h = grad_output * slope;
-    } else if (activation.kind != ActivationKind::kIdentity) {
-      const at::AutoGradMode with_grad(true);
-      z_leaf = before_activation(input.detach(), detached(weight), detached(bias), statistics, detached(residual))
-                   .requires_grad_();
-      grad_leaf = grad_output.detach().to(z_leaf.scalar_type()).requires_grad_();
-      h = torch::autograd::grad({activate(activation, z_leaf)}, {z_leaf}, {grad_leaf}, true, true)[0];
-    }
-
-    variable_list second =
-        batch_norm_double_backward(grads[0], grads[1], grads[2], h.detach(), input, weight, statistics, mode.training);
-    Tensor grad_h = second[0], grad_input = second[1], grad_weight = second[2], grad_bias, grad_residual;
-    if (grads[3].defined()) grad_h = grad_h.defined() ? grad_h + grads[3] : grads[3];
-    if (grad_h.defined() && slope.defined()) {
-      grad_h = grad_h * slope;
-    } else if (grad_h.defined() && z_leaf.defined()) {
-      const variable_list through = torch::autograd::grad({h}, {grad_leaf, z_leaf}, {grad_h.to(h.scalar_type())},
-                                                          std::nullopt, false, /*allow_unused=*/true);
-      grad_h = through[0];
-      if (through[1].defined()) {
-        const at::NoGradGuard no_grad;
-        const Tensor grad_z = through[1].to(input.scalar_type());
-        const auto [of_input, of_weight, of_bias, unused] = batch_norm_backward(
-            grad_z, input, optional(weight), statistics, mode.training, {true, weight.defined(), bias.defined(), false},
-            std::nullopt, std::nullopt, std::nullopt, "identity", 0);
-        grad_input = grad_input.defined() ? grad_input + of_input : of_input;
-        if (weight.defined()) grad_weight = grad_weight.defined() ? grad_weight + of_weight : of_weight;
-        if (bias.defined()) grad_bias = of_bias;
-        if (residual.defined()) grad_residual = grad_z;
-      }
-    }
-    if (grad_h.defined()) grad_h = grad_h.to(grad_output.scalar_type());
-
-    variable_list results{grad_h, grad_input, grad_weight, grad_bias, grad_residual};
-    if (at::GradMode::is_enabled()) {
-      variable_list sources;
-      for (const variable_list& some : {saved, grads})
-        std::copy_if(some.begin(), some.end(), std::back_inserter(sources),
-                     [](const Tensor& t) { return t.defined(); });
-      for (Tensor& result : results)
-        if (result.defined()) result = ThirdOrder::apply(result, at::TensorList(sources));
-    }
-    results.resize(9);
-    return results;
-  }
-
-  static OptionalTensor detached(const Tensor& tensor) {
-    return tensor.defined() ? OptionalTensor(tensor.detach()) : std::nullopt;
-  }
-};
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -249,8 +78,18 @@ struct ForwardFunction : torch::autograd::Function<ForwardFunction> {
 template <class Call>
 Outputs differentiable(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& residual, const Mode& mode, bool save_mask, const Call& call) {
-  if (at::GradMode::is_enabled() &&
-      (needs_grad(input) || needs_grad(weight) || needs_grad(bias) || needs_grad(residual))) {
+  if (needs_composite(input, weight, bias, residual)) {
+    // Below autograd the operator updates the buffers, by values alone, and finds the statistics.
+    Outputs outputs;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      outputs = call(save_mask);
+    }
+    std::get<0>(outputs) =
+        batch_norm_composite(input, weight, bias, residual, std::get<1>(outputs), mode.training, mode.activation);
+    return outputs;
+  }
+  if (is_recorded(input, weight, bias, residual)) {
     const auto results = ForwardFunction::apply(input, weight, bias, residual, mode, call);
     return {results[0], results[1], results[2]};
   }
@@ -290,13 +129,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_autograd(
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& mask, std::string_view activation, double activation_param, bool from_output,
     const OptionalTensor& sums, const OptionalTensor& count) {
-  if (at::GradMode::is_enabled() && (needs_grad(grad_output) || needs_grad(input) || needs_grad(weight) ||
-                                     needs_grad(bias) || needs_grad(residual))) {
+  if (backward_needs_composite(grad_output, input, weight, bias, residual)) {
+    check_backward(grad_output, input, weight, statistics, training, output_mask, bias, residual, mask, activation,
+                   activation_param, from_output, sums, count);
     TORCH_CHECK_NOT_IMPLEMENTED(!from_output && !sums, "backward from the output or from sums has no derivative");
-    const Mode mode{training, activation_of(activation, activation_param)};
-    const auto results =
-        BackwardFunction::apply(grad_output, input, weight, bias, residual, statistics, mask, mode, output_mask);
-    return {results[0], results[1], results[2], results[3]};
+    return batch_norm_backward_composite(grad_output, input, weight, statistics, training, output_mask, bias, residual,
+                                         mask, activation_of(activation, activation_param));
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   return batch_norm_backward(grad_output, input, weight, statistics, training, output_mask, bias, residual, mask,

@@ -92,7 +92,7 @@ struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
     };
 
     variable_list all;
-    if (at::GradMode::is_enabled()) {
+    if (at::GradMode::is_enabled() || has_tangent(grad) || in_transform()) {
       // To be differentiated again, with respect to the x that there was.
       const Tensor x = input_of(output, weight, bias, statistics, kept, kept_input, mode.activation);
       if (place.defined()) set_gradient_edge(x, torch::autograd::impl::gradient_edge(place));
@@ -137,7 +137,11 @@ struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
 template <class Call>
 Tensor differentiable(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Mode& mode,
                       const Call& call) {
-  if (at::GradMode::is_enabled() && (needs_grad(input) || needs_grad(weight) || needs_grad(bias))) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !in_transform() && !has_tangent(input) && !has_tangent(weight) && !has_tangent(bias),
+      "batch norm's operators in place have no derivative under torch.func or in forward mode; use those that are not "
+      "in place");
+  if (is_recorded(input, weight, bias)) {
     torch::autograd::check_inplace(input, /*requires_grad=*/true);
     TORCH_CHECK_VALUE(can_be_undone(mode.activation), "in place the activation must be one that can be undone, got ",
                       std::string(name_of(mode.activation)));

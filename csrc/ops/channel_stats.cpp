@@ -1,6 +1,7 @@
 #include "ops/channel_stats.h"
 
 #include <ATen/Functions.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <array>
@@ -75,5 +76,10 @@ TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
   m.impl("channel_sums", channel_sums_kernels);
 }
 #endif
+
+TORCH_LIBRARY_IMPL(normfused, Autograd, m) {
+  m.impl("channel_moments", torch::autograd::autogradNotImplementedFallback());
+  m.impl("channel_sums", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace normfused::ops

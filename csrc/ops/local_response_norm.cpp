@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "ops/backend.h"
+#include "ops/derivatives.h"
 #include "ops/find_operator.h"
 #include "ops/layout.h"
 
@@ -26,8 +27,25 @@ Tensor window_sum(const Tensor& values, int64_t before, int64_t after) {
   return at::constant_pad_nd(values, padding).unfold(1, before + 1 + after, 1).sum(-1);
 }
 
+void check(const Tensor& input, int64_t size) {
+  TORCH_CHECK_VALUE(input.dim() >= 3, "input needs at least 3 dimensions, got shape ", input.sizes());
+  TORCH_CHECK_VALUE(size >= 1, "size must be at least 1, got ", size);
+  dtype_of(input.scalar_type());
+}
+
+void check_grad_output(const Tensor& grad_output, const Tensor& input) {
+  TORCH_CHECK_VALUE(grad_output.device() == input.device(), "grad_output is on ", grad_output.device(), ", input on ",
+                    input.device());
+  TORCH_CHECK_VALUE(grad_output.sizes() == input.sizes(), "grad_output has shape ", grad_output.sizes(), ", input ",
+                    input.sizes());
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "grad_output is ", grad_output.scalar_type(),
+                   ", input ", input.scalar_type());
+}
+
 // The formulas of kernels/math.h in torch's operators, for any derivative and any window; without grad_output forward.
 Tensor composite(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta, double k) {
+  check(input, size);
+  if (grad_output.defined()) check_grad_output(grad_output, input);
   const int64_t before = std::min(size / 2, input.size(1)), after = std::min((size - 1) / 2, input.size(1));
   const double scale = alpha / static_cast<double>(size);
   const Tensor x = input.to(at::toOpMathType(input.scalar_type()));
@@ -39,8 +57,7 @@ Tensor composite(const Tensor& grad_output, const Tensor& input, int64_t size, d
 }
 
 Tensor run(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta, double k) {
-  TORCH_CHECK_VALUE(input.dim() >= 3, "input needs at least 3 dimensions, got shape ", input.sizes());
-  TORCH_CHECK_VALUE(size >= 1, "size must be at least 1, got ", size);
+  check(input, size);
   const DType dtype = dtype_of(input.scalar_type());
   const Tensor dense = with_view(input);
   const Tensor grad = grad_output.defined() ? laid_out_as(grad_output, dense) : grad_output;
@@ -66,12 +83,7 @@ Tensor forward_kernels(const Tensor& input, int64_t size, double alpha, double b
 
 Tensor backward_kernels(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta,
                         double k) {
-  TORCH_CHECK_VALUE(grad_output.device() == input.device(), "grad_output is on ", grad_output.device(), ", input on ",
-                    input.device());
-  TORCH_CHECK_VALUE(grad_output.sizes() == input.sizes(), "grad_output has shape ", grad_output.sizes(), ", input ",
-                    input.sizes());
-  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "grad_output is ", grad_output.scalar_type(),
-                   ", input ", input.scalar_type());
+  check_grad_output(grad_output, input);
   return run(grad_output, input, size, alpha, beta, k);
 }
 
@@ -98,17 +110,21 @@ struct Normalize : torch::autograd::Function<Normalize> {
 };
 
 Tensor forward_autograd(const Tensor& input, int64_t size, double alpha, double beta, double k) {
-  if (at::GradMode::is_enabled() && input.requires_grad()) return Normalize::apply(input, size, alpha, beta, k);
+  if (needs_composite(input)) return composite({}, input, size, alpha, beta, k);
+  if (is_recorded(input)) return Normalize::apply(input, size, alpha, beta, k);
   const at::AutoDispatchBelowADInplaceOrView below;
   return local_response_norm(input, size, alpha, beta, k);
 }
 
 Tensor backward_autograd(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta,
                          double k) {
-  if (at::GradMode::is_enabled() && (grad_output.requires_grad() || input.requires_grad()))
-    return composite(grad_output, input, size, alpha, beta, k);
+  if (backward_needs_composite(grad_output, input)) return composite(grad_output, input, size, alpha, beta, k);
   const at::AutoDispatchBelowADInplaceOrView below;
   return local_response_norm_backward(grad_output, input, size, alpha, beta, k);
+}
+
+Tensor forward_batched(const Tensor& input, int64_t size, double alpha, double beta, double k) {
+  return composite({}, input, size, alpha, beta, k);
 }
 
 }  // namespace
@@ -136,6 +152,11 @@ TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
   m.impl("local_response_norm_backward", backward_kernels);
 }
 #endif
+
+TORCH_LIBRARY_IMPL(normfused, FuncTorchBatched, m) {
+  m.impl("local_response_norm", forward_batched);
+  m.impl("local_response_norm_backward", composite);
+}
 
 TORCH_LIBRARY_IMPL(normfused, Autograd, m) {
   m.impl("local_response_norm", forward_autograd);

@@ -1,6 +1,7 @@
 #include "ops/ranks.h"
 
 #include <ATen/Functions.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "ops/backend.h"
@@ -90,5 +91,10 @@ TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
   m.impl("merge_ranks", merge_ranks_kernels);
 }
 #endif
+
+TORCH_LIBRARY_IMPL(normfused, Autograd, m) {
+  m.impl("pack_moments", torch::autograd::autogradNotImplementedFallback());
+  m.impl("merge_ranks", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace normfused::ops

@@ -1,12 +1,14 @@
 #include "ops/standardize.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "ops/backend.h"
+#include "ops/derivatives.h"
 #include "ops/find_operator.h"
 #include "ops/layout.h"
 
@@ -93,6 +95,22 @@ void standardize_inplace_kernels(const Tensor& input, Constants mean, Constants 
     input.copy_(standardize_kernels(input, mean, std, scale, std::nullopt, std::nullopt));
 }
 
+// The same in torch's own operators; see derivatives.h.
+Tensor composite(const Tensor& input, Constants mean, Constants std, double scale, std::optional<at::ScalarType> dtype,
+                 std::optional<at::MemoryFormat> memory_format) {
+  const at::ScalarType type = output_type(input, dtype);
+  check(input, type, mean, std);
+  // By factory functions, whose tensors compilers and transforms accept.
+  const auto per_channel = [&](Constants constants) {
+    std::vector<Tensor> scalars;
+    for (const double constant : constants)
+      scalars.push_back(at::scalar_tensor(constant, input.options().dtype(at::kDouble)));
+    return at::stack(scalars).view({-1, 1, 1});
+  };
+  const Tensor output = (input.to(at::kDouble) * scale - per_channel(mean)) / per_channel(std);
+  return output.to(type, /*non_blocking=*/false, /*copy=*/false, memory_format);
+}
+
 // The gradient, grad_output * scale / std, is a standardization too, and so can be differentiated again.
 class StandardizeFunction : public torch::autograd::Function<StandardizeFunction> {
  public:
@@ -117,12 +135,11 @@ class StandardizeFunction : public torch::autograd::Function<StandardizeFunction
   }
 };
 
-bool needs_grad(const Tensor& input) { return at::GradMode::is_enabled() && input.requires_grad(); }
-
 Tensor standardize_autograd(const Tensor& input, Constants mean, Constants std, double scale,
                             std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
   const auto call = [&] { return standardize(input, mean, std, scale, dtype, memory_format); };
-  if (needs_grad(input)) return StandardizeFunction::apply(input, std, scale, false, call);
+  if (needs_composite(input)) return composite(input, mean, std, scale, dtype, memory_format);
+  if (is_recorded(input)) return StandardizeFunction::apply(input, std, scale, false, call);
   const at::AutoDispatchBelowADInplaceOrView below;
   return call();
 }
@@ -132,7 +149,9 @@ void standardize_inplace_autograd(const Tensor& input, Constants mean, Constants
     standardize_(input, mean, std, scale);
     return input;
   };
-  if (needs_grad(input)) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!in_transform() && !has_tangent(input),
+                              "standardize_ has no derivative under torch.func or in forward mode; use standardize");
+  if (is_recorded(input)) {
     torch::autograd::check_inplace(input, /*requires_grad=*/true);
     StandardizeFunction::apply(input, std, scale, true, call);
   } else {
@@ -173,9 +192,12 @@ TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
 }
 #endif
 
+TORCH_LIBRARY_IMPL(normfused, FuncTorchBatched, m) { m.impl("standardize", composite); }
+
 TORCH_LIBRARY_IMPL(normfused, Autograd, m) {
   m.impl("standardize", standardize_autograd);
   m.impl("standardize_", standardize_inplace_autograd);
+  m.impl("standardize_out", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace normfused::ops
