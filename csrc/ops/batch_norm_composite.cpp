@@ -123,16 +123,17 @@ Outputs batch_norm_training_batched(const Tensor& input, const OptionalTensor& w
                                     const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
                                     double eps, const OptionalTensor& residual, std::string_view activation,
                                     double activation_param, bool save_mask, int64_t correction,
-                                    const OptionalTensor& skipped) {
+                                    const OptionalTensor& skipped, bool update_in_backward) {
   const Activation applied = activation_of(activation, activation_param);
   check_forward(input, weight, bias, running_mean, running_var, residual, save_mask);
-  RunningStatistics{running_mean, running_var, num_batches_tracked, skipped, momentum, eps, correction}.check(
-      input.size(1), input.device());
+  const RunningStatistics running{running_mean, running_var, num_batches_tracked, skipped,
+                                  momentum,     eps,         correction,          update_in_backward};
+  running.check(input.size(1), input.device());
   for (const auto* const buffer : {&running_mean, &running_var, &skipped}) check_can_be_updated(input, *buffer);
   const int64_t channels = input.size(1), count = channels == 0 ? 0 : input.numel() / channels;
   TORCH_CHECK_VALUE(count != 1, "expected more than 1 value per channel when training, got ", input.sizes());
   const auto [mean, var] = moments(input.to(at::kDouble));
-  if (count != 0)
+  if (count != 0 && running.are_updated())
     update_batched(mean, var, count, running_mean, running_var, num_batches_tracked, momentum, correction, skipped);
   const Tensor statistics = at::stack({mean.view(-1), (var + eps).rsqrt().view(-1)}).detach();
   return {batch_norm_composite(input, weight, bias, residual, statistics, true, applied), statistics,

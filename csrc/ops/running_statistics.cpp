@@ -40,11 +40,15 @@ void RunningStatistics::check(int64_t channels, const at::Device& device) const 
       "skipped must be a contiguous int64 tensor of shape (channels) on ", device);
 }
 
+bool RunningStatistics::are_updated() const {
+  return update_in_backward || torch::autograd::get_current_graph_task_id() == -1;
+}
+
 void RunningStatistics::begin(BatchStatistics& args) {
   args.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
   args.eps = eps;
   args.correction = correction;
-  if (!update_in_backward && torch::autograd::get_current_graph_task_id() != -1) return;
+  if (!are_updated()) return;
   for (const auto* const buffer : {&mean, &var, &num_batches_tracked, &skipped})
     if (*buffer) begin_update(**buffer);
   if (mean) dense_mean = mean->contiguous();

@@ -22,9 +22,10 @@ struct RunningStatistics {
   bool update_in_backward;
 
   void check(int64_t channels, const at::Device& device) const;
-  // All buffers are refused before one is written. The arguments point to memory that is kept until finish(). Without
-  // update_in_backward they point to no buffer inside a backward pass: there a forward recomputes what has already
-  // updated them.
+  // Not inside a backward pass without update_in_backward: there a forward recomputes what has already updated them.
+  bool are_updated() const;
+  // All buffers are refused before one is written. The arguments point to memory that is kept until finish(), or to
+  // none where the buffers are not updated.
   void begin(BatchStatistics& args);
   void finish();
 
