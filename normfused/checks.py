@@ -21,6 +21,11 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
+def needs_torchs_operators(compiling: bool) -> bool:
+    """Whether a recording must hold torch's operators: by ``torch.jit``, and by compilers where ours did not load."""
+    return _extension.C is None if compiling else torch._C._is_tracing()
+
+
 def check_device(input: Tensor) -> None:
     """Raise ``RuntimeError`` for a CUDA tensor where the extension has no CUDA kernels."""
     if input.is_cuda and _extension.C is not None and not _extension.C.has_cuda():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +14,14 @@ from torch.jit._trace import TracerWarning
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from normfused import _extension, decompositions, dtensor, reference
-from normfused.checks import DTYPES, check_can_be_overwritten, check_device, check_residual, is_transformed
+from normfused.checks import (
+    DTYPES,
+    check_can_be_overwritten,
+    check_device,
+    check_residual,
+    is_transformed,
+    needs_torchs_operators,
+)
 from normfused.masks import check_mask, check_some_positions, masked_rows, masked_zeros, unmasked
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 from normfused.standardization import standardize, standardize_
@@ -221,9 +230,25 @@ def named_batch_norm(
         )
         return unmasked(mask, output, input) if training else masked_zeros(mask, output, None)[0]
     compiling = torch.compiler.is_compiling()
-    if not (training or compiling) and torch._C._is_tracing():
-        return _jit_traced_inference(
-            inplace,
+    traced = not training and needs_torchs_operators(compiling)
+    refusal = None
+    if _extension.C is not None and not (compiling or traced or is_transformed()):
+        try:
+            kernels = _extension.C
+            first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
+            if training:
+                first = (*first, num_batches_tracked, momentum)
+            last = (running_var_correction, nonfinite_batches, update_in_backward) if training else ()
+            if inplace:
+                into = kernels.batch_norm_training_ if training else kernels.batch_norm_inference_
+                into(*first, eps, activation, activation_param, *last)
+                return input
+            function = kernels.batch_norm_training if training else kernels.batch_norm_inference
+            return function(*first, eps, residual, activation, activation_param, False, *last)  # type: ignore[no-any-return]
+        except (RuntimeError, TypeError, ValueError) as error:
+            refusal = error  # in few words; the check finds the argument and says what it must be
+    with _no_tracer_warnings() if traced else nullcontext():
+        check_arguments(
             input,
             weight,
             bias,
@@ -239,44 +264,16 @@ def named_batch_norm(
             running_var_correction,
             nonfinite_batches,
         )
-    refusal = None
-    if _extension.C is not None and not compiling and not is_transformed():
-        try:
-            kernels = _extension.C
-            first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
-            if training:
-                first = (*first, num_batches_tracked, momentum)
-            last = (running_var_correction, nonfinite_batches, update_in_backward) if training else ()
-            if inplace:
-                into = kernels.batch_norm_training_ if training else kernels.batch_norm_inference_
-                into(*first, eps, activation, activation_param, *last)
-                return input
-            function = kernels.batch_norm_training if training else kernels.batch_norm_inference
-            return function(*first, eps, residual, activation, activation_param, False, *last)  # type: ignore[no-any-return]
-        except (RuntimeError, TypeError, ValueError) as error:
-            refusal = error  # in few words; the check finds the argument and says what it must be
-    check_arguments(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        num_batches_tracked,
-        residual,
-        activation,
-        activation_param,
-        running_var_correction,
-        nonfinite_batches,
-    )
     if refusal is not None:
         raise refusal
     options: dict[str, Any] = {"residual": residual, "activation": activation, "activation_param": activation_param}
     # Autograd may keep what these read: over it nothing must be written.
     source = input.clone() if inplace else input
-    if compiling and _extension.C is not None:
+    if traced:
+        assert running_mean is not None
+        assert running_var is not None
+        output = decompositions.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **options)
+    elif compiling and _extension.C is not None:
         # The operators as compilers see them; the pybind11 module is opaque to them.
         ops = torch.ops.normfused
         if training:
@@ -306,16 +303,12 @@ def named_batch_norm(
     return input.copy_(output) if inplace else output
 
 
-def _jit_traced_inference(inplace: bool, input: Tensor, *arguments: Any) -> Tensor:
-    """What ``torch.jit.trace`` records: torch's operators, which it can fold, optimize and export."""
-    with warnings.catch_warnings():  # of the tracer, which sees each comparison of sizes
+@contextmanager
+def _no_tracer_warnings() -> Iterator[None]:
+    """Without the warnings of ``torch.jit.trace``, which sees each comparison of sizes that a check makes."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", TracerWarning)
-        check_arguments(input, *arguments)
-    weight, bias, running_mean, running_var, _, _, eps, _, residual, activation, activation_param, _, _ = arguments
-    output = decompositions.batch_norm_inference(
-        input, weight, bias, running_mean, running_var, eps, residual, activation, activation_param
-    )
-    return input.copy_(output) if inplace else output
+        yield
 
 
 def channel_sums(input: Tensor) -> ChannelSums:
@@ -396,7 +389,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     if has_torch_function_unary(input):
         return handle_torch_function(local_response_norm, (input,), input, size, alpha=alpha, beta=beta, k=k)
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._is_tracing():
+    if needs_torchs_operators(compiling):
         _check_local_response_norm(input, size, alpha, beta, k)
         return decompositions.local_response_norm(input, size, alpha, beta, k)
     refusal = None
@@ -410,7 +403,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
         return dtensor.local_response_norm(local_response_norm, input, size, alpha, beta, k)
     if refusal is not None:
         raise refusal
-    if compiling and _extension.C is not None:
+    if compiling:
         output: Tensor = torch.ops.normfused.local_response_norm(input, size, alpha, beta, k)
         return output
     return reference.local_response_norm(input, size, alpha, beta, k)
@@ -531,6 +524,8 @@ def check_arguments(
     """Raise what is wrong with the arguments of :func:`batch_norm`, if anything."""
     if input.dtype not in DTYPES:
         raise TypeError(f"batch_norm: input must be float32, float64, float16 or bfloat16, got {input.dtype}")
+    if input.layout != torch.strided:
+        raise TypeError(f"batch_norm: input must be a strided tensor, got layout {input.layout}")
     check_device(input)
     if (running_mean is None) != (running_var is None):
         given = "running_var" if running_mean is None else "running_mean"

@@ -181,7 +181,7 @@ class _BatchNorm(_Base):
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         running_mean, running_var = self.running_mean, self.running_var  # once: nn.Module takes 0.7 us to find each
         training = self.training or (running_mean is None and running_var is None)
-        if training and self.frozen:
+        if running_mean is None and self.frozen:
             raise ValueError(f"{type(self).__name__}: the layer is frozen, but its running statistics are gone")
         updates = self.training and self.track_running_stats and _stats_update
         buffered = updates or not self.training

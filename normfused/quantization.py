@@ -24,7 +24,7 @@ def _of_ours(method: Callable[..., Any]) -> Callable[..., Any]:
         for layer in layers:
             if type(layer) in _OURS.values() and not as_torchs(layer):
                 lost = ", ".join(f"{option}={value!r}" for option, value in options_to_lose(layer).items())
-                raise ValueError(f"torch's fusion would lose {lost} of {type(layer).__name__}")
+                raise ValueError(f"torch's fusion would lose {lost} of {type(layer).__name__}; use normfused.fold_bn")
         return method(is_qat, *layers)
 
     return fuse

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normfused import _extension, decompositions, dtensor, reference
-from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed
+from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed, needs_torchs_operators
 
 
 def standardize(
@@ -126,12 +126,13 @@ class ImageConstants:
         mean, std = self._for_channels_of(input)
         images = input.flatten(0, -4) if input.dim() > 4 else input
         arguments = (images, mean, std, scale, dtype if direct else input.dtype, memory_format)
-        if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        compiling = torch.compiler.is_compiling()
+        if needs_torchs_operators(compiling):
             output = decompositions.standardize(*arguments)
         elif _extension.C is None or is_transformed():
             output = reference.standardize(*arguments)
         else:
-            operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
+            operators = torch.ops.normfused if compiling else _extension.C
             output = operators.standardize(*arguments)
         output = output.view(input.shape) if input.dim() > 4 else output
         return output if direct else output.to(dtype)

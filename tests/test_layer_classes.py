@@ -178,6 +178,20 @@ def test_a_hidden_eps_is_an_attribute_that_is_absent(option: str) -> None:
     assert copy.deepcopy(layer).epsilon == pickle.loads(pickle.dumps(layer)).epsilon == 1e-3
 
 
+def test_frozen_statistics_outlast_a_reset() -> None:
+    """``torch.optim.swa_utils.update_bn`` resets them, and counts on training forwards to make new ones."""
+    layer = normfused.BatchNorm2d(3)
+    layer(torch.randn(4, 3, 5, 5) + 1)
+    kept = layer.freeze().running_mean.clone()
+    torch.optim.swa_utils.update_bn([torch.randn(4, 3, 5, 5)], layer)
+    torch.testing.assert_close(layer.running_mean, kept, rtol=0, atol=0)
+    layer.reset_parameters()  # of a layer that begins anew
+    assert not layer.running_mean.any()
+    torch.func.replace_all_batch_norm_modules_(layer)
+    with pytest.raises(ValueError, match="BatchNorm2d: the layer is frozen, but its running statistics are gone"):
+        layer(torch.randn(4, 3, 5, 5))
+
+
 def test_attributes_are_where_torchs_layers_have_them() -> None:
     ours, theirs = normfused.BatchNorm2d(4), nn.BatchNorm2d(4)
     assert set(vars(ours)) == set(vars(theirs))

@@ -5,7 +5,6 @@ Each tool runs on a small network of torch.nn's layers and on the same network o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,9 @@ import pytest
 import torch
 import torch.ao.quantization as quantization
 import torch.utils.mkldnn
-from torch import Tensor, nn
+from on_ranks import assert_same_everywhere, everyones
+from ranks import Ranks
+from torch import Tensor, distributed, nn
 from torch.ao.quantization import quantize_fx
 from torch.fx.experimental import optimization
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -105,8 +106,14 @@ def traced_in_training(model: Network) -> tuple[Tensor, int]:
     return torch.cat([y.flatten().double(), *(b.double().flatten() for b in trace.buffers())]), 3
 
 
+def without_linear(model: Network) -> nn.Sequential:
+    """Up to the last layer of which torch has a quantized and an MKL-DNN kind."""
+    norms = (model.conv1, model.bn1, model.relu1, model.conv2, model.bn2)
+    return nn.Sequential(model.quant, *norms, model.dequant).eval()
+
+
 def mkldnn(model: Network) -> tuple[Tensor, int]:
-    part = nn.Sequential(model.conv1, model.bn1, model.relu1, model.conv2, model.bn2).eval()
+    part = without_linear(model)[1:-1]
     converted = torch.utils.mkldnn.to_mkldnn(part)
     return converted(X.to_mkldnn()).to_dense(), left(converted)
 
@@ -143,9 +150,9 @@ def static_quantization(model: Network) -> tuple[Tensor, int]:
 
 
 def static_quantization_without_fusion(model: Network) -> tuple[Tensor, int]:
-    fused = quantization.fuse_modules(model.eval(), model.pairs()[2:])  # torch has no quantized BatchNorm1d
-    fused.qconfig = quantization.get_default_qconfig(ENGINE)
-    prepared = quantization.prepare(fused)
+    part = without_linear(model)
+    part.qconfig = quantization.get_default_qconfig(ENGINE)
+    prepared = quantization.prepare(part)
     prepared(X)
     converted = quantization.convert(prepared)
     return converted(X), left(converted)
@@ -260,22 +267,31 @@ REFUSALS = (
     r"|did not find fuser method for: .*BatchNormAct"
     r"|batch_norm: input must be .* got torch.quint8"
     r"|the layer is frozen, but its running statistics are gone"
-    r"|Could not run 'normfused::batch_norm_inference' with arguments from the 'MkldnnCPU' backend"
+    r"|batch_norm: input must be a strided tensor, got layout torch\._mkldnn"
 )
 
 
-@pytest.mark.parametrize("option", ["activation", "frozen", "nonfinite", "correction"])
+OPTIONS = ["activation", "frozen", "nonfinite", "correction"]
+REFUSING = {
+    **dict.fromkeys(("jit.script, freeze", "jit.script in training"), OPTIONS[1:]),
+    **dict.fromkeys(("utils.mkldnn.to_mkldnn", "fuse_conv_bn_eval, fuse_linear_bn_eval", "prepare, convert"), OPTIONS),
+    **dict.fromkeys(("fuse_modules", "fuse_modules, prepare, convert"), OPTIONS),
+    "fuse_modules_qat, prepare_qat, convert": OPTIONS,
+    "replace_all_batch_norm_modules_": ["frozen"],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("tool", list(TOOLS))
 def test_an_option_is_kept_or_refused(tool: str, option: str) -> None:
     """What the tool gives is what the eager network gives, or an error that names what would be lost."""
     norms = with_options(option)
     function = TOOLS[tool][0]
-    try:
-        got, _ = function(Network(*norms))
-    except Exception as error:
-        if re.search(REFUSALS, str(error)) is None:
-            raise
+    if option in REFUSING.get(tool, []):
+        with pytest.raises(Exception, match=REFUSALS):
+            function(Network(*norms))
         return
+    got, _ = function(Network(*norms))
     want = eagerly(function, Network(*norms))
     quantized = "convert" in tool or "dynamic" in tool
     tolerance = 0.1 * want.abs().max().item() if quantized else 1e-4
@@ -300,6 +316,34 @@ def eagerly(function: Any, model: Network) -> Tensor:
         return model.train()(X)
     if "aware" in function.__name__:
         model.train()(X)
-    if function is mkldnn:
-        return nn.Sequential(model.conv1, model.bn1, model.relu1, model.conv2, model.bn2).eval()(X)
+    if function in (mkldnn, static_quantization_without_fusion):
+        return without_linear(model)(X)
     return model.eval()(X)
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_compilers_that_freeze_weights_stay_right() -> None:
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    act: Norms = (normfused.BatchNormAct2d, normfused.BatchNormAct1d, False)
+    for norms in (OURS, act):
+        model = Network(*norms).eval()
+        with torch.no_grad(), config.patch(freezing=True):
+            compiled = torch.compile(model, fullgraph=True)
+            torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_ddp_broadcasts_buffers_of_layers_with_an_activation(ranks: Ranks) -> None:
+    ranks.run(2, broadcast_buffers)
+
+
+def broadcast_buffers() -> None:
+    rank = distributed.get_rank()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), normfused.BatchNormAct2d(4), normfused.BatchNorm2d(4))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for step in range(2):
+        parallel(X[rank : rank + 2] + step).sum().backward()
+    assert not torch.equal(*everyones(model[1].running_mean))  # each has seen a share of its own
+    parallel(X)  # before a forward pass the buffers of the first rank are everyone's
+    assert_same_everywhere(*(b.double() for b in model.buffers() if b.is_floating_point()))
