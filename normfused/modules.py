@@ -246,8 +246,7 @@ class _BatchNorm(_Base):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-        # The counter is of the running statistics that are replaced. On the meta device or after to_empty() it has no
-        # values, and state_dict has none for it.
+        # The counter is of the running statistics that are replaced; after to_empty() or on the meta device it is none.
         if f"{prefix}running_mean" in state_dict and "nonfinite_batches" in self._buffers:
             self._restart_nonfinite_batches()
 

@@ -27,7 +27,8 @@ def _fresh_compiler() -> Iterator[None]:
 
 def block(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv1d(3, 4, 3), normfused.BatchNorm1d(4, **options), nn.Conv1d(4, 2, 3))
+    layer = (normfused.BatchNormAct1d if "activation" in options else normfused.BatchNorm1d)(4, **options)
+    return nn.Sequential(nn.Conv1d(3, 4, 3), layer, nn.Conv1d(4, 2, 3))
 
 
 def step(model: nn.Module, run: Callable[..., Tensor]) -> list[Tensor]:
