@@ -16,11 +16,11 @@ namespace {
 using at::Tensor;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
-// A vector of channels in double precision, of a shape that broadcasts with `input`.
-Tensor per_channel(const Tensor& vector, const Tensor& input) {
-  at::DimVector shape(input.dim(), 1);
+// A vector of channels in the dtype of `like`, of a shape that broadcasts with it.
+Tensor per_channel(const Tensor& vector, const Tensor& like) {
+  at::DimVector shape(like.dim(), 1);
   shape[1] = -1;
-  return vector.to(at::kDouble).view(shape);
+  return vector.to(like.scalar_type()).view(shape);
 }
 
 at::DimVector reduced_dims(const Tensor& input) {
@@ -44,13 +44,16 @@ struct Normalized {
 };
 
 // In training, mean and variance depend on the input. Their values are those of `statistics`, which has eps in it: the
-// term that makes up the difference is detached, and adds nothing to any derivative.
+// term that makes up the difference is detached, and adds nothing to any derivative. The mean is subtracted in double
+// precision, so that the rest may be in the input's.
 Normalized normalized(const Tensor& input, const Tensor& statistics, bool training) {
-  const Tensor x = input.to(at::kDouble), invstd = per_channel(statistics[1], input);
-  if (!training) return {(x - per_channel(statistics[0], input)) * invstd, invstd};
-  const auto [mean, var] = moments(x);
+  const Tensor x = input.to(at::kDouble);
+  const Tensor shifted = (x - per_channel(statistics[0], x)).to(at::toOpMathType(input.scalar_type()));
+  const Tensor invstd = per_channel(statistics[1], shifted);
+  if (!training) return {shifted * invstd, invstd};
+  const auto [mean, var] = moments(shifted);
   const Tensor tied = (var + (invstd.pow(-2) - var).detach()).rsqrt();
-  return {(x - mean) * tied, tied};
+  return {(shifted - mean) * tied, tied};
 }
 
 // What the activation is applied to.
@@ -59,7 +62,7 @@ Tensor affine(const Tensor& deviation, const OptionalTensor& weight, const Optio
   Tensor z = deviation;
   if (weight) z = z * per_channel(*weight, z);
   if (bias) z = z + per_channel(*bias, z);
-  if (residual) z = z + residual->to(at::kDouble);
+  if (residual) z = z + residual->to(z.scalar_type());
   return z;
 }
 
@@ -181,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_composite(
     bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
     const OptionalTensor& mask, const Activation& activation) {
   const auto [d, invstd] = normalized(input, statistics, training);
-  Tensor h = grad_output.to(at::kDouble);
+  Tensor h = grad_output.to(d.scalar_type());
   if (mask) {
     const double below = activation.kind == ActivationKind::kLeakyRelu ? activation.parameter : 0;
     h = at::where(unpacked(*mask, with_view(input)), h, h * below);
