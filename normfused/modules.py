@@ -145,9 +145,10 @@ class _BatchNorm(_Base):
     def __getattr__(self, name: str) -> Any:
         # As nn.Module's, whose call is saved: a forward pass comes here for each parameter and buffer.
         own = self.__dict__
-        for kind in ("_buffers", "_parameters"):
-            if kind in own and name in own[kind]:
-                return own[kind][name]
+        if "_buffers" in own and name in (held := own["_buffers"]):
+            return held[name]
+        if "_parameters" in own and name in (held := own["_parameters"]):
+            return held[name]
         if name == "eps" and "eps" in own:
             options = ", ".join(f"{option}={value!r}" for option, value in options_to_lose(self).items())
             raise AttributeError(
@@ -198,7 +199,7 @@ class _BatchNorm(_Base):
             training,
             # A cumulative average without a counter stands still, as torch.nn's does.
             0.0 if self.momentum is None and counter is None else self.momentum,
-            self.epsilon,
+            self.__dict__["eps"],
             counter,
             residual,
             activation,
