@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -42,22 +43,45 @@ def compile_apart(function: Callable[..., Any], backend: Callable[..., Any], lim
     return compiled
 
 
-def dynamo_patcher(**changes: Any) -> Callable[[], Callable[[], None]]:
-    """A function that sets entries of Dynamo's configuration, and returns one that undoes it.
+def captures_refused() -> int:
+    """How many captures Dynamo has refused in this process because of its limit.
 
-    Entries that this torch lacks are left out.
+    They are found by the text of the refusal; of a torch that says it in other words there are none.
+    """
+    from torch._dynamo.utils import counters
+
+    return sum(n for text, n in counters["unimplemented"].items() if text.startswith("Dynamo recompile limit"))
+
+
+def dynamo_patcher(**changes: Any) -> Callable[[], Callable[[], None]]:
+    """A function that sets entries of Dynamo's configuration in this thread, and returns one that undoes it.
+
+    Entries that this torch lacks are left out. ``config.patch`` does the same, in ten times as long: it also sees to a
+    hash of the configuration, by which compiled code is cached on disk. There is none here.
     """
     import torch._dynamo
 
     config: Any = torch._dynamo.config
     changes = {name: value for name, value in changes.items() if hasattr(config, name)}
-    if hasattr(config, "_make_closure_patcher"):
-        patcher: Callable[[], Callable[[], None]] = config._make_closure_patcher(**changes)
-        return patcher
+    overrides: list[tuple[Any, Any]] = [
+        (getattr(config._config[name], "user_override", None), value) for name, value in changes.items()
+    ]
+    if all(isinstance(variable, ContextVar) for variable, _ in overrides):
 
-    def change() -> Callable[[], None]:
-        patch = config.patch(**changes)
-        patch.__enter__()
-        return lambda: patch.__exit__(None, None, None)
+        def set_overrides() -> Callable[[], None]:
+            tokens = [(variable, variable.set(value)) for variable, value in overrides]
 
-    return change
+            def reset() -> None:
+                for variable, token in tokens:
+                    variable.reset(token)
+
+            return reset
+
+        return set_overrides
+
+    def patch() -> Callable[[], None]:
+        patched = config.patch(**changes)
+        patched.__enter__()
+        return lambda: patched.__exit__(None, None, None)
+
+    return patch

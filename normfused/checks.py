@@ -26,15 +26,24 @@ def needs_torchs_operators(compiling: bool) -> bool:
     return _extension.C is None if compiling else torch._C._is_tracing()
 
 
-def is_in_backward() -> bool:
-    """Whether this thread is inside a backward pass; never in code that is being compiled, which runs later."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 def check_device(input: Tensor) -> None:
     """Raise ``RuntimeError`` for a CUDA tensor where the extension has no CUDA kernels."""
     if input.is_cuda and _extension.C is not None and not _extension.C.has_cuda():
         raise RuntimeError(_extension.no_cuda_message())
+
+
+def check_residual(input: Tensor, residual: Tensor) -> None:
+    """Raise where ``residual`` cannot be added to ``input``."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"batch_norm: residual must be a tensor or None, got {type(residual).__name__}")
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"batch_norm: residual must have input's shape {tuple(input.shape)}, got {tuple(residual.shape)}"
+        )
+    if residual.dtype != input.dtype:
+        raise TypeError(f"batch_norm: residual must be {input.dtype} as input is, got {residual.dtype}")
+    if residual.device != input.device:
+        raise ValueError(f"batch_norm: residual is on {residual.device}, but input is on {input.device}")
 
 
 def check_group(who: str, group: Any) -> None:

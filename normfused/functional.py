@@ -13,8 +13,16 @@ from torch import Tensor
 from torch.jit._trace import TracerWarning
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from normfused import _extension, decompositions, reference
-from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed, needs_torchs_operators
+from normfused import _extension, decompositions, dtensor, reference
+from normfused.checks import (
+    DTYPES,
+    check_can_be_overwritten,
+    check_device,
+    check_residual,
+    is_transformed,
+    needs_torchs_operators,
+)
+from normfused.masks import check_mask, check_some_positions, masked_rows, masked_zeros, unmasked
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 from normfused.standardization import standardize, standardize_
 
@@ -100,6 +108,11 @@ def batch_norm(
         RuntimeError: a CUDA tensor where the extension was built without CUDA; ``inplace`` for an input that cannot
             be overwritten: a leaf that requires grad, overlapping memory, one that its producer keeps for backward.
 
+    With a ``DTensor`` as ``input`` all tensors must be DTensors of its mesh (``num_batches_tracked`` may be plain), and
+    ``mask`` and ``inplace`` are refused. Where the running statistics are sharded, or without them the input's
+    channels, each rank computes its own channels. Otherwise a batch is gathered in training, as by torch's own batch
+    norm; in evaluation it stays sharded.
+
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167;
     https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.batch_norm.html; in place: Rota Bulò, Porzi and
     Kontschieder, 2018, arXiv:1712.02616
@@ -179,17 +192,21 @@ def named_batch_norm(
             inplace,
             update_in_backward,
         )
+    if type(input) is not Tensor and dtensor.is_dtensor(input):
+        arguments = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, residual)
+        after = (activation, activation_param, mask, running_var_correction, nonfinite_batches, inplace)
+        return dtensor.batch_norm(named_batch_norm, name, ranks, input, *arguments, *after, update_in_backward)
     check_shape(name, ranks, input, training and mask is None, running_mean is not None)
     if inplace:
         _check_inplace(name, input, residual, mask, activation, activation_param)
     if mask is not None:
         check_mask(name, mask, input)
         if training:
-            _check_some_positions(name, mask, input)
+            check_some_positions(name, mask, input)
         # Evaluation needs no statistics of the positions: it normalizes all of them, those that are left out as zeros.
         part_of = masked_rows if training else masked_zeros
         part, residual_part = part_of(mask, input, residual)
-        if training and torch.compiler.is_compiling():  # what _check_some_positions() sees to, for symbolic shapes
+        if training and torch.compiler.is_compiling():  # what check_some_positions() sees to, for symbolic shapes
             torch._check(part.numel() != part.size(1))  # type: ignore[no-untyped-call]
         output = named_batch_norm(
             name,
@@ -249,13 +266,13 @@ def named_batch_norm(
         )
     if refusal is not None:
         raise refusal
-    after: dict[str, Any] = {"residual": residual, "activation": activation, "activation_param": activation_param}
+    options: dict[str, Any] = {"residual": residual, "activation": activation, "activation_param": activation_param}
     # Autograd may keep what these read: over it nothing must be written.
     source = input.clone() if inplace else input
     if traced:
         assert running_mean is not None
         assert running_var is not None
-        output = decompositions.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **after)
+        output = decompositions.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **options)
     elif compiling and _extension.C is not None:
         # The operators as compilers see them; the pybind11 module is opaque to them.
         ops = torch.ops.normfused
@@ -263,9 +280,9 @@ def named_batch_norm(
             buffers = (running_mean, running_var, num_batches_tracked)
             updates = {"correction": running_var_correction, "skipped": nonfinite_batches}
             updates["update_in_backward"] = update_in_backward
-            results = ops.batch_norm_training(source, weight, bias, *buffers, momentum, eps, **after, **updates)
+            results = ops.batch_norm_training(source, weight, bias, *buffers, momentum, eps, **options, **updates)
         else:
-            results = ops.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **after)
+            results = ops.batch_norm_inference(source, weight, bias, running_mean, running_var, eps, **options)
         output = results[0]
     else:
         output = reference.batch_norm(
@@ -281,7 +298,7 @@ def named_batch_norm(
             running_var_correction=running_var_correction,
             nonfinite_batches=nonfinite_batches,
             update_in_backward=update_in_backward,
-            **after,
+            **options,
         )
     return input.copy_(output) if inplace else output
 
@@ -312,6 +329,8 @@ def channel_sums(input: Tensor) -> ChannelSums:
     """
     _check_statistics_input("channel_sums", input, DTYPES + INTEGERS)
     input = input.detach()
+    if dtensor.is_dtensor(input):
+        return dtensor.channel_statistics(channel_sums, input)  # type: ignore[no-any-return]
     if _extension.C is None:
         return reference.channel_sums(input)
     operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
@@ -336,6 +355,8 @@ def channel_moments(input: Tensor) -> ChannelMoments:
     """
     _check_statistics_input("channel_moments", input, DTYPES)
     input = input.detach()
+    if dtensor.is_dtensor(input):
+        return dtensor.channel_statistics(channel_moments, input)  # type: ignore[no-any-return]
     if _extension.C is None:
         return reference.channel_moments(input)
     operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
@@ -378,6 +399,8 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
         except (RuntimeError, TypeError, ValueError) as error:
             refusal = error  # in few words; the check finds the argument and says what it must be
     _check_local_response_norm(input, size, alpha, beta, k)
+    if dtensor.is_dtensor(input):
+        return dtensor.local_response_norm(local_response_norm, input, size, alpha, beta, k)
     if refusal is not None:
         raise refusal
     if compiling:
@@ -436,63 +459,6 @@ def _check_statistics_input(name: str, input: Tensor, dtypes: tuple[torch.dtype,
         kinds = "a floating or integer tensor" if dtypes != DTYPES else "float32, float64, float16 or bfloat16"
         raise TypeError(f"{name}: input must be {kinds}, got {input.dtype}")
     check_device(input)
-
-
-def masked_rows(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The positions of ``input`` and ``residual`` that are there, as the rows of matrices."""
-    if residual is not None:
-        _check_residual(input, residual)
-        residual = residual.movedim(1, -1)[mask]
-    return input.movedim(1, -1)[mask], residual
-
-
-def masked_zeros(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``input`` and ``residual`` with zeros at the positions that are left out."""
-    if residual is not None:
-        _check_residual(input, residual)
-        residual = torch.where(mask.unsqueeze(1), residual, 0)
-    return torch.where(mask.unsqueeze(1), reference.with_view(input), 0), residual
-
-
-def unmasked(mask: Tensor, rows: Tensor, input: Tensor) -> Tensor:
-    """The rows put back to where they were in ``input``; zeros elsewhere."""
-    output = rows.new_zeros(input.movedim(1, -1).shape).index_put((mask,), rows).movedim(-1, 1)
-    return reference.laid_out_as(output, input)
-
-
-def check_mask(name: str, mask: Tensor, input: Tensor) -> None:
-    """Raise where ``mask`` does not name positions of ``input``."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name}: mask must be a bool tensor, got {got}")
-    shape = (*input.shape[:1], *input.shape[2:])
-    if mask.shape != shape:
-        raise ValueError(
-            f"{name}: mask must have the shape of input without its channels, {tuple(shape)}, got {tuple(mask.shape)}"
-        )
-    if mask.device != input.device:
-        raise ValueError(f"{name}: mask is on {mask.device}, but input is on {input.device}")
-
-
-def _check_some_positions(name: str, mask: Tensor, input: Tensor) -> None:
-    """Raise where ``mask`` leaves nothing to train with. Compiled code raises ``RuntimeError``, when it runs."""
-    if torch.compiler.is_compiling():
-        torch._assert_async((mask.sum() > 1) | (input.numel() == 0), f"{name}: mask has less than 2 valid positions")
-    elif input.numel() != 0 and not mask.any():
-        raise ValueError(f"{name}: mask has no valid position")
-
-
-def _check_residual(input: Tensor, residual: Tensor) -> None:
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"batch_norm: residual must be a tensor or None, got {type(residual).__name__}")
-    if residual.shape != input.shape:
-        raise ValueError(
-            f"batch_norm: residual must have input's shape {tuple(input.shape)}, got {tuple(residual.shape)}"
-        )
-    if residual.dtype != input.dtype:
-        raise TypeError(f"batch_norm: residual must be {input.dtype} as input is, got {residual.dtype}")
-    if residual.device != input.device:
-        raise ValueError(f"batch_norm: residual is on {residual.device}, but input is on {input.device}")
 
 
 def check_activation(name: str, activation: str, parameter: float) -> None:
@@ -605,7 +571,7 @@ def check_arguments(
     if not 0 <= eps < math.inf:
         raise ValueError(f"batch_norm: eps must be a non-negative finite number, got {eps}")
     if residual is not None:
-        _check_residual(input, residual)
+        check_residual(input, residual)
     check_activation("batch_norm", activation, activation_param)
     if running_var_correction not in (0, 1):
         raise ValueError(f"batch_norm: running_var_correction must be 0 or 1, got {running_var_correction!r}")

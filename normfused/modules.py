@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from normfused.checks import is_in_backward
 from normfused.functional import INTEGERS, check_activation, check_undoable, local_response_norm, named_batch_norm
-from normfused.reference import ACTIVATION_PARAMS
+from normfused.reference import ACTIVATION_PARAMS, is_in_backward
 from normfused.scripting import scriptable
 
 __all__ = [
@@ -120,15 +119,14 @@ class _BatchNorm(_Base):
 
     def _register_nonfinite_batches(self) -> None:
         assert self.running_mean is not None
-        counts = torch.zeros(self.num_features, dtype=torch.int64, device=self.running_mean.device)
+        counts = torch.zeros(self.running_mean.shape, dtype=torch.int64, device=self.running_mean.device)
         # Not in state_dict, which stays torch.nn's.
         self.register_buffer("nonfinite_batches", counts, persistent=False)
 
     @property
     def epsilon(self) -> float:
         """What is added to the variance: ``eps``, readable whatever the options."""
-        value: float = self.__dict__["eps"]
-        return value
+        return self.__dict__["eps"]  # type: ignore[no-any-return]
 
     # Code that folds a batch norm or rebuilds it as another layer has to read its eps. It cannot know our options, so
     # it is stopped there. The value lies where torch.nn's layers have it, for copies, pickles and changes of class.
@@ -218,16 +216,17 @@ class _BatchNorm(_Base):
         checkpoint wrappers turn ``track_running_stats`` off in the first pass, which runs without gradients, and leave
         the update to the recomputation. Each such pass is counted, and lets one recomputation update.
         """
-        if updates and not self._deferred_updates:
-            return False
-        in_backward = is_in_backward()
         if not updates:
-            if _stats_update and self.running_mean is not None and not torch.is_grad_enabled() and not in_backward:
+            may_be_first = _stats_update and self.running_mean is not None and not torch.is_grad_enabled()
+            if may_be_first and not is_in_backward():
                 self._deferred_updates += 1
+            return False
+        if not self._deferred_updates:
             return False
         # Outside of a backward pass the update is made anyway, and what was counted before was no such wrapper's.
         # Compiled code cannot know where it will run, and is assumed to be a recomputation.
-        self._deferred_updates = self._deferred_updates - 1 if in_backward or torch.compiler.is_compiling() else 0
+        recomputes = is_in_backward() or torch.compiler.is_compiling()
+        self._deferred_updates = self._deferred_updates - 1 if recomputes else 0
         return True
 
     def reset_running_stats(self) -> None:
@@ -446,7 +445,8 @@ class _Lazy(_BatchNorm):
         self._set_options(running_var_correction, nonfinite, inplace)
 
     def _register_nonfinite_batches(self) -> None:
-        if self.num_features:
+        # Not by num_features, which torch.nn leaves at 0 where a state_dict brings the shapes.
+        if self.running_mean is not None and not nn.parameter.is_lazy(self.running_mean):
             super()._register_nonfinite_batches()
 
     def initialize_parameters(self, input: Tensor) -> None:

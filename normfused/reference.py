@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normfused.checks import is_in_backward
-
 # What may follow the normalization, by name: a function of its input and of a parameter.
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, _: z,
@@ -179,6 +177,11 @@ def batch_norm(
         y = y + residual.double()
     y = ACTIVATIONS[activation](y, activation_param)
     return laid_out_as(y.to(input.dtype), input)
+
+
+def is_in_backward() -> bool:
+    """Whether this thread is inside a backward pass; never in code that is being compiled, which runs later."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @torch.library.custom_op("normfused::outside_backward", mutates_args=())

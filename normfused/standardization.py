@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfused import _extension, decompositions, reference
+from normfused import _extension, decompositions, dtensor, reference
 from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed, needs_torchs_operators
 
 
@@ -213,6 +213,7 @@ def check_image(name: str, input: Tensor, dtypes: tuple[torch.dtype, ...] = (tor
     """Raise what keeps ``input`` from being taken for images of shape ``(..., C, H, W)``, if anything."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
+    dtensor.refuse(name, "input", input)
     if input.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: input must be one of {allowed}, got {input.dtype}")

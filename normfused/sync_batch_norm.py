@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normfused import _extension, agreement, reference
+from normfused import _extension, agreement, dtensor, reference
 from normfused.agreement import Group
 from normfused.checks import is_transformed
-from normfused.functional import check_arguments, check_mask, check_shape, masked_rows, unmasked
+from normfused.functional import check_arguments, check_shape
+from normfused.masks import check_mask, masked_rows, unmasked
 from normfused.reference import values_per_channel
 
 
@@ -40,6 +41,7 @@ class Call(NamedTuple):
 
     def check(self) -> None:
         """Raise what is wrong on this rank."""
+        dtensor.refuse(self.name, "input", self.input)  # a mesh and a process group are two ways of saying who shares
         check_shape(self.name, self.ranks, self.input, False, True)
         if self.input.size(1) == 0:
             raise ValueError(f"{self.name}: input of shape {tuple(self.input.shape)} has no channels (dim 1)")

@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -503,6 +504,28 @@ def test_blocks_of_many_widths_are_all_fused() -> None:
         report = normfused.conversion_report(model)
         assert len(report.fused) == 20
         assert report.waiting == []
+
+
+def test_the_limit_of_graphs_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfused.conversion.capture.RECOMPILE_LIMIT", 2)
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.0), nn.ReLU()).double()
+    ours = normfused.convert(copy.deepcopy(stock))
+    x, warned = images(), []
+    for p in (0.0, 0.1, 0.2, 0.3, 0.4):
+        for m in (ours, stock):
+            m[2].p = p
+        results = []
+        for m in (ours, stock):
+            torch.manual_seed(1)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                results.append(m(x))
+            warned += [str(w.message) for w in caught if "normfused.convert" in str(w.message)]
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+    assert len(warned) == 1
+    assert "captured in 2 ways" in warned[0]
+    assert "the limit of 2 graphs for a module is reached" in str(normfused.conversion_report(ours))
 
 
 def test_without_dynamo_only_classes_change() -> None:

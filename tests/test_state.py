@@ -112,7 +112,9 @@ LAYERS: list[Callable[..., Any]] = [
     normfused.BatchNorm1d,
     normfused.BatchNorm2d,
     normfused.BatchNorm3d,
+    normfused.BatchNormAct1d,
     normfused.SyncBatchNorm,
+    normfused.SyncBatchNormAct,
 ]
 layers = pytest.mark.parametrize("make", LAYERS)
 
@@ -186,6 +188,17 @@ MOVED: list[Callable[[Any], Any]] = [
 @pytest.mark.parametrize("moved", MOVED, ids=["double", "to", "to cpu", "half", "deepcopy", "pickle", "save"])
 def test_the_counter_comes_along(make: Callable[..., Any], moved: Callable[[Any], Any]) -> None:
     assert counts(moved(counted(make))) == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("loaded", "copied"), [(False, False), (True, False), (True, True)])
+def test_lazy_layers_count_from_their_first_input(loaded: bool, copied: bool) -> None:
+    layer: Any = normfused.LazyBatchNorm1d(nonfinite="skip")
+    if loaded:
+        layer.load_state_dict(counted(normfused.BatchNorm1d).state_dict())
+    layer = copy.deepcopy(layer) if copied else layer
+    layer(torch.randn(4, 3))
+    assert type(layer) is normfused.BatchNorm1d
+    assert counts(layer) == [0, 0, 0]
 
 
 def test_the_counter_is_not_in_the_state_dict() -> None:

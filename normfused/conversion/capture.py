@@ -24,7 +24,6 @@ RECOMPILE_LIMIT = 64
 
 _CONFIG = {
     "accumulated_recompile_limit": 4096,
-    "recompile_limit": RECOMPILE_LIMIT,
     # What Dynamo cannot capture runs as it is, and raises its own errors.
     "suppress_errors": True,
     "fail_on_recompile_limit_hit": False,
@@ -112,13 +111,15 @@ def _entry(module: Any, report: ConversionReport, norms: dict[int, str]) -> Call
             return module._call_impl(*args, **kwargs)
         if compiled is None:
             compiled = _torch_private.compile_apart(_with_own_code(call), compile_for, RECOMPILE_LIMIT)
-            configure = _torch_private.dynamo_patcher(**_CONFIG)
+            configure = _torch_private.dynamo_patcher(**_CONFIG, recompile_limit=RECOMPILE_LIMIT)
         assert configure is not None
-        undo = configure()
+        undo, refused = configure(), _torch_private.captures_refused()
         try:
             return compiled(*args, **kwargs)
         finally:
             undo()
+            if _torch_private.captures_refused() != refused:
+                report.warn_of_limit(RECOMPILE_LIMIT)
 
     entry: Callable[..., Any] = _with_own_code(enter)
     entry.normfused_report = report  # type: ignore[attr-defined]

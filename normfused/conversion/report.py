@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ class ConversionReport:
     fused: dict[str, str] = field(default_factory=dict)  # path, what follows in the same pass
     unfused: dict[str, str] = field(default_factory=dict)  # path, why nothing does
     graphs: int = 0  # captured so far
+    limit_reached: int | None = None  # the number of graphs of one module beyond which calls run as they are
     bytes_before: int | None = None  # saved for backward, with the example inputs
     bytes_after: int | None = None
 
@@ -44,6 +46,17 @@ class ConversionReport:
             (self.unfused if is_fused else self.fused).pop(path, None)
             (self.fused if is_fused else self.unfused)[path] = text
 
+    def warn_of_limit(self, limit: int) -> None:
+        """Take down, and warn once, that calls which need another graph are no longer captured."""
+        if self.limit_reached is None:
+            self.limit_reached = limit
+            warnings.warn(
+                f"normfused.convert: a module has been captured in {limit} ways; calls that differ from all of them "
+                "run without fusion. TORCH_LOGS=recompiles says in what they differ",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
     @property
     def waiting(self) -> list[str]:
         """The paths of replaced layers that no graph has captured so far."""
@@ -58,6 +71,8 @@ class ConversionReport:
             lines.append("what is fused is known after the first call, or with example_inputs")
         elif self.fuse and self.waiting:
             lines.append(f"{len(self.waiting)} not captured so far: {', '.join(self.waiting[:8])}")
+        if self.limit_reached is not None:
+            lines.append(f"the limit of {self.limit_reached} graphs for a module is reached: other calls are not fused")
         classes = dict(self.replaced)
         rows = []
         for path, kind in classes.items():

@@ -1,0 +1,53 @@
+"""Positions that are left out: masks are checked, and what they name is brought together and put back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normfused import reference
+from normfused.checks import check_residual
+
+
+def check_mask(name: str, mask: Tensor, input: Tensor) -> None:
+    """Raise where ``mask`` does not name positions of ``input``."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name}: mask must be a bool tensor, got {got}")
+    shape = (*input.shape[:1], *input.shape[2:])
+    if mask.shape != shape:
+        raise ValueError(
+            f"{name}: mask must have the shape of input without its channels, {tuple(shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.device != input.device:
+        raise ValueError(f"{name}: mask is on {mask.device}, but input is on {input.device}")
+
+
+def check_some_positions(name: str, mask: Tensor, input: Tensor) -> None:
+    """Raise where ``mask`` leaves nothing to train with. Compiled code raises ``RuntimeError``, when it runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async((mask.sum() > 1) | (input.numel() == 0), f"{name}: mask has less than 2 valid positions")
+    elif input.numel() != 0 and not mask.any():
+        raise ValueError(f"{name}: mask has no valid position")
+
+
+def masked_rows(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The positions of ``input`` and ``residual`` that are there, as the rows of matrices."""
+    if residual is not None:
+        check_residual(input, residual)
+        residual = residual.movedim(1, -1)[mask]
+    return input.movedim(1, -1)[mask], residual
+
+
+def masked_zeros(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``input`` and ``residual`` with zeros at the positions that are left out."""
+    if residual is not None:
+        check_residual(input, residual)
+        residual = torch.where(mask.unsqueeze(1), residual, 0)
+    return torch.where(mask.unsqueeze(1), reference.with_view(input), 0), residual
+
+
+def unmasked(mask: Tensor, rows: Tensor, input: Tensor) -> Tensor:
+    """The rows put back to where they were in ``input``; zeros elsewhere."""
+    output = rows.new_zeros(input.movedim(1, -1).shape).index_put((mask,), rows).movedim(-1, 1)
+    return reference.laid_out_as(output, input)
