@@ -126,8 +126,7 @@ class _BatchNorm(_Base):
     @property
     def epsilon(self) -> float:
         """What is added to the variance: ``eps``, readable whatever the options."""
-        value: float = self.__dict__["eps"]
-        return value
+        return self.__dict__["eps"]  # type: ignore[no-any-return]
 
     # Code that folds a batch norm or rebuilds it as another layer has to read its eps. It cannot know our options, so
     # it is stopped there. The value lies where torch.nn's layers have it, for copies, pickles and changes of class.
@@ -144,9 +143,10 @@ class _BatchNorm(_Base):
     def __getattr__(self, name: str) -> Any:
         # As nn.Module's, whose call is saved: a forward pass comes here for each parameter and buffer.
         own = self.__dict__
-        for kind in ("_buffers", "_parameters"):
-            if kind in own and name in own[kind]:
-                return own[kind][name]
+        if "_buffers" in own and name in (held := own["_buffers"]):
+            return held[name]
+        if "_parameters" in own and name in (held := own["_parameters"]):
+            return held[name]
         if name == "eps" and "eps" in own:
             options = ", ".join(f"{option}={value!r}" for option, value in options_to_lose(self).items())
             raise AttributeError(
@@ -197,7 +197,7 @@ class _BatchNorm(_Base):
             training,
             # A cumulative average without a counter stands still, as torch.nn's does.
             0.0 if self.momentum is None and counter is None else self.momentum,
-            self.epsilon,
+            self.__dict__["eps"],
             counter,
             residual,
             activation,

@@ -75,7 +75,7 @@ _SCRIPTABLE: dict[str, type[nn.Module]] = {
 
 
 # torch.jit.script remembers by id() the modules that it has seen, and drops those that it replaces: another module at
-# the same address would be taken for the one before. So a replaced layer lives as long as what replaces it.
+# the same address would be confused with the one before. So a replaced layer lives as long as what replaces it.
 _REPLACED: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 

@@ -158,7 +158,7 @@ def test_compilers_keep_the_operators() -> None:
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("layout", ["channels_last", "permuted", "sliced"])
 def test_compilers_keep_the_layout_where_sizes_are_symbols(layout: str) -> None:
-    """Where there is a decomposition, torch takes shapes from that, unless a function for shapes is registered too."""
+    """With a decomposition torch gets shapes from that, unless a function for shapes is registered too."""
     ops = torch.ops.normfused
     calls: list[Callable[[Tensor], Tensor]] = [
         lambda x: ops.batch_norm_inference(x, None, None, x.new_zeros(3), x.new_ones(3), 1e-5, x, "relu")[0],
@@ -231,7 +231,7 @@ def test_a_trace_refuses_what_the_layer_refuses() -> None:
 
 
 class Scripted(nn.Module):
-    """Many layers, so that one takes the address of another where the original is dropped."""
+    """Many layers, so that one gets the address of another that was dropped."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -417,7 +417,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: normfused.BatchNormAct2d(3, activation="elu", inplace=True),
         ValueError,
-        f"BatchNorm2d: inplace=True {UNDOABLE}'elu'",
+        f"BatchNormAct2d: inplace=True {UNDOABLE}'elu'",
     ),
 ]
 

@@ -347,3 +347,11 @@ def broadcast_buffers() -> None:
     assert not torch.equal(*everyones(model[1].running_mean))  # each has seen a share of its own
     parallel(X)  # before a forward pass the buffers of the first rank are everyone's
     assert_same_everywhere(*(b.double() for b in model.buffers() if b.is_floating_point()))
+
+
+@pytest.mark.parametrize("tool", list(TOOLS))
+def test_converted_models_are_to_tools_what_torchs_are(tool: str) -> None:
+    function, *_ = TOOLS[tool]
+    (want, _), (got, left_over) = function(Network(*STOCK)), function(normfused.convert(Network(*STOCK)))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert left_over == TOOLS[tool][2]
