@@ -49,19 +49,18 @@ def assert_same(ours: nn.Module, stock: nn.Module, x: Tensor) -> None:
 # ---- timm, torchvision, detectron2 -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "fused"),
-    [
-        ({}, "relu"),
-        ({"act_layer": nn.SiLU}, "silu"),
-        ({"apply_act": False}, None),
-        ({"act_layer": nn.Hardswish, "drop_layer": nn.Identity}, "hardswish"),
-        ({"drop_layer": lambda: nn.Dropout(0.0)}, "relu"),
-        ({"drop_layer": lambda: nn.Dropout(0.5)}, None),
-        ({"momentum": 0.3, "eps": 0.01, "affine": False}, "relu"),
-    ],
-    ids=str,
-)
+TIMM_OPTIONS: dict[str, tuple[dict, str | None]] = {
+    "relu": ({}, "relu"),
+    "silu": ({"act_layer": nn.SiLU}, "silu"),
+    "no activation": ({"apply_act": False}, None),
+    "identity": ({"act_layer": nn.Hardswish, "drop_layer": nn.Identity}, "hardswish"),
+    "dropout of nothing": ({"drop_layer": lambda: nn.Dropout(0.0)}, "relu"),
+    "dropout": ({"drop_layer": lambda: nn.Dropout(0.5)}, None),
+    "not affine": ({"momentum": 0.3, "eps": 0.01, "affine": False}, "relu"),
+}
+
+
+@pytest.mark.parametrize(("options", "fused"), TIMM_OPTIONS.values(), ids=TIMM_OPTIONS.keys())
 @pytest.mark.parametrize("fuse", [True, False])
 def test_timm_batch_norm_act(options: dict, fused: str | None, fuse: bool) -> None:
     torch.manual_seed(0)

@@ -580,6 +580,54 @@ def test_hooks_on_tensors_in_forward() -> None:
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
+def hook_between(m: Net, x: Tensor) -> Tensor:
+    y = m.stem[1](m.stem[0](x))
+    if y.requires_grad:
+        y.register_hook(lambda grad: grad * 3)
+    return m.head(F.relu(y))
+
+
+def saved_elsewhere(m: Net, x: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t / 2):
+        y = m.stem(x)
+    return m.head(y)
+
+
+def saved_on_cpu(m: Net, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return m.head(m.stem(x))
+
+
+@pytest.mark.parametrize("function", [hook_between, saved_elsewhere, saved_on_cpu])
+def test_hooks_of_autograd_in_forward(function: Callable[[Net, Tensor], Tensor]) -> None:
+    assert_same(Net(function))
+
+
+def test_hooks_for_saved_tensors_around_calls() -> None:
+    stock = Net(by_size)
+    ours = assert_same(stock)
+    packed: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (packed.append(1), t)[1], lambda t: t):
+        assert_same(stock, converted=ours)
+    assert packed
+
+
+def test_a_gradient_that_is_retained_in_between() -> None:
+    kept: list[Tensor] = []
+
+    def retain(m: Net, x: Tensor) -> Tensor:
+        y = m.stem[1](x)
+        y.retain_grad()
+        kept.append(y)
+        return m.head(F.relu(y))
+
+    stock = Net(retain).double()
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    for model in (normfused.convert(copy.deepcopy(stock)), stock):
+        model(x).pow(3).sum().backward()
+    torch.testing.assert_close(kept[0].grad, kept[1].grad, rtol=1e-10, atol=1e-10)
+
+
 def test_global_module_hooks() -> None:
     names: list[str] = []
     model = normfused.convert(block())

@@ -51,7 +51,7 @@ def why_not() -> str | None:
 
 def install(model: nn.Module, report: ConversionReport) -> None:
     """Let every module of ``model`` that holds batch norms of ours be called through Dynamo."""
-    norms = {id(layer): path for path, layer in report.layers(model)}
+    norms: dict[int | None, str] = {id(layer): path for path, layer in report.layers(model)}
     for module in _holders(model):
         module._compiled_call_impl = _entry(module, report, norms)
 
@@ -89,7 +89,7 @@ def _with_own_code(function: Any) -> Any:
     return copy
 
 
-def _entry(module: Any, report: ConversionReport, norms: dict[int, str]) -> Callable[..., Any]:
+def _entry(module: Any, report: ConversionReport, norms: dict[int | None, str]) -> Callable[..., Any]:
     """What ``module.__call__`` is to call."""
     compiled: Callable[..., Any] | None = None
     configure: Callable[[], Callable[[], None]] | None = None
@@ -126,9 +126,10 @@ def _entry(module: Any, report: ConversionReport, norms: dict[int, str]) -> Call
     return entry
 
 
-def _backend(gm: fx.GraphModule, report: ConversionReport, norms: dict[int, str]) -> Callable[..., Any]:
+def _backend(gm: fx.GraphModule, report: ConversionReport, norms: dict[int | None, str]) -> Callable[..., Any]:
     fusion.check_is_flat(gm)
     outcomes = fusion.fuse(gm, report.inplace)
-    report.record({norms.get(int(layer), layer) if layer.isdigit() else layer: o for layer, o in outcomes.items()})
+    # What is of no layer is a call of functional.batch_norm.
+    report.record({norms.get(layer, "functional.batch_norm"): outcome for layer, outcome in outcomes.items()})
     fusion.run_directly(gm)
     return gm.forward

@@ -17,7 +17,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from normfused import _extension
 from normfused.conversion import graph as g
 
-Outcomes = dict[str, tuple[str, bool]]  # by layer: what follows it in the same pass, or why nothing does; which of them
+# By layer, see layer_of(): what follows it in the same pass and True, or why nothing does and False.
+Outcomes = dict[int | None, tuple[str, bool]]
 
 _OPERATORS = ("batch_norm_training", "batch_norm_inference")
 _STATE = ("running_mean", "running_var", "num_batches_tracked", "skipped")
@@ -124,10 +125,11 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     return given
 
 
-def layer_of(node: fx.Node) -> str:
-    """The identity of the module that called the operator, as Dynamo records it; the node's name if there is none."""
-    stack = node.meta.get("nn_module_stack")
-    return next(reversed(stack)).split("@")[0] if stack else node.name
+def layer_of(node: fx.Node) -> int | None:
+    """The ``id`` of the module that called the operator, as Dynamo records it; ``None`` if it does not."""
+    stack = node.meta.get("nn_module_stack") or {"": None}
+    key = next(reversed(stack)).split("@")[0]  # the number of the call follows
+    return int(key) if key.isdigit() else None
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
