@@ -184,8 +184,18 @@ def test_gradient_contexts_inside_forward(function: Callable[[Net, Tensor], Tens
     assert ours.head[0].weight.grad is not None
 
 
-def test_no_stats_update_inside_forward() -> None:
-    ours = normfused.convert(Net(no_stats_update_around_the_stem))
+@normfused.no_stats_update()
+def _stem_without_updates(m: Net, x: Tensor) -> Tensor:
+    return m.stem(x)
+
+
+def no_stats_update_by_decorator(m: Net, x: Tensor) -> Tensor:
+    return m.head(_stem_without_updates(m, x))
+
+
+@pytest.mark.parametrize("function", [no_stats_update_around_the_stem, no_stats_update_by_decorator])
+def test_no_stats_update_inside_forward(function: Callable[[Net, Tensor], Tensor]) -> None:
+    ours = normfused.convert(Net(function))
     for _ in range(3):
         ours(torch.randn(4, 3, 5, 5))
     assert ours.stem[1].num_batches_tracked == 0
