@@ -99,7 +99,7 @@ class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):
     empty one included. In training each rank sends the count, mean and standard deviation of its share, in one
     collective, and in backward the sums of two gradients in another. In evaluation, frozen, or in a group of one
     process it does what :class:`normfused.BatchNorm2d` does, and needs no process group. Statistics and running
-    statistics are equal to the bit on every rank. The gradients of ``weight`` and ``bias`` are those of this rank's
+    statistics are bitwise identical on every rank. The gradients of ``weight`` and ``bias`` are those of this rank's
     share, which ``DistributedDataParallel`` averages. Derivatives after the first take collectives of their own. So
     does a forward that :func:`torch.utils.checkpoint.checkpoint` runs again, unless its ``context_fn`` saves
     ``torch.ops._c10d_functional.all_gather_into_tensor.default``.
