@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,12 +88,14 @@ def train(run: Run, training: Training) -> Curve:
     Weights and order of batches depend on nothing but the seed (which is set in torch's global
     generator): batch norm draws no random numbers, so runs with and without start alike.
     """
-    torch.manual_seed(training.seed)
     dataset, experiment = training.dataset, training.experiment
-    network = experiment.network(dataset.train.images.shape[1:], run).to(training.device)
+    shape, examples = dataset.train.images.shape[1:], _prepare(dataset.train, run, training)
+    # Of a network of its own, because the pass updates running statistics.
+    measured = experiment.network(shape, run).to(training.device)
+    kept_bytes = kept_for_backward(measured, examples.inputs[: training.batch_size])
+    torch.manual_seed(training.seed)
+    network = experiment.network(shape, run).to(training.device)
     optimizer = optim.Adam(network.parameters(), lr=experiment.learning_rate)
-    examples = _prepare(dataset.train, run, training)
-    kept_bytes = kept_for_backward(copy.deepcopy(network), examples.inputs[: training.batch_size])
     steps = training.epochs * training.steps_per_epoch
     with tqdm(desc=run.name, total=steps, leave=False, disable=None) as bar:
         epochs = []
