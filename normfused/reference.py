@@ -247,6 +247,8 @@ def _check_can_be_updated(buffer: Tensor, values: Tensor) -> None:
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # which cannot trace the question; functorch refuses what would be wrong
+        return False
     return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
