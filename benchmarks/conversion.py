@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import normfused
 
 Row = dict[str, Any]
-LONG = Budget(seconds=10.0, least_rounds=7)
+LONG = Budget(seconds=5.0, least_rounds=5)
 
 
 def block() -> nn.Module:
