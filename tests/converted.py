@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from models import BasicBlock, ResNet
 from torch import Tensor, nn
 
 import normfused
+
+OURS = (normfused.BatchNorm1d, normfused.BatchNorm2d, normfused.BatchNorm3d)
 
 
 def block(inputs: int = 3, outputs: int = 3) -> nn.Sequential:
@@ -86,3 +89,15 @@ def assert_same(
     if fused is not None:
         assert len(normfused.conversion_report(ours).fused) == fused, normfused.conversion_report(ours)
     return ours
+
+
+def resnet10() -> ResNet:
+    return ResNet(BasicBlock, [1, 1, 1, 1])
+
+
+def types(model: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(module)) for name, module in model.named_modules()]
+
+
+def images(n: int = 4, size: int = 32, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).to(dtype)

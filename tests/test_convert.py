@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
+import random
 import re
 import subprocess
 import sys
@@ -12,17 +11,18 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from models import BasicBlock, ResNet, resnet18, resnet50
+from converted import OURS, images, resnet10, types
+from models import BasicBlock, resnet18, resnet50
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import ZOO, TimmNet
+from zoo import EXPECTED, ZOO, TimmNet
 
 import normfused
 from normfused.conversion import kept_for_backward
 
-OURS = (normfused.BatchNorm1d, normfused.BatchNorm2d, normfused.BatchNorm3d)
 models = pytest.mark.parametrize("make", ZOO.values(), ids=ZOO.keys())
 pytestmark = pytest.mark.usefixtures("needs_extension", "_fresh_compiler")
 
@@ -30,18 +30,6 @@ pytestmark = pytest.mark.usefixtures("needs_extension", "_fresh_compiler")
 @pytest.fixture
 def _fresh_compiler() -> None:
     torch._dynamo.reset()
-
-
-def resnet10() -> ResNet:
-    return ResNet(BasicBlock, [1, 1, 1, 1])
-
-
-def types(model: nn.Module) -> list[tuple[str, type]]:
-    return [(name, type(module)) for name, module in model.named_modules()]
-
-
-def images(n: int = 4, size: int = 32, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).to(dtype)
 
 
 def three_steps(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
@@ -65,33 +53,6 @@ def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 # ---- families of networks --------------------------------------------------------------------------------------------
-
-# Batch norms, and how many of them are fused; all are replaced. The others are residuals of a fused one, or something
-# else follows them.
-EXPECTED = {
-    "resnet18": (20, 17),
-    "resnet50": (53, 49),
-    "densenet": (14, 14),
-    "mobilenetv2": (11, 10),
-    "unet": (10, 10),
-    "gan": (5, 5),
-    "vgg": (4, 4),
-    "seresnext": (7, 5),
-    "efficientnet": (7, 6),
-    "mobilenetv3": (5, 5),
-    "shufflenet": (7, 5),
-    "googlenet": (9, 9),
-    "hrnet": (5, 3),
-    "yolo": (10, 10),
-    "pointnet": (3, 2),
-    "repvgg": (7, 5),
-    "mlp": (3, 3),
-    "video": (2, 2),
-    "convmixer": (3, 1),
-    "ghostnet": (4, 4),
-    "timm relu": (7, 7),
-    "timm silu, drop path": (7, 5),
-}
 
 
 def test_families_of_networks(record_property: Callable[[str, object], None]) -> None:
@@ -205,6 +166,29 @@ def test_report_with_example_inputs() -> None:
     assert str(report).splitlines()[-1].startswith("saved for backward: ")
 
 
+def test_example_inputs_and_generators_are_left_as_they_were() -> None:
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor, options: dict[str, Tensor]) -> Tensor:
+            x.mul_(2)
+            options["shift"].zero_()
+            noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
+            return F.relu(self.norm(x)) * noise
+
+    x, options = images(dtype=torch.float32), {"shift": torch.ones(3)}
+    expected = x.clone()
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    normfused.convert(Changes(), example_inputs=(x, options))
+    assert torch.equal(x, expected)
+    assert options["shift"].all()
+    assert random.getstate() == states[0]
+    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
 def test_saved_bytes_are_counted() -> None:
     x = torch.randn(4, 8, 6, 6)
     size = x.numel() * 4
@@ -304,166 +288,6 @@ def test_revert_returns_the_state_of_now(change: Callable[[nn.Module], nn.Module
     torch.testing.assert_close(back.state_dict(), expected, rtol=0, atol=0)
     assert [m.training for m in back.modules()] == [m.training for m in stock.modules()]
     torch.testing.assert_close(back(images()), stock(images()), rtol=1e-6, atol=1e-6)
-
-
-# ---- copies, files, and other tools around a converted model ---------------------------------------------------------
-
-
-def saved_and_loaded(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("called", [True, False])
-@pytest.mark.parametrize("name", ["mlp", "timm relu"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, saved_and_loaded, pickled])
-def test_copies(copied: Callable[[nn.Module], nn.Module], name: str, called: bool) -> None:
-    torch.manual_seed(0)
-    model = normfused.convert(ZOO[name]()).eval()
-    x = images(dtype=torch.float32)
-    if called:
-        model(x)
-    other = copied(model)
-    assert types(other) == types(model)
-    torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"of a copy, or after loading, call normfused\.convert again"):
-        normfused.conversion_report(other)
-    if copied is not copy.copy:
-        normfused.convert(other)
-        torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
-        assert len(normfused.conversion_report(other).fused) == EXPECTED[name][1]
-        normfused.revert(other)
-        assert not any(isinstance(m, OURS) for m in other.modules())
-    assert any(isinstance(m, OURS) for m in model.modules())
-
-
-def test_a_replica_runs_on_its_own_parameters() -> None:
-    """nn.DataParallel copies the attributes of each module, what it is called by included."""
-    model = normfused.convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
-    x = images(dtype=torch.float32)
-    model(x)
-    replica = model._replicate_for_data_parallel()
-    replica._modules = {name: copy.deepcopy(child) for name, child in model._modules.items()}
-    with torch.no_grad():
-        replica._modules["1"].bias.add_(5)
-    assert replica(x).min() > 1
-    assert model(x).min() == 0
-
-
-def test_functional_call_with_other_parameters() -> None:
-    torch.manual_seed(0)
-    stock = resnet10().double()
-    ours = normfused.convert(copy.deepcopy(stock))
-    others = {name: p.detach() * 1.5 for name, p in stock.named_parameters()}
-    x = images()
-    ours(x), stock(x)
-    for m in (ours, stock):
-        m.eval()
-    expected = torch.func.functional_call(stock, others, (x,))
-    torch.testing.assert_close(torch.func.functional_call(ours, others, (x,)), expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(ours(x), stock(x), rtol=1e-10, atol=1e-10)
-
-
-def test_transforms_over_a_converted_model() -> None:
-    torch.manual_seed(0)
-    stock = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU()).double().eval()
-    ours = normfused.convert(copy.deepcopy(stock))
-    x, t = images(2), images(3)[:2]
-    ours(x)
-    for compute in (
-        lambda m: torch.func.jvp(m, (x,), (t,)),
-        lambda m: torch.func.vjp(m, x)[1](t),
-        lambda m: torch.func.vmap(lambda one: m(one[None])[0])(x),
-        lambda m: torch.func.grad(lambda z: m(z).sum())(x),
-    ):
-        torch.testing.assert_close(compute(ours), compute(stock), rtol=1e-9, atol=1e-9)
-
-
-def test_double_backward_through_a_converted_model() -> None:
-    torch.manual_seed(0)
-    stock = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU()).double()
-    results = []
-    for model in (normfused.convert(copy.deepcopy(stock)), stock):
-        x = images().requires_grad_()
-        (first,) = torch.autograd.grad(model(x).pow(2).sum(), x, create_graph=True)
-        first.pow(2).sum().backward()
-        results.append([x.grad, *(p.grad for p in model.parameters())])
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-
-
-def test_traced_and_exported_as_without_conversion() -> None:
-    torch.manual_seed(0)
-    model = normfused.convert(resnet10()).eval()
-    x = images(dtype=torch.float32)
-    expected = model(x)
-    for other in (
-        torch.fx.symbolic_trace(model),
-        torch.jit.trace(model, (x,)),
-        torch.export.export(model, (x,)).module(),
-        torch.fx.experimental.proxy_tensor.make_fx(model)(x),
-    ):
-        torch.testing.assert_close(other(x), expected)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_by_the_user_is_compiled_once(backend: str) -> None:
-    torch.manual_seed(0)
-    stock = resnet10().double()
-    ours = normfused.convert(copy.deepcopy(stock))
-    graphs = []
-
-    def counting(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-        graphs.append(gm)
-        return torch._dynamo.lookup_backend(backend)(gm, inputs)
-
-    compiled = torch.compile(ours, backend=counting)
-    for n in (4, 6):
-        torch.testing.assert_close(compiled(images(n)), stock(images(n)), rtol=1e-10, atol=1e-10)
-    assert len(graphs) == 2
-    assert normfused.conversion_report(ours).graphs == 0
-
-
-@pytest.mark.parametrize("options", [{}, {"then": "aot_eager"}])
-def test_the_backend_by_name(options: dict[str, str]) -> None:
-    torch.manual_seed(0)
-    stock = resnet10().double()
-    ours = normfused.convert(copy.deepcopy(stock), fuse=False)
-    compiled = torch.compile(ours, backend="normfused", options=options, fullgraph=True)
-    results = []
-    for model in (compiled, stock):
-        x = images().requires_grad_()
-        y = model(x)
-        y.square().sum().backward()
-        results.append([y, x.grad])
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-    saved = [kept_for_backward(m, images()) for m in (compiled, ours)]
-    assert saved[0] < saved[1]
-
-
-def test_the_backend_refuses_unknown_options() -> None:
-    compiled = torch.compile(normfused.BatchNorm2d(3), backend="normfused", options={"than": "inductor"})
-    with pytest.raises(Exception, match="unknown option 'than'; known are 'then' and 'inplace'"):
-        compiled(images(dtype=torch.float32))
-
-
-def test_then_inductor() -> None:
-    torch.manual_seed(0)
-    stock = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
-    ours = normfused.convert(copy.deepcopy(stock), fuse=False)
-    compiled = torch.compile(ours, backend="normfused", options={"then": "inductor"})
-    results = []
-    for model in (compiled, stock):
-        x = images(dtype=torch.float32).requires_grad_()
-        y = model(x)
-        y.square().sum().backward()
-        results.append([y, x.grad])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 # ---- modes, and how many graphs they take ----------------------------------------------------------------------------

@@ -362,4 +362,30 @@ ZOO: dict[str, Any] = {
     "timm relu": TimmNet,
     "timm silu, drop path": lambda: TimmNet(nn.SiLU, 0.3),
 }
-__all__ = ["ZOO", "resnet18", "resnet50"]
+# Batch norms, and how many of them are fused; all are replaced. The others are residuals of a fused one, or something
+# else follows them.
+EXPECTED = {
+    "resnet18": (20, 17),
+    "resnet50": (53, 49),
+    "densenet": (14, 14),
+    "mobilenetv2": (11, 10),
+    "unet": (10, 10),
+    "gan": (5, 5),
+    "vgg": (4, 4),
+    "seresnext": (7, 5),
+    "efficientnet": (7, 6),
+    "mobilenetv3": (5, 5),
+    "shufflenet": (7, 5),
+    "googlenet": (9, 9),
+    "hrnet": (5, 3),
+    "yolo": (10, 10),
+    "pointnet": (3, 2),
+    "repvgg": (7, 5),
+    "mlp": (3, 3),
+    "video": (2, 2),
+    "convmixer": (3, 1),
+    "ghostnet": (4, 4),
+    "timm relu": (7, 7),
+    "timm silu, drop path": (7, 5),
+}
+__all__ = ["EXPECTED", "ZOO", "resnet18", "resnet50"]

@@ -7,8 +7,10 @@ import random
 import warnings
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from normfused import modules
 from normfused.conversion import classes
@@ -50,8 +52,9 @@ def convert(
         inplace: whether batch norms that are followed by a leaky ReLU are written over their input, if that comes from
             a convolution or a linear layer and nothing else reads it. For the effect on gradients see
             :func:`normfused.functional.batch_norm`. Needs ``fuse``.
-        example_inputs: arguments of ``model``. Copies of the model run on them before and after, and the report says
-            what is fused and how many bytes are saved for backward. Random number generators are left as they were.
+        example_inputs: arguments of ``model``. Copies of the model run on copies of them, before and after, and the
+            report says what is fused and how many bytes are saved for backward. The random number generators of torch,
+            Python and NumPy are left as they were.
 
     Returns:
         ``model`` itself. :func:`conversion_report` says what was done.
@@ -64,7 +67,7 @@ def convert(
         raise ValueError("convert: inplace=True needs fuse=True, which finds where it is possible")
     report = ConversionReport(fuse, inplace)
     if example_inputs is not None:
-        report.bytes_before = _saved_by_copy(model, example_inputs)
+        report.bytes_before = _saved_by(copy.deepcopy(model), example_inputs)
     _replace_layers(model, report)
     if fuse:
         _install(model, report)
@@ -72,7 +75,7 @@ def convert(
         trial = copy.deepcopy(model)
         if fuse:
             _install(trial, report)
-        report.bytes_after = _saved_by_copy(trial, example_inputs, is_copy=True)
+        report.bytes_after = _saved_by(trial, example_inputs)
     remember(model, report)
     return model
 
@@ -109,13 +112,19 @@ def _install(model: nn.Module, report: ConversionReport) -> None:
         capture.install(model, report)
 
 
-def _saved_by_copy(model: nn.Module, inputs: tuple[Any, ...], is_copy: bool = False) -> int:
-    state = random.getstate()
+def _saved_by(trial: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """Bytes that ``trial`` saves for backward. Inputs and random number generators are left as they were."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # users draw from it
     try:
         with torch.random.fork_rng():
-            return kept_for_backward(model if is_copy else copy.deepcopy(model), *inputs)
+            return kept_for_backward(trial, *tree_map_only(Tensor, copied, inputs))
     finally:
-        random.setstate(state)
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
