@@ -6,14 +6,17 @@ operators, for exporters of formats that have no others.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normfused import decompositions
+from normfused import _torch_private, decompositions
 from normfused.reference import with_view
+
+_Function = Callable[..., Any]
 
 
 def _output_like(input: Tensor) -> Tensor:
@@ -33,6 +36,26 @@ def _statistics(input: Tensor) -> Tensor:
 
 def _mask(input: Tensor, wanted: bool) -> Tensor:
     return input.new_empty(((input.numel() + 7) // 8 + 8 if wanted else 0,), dtype=torch.uint8)
+
+
+def _fake_of_decomposed(name: str) -> Callable[[_Function], _Function]:
+    """As ``torch.library.register_fake``, for an operator that has a decomposition, which compilers are not to use.
+
+    Fake tensors would take their shapes from it, were there no entry in a table of its own for these; and Inductor
+    would want it in place of the operator.
+    """
+    operator = getattr(torch.ops.normfused, name).default
+
+    def register(shapes: _Function) -> _Function:
+        @torch.library.register_fake(f"normfused::{name}")
+        @functools.wraps(shapes)
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            _torch_private.call_from_inductor(operator)
+            return shapes(*args, **kwargs)
+
+        return _torch_private.register_decomposition(operator, "meta")(shapes)
+
+    return register
 
 
 @torch.library.register_fake("normfused::batch_norm_training")
@@ -57,7 +80,7 @@ def _batch_norm_training(
     return _output_like(input), _statistics(input), _mask(input, save_mask)
 
 
-@torch.library.register_fake("normfused::batch_norm_inference")
+@_fake_of_decomposed("batch_norm_inference")
 def _batch_norm_inference(
     input: Tensor,
     weight: Tensor | None,
@@ -179,7 +202,7 @@ def _merge_ranks(
     return words.new_empty((2, channels), dtype=torch.float64), words.new_empty(())
 
 
-@torch.library.register_fake("normfused::local_response_norm")
+@_fake_of_decomposed("local_response_norm")
 def _local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     return _output_like(input)
 
@@ -205,7 +228,7 @@ def _channel_sums(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return total, squares, low, high
 
 
-@torch.library.register_fake("normfused::standardize")
+@_fake_of_decomposed("standardize")
 def _standardize(
     input: Tensor,
     mean: list[float],
@@ -235,23 +258,16 @@ def _standardize_inplace(input: Tensor, mean: list[float], std: list[float], sca
 
 # ---- decompositions --------------------------------------------------------------------------------------------------
 
-_Function = Callable[..., Any]
 
-
-def _decompose(name: str, shapes: _Function) -> Callable[[_Function], _Function]:
+def _decompose(name: str) -> Callable[[_Function], _Function]:
     """Register how an operator is made of torch's own, in the table that exporters such as torch.onnx look into.
 
-    Compilers do not look into it, but for shapes, where a table of its own comes first.
+    Compilers do not look into it: see :func:`_fake_of_decomposed`.
     """
-    register = getattr(torch._decomp, "register_decomposition", None)
-    if register is None:
-        return lambda function: function
-    operator = getattr(torch.ops.normfused, name).default
-    register(operator, type="meta")(shapes)
-    return register(operator)  # type: ignore[no-any-return]
+    return _torch_private.register_decomposition(getattr(torch.ops.normfused, name).default, "post_autograd")
 
 
-@_decompose("batch_norm_inference", _batch_norm_inference)
+@_decompose("batch_norm_inference")
 def _decomposed_batch_norm_inference(
     input: Tensor,
     weight: Tensor | None,
@@ -272,12 +288,12 @@ def _decomposed_batch_norm_inference(
     return output, statistics, _mask(input, save_mask)
 
 
-@_decompose("local_response_norm", _local_response_norm)
+@_decompose("local_response_norm")
 def _decomposed_local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     return decompositions.local_response_norm(input, size, alpha, beta, k)
 
 
-@_decompose("standardize", _standardize)
+@_decompose("standardize")
 def _decomposed_standardize(
     input: Tensor,
     mean: list[float],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from normfused.checks import is_transformed
+
+_Function = Callable[..., Any]
 
 _GLOBAL_HOOKS = [
     hooks
@@ -86,3 +89,21 @@ def dynamo_patcher(**changes: Any) -> Callable[[], Callable[[], None]]:
         return lambda: patched.__exit__(None, None, None)
 
     return patch
+
+
+def register_decomposition(operator: torch._ops.OpOverload, table: str) -> Callable[[_Function], _Function]:
+    """Add a function to one of torch's tables of decompositions; nothing where torch has none."""
+    register = getattr(torch._decomp, "register_decomposition", None)
+    return register(operator, type=table) if register else lambda function: function
+
+
+def call_from_inductor(operator: torch._ops.OpOverload) -> None:
+    """Let Inductor, where it is imported, call ``operator`` although torch knows a decomposition of it.
+
+    It would do so by itself, but raises where the environment variable ``CI`` is set.
+    """
+    lowering: Any = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or operator in lowering.lowerings:
+        return
+    tag = torch._library.utils.get_layout_constraint_tag(operator)
+    lowering.make_fallback(operator, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)

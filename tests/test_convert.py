@@ -377,7 +377,7 @@ def test_timm_models_with_checkpointing_and_methods() -> None:
     assert not ours.stages[0].bn3.weight.any()
 
 
-def test_readme_snippet_with_a_frozen_stem() -> None:
+def test_readme_snippet_with_a_frozen_stem(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     snippet = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "conversion_report" in block)
     program = f"""
@@ -405,7 +405,8 @@ for frozen in (False, True):
     assert (model.conv1.weight.grad is None) == frozen
     assert model.layer1[0].conv1.weight.grad is not None
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "20 batch norms replaced, 17 fused" in result.stdout
     assert "BatchNorm2d(4, eps=1e-05" in result.stdout

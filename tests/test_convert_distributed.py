@@ -48,16 +48,18 @@ def data_parallel(synchronized: bool) -> str:
     results = [three_steps(nn.parallel.DistributedDataParallel(m)) for m in (ours, stock)]
     assert_equal(*results)
     assert_equal([*ours.state_dict().values()], [*stock.state_dict().values()])
-    return f"{len(normfused.conversion_report(ours).fused)} fused"
+    return str(normfused.conversion_report(ours))
 
 
 def test_under_distributed_data_parallel(ranks: Ranks) -> None:
-    assert ranks.run(2, data_parallel, False) == ["5 fused"] * 2
+    for report in ranks.run(2, data_parallel, False):
+        assert ", 5 fused" in report
 
 
 def test_synchronized_under_distributed_data_parallel(ranks: Ranks) -> None:
     # They have an operator of their own for each side of the exchange, and run as they are.
-    assert ranks.run(2, data_parallel, True) == ["0 fused"] * 2
+    for report in ranks.run(2, data_parallel, True):
+        assert ", 0 fused" in report
 
 
 def sharded(of_whole: bool) -> None:

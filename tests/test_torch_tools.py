@@ -334,6 +334,27 @@ def test_compilers_that_freeze_weights_stay_right() -> None:
             torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("ci", ["", "1"])
+@pytest.mark.usefixtures("needs_extension")
+def test_inductor_calls_operators_that_have_decompositions(ci: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses to where the environment variable CI is set, unless it is told."""
+    from torch._inductor import lowering
+
+    def every(x: Tensor) -> Tensor:
+        x = normfused.functional.batch_norm(x, *torch.ones(4, 3))
+        x = normfused.functional.local_response_norm(x, 3)
+        return normfused.functional.standardize(x, [0.0] * 3, [2.0] * 3)
+
+    monkeypatch.setenv("CI", ci)
+    for name in ("batch_norm_inference", "local_response_norm", "standardize"):
+        monkeypatch.delitem(lowering.lowerings, getattr(torch.ops.normfused, name).default, raising=False)
+    torch._dynamo.reset()
+    x = torch.randn(2, 3, 5, 5)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(every, fullgraph=True)
+        assert torch.equal(compiled(x), every(x))
+
+
 def test_ddp_broadcasts_buffers_of_layers_with_an_activation(ranks: Ranks) -> None:
     ranks.run(2, broadcast_buffers)
 
