@@ -1,16 +1,13 @@
-"""Whether the extension is built with CUDA, decided from facts alone."""
+"""Whether the extension is built with CUDA, and for what GPUs, decided from facts alone."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-# A100, H100 and H200, B200; PTX for what comes after. An nvcc from before 12.8 does not know the last.
-DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
-EARLIER_ARCHS = "8.0;9.0+PTX"
+# T4, A100, H100 and H200, B200, RTX 50; the last as PTX too, for what comes after.
+DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 
 
 class Decision(NamedTuple):
@@ -22,6 +19,13 @@ class Decision(NamedTuple):
     warning: str = ""
 
 
+class Architectures(NamedTuple):
+    """What is compiled for, as in ``TORCH_CUDA_ARCH_LIST``; and what was asked for that cannot be."""
+
+    chosen: list[str]
+    dropped: list[str]
+
+
 class Facts(NamedTuple):
     """What the decision rests on."""
 
@@ -29,10 +33,12 @@ class Facts(NamedTuple):
     torch_cuda: str | None
     nvcc: str | None
     has_sources: bool
+    problems: tuple[str, ...] = ()  # of toolkits that were looked at
+    architectures: Architectures = Architectures(["9.0"], [])
 
 
 def decide(facts: Facts, environ: Mapping[str, str]) -> Decision:
-    """Build for CUDA when torch has CUDA, a matching nvcc is there and there are sources to compile.
+    """Build for CUDA when torch has CUDA, a matching toolkit is there and there are sources to compile.
 
     ``NORMFUSED_CUDA=0`` says no; ``NORMFUSED_CUDA=1`` turns every reason against into a RuntimeError.
     """
@@ -55,27 +61,65 @@ def _judge(facts: Facts) -> Decision:
         return Decision(False, f"torch {facts.torch} has no CUDA", how)
     if facts.nvcc is None:
         how = f"install the CUDA {facts.torch_cuda} toolkit or set CUDA_HOME, then reinstall normfused"
-        return Decision(False, f"torch {facts.torch} has CUDA {facts.torch_cuda}, but there is no nvcc", how)
+        found = "; ".join(facts.problems)
+        return Decision(
+            False, f"torch {facts.torch} has CUDA {facts.torch_cuda}, but no toolkit is usable: {found}", how
+        )
     both = f"nvcc {facts.nvcc} and torch's CUDA {facts.torch_cuda}"
     if facts.nvcc.split(".")[0] != facts.torch_cuda.split(".")[0]:
         return Decision(False, f"{both} differ in major version", f"install CUDA {facts.torch_cuda}'s nvcc")
-    warning = "" if facts.nvcc == facts.torch_cuda else f"{both} differ in minor version"
-    return Decision(True, f"torch {facts.torch}, nvcc {facts.nvcc}", warning=warning)
+    chosen, dropped = facts.architectures
+    unknown = f"nvcc {facts.nvcc} or torch {facts.torch} cannot compile for {', '.join(dropped)}"
+    if not chosen:
+        return Decision(False, unknown, "set TORCH_CUDA_ARCH_LIST to what both know, then reinstall normfused")
+    warnings = [*facts.problems, *([unknown] if dropped else [])]
+    if facts.nvcc != facts.torch_cuda:
+        warnings.append(f"{both} differ in minor version")
+    return Decision(True, f"torch {facts.torch}, nvcc {facts.nvcc}", warning="; ".join(warnings))
 
 
-def arch_list(gpus: Iterable[tuple[int, int]], nvcc: str, environ: Mapping[str, str]) -> str:
-    """Return the architectures to compile for: those asked for, else those of the GPUs in sight, else a default."""
-    in_sight = ";".join(f"{major}.{minor}" for major, minor in sorted(set(gpus)))
-    default = DEFAULT_ARCHS if tuple(map(int, nvcc.split("."))) >= (12, 8) else EARLIER_ARCHS
-    return environ.get("TORCH_CUDA_ARCH_LIST") or in_sight or default
+def choose_architectures(
+    requested: str | None,
+    gpus: Collection[tuple[int, int]],
+    nvcc: Collection[str],
+    torch_knows: Callable[[str], bool],
+) -> Architectures:
+    """Those requested in the form of ``TORCH_CUDA_ARCH_LIST``, else those of the GPUs in sight, else a default.
+
+    Of these, what both nvcc and torch know.
+    """
+    if requested and requested != "native":
+        names = requested.replace(";", " ").split()
+        chosen = [name for name in names if torch_knows(name) and _known_by_number(name, nvcc)]
+        return Architectures(chosen, [name for name in names if name not in chosen])
+    common = sorted(tuple(map(int, name.split("."))) for name in nvcc if torch_knows(name))
+    if gpus:
+        return _for_gpus(gpus, common)
+    chosen = [name for name in DEFAULT_ARCHITECTURES if tuple(map(int, name.split("."))) in common]
+    if not chosen:
+        return Architectures([], list(DEFAULT_ARCHITECTURES))
+    return Architectures([*chosen[:-1], f"{chosen[-1]}+PTX"], [])
 
 
-def nvcc_version(cuda_home: str | None) -> str | None:
-    """Return the release of the nvcc below a CUDA home, such as ``"13.0"``."""
-    if cuda_home is None or not (Path(cuda_home) / "bin" / "nvcc").exists():
-        return None
-    text = subprocess.run(
-        [str(Path(cuda_home) / "bin" / "nvcc"), "--version"], capture_output=True, text=True, check=True
-    ).stdout
-    match = re.search(r"release (\d+\.\d+)", text)
-    return match.group(1) if match else None
+def _known_by_number(name: str, nvcc: Collection[str]) -> bool:
+    """Whether nvcc knows what is asked for. torch turns names such as Hopper into numbers, and answers for them."""
+    number = re.match(r"\d+\.\d+", name)
+    return number is None or number[0] in nvcc
+
+
+def _for_gpus(gpus: Collection[tuple[int, int]], common: Sequence[tuple[int, ...]]) -> Architectures:
+    """For each GPU the latest architecture that is not newer: as PTX too where only that runs on it.
+
+    Machine code runs on GPUs of its own major version and the same or a later minor one.
+    """
+    with_ptx: dict[tuple[int, ...], bool] = {}
+    dropped = []
+    for gpu in sorted(set(gpus)):
+        latest = max((arch for arch in common if arch <= gpu), default=None)
+        if latest is None:
+            dropped.append(f"{gpu[0]}.{gpu[1]}")
+        else:
+            with_ptx[latest] = with_ptx.get(latest, False) or latest[0] != gpu[0]
+    return Architectures(
+        [f"{major}.{minor}{'+PTX' if ptx else ''}" for (major, minor), ptx in with_ptx.items()], dropped
+    )

@@ -7,11 +7,14 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import cache
 from glob import glob
 from pathlib import Path
 
 import torch
-from cuda_choice import Decision, Facts, arch_list, decide, nvcc_version
+from cuda_choice import Decision, Facts, choose_architectures, decide
+from cuda_toolkit import Search, Toolkit, find_toolkit
+from jobs import default_jobs
 from setuptools import Extension
 from torch.utils import cpp_extension
 
@@ -36,11 +39,42 @@ def sources(*patterns: str) -> list[str]:
     return sorted(path for pattern in patterns for path in glob(pattern, root_dir=ROOT, recursive=True))
 
 
-def cuda_decision() -> Decision:
-    """Whether this environment builds for CUDA."""
-    nvcc = nvcc_version(cpp_extension.CUDA_HOME)
-    has_sources = bool(sources("csrc/**/*.cu"))
-    return decide(Facts(torch.__version__, torch.version.cuda, nvcc, has_sources), os.environ)
+@cache
+def cuda() -> tuple[Decision, Facts, Toolkit | None]:
+    """Whether this environment builds for CUDA, what that rests on, and the toolkit if it does."""
+    version = torch.version.cuda
+    packages = Path(torch.__file__).parents[1]
+    search = find_toolkit(os.environ, version.split(".")[0], packages) if version else Search(None, [])
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    facts = Facts(
+        torch=torch.__version__,
+        torch_cuda=version,
+        nvcc=search.toolkit.version if search.toolkit else None,
+        has_sources=bool(sources("csrc/**/*.cu")),
+        problems=tuple(search.problems),
+        architectures=choose_architectures(
+            os.environ.get("TORCH_CUDA_ARCH_LIST"),
+            gpus,
+            search.toolkit.architectures if search.toolkit else (),
+            _torch_knows,
+        ),
+    )
+    decision = decide(facts, os.environ)
+    return decision, facts, search.toolkit if decision.build else None
+
+
+def _torch_knows(architecture: str) -> bool:
+    """Whether torch's build step compiles for it: it has a list of its own, and raises for what is not in it."""
+    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architecture
+    try:
+        return bool(cpp_extension._get_cuda_arch_flags())
+    except ValueError:
+        return False
+    finally:
+        del os.environ["TORCH_CUDA_ARCH_LIST"]
+        if before is not None:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = before
 
 
 def torch_requirement() -> str:
@@ -51,14 +85,16 @@ def torch_requirement() -> str:
 
 def extension() -> Extension:
     """Describe ``normfused._C``."""
-    cuda = cuda_decision().build
+    _, _, toolkit = cuda()
     werror = ["-Werror"] if os.environ.get("NORMFUSED_WERROR") == "1" else []
-    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    return make(
+    if toolkit:  # torch guesses it from where nvcc is, which may be a script elsewhere
+        cpp_extension.CUDA_HOME = str(toolkit.home)
+    make = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
+    described = make(
         NAME,
-        sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/kernels/*/*.cpp", *(CUDA_SOURCES if cuda else [])),
-        include_dirs=[str(ROOT / "csrc")],
-        define_macros=[TORCH_MACRO, *([("NORMFUSED_WITH_CUDA", "1")] if cuda else [])],
+        sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/kernels/*/*.cpp", *(CUDA_SOURCES if toolkit else [])),
+        include_dirs=[str(ROOT / "csrc"), *_cuda_include(toolkit)],
+        define_macros=[TORCH_MACRO, *([("NORMFUSED_WITH_CUDA", "1")] if toolkit else [])],
         extra_compile_args={
             # As system headers torch's own do not trip our warnings.
             "cxx": [*CXX_FLAGS, *werror, *(f"-isystem{path}" for path in cpp_extension.include_paths())],
@@ -66,6 +102,16 @@ def extension() -> Extension:
         },
         depends=sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh"),
     )
+    if toolkit:  # by its path: NVIDIA's wheels have no libcudart.so, which -lcudart looks for
+        described.libraries = [name for name in described.libraries if name != "cudart"]
+        described.extra_objects.append(str(toolkit.cudart))
+    return described
+
+
+def _cuda_include(toolkit: Toolkit | None) -> list[str]:
+    """Where the toolkit's headers are, if neither torch nor the compiler looks there."""
+    known = toolkit and toolkit.include in (toolkit.home / "include", Path("/usr/include"))
+    return [] if toolkit is None or known else [str(toolkit.include)]
 
 
 class BuildExtension(cpp_extension.BuildExtension):
@@ -73,15 +119,14 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def run(self) -> None:
         """Build, and write ``_build_info.json``."""
-        decision = cuda_decision()
+        decision, facts, toolkit = cuda()
         print(f"normfused: building for {'CUDA' if decision.build else 'CPU only'}: {decision.reason}", flush=True)
         if decision.warning:
             print(f"normfused: warning: {decision.warning}", flush=True)
-        if decision.build:
-            gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-            nvcc = nvcc_version(cpp_extension.CUDA_HOME)
-            assert nvcc is not None  # the decision rests on it
-            os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(gpus, nvcc, os.environ)
+        architectures = ";".join(facts.architectures.chosen) if decision.build else ""
+        if toolkit:
+            print(f"normfused: {toolkit.home}, {toolkit.cudart}, for {architectures}", flush=True)
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
         super().run()
         record = {
@@ -94,7 +139,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             "cuda": decision.build,
             "cuda_reason": decision.reason,
             "cuda_how": decision.how,
-            "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"] if decision.build else "",
+            "cuda_archs": architectures,
         }
         path = Path(self.get_ext_fullpath(NAME)).with_name("_build_info.json")
         path.write_text(json.dumps(record, indent=2) + "\n")
@@ -102,9 +147,3 @@ class BuildExtension(cpp_extension.BuildExtension):
     def _compiler(self) -> str:
         command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[0]
-
-
-def default_jobs() -> int:
-    """As many compilers at once as there are cores, or room for: one takes up to 2 GiB."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(os.cpu_count() or 1, memory // 2**31))

@@ -31,7 +31,7 @@ SOURCES = [
 ]
 
 sys.path.insert(0, str(BACKEND))
-from cuda_choice import DEFAULT_ARCHS, EARLIER_ARCHS, Facts, arch_list, decide, nvcc_version  # noqa: E402
+from cuda_choice import Architectures, Facts, choose_architectures, decide  # noqa: E402
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def call(script: str, cwd: Path, *path: Path, python: str | Path = sys.executabl
 
 CUDA = Facts(torch="2.13.0+cu130", torch_cuda="13.0", nvcc="13.0", has_sources=True)
 CPU = Facts(torch="2.13.0+cpu", torch_cuda=None, nvcc="13.0", has_sources=True)
-NO_NVCC = CUDA._replace(nvcc=None)
+NO_NVCC = CUDA._replace(nvcc=None, problems=("no nvcc in CUDA_HOME=/cuda, PATH",))
 OTHER_MAJOR = CUDA._replace(nvcc="12.8")
 OTHER_MINOR = CUDA._replace(nvcc="13.2")
 NO_SOURCES = CUDA._replace(has_sources=False)
@@ -87,7 +87,12 @@ NO_SOURCES = CUDA._replace(has_sources=False)
         (OTHER_MINOR, None, True, "torch 2.13.0+cu130, nvcc 13.2"),
         (CPU, None, False, "torch 2.13.0+cpu has no CUDA"),
         (CPU, "0", False, "NORMFUSED_CUDA=0"),
-        (NO_NVCC, None, False, "torch 2.13.0+cu130 has CUDA 13.0, but there is no nvcc"),
+        (
+            NO_NVCC,
+            None,
+            False,
+            "torch 2.13.0+cu130 has CUDA 13.0, but no toolkit is usable: no nvcc in CUDA_HOME=/cuda, PATH",
+        ),
         (OTHER_MAJOR, None, False, "nvcc 12.8 and torch's CUDA 13.0 differ in major version"),
         (OTHER_MAJOR, "0", False, "NORMFUSED_CUDA=0"),
         (NO_SOURCES, None, False, "this version has no CUDA kernels"),
@@ -113,7 +118,8 @@ def test_b01_cuda_is_built_where_it_can_be_and_is_wanted(
         ),
         (
             NO_NVCC,
-            "NORMFUSED_CUDA=1, but torch 2.13.0+cu130 has CUDA 13.0, but there is no nvcc; "
+            "NORMFUSED_CUDA=1, but torch 2.13.0+cu130 has CUDA 13.0, but no toolkit is usable: "
+            "no nvcc in CUDA_HOME=/cuda, PATH; "
             "install the CUDA 13.0 toolkit or set CUDA_HOME, then reinstall normfused",
         ),
         (
@@ -137,36 +143,52 @@ def test_b01_cuda_is_forced_by_0_or_1() -> None:
         decide(CUDA, {"NORMFUSED_CUDA": "yes"})
 
 
+NVCC_12_6 = ["7.0", "7.5", "8.0", "8.6", "8.9", "9.0"]
+NVCC_13 = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"]
+
+
+def torch_knows(architecture: str) -> bool:
+    """As a torch does that does not know 12.1, and calls 9.0 by a name."""
+    return architecture.removesuffix("+PTX") in ("7.0", *NVCC_13[:-1], "9.0a", "Hopper")
+
+
 @pytest.mark.parametrize(
-    ("gpus", "asked", "expected"),
+    ("nvcc", "gpus", "asked", "chosen", "dropped"),
     [
-        ([], "9.0a", "9.0a"),
-        ([(9, 0), (8, 0), (9, 0)], None, "8.0;9.0"),
-        ([(9, 0)], "8.0;10.0+PTX", "8.0;10.0+PTX"),
+        (NVCC_13, [], None, "7.5;8.0;9.0;10.0;12.0+PTX", ""),
+        (NVCC_12_6, [], "", "7.5;8.0;9.0+PTX", ""),
+        (NVCC_13, [(9, 0), (8, 0), (9, 0)], None, "8.0;9.0", ""),
+        (NVCC_13, [(9, 0)], "native", "9.0", ""),
+        (NVCC_13, [(9, 0)], "8.0;10.0+PTX", "8.0;10.0+PTX", ""),
+        (NVCC_13, [], "9.0a", "9.0a", ""),
+        (NVCC_13, [], "8.0 Hopper", "8.0;Hopper", ""),
+        (NVCC_13, [], "7.0;8.0;13.0+PTX", "8.0", "7.0;13.0+PTX"),
+        (NVCC_13, [], "Pascal", "", "Pascal"),
+        (NVCC_13, [(12, 1)], None, "12.0", ""),  # which torch does not know, and 12.0's code runs on
+        (NVCC_12_6, [(12, 0)], None, "9.0+PTX", ""),
+        (NVCC_12_6, [(9, 0), (10, 0)], None, "9.0+PTX", ""),
+        (NVCC_13, [(13, 0)], None, "12.0+PTX", ""),
+        (NVCC_13, [(7, 0), (8, 6)], None, "8.6", "7.0"),
+        (NVCC_13, [(6, 1)], None, "", "6.1"),
+        ([], [], None, "", "7.5;8.0;9.0;10.0;12.0"),
     ],
 )
-def test_b01_architectures_are_known_without_a_gpu(
-    gpus: list[tuple[int, int]], asked: str | None, expected: str
+def test_b01_architectures(
+    nvcc: list[str], gpus: list[tuple[int, int]], asked: str | None, chosen: str, dropped: str
 ) -> None:
-    assert arch_list(gpus, "13.0", {} if asked is None else {"TORCH_CUDA_ARCH_LIST": asked}) == expected
+    found = choose_architectures(asked, gpus, nvcc, torch_knows)
+    assert (";".join(found.chosen), ";".join(found.dropped)) == (chosen, dropped)
 
 
-@pytest.mark.parametrize(
-    ("nvcc", "expected"),
-    [("13.0", DEFAULT_ARCHS), ("12.8", DEFAULT_ARCHS), ("12.6", EARLIER_ARCHS), ("12.10", DEFAULT_ARCHS)],
-)
-def test_b01_default_architectures_are_those_that_nvcc_knows(nvcc: str, expected: str) -> None:
-    assert arch_list([], nvcc, {}) == expected
+def test_b01_architectures_that_cannot_be_are_named() -> None:
+    some = CUDA._replace(architectures=Architectures(["8.0"], ["7.0"]))
+    assert decide(some, {}).warning == "nvcc 13.0 or torch 2.13.0+cu130 cannot compile for 7.0"
+    none = CUDA._replace(architectures=Architectures([], ["6.1"]))
+    assert decide(none, {})[:2] == (False, "nvcc 13.0 or torch 2.13.0+cu130 cannot compile for 6.1")
 
 
-def test_b01_nvcc_is_asked_for_its_version(tmp_path: Path) -> None:
-    assert nvcc_version(None) is None
-    assert nvcc_version(str(tmp_path)) is None
-    (tmp_path / "bin").mkdir()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
-    nvcc.chmod(0o755)
-    assert nvcc_version(str(tmp_path)) == "12.4"
+def test_b01_toolkits_that_were_passed_over_are_named() -> None:
+    assert decide(CUDA._replace(problems=("no nvcc in CUDA_HOME=/cuda",)), {}).warning == "no nvcc in CUDA_HOME=/cuda"
 
 
 @pytest.mark.parametrize("place", ["site-packages", "outside", "nowhere"])

@@ -1,0 +1,61 @@
+"""How many compilers to run at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+MEMORY_OF_A_JOB = 2**31
+
+
+def default_jobs(root: Path = Path("/")) -> int:
+    """As many as there are cores, or room for: one takes up to 2 GiB.
+
+    Limits of the cgroup, as of a container, count.
+    """
+    cores, memory = [_cores()], []
+    with suppress(AttributeError, OSError, ValueError):  # not on this system
+        memory.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for folder in _cgroups(root):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            memory += _numbers(folder / name)[:1]
+        quota = _numbers(folder / "cpu.max") or _numbers(folder / "cpu.cfs_quota_us") + _numbers(
+            folder / "cpu.cfs_period_us"
+        )
+        if len(quota) == 2 and quota[0] > 0:
+            cores.append(quota[0] // quota[1])
+    return max(1, min([*cores, *(size // MEMORY_OF_A_JOB for size in memory)]))
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """The folders with the limits of this process: of version 1 one a controller, of version 2 one for all."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and not {"memory", "cpu"} & set(controllers.split(",")):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        inner = top / path.lstrip("/")
+        # In a container the path may be the host's, and the container's own limits are at the top.
+        yield from (folder for folder in (inner, *inner.parents) if folder == top or top in folder.parents)
+
+
+def _numbers(file: Path) -> list[int]:
+    """The numbers in a file such as ``200000 100000``; none if there is no such file, or no limit."""
+    try:
+        words = file.read_text().split()
+    except OSError:
+        return []
+    return [int(word) for word in words] if all(word.lstrip("-").isdigit() for word in words) else []
