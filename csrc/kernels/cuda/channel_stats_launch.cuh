@@ -1,10 +1,10 @@
-#include "kernels/cuda/channel_stats.cuh"
+// The launch behind channel_moments and channel_sums, which are compiled in a file each, in parallel.
+#pragma once
 
+#include "kernels/cuda/channel_stats.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace normfused::cuda {
-
-namespace {
 
 template <class Op>
 cudaError_t channel_stats(const ChannelStats& args, Resources& resources) {
@@ -15,19 +15,6 @@ cudaError_t channel_stats(const ChannelStats& args, Resources& resources) {
   for (int k = 0; k < Op::kSums; ++k) write.results[k] = static_cast<Sum*>(args.results[k]);
   const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 1, all_aligned(args.input), false, resources.limits);
   return reduce(op, write, Nothing{}, plan, resources);
-}
-
-}  // namespace
-
-cudaError_t channel_moments(const ChannelStats& args, Resources& resources) {
-  return for_any(args.dtype, [&](auto type) {
-    return channel_stats<MomentsOp<typename decltype(type)::type, true>>(args, resources);
-  });
-}
-
-cudaError_t channel_sums(const ChannelStats& args, Resources& resources) {
-  return for_any(args.dtype,
-                 [&](auto type) { return channel_stats<SumsOp<typename decltype(type)::type>>(args, resources); });
 }
 
 }  // namespace normfused::cuda

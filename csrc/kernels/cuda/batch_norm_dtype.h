@@ -1,0 +1,15 @@
+// Batch norm for one dtype of the data. Each dtype is compiled in a file of its own, so that they compile in parallel.
+#pragma once
+
+#include "kernels/cuda/kernels.h"
+
+namespace normfused::cuda {
+
+template <class T>
+struct BatchNorm {
+  static cudaError_t training(const BatchNormForward& args, Resources& resources);
+  static cudaError_t inference(const BatchNormForward& args, Resources& resources);
+  static cudaError_t backward(const BatchNormBackward& args, Resources& resources);
+};
+
+}  // namespace normfused::cuda

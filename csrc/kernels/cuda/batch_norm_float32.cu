@@ -1,0 +1,3 @@
+#include "kernels/cuda/batch_norm_launch.cuh"
+
+template struct normfused::cuda::BatchNorm<float>;

@@ -1,0 +1,124 @@
+// The launches behind BatchNorm<T>.
+#pragma once
+
+#include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/batch_norm_dtype.h"
+#include "kernels/cuda/launch.cuh"
+
+namespace normfused::cuda {
+
+// f(whether anything follows the normalization), known to the compiler.
+template <class Args, class F>
+cudaError_t for_variant(const Args& args, const F& f) {
+  return args.fused() ? f(std::true_type{}) : f(std::false_type{});
+}
+
+template <class Op>
+cudaError_t apply_planned(const Op& op, const ChannelView& view, bool aligned, const Resources& resources) {
+  const auto itemsize = static_cast<int>(sizeof(typename Op::Output));
+  return apply(op, plan_apply(view, planned_itemsize<Op>(), itemsize, aligned, resources.limits), resources.stream);
+}
+
+// NormalizeOp, with its mask as it must be before. Nobody but the owner of a byte writes it, unless values go one by
+// one.
+template <class Normalize>
+cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_t* counter,
+                              typename Normalize::S* table, const Resources& resources, Normalize& normalize) {
+  using T = typename Normalize::T;
+  normalize = {static_cast<const T*>(args.input),
+               static_cast<T*>(args.output),
+               table,
+               counter,
+               static_cast<const T*>(args.residual),
+               args.activation,
+               args.mask};
+  if (args.mask == nullptr) return cudaSuccess;
+  const int64_t bytes = mask_bytes(args.view.numel());
+  const ApplyPlan plan = plan_apply(args.view, planned_itemsize<Normalize>(), sizeof(T), aligned, resources.limits);
+  if ((plan.by_rows ? plan.flat.values : plan.columns.values) == 1)
+    return for_each_channel(ClearBits{args.mask}, bytes, resources.stream);
+  normalize.padding = args.mask + bytes - kMaskPadding;
+  return cudaSuccess;
+}
+
+template <class T>
+cudaError_t BatchNorm<T>::training(const BatchNormForward& args, Resources& resources) {
+  return for_variant(args, [&](auto fused) {
+    using Normalize = NormalizeOp<T, fused()>;
+    using S = typename Normalize::S;
+    S* const table = table_for<Normalize>(args.view, resources);
+    const MomentsOp<T, false> moments{static_cast<const T*>(args.input), args.view};
+    const bool aligned = all_aligned(args.input, args.output, args.residual);
+    Normalize normalize;
+    cudaError_t error = prepare_normalize(args, aligned, args.num_batches_tracked, table, resources, normalize);
+    if (error != cudaSuccess) return error;
+    const FinishTraining<S> finish{args, table};
+    // A cumulative average reads the counter, which the apply counts up: in one launch, blocks would race.
+    const bool may_finish = args.momentum == args.momentum && !fused();
+    const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 1, aligned, may_finish, resources.limits);
+    if constexpr (!fused())
+      if (plan.single()) return reduce(moments, finish, normalize, plan, resources);
+    error = reduce(moments, finish, Nothing{}, plan, resources);
+    return error != cudaSuccess ? error : apply_planned(normalize, args.view, aligned, resources);
+  });
+}
+
+template <class T>
+cudaError_t BatchNorm<T>::inference(const BatchNormForward& args, Resources& resources) {
+  return for_variant(args, [&](auto fused) {
+    using Normalize = NormalizeOp<T, fused()>;
+    using S = typename Normalize::S;
+    S* const table = table_for<Normalize>(args.view, resources);
+    const bool aligned = all_aligned(args.input, args.output, args.residual);
+    Normalize normalize;
+    cudaError_t error = prepare_normalize(args, aligned, nullptr, table, resources, normalize);
+    if (error == cudaSuccess)
+      error = for_each_channel(PrepareInference<S>{args, table}, args.view.channels, resources.stream);
+    return error != cudaSuccess ? error : apply_planned(normalize, args.view, aligned, resources);
+  });
+}
+
+template <class T>
+cudaError_t BatchNorm<T>::backward(const BatchNormBackward& args, Resources& resources) {
+  return for_variant(args, [&](auto fused) {
+    using GradInput = GradInputOp<T, fused()>;
+    using S = typename GradInput::S;
+    const bool reduces = args.count == nullptr && (args.training || args.grad_weight || args.grad_bias);
+    const T* const grad_output = static_cast<const T*>(args.grad_output);
+    const T* const input =
+        args.training || reduces || args.mask == nullptr ? static_cast<const T*>(args.input) : nullptr;
+    const T* const residual = static_cast<const T*>(args.residual);
+    T* const grad_input = static_cast<T*>(args.grad_input);
+    T* const grad_residual = static_cast<T*>(args.grad_residual);
+    S* const table = table_for<GradInput>(args.view, resources);
+    const GradInput through{grad_output,   input,           grad_input, table,         residual,
+                            grad_residual, args.activation, args.mask,  args.training, args.from_output};
+    const ScaleOp<T> past{grad_output, grad_input, table + Row::kScale * args.view.channels};
+    const bool aligned = all_aligned(grad_output, input, residual, grad_input, grad_residual);
+    const auto apply_last = [&] {
+      if (grad_input == nullptr) return cudaSuccess;
+      return args.training || fused() ? apply_planned(through, args.view, aligned, resources)
+                                      : apply_planned(past, args.view, aligned, resources);
+    };
+
+    cudaError_t error = cudaSuccess;
+    if (fused() || !reduces)
+      error = for_each_channel(PrepareBackward<S, fused()>{args, table}, args.view.channels, resources.stream);
+    if (error == cudaSuccess && args.count != nullptr)
+      error = for_each_channel(FinishBackward<S>{args, table}, args.view.channels, resources.stream);
+    if (error != cudaSuccess) return error;
+    if (!reduces) return apply_last();
+
+    const GradSumsOp<T, fused()> sums{grad_output, input,           args.mean, args.view,       table,
+                                      residual,    args.activation, args.mask, args.from_output};
+    const FinishBackward<S> finish{args, table};
+    const bool may_finish = args.training && grad_input != nullptr && !fused();
+    const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 2, aligned, may_finish, resources.limits);
+    if constexpr (!fused())
+      if (plan.single()) return reduce(sums, finish, through, plan, resources);
+    error = reduce(sums, finish, Nothing{}, plan, resources);
+    return error != cudaSuccess ? error : apply_last();
+  });
+}
+
+}  // namespace normfused::cuda
