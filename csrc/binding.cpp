@@ -119,16 +119,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .value("INFERENCE_BACKWARD", cuda::Operation::kInferenceBackward)
       .value("MOMENTS", cuda::Operation::kMoments)
       .value("SUMS", cuda::Operation::kSums);
-  m.def("cuda_traffic", [](cuda::Operation operation, std::array<int64_t, 3> view, int itemsize, int multiprocessors,
-                           int64_t l2_bytes) {
-    const cuda::Traffic t = traffic(operation, {view[0], view[1], view[2]}, itemsize, {multiprocessors, l2_bytes});
-    const cuda::ReductionPlan& r = t.reduction;
-    return py::dict("single"_a = t.single, "launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written,
-                    "by_rows"_a = r.by_rows, "values"_a = r.by_rows ? r.rows.values : r.columns.values,
-                    "masked"_a = r.rows.masked, "lanes"_a = r.rows.lanes, "repeat"_a = r.columns.repeat,
-                    "width"_a = r.columns.width, "tiles"_a = r.tiles(), "splits"_a = r.splits(),
-                    "streaming_stores"_a = t.apply.streaming);
-  });
+  m.def(
+      "cuda_traffic",
+      [](cuda::Operation operation, std::array<int64_t, 3> view, int itemsize, int multiprocessors, int64_t l2_bytes,
+         std::array<int, 3> resident) {
+        const cuda::Traffic t = traffic(operation, {view[0], view[1], view[2]}, itemsize, {multiprocessors, l2_bytes},
+                                        {resident[0], resident[1], resident[2]});
+        const cuda::ReductionPlan& r = t.reduction;
+        return py::dict("single"_a = t.single, "launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written,
+                        "by_rows"_a = r.by_rows, "values"_a = r.by_rows ? r.rows.values : r.columns.values,
+                        "masked"_a = r.rows.masked, "lanes"_a = r.rows.lanes, "repeat"_a = r.columns.repeat,
+                        "folded"_a = !r.by_rows && r.columns.folded(), "width"_a = r.columns.width,
+                        "tiles"_a = r.tiles(), "splits"_a = r.splits(), "merged"_a = t.merged,
+                        "streaming_stores"_a = t.apply.streaming);
+      },
+      "operation"_a, "view"_a, "itemsize"_a, "multiprocessors"_a, "l2_bytes"_a,
+      "resident"_a = std::array<int, 3>{cuda::kMinBlocks, cuda::kMinBlocks, cuda::kMinBlocks});
   m.def("has_cuda", [] {
 #if defined(NORMFUSED_WITH_CUDA)
     return true;

@@ -33,11 +33,14 @@ struct Data {
   int64_t channel(int64_t i) const { return i / view.inner % view.channels; }
 };
 
-void statistics(const ChannelView& view, bool extreme) {
+// Of three splits, of which the last is idle: merged at once, or two and one first.
+void statistics(const ChannelView& view, bool extreme, int group) {
   current = "statistics of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
             std::to_string(view.inner);
   const Data data(view, extreme);
-  const cuda::ReductionPlan plan = cut(cuda::plan_reduction(view, sizeof(float), 1, true, false, kDevice), 2, 1);
+  cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, true, false, kDevice);
+  if (plan.by_rows && view.channels > 1) plan = with_lanes(plan, cuda::kWarp);
+  plan = cut(plan, 2, 1, group);
   HostResources resources(kDevice);
   std::vector<double> mean(view.channels), m2(view.channels);
   const cuda::MomentsOp<float, false> op{data.x.data(), view};
@@ -69,6 +72,59 @@ void one_launch(const ChannelView& view) {
     const int64_t c = data.channel(i);
     const double invstd_wanted = 1 / std::sqrt(data.m2[c] / static_cast<double>(view.positions()) + 1e-5);
     expect_near("output", i, output[i], (data.x[i] - data.mean[c]) * invstd_wanted, 1e-5);
+  }
+}
+
+// Sums of gradients, whose states begin with what a block loads together.
+void gradients(const ChannelView& view) {
+  current = "gradients of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
+            std::to_string(view.inner);
+  const Data data(view, false);
+  const std::vector<float> ones(view.numel(), 1.f);
+  std::vector<double> invstd(view.channels, 0.5);
+  std::vector<float> grad_weight(view.channels), grad_bias(view.channels), table(4 * view.channels);
+  BatchNormBackward args{};
+  args.view = view;
+  args.grad_output = ones.data();
+  args.input = data.x.data();
+  args.grad_weight = {grad_weight.data(), DType::kFloat32};
+  args.grad_bias = {grad_bias.data(), DType::kFloat32};
+  args.mean = data.mean.data();
+  args.invstd = invstd.data();
+  args.training = true;
+  const cuda::ReductionPlan plan = cut(cuda::plan_reduction(view, sizeof(float), 2, true, false, kDevice), 2, 1, 2);
+  HostResources resources(kDevice);
+  reduce(cuda::GradSumsOp<float, false>{args}, cuda::FinishBackward<float, false>{args, table.data()}, cuda::Nothing{},
+         plan, resources);
+  for (int64_t c = 0; c < view.channels; ++c) {
+    expect_near("grad_weight", c, grad_weight[c], 0, 1e-3);
+    expect_near("grad_bias", c, grad_bias[c], static_cast<double>(view.positions()), 0);
+  }
+}
+
+// By coefficients that blocks prepare.
+void inference(const ChannelView& view) {
+  current = "inference of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
+            std::to_string(view.inner);
+  const Data data(view, false);
+  std::vector<float> output(view.numel()), running_mean(view.channels), running_var(view.channels, 4);
+  for (int64_t c = 0; c < view.channels; ++c) running_mean[c] = static_cast<float>(c);
+  std::vector<double> mean(view.channels), invstd(view.channels);
+  BatchNormForward args{};
+  args.view = view;
+  args.running_mean = {running_mean.data(), DType::kFloat32};
+  args.running_var = {running_var.data(), DType::kFloat32};
+  args.mean = mean.data();
+  args.invstd = invstd.data();
+  const cuda::NormalizeOp<float> normalize{data.x.data(), output.data(), nullptr, nullptr, nullptr, {}, nullptr};
+  const cuda::ApplyPlan plan = cuda::plan_apply(view, sizeof(float), sizeof(float), true, kDevice);
+  if (!plan.may_prepare()) std::abort();
+  apply(cuda::InferenceOp<float, false>{normalize, args}, plan, nullptr);
+  for (int64_t i = 0; i < view.numel(); ++i)
+    expect_near("output", i, output[i], (data.x[i] - running_mean[data.channel(i)]) / 2, 0);
+  for (int64_t c = 0; c < view.channels; ++c) {
+    expect_near("mean", c, mean[c], running_mean[c], 0);
+    expect_near("invstd", c, invstd[c], 0.5, 0);
   }
 }
 
@@ -129,14 +185,21 @@ void images(bool input_is_last) {
 
 int main() {
   try {
-    statistics({3, 2, 49}, true);    // rows, a warp to a channel
-    statistics({1, 1, 3072}, true);  // rows, two warps to a channel
-    statistics({3, 1, 1001}, false);
-    statistics({90, 8, 1}, true);  // columns
-    statistics({90, 3, 1}, true);  // columns, several positions side by side
-    one_launch({3, 5, 49});
+    for (const int group : {3, 2}) {
+      statistics({3, 2, 49}, true, group);    // rows, a warp to a channel
+      statistics({1, 1, 3072}, true, group);  // rows, two warps to a channel
+      statistics({3, 1, 1001}, false, group);
+      statistics({90, 8, 1}, true, group);  // columns
+      statistics({90, 3, 1}, true, group);  // columns, several positions side by side
+      statistics({9, 4, 7}, true, group);   // columns of all channels' rows
+    }
+    gradients({90, 8, 1});
+    one_launch({3, 3, 49});
+    one_launch({9, 8, 7});
     one_launch({90, 8, 1});
     one_launch({90, 3, 1});
+    inference({2, 9, 160});
+    inference({90, 8, 1});
     windows({2, 9, 5});
     windows({7, 130, 1});
     images(true);

@@ -19,6 +19,7 @@
   name##_shared_t& name = ::cudahost::shared<name##_shared_t>([] {})
 #define NF_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::cudahost::dynamic_shared())
 #define NF_DEVICE inline
+#define NF_COMPILER_FENCE()
 
 inline void __syncthreads(CUDAHOST_HERE) { cudahost::wait_at_block(false, place); }
 inline int __syncthreads_or(int vote, CUDAHOST_HERE) { return cudahost::wait_at_block(vote != 0, place) != 0; }
@@ -62,6 +63,25 @@ T __ldcs(const T* source) {
 template <class T>
 void __stcs(T* target, std::common_type_t<T> value) {
   *target = value;
+}
+
+template <class T>
+void __stwb(T* target, std::common_type_t<T> value) {
+  *target = value;
+}
+
+// The approximations of CUDA's programming guide, as near as can be, or wrong by all of the error that it states, in
+// one direction or the other.
+namespace cudahost {
+inline int approximation = 0;
+inline float off_by(float value, float units) {
+  const float next = std::nextafter(std::fabs(value), HUGE_VALF) - std::fabs(value);
+  return value == 0 || !(std::fabs(value) < HUGE_VALF) ? value : value + approximation * units * next;
+}
+}  // namespace cudahost
+inline float __expf(float x) { return cudahost::off_by(std::exp(x), 2 + std::floor(std::fabs(1.173f * x))); }
+inline float __fdividef(float a, float b) {
+  return std::fabs(b) > 0x1p126f ? (std::isinf(a) ? NAN : 0 * a) : cudahost::off_by(a / b, 2);
 }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }

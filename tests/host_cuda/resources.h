@@ -33,8 +33,8 @@ class HostResources : public cuda::Resources {
   std::vector<unsigned> tickets_;
 };
 
-// The plan with so many splits, and `idle` more which have nothing to do.
-inline cuda::ReductionPlan cut(cuda::ReductionPlan plan, int64_t splits, int idle) {
+// The plan with so many splits, and `idle` more which have nothing to do, merged in groups.
+inline cuda::ReductionPlan cut(cuda::ReductionPlan plan, int64_t splits, int idle, int group) {
   const auto cut_units = [&](auto& part, int64_t units, int64_t together) {
     const int64_t chunk = (units + splits - 1) / splits;
     part.chunk = (chunk + together - 1) / together * together;
@@ -43,7 +43,19 @@ inline cuda::ReductionPlan cut(cuda::ReductionPlan plan, int64_t splits, int idl
   if (plan.by_rows)
     cut_units(plan.rows, plan.rows.units(), plan.rows.lanes);
   else
-    cut_units(plan.columns, plan.columns.rows(), plan.columns.height);
+    cut_units(plan.columns, plan.columns.rows, plan.columns.height);
+  plan.group = group;
+  return plan;
+}
+
+// The plan with so many threads for a channel.
+inline cuda::ReductionPlan with_lanes(cuda::ReductionPlan plan, int lanes) {
+  cuda::RowsPlan& rows = plan.rows;
+  const int64_t channels = cuda::kThreads / lanes;
+  rows.lanes = lanes;
+  rows.tiles = (rows.view.channels + channels - 1) / channels;
+  rows.outer_step = lanes / rows.row_vectors;
+  rows.vector_step = lanes % rows.row_vectors;
   return plan;
 }
 

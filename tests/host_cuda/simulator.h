@@ -115,6 +115,8 @@ struct SharedVariable {
   size_t offset;
 };
 
+inline unsigned launches;  // since the program's start
+
 // The one launch that is running.
 struct Launch {
   Config config;
@@ -521,6 +523,7 @@ CUDAHOST_HIDDEN void run(const Config& config, void (*call)(void*), void* argume
   std::vector<void*> fibers;
 #endif
 
+  ++launches;
   running = Launch{};
   running.config = config;
   running.call = call;

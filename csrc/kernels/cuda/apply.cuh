@@ -7,10 +7,14 @@
 //                                     the outputs y of vectors x, by coefficients choose(i) of value i; `mask` tells
 //                                     which values lie in the tensor
 //   before()                          what the launch does besides
+//   kPrepares, prepare(channel, first, k)
+//                                     whether blocks compute the coefficients k of their channels themselves; `first`:
+//                                     no other block is told so of the channel
 //
-// Coefficients lie in a table, (kCoefficients, channels).
+// Coefficients lie in a table, (kCoefficients, channels), or, where blocks prepare them, in shared memory.
 #pragma once
 
+#include "kernels/cuda/divider.h"
 #include "kernels/cuda/walk.cuh"
 
 namespace normfused::cuda {
@@ -22,13 +26,41 @@ struct Coefficients {
   typename Op::S k[Op::kCoefficients];
 };
 
-// Plain loads: in the single launch the same block has just written them.
+// Where they lie: those of entry i at data[i], data[stride + i], …
 template <class Op>
-NF_DEVICE Coefficients<Op> coefficients_of(const Op& op, int64_t channels, int64_t channel) {
-  Coefficients<Op> coefficients;
+struct Table {
+  const typename Op::S* data;
+  int64_t stride;
+
+  // Plain loads: in the single launch the same block has just written them.
+  NF_DEVICE Coefficients<Op> operator[](int64_t i) const {
+    Coefficients<Op> coefficients;
 #pragma unroll
-  for (int k = 0; k < Op::kCoefficients; ++k) coefficients.k[k] = op.table[k * channels + channel];
-  return coefficients;
+    for (int k = 0; k < Op::kCoefficients; ++k) coefficients.k[k] = data[k * stride + i];
+    return coefficients;
+  }
+};
+
+// The table of a block. Its entries are channels, or, prepared by the block, those that come by in order: entry i of
+// `count`, a thread each, is the channel channel_of(i), which begins here if begins_here(i).
+template <class Op, class ChannelOf, class BeginsHere>
+NF_DEVICE Table<Op> table_of(const Op& op, int64_t channels, int count, const ChannelOf& channel_of,
+                             const BeginsHere& begins_here) {
+  if constexpr (Op::kPrepares) {
+    using S = typename Op::S;
+    NF_SHARED(S, prepared, [Op::kCoefficients * kThreads]);
+    const int i = threadIdx.x;
+    if (i < count) {
+      S coefficients[Op::kCoefficients];
+      op.prepare(channel_of(i), begins_here(i), coefficients);
+#pragma unroll
+      for (int k = 0; k < Op::kCoefficients; ++k) prepared[k * kThreads + i] = coefficients[k];
+    }
+    __syncthreads();
+    return {prepared, kThreads};
+  } else {
+    return {op.table, channels};
+  }
 }
 
 template <class Op, int kValues>
@@ -86,7 +118,7 @@ constexpr int vectors_within(int accesses) {
 template <class Op, int kValues, bool kMasked>
 NF_DEVICE void apply_row_walk(const Op& op, const RowsPlan& plan, int64_t channel, int lane) {
   RowWalk<kValues, kMasked> walk(plan, channel, 0, lane);
-  const Coefficients<Op> coefficients = coefficients_of(op, plan.view.channels, channel);
+  const Coefficients<Op> coefficients = Table<Op>{op.table, plan.view.channels}[channel];
   while (walk.has(1)) {
     uint32_t mask;
     const int64_t offset = walk.next(mask);
@@ -97,36 +129,66 @@ NF_DEVICE void apply_row_walk(const Op& op, const RowsPlan& plan, int64_t channe
   }
 }
 
-// A tile's columns in one chunk of rows, channels last. A thread keeps its channels' coefficients.
+// Those of a thread's channels, of which the table has entries from `first` on. Where they are neighbours, a row of the
+// table gives them by few accesses.
+template <class Op, int kValues>
+NF_DEVICE void load_coefficients(const Table<Op>& table, int64_t first, const ColumnsPlan& plan,
+                                 const ColumnWalk<kValues>& walk, Coefficients<Op> (&coefficients)[kValues]) {
+  using Row = Vector<typename Op::S, kValues>;
+  if (!Op::kPrepares && plan.plain()) {
+#pragma unroll
+    for (int k = 0; k < Op::kCoefficients; ++k) {
+      const Row row = Row::load(table.data + k * table.stride + walk.column);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) coefficients[i].k[k] = row.value[i];
+    }
+    return;
+  }
+  int64_t channels[kValues];
+  walk.channels(channels);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) coefficients[i] = table[channels[i] - first];
+}
+
+// A tile's columns in one chunk of rows. A thread keeps its channels' coefficients.
 template <class Op, int kValues>
 NF_DEVICE void apply_column_walk(const Op& op, const ColumnsPlan& plan, int64_t tile, int64_t chunk, bool streaming) {
   constexpr int kRows = vectors_within<Op, kValues>(4);
   ColumnWalk<kValues> walk(plan, tile, chunk);
   const int64_t numel = plan.view.numel();
+  const int64_t first = Op::kPrepares ? plan.first_channel(tile) : 0;
+  const auto table = table_of(
+      op, plan.view.channels, Op::kPrepares ? plan.channels_met(tile) : 0, [&](int i) { return first + i; },
+      [&](int i) { return chunk == 0 && plan.begins_in(first + i, tile); });
   if (!walk.has(1)) return;
   Coefficients<Op> coefficients[kValues];
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) coefficients[i] = coefficients_of(op, plan.view.channels, walk.channel(i));
+  load_coefficients(table, first, plan, walk, coefficients);
   const auto choose = [&](int i) -> const Coefficients<Op>& { return coefficients[i]; };
 
-  while (walk.has(kRows) && (plan.repeat == 1 || walk.ahead(kRows - 1) + kValues <= numel)) {
+  int64_t end = numel;  // offset of the tensor's last vector, where it is short and this thread's
+  const auto round = [&](auto full) {
+    constexpr bool kFull = decltype(full)::value;
     Inputs<Op, kValues> inputs[kRows];
     int64_t offsets[kRows];
+    bool there[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      const bool in_split = kFull || walk.has(1);
       offsets[r] = walk.next();
-      load_inputs<Op, kValues>(op, offsets[r], inputs[r]);
+      there[r] = kFull || (in_split && offsets[r] + kValues <= numel);
+      if (!kFull && in_split && !there[r] && offsets[r] < numel) end = offsets[r];
+      if (there[r]) load_inputs<Op, kValues>(op, offsets[r], inputs[r]);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      apply_vector<Op, kValues>(op, inputs[r], choose, offsets[r], kWhole<kValues>, streaming);
-  }
-  while (walk.has(1)) {
-    const int64_t offset = walk.next();
-    if (offset >= numel) break;  // the last row can be short
+      if (there[r]) apply_vector<Op, kValues>(op, inputs[r], choose, offsets[r], kWhole<kValues>, streaming);
+  };
+  while (walk.has(kRows) && (plan.repeat == 1 || walk.ahead(kRows - 1) + kValues <= numel)) round(std::true_type{});
+  if (walk.has(1)) round(std::false_type{});
+  if (end < numel) {
     Inputs<Op, kValues> inputs;
-    load_inputs<Op, kValues>(op, offset, inputs, numel);
-    apply_vector<Op, kValues>(op, inputs, choose, offset, first_values<kValues>(numel - offset), streaming);
+    load_inputs<Op, kValues>(op, end, inputs, numel);
+    apply_vector<Op, kValues>(op, inputs, choose, end, first_values<kValues>(numel - end), streaming);
   }
 }
 
@@ -134,82 +196,140 @@ template <class Op, int kValues>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     apply_columns(const Op op, const ColumnsPlan plan, const bool streaming) {
   op.before();
-  const int64_t block = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);  // against the order of memory
-  apply_column_walk<Op, kValues>(op, plan, block % plan.tiles, block / plan.tiles, streaming);
+  const unsigned block = gridDim.x - 1 - blockIdx.x;  // against the order of memory
+  const auto tiles = static_cast<unsigned>(plan.tiles);
+  apply_column_walk<Op, kValues>(op, plan, block % tiles, block / tiles, streaming);
 }
 
-// Division of numbers below 2^31 by a fixed one: a multiplication and a shift (Granlund and Montgomery, 1994).
-struct Divider {
-  uint32_t multiplier;
-  int shift;
-
-  explicit Divider(uint32_t by) : shift(0) {
-    while ((uint64_t{1} << shift) < by) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by)) / by + 1);
-  }
-  NF_DEVICE uint32_t operator()(uint32_t n) const {
-    return static_cast<uint32_t>((((static_cast<uint64_t>(n) * multiplier) >> 32) + n) >> shift);
-  }
-};
-
-// i / n for i < n + kRun, where kRun is what a block takes of the flat tensor.
-class FlatDivider {
+// To which channels the values of a flat tensor belong.
+class FlatRows {
  public:
-  static constexpr int64_t kRun = int64_t{kThreads} * kFlatVectors * kMaxValues;
+  static constexpr int64_t kRun = int64_t{kThreads} * kFlatVectors * kMaxValues;  // that a block has at most
 
-  explicit FlatDivider(int64_t n) : n_(n), divide_(static_cast<uint32_t>(n < kRun ? n : kRun)) {}
-  NF_DEVICE int64_t operator()(int64_t i) const {
-    return n_ >= kRun ? i >= n_ : static_cast<int64_t>(divide_(static_cast<uint32_t>(i)));
+  explicit FlatRows(const ChannelView& view)
+      : inner_(view.inner), channels_(view.channels), by_inner_(inner_), by_channels_(channels_) {}
+
+  // Of the first value of a block: its place in its row, and its channel.
+  struct Start {
+    int64_t at, channel;
+  };
+  NF_DEVICE Start start(int64_t offset) const {
+    const int64_t row = by_inner_.far(offset);
+    return {offset - row * inner_, row - by_channels_.far(row) * channels_};
+  }
+
+  // Of another value of that block: its row, as counted from there, and how many values of it are left.
+  struct Place {
+    int64_t row, left;
+  };
+  NF_DEVICE Place place(const Start& start, int skip) const {
+    const int64_t at = start.at + skip, row = by_inner_.near(at);
+    return {row, (row + 1) * inner_ - at};
+  }
+  // The channel of such a row.
+  NF_DEVICE int64_t channel(const Start& start, int64_t row) const {
+    const int64_t from = start.channel + row;
+    return from - by_channels_.near(from) * channels_;
   }
 
  private:
-  int64_t n_;
-  Divider divide_;
+  // i / n of any i, and, for less, of i < n + kRun.
+  struct Extent {
+    explicit Extent(int64_t extent)
+        : n(extent), of_any(static_cast<uint64_t>(n)), of_few(static_cast<uint32_t>(n < kRun ? n : kRun)) {}
+    NF_DEVICE int64_t far(int64_t i) const { return static_cast<int64_t>(of_any(static_cast<uint64_t>(i))); }
+    NF_DEVICE int64_t near(int64_t i) const { return n >= kRun ? i >= n : of_few(static_cast<uint32_t>(i)); }
+    int64_t n;
+    Divider<uint64_t> of_any;
+    Divider<uint32_t> of_few;
+  };
+  int64_t inner_, channels_;
+  Extent by_inner_, by_channels_;
 };
+
+template <class Op>
+struct FlatBlock {
+  FlatRows::Start start;
+  Table<Op> table;
+};
+
+// Some of a thread's vectors in a block of the flat tensor that begins at an offset: all loads come before all stores.
+// `prepare` is called once the loads are on their way, and gives where the block starts, and its table.
+template <class Op, int kValues, bool kAligned, int kTogether, bool kWithin, class Prepare>
+NF_DEVICE void apply_flat_vectors(const Op& op, const FlatRows& rows, int64_t begin, int first, int64_t numel,
+                                  bool streaming, const Prepare& prepare) {
+  const auto skip_of = [&](int v) { return ((first + v) * kThreads + static_cast<int>(threadIdx.x)) * kValues; };
+  Inputs<Op, kValues> inputs[kTogether];
+#pragma unroll
+  for (int v = 0; v < kTogether; ++v) {
+    if constexpr (kWithin)
+      load_inputs<Op, kValues>(op, begin + skip_of(v), inputs[v]);
+    else
+      load_inputs<Op, kValues>(op, begin + skip_of(v), inputs[v], numel);
+  }
+  const FlatBlock<Op>& block = prepare();
+  const auto coefficients_of = [&](int64_t row) {
+    return block.table[Op::kPrepares ? row : rows.channel(block.start, row)];
+  };
+  Coefficients<Op> here[kTogether], there[kTogether];  // a vector's values lie in one row, or in two
+  int64_t left[kTogether];
+#pragma unroll
+  for (int v = 0; v < kTogether; ++v) {
+    const FlatRows::Place place = rows.place(block.start, skip_of(v));
+    left[v] = place.left;
+    here[v] = coefficients_of(place.row);
+    if constexpr (!kAligned) there[v] = coefficients_of(place.row + 1);
+  }
+#pragma unroll
+  for (int v = 0; v < kTogether; ++v) {
+    const int64_t offset = begin + skip_of(v);
+    const uint32_t mask = kWithin ? kWhole<kValues> : first_values<kValues>(numel - offset);
+    if (mask == 0) continue;
+    const auto choose = [&](int i) {
+      Coefficients<Op> chosen = here[v];
+      if constexpr (!kAligned)
+#pragma unroll
+        for (int k = 0; k < Op::kCoefficients; ++k) chosen.k[k] = i < left[v] ? chosen.k[k] : there[v].k[k];
+      return chosen;
+    };
+    apply_vector<Op, kValues>(op, inputs[v], choose, offset, mask, streaming);
+  }
+}
 
 template <class Op, int kValues, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    apply_flat(const Op op, const FlatPlan plan, const FlatDivider by_inner, const FlatDivider by_channels,
-               const bool streaming) {
-  constexpr int kWithin = vectors_within<Op, kValues>(8);
-  constexpr int kTogether = kWithin < kFlatVectors ? kWithin : kFlatVectors;
+    apply_flat(const Op op, const FlatPlan plan, const FlatRows rows, const bool streaming) {
+  constexpr int kMost = vectors_within<Op, kValues>(8);
+  constexpr int kTogether = kMost < kFlatVectors ? kMost : kFlatVectors;
+  static_assert(kFlatVectors % kTogether == 0);
   op.before();
   const int64_t numel = plan.view.numel(), inner = plan.view.inner, channels = plan.view.channels;
   const int64_t block = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);  // against the order of memory
-  const int64_t begin = block * kThreads * kFlatVectors * kValues;
-  const int64_t first_row = begin / inner, at = begin % inner, first_channel = first_row % channels;
-
-  for (int done = 0; done < kFlatVectors; done += kTogether) {
-    Inputs<Op, kValues> inputs[kTogether];
-#pragma unroll
-    for (int v = 0; v < kTogether; ++v) {
-      const int64_t offset = begin + ((done + v) * kThreads + static_cast<int>(threadIdx.x)) * kValues;
-      load_inputs<Op, kValues>(op, offset, inputs[v], numel);
-    }
-#pragma unroll
-    for (int v = 0; v < kTogether; ++v) {
-      const int skip = ((done + v) * kThreads + static_cast<int>(threadIdx.x)) * kValues;
-      const int64_t offset = begin + skip;
-      if (offset >= numel) continue;
-      const int64_t row = by_inner(at + skip), from = first_channel + row;
-      const int64_t channel = from - by_channels(from) * channels;
-      const Coefficients<Op> here = coefficients_of(op, channels, channel);
-      const auto put = [&](const auto& choose) {
-        apply_vector<Op, kValues>(op, inputs[v], choose, offset, first_values<kValues>(numel - offset), streaming);
-      };
-      if constexpr (kAligned) {
-        put([&](int) { return here; });
-      } else {
-        const int64_t left = (row + 1) * inner - (at + skip);  // of this row
-        const Coefficients<Op> there = coefficients_of(op, channels, channel + 1 == channels ? 0 : channel + 1);
-        put([&](int i) {
-          Coefficients<Op> chosen;
-#pragma unroll
-          for (int k = 0; k < Op::kCoefficients; ++k) chosen.k[k] = i < left ? here.k[k] : there.k[k];
-          return chosen;
-        });
-      }
-    }
+  constexpr int64_t kRun = int64_t{kThreads} * kFlatVectors * kValues;
+  const int64_t begin = block * kRun;
+  FlatBlock<Op> here;
+  const auto prepare = [&] {
+    here.start = rows.start(begin);
+    const auto begins_here = [&](int row) {
+      const int64_t from = begin - here.start.at + row * inner;
+      return from >= begin && from < begin + kRun && from < channels * inner;
+    };
+    here.table = table_of(
+        op, channels, Op::kPrepares ? plan.rows_met() : 0, [&](int row) { return rows.channel(here.start, row); },
+        begins_here);
+  };
+  if (begin + kRun <= numel) {
+    for (int v = 0; v < kFlatVectors; v += kTogether)
+      apply_flat_vectors<Op, kValues, kAligned, kTogether, true>(op, rows, begin, v, numel, streaming,
+                                                                 [&]() -> const FlatBlock<Op>& {
+                                                                   if (v == 0) prepare();
+                                                                   return here;
+                                                                 });
+  } else {  // the last block of all
+    prepare();
+    for (int v = 0; v < kFlatVectors; ++v)
+      apply_flat_vectors<Op, kValues, kAligned, 1, false>(op, rows, begin, v, numel, streaming,
+                                                          [&]() -> const FlatBlock<Op>& { return here; });
   }
 }
 
@@ -237,8 +357,7 @@ cudaError_t apply(const Op& op, const ApplyPlan& plan, cudaStream_t stream) {
   }
   const FlatPlan& flat = plan.flat;
   const auto start = [&](auto kernel) {
-    return launch(config(flat.blocks), kernel, op, flat, FlatDivider(flat.view.inner), FlatDivider(flat.view.channels),
-                  plan.streaming);
+    return launch(config(flat.blocks), kernel, op, flat, FlatRows(flat.view), plan.streaming);
   };
   if (flat.values == 1) return start(apply_flat<Op, 1, true>);
   return flat.aligned ? start(apply_flat<Op, kValues, true>) : start(apply_flat<Op, kValues, false>);

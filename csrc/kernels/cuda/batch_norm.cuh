@@ -54,7 +54,7 @@ struct NormalizeOp {
   using Output = T;
   using S = compute_t<T>;
   static constexpr int kInputs = kFused ? 2 : 1, kRequired = 1, kOutputs = 1, kCoefficients = 3;
-  static constexpr bool kWritesBits = kFused;
+  static constexpr bool kWritesBits = kFused, kPrepares = false;
 
   const T* tensor;
   Output* target;
@@ -108,7 +108,7 @@ NF_DEVICE void find_z(bool from_output, const Activation& activation, S (&x)[n],
 }
 
 // Turns gradients of the output into those of z, which is given without the residual.
-template <int n, class S>
+template <class E, int n, class S>
 NF_DEVICE void to_gradient_of_z(const Activation& activation, S (&grad)[n], const S (&z)[n], const S (&residual)[n],
                                 bool by_bits, uint32_t bits) {
   if (by_bits) {
@@ -119,7 +119,7 @@ NF_DEVICE void to_gradient_of_z(const Activation& activation, S (&grad)[n], cons
   }
   for_activation<S>(activation, [&](const auto& known) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) grad[i] = activation_gradient<Elementary, S>(known, z[i] + residual[i], grad[i]);
+    for (int i = 0; i < n; ++i) grad[i] = activation_gradient<E, S>(known, z[i] + residual[i], grad[i]);
   });
 }
 
@@ -137,7 +137,7 @@ struct GradInputOp {
   using S = compute_t<T>;
   static constexpr int kInputs = kFused ? 3 : 2, kRequired = kFused ? 1 : 2, kOutputs = kFused ? 2 : 1;
   static constexpr int kCoefficients = kFused ? 5 : 4;
-  static constexpr bool kWritesBits = false;
+  static constexpr bool kWritesBits = false, kPrepares = false;
 
   const T* grad_output;
   const T* tensor;  // fused: may be null where neither statistics nor activation ask for it
@@ -172,7 +172,8 @@ struct GradInputOp {
         const auto& c = choose(i);
         return (v - c.k[Row::kPivot]) * c.k[Row::kScale] + c.k[Row::kForwardShift];
       });
-      to_gradient_of_z(activation, y[1], z, x[2], bits != nullptr, bits != nullptr ? load_bits<n>(bits, offset) : 0);
+      to_gradient_of_z<Elementary>(activation, y[1], z, x[2], bits != nullptr,
+                                   bits != nullptr ? load_bits<n>(bits, offset) : 0);
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const auto& c = choose(i);
@@ -191,7 +192,7 @@ struct ScaleOp {
   using Output = T;
   using S = compute_t<T>;
   static constexpr int kInputs = 1, kRequired = 1, kOutputs = 1, kCoefficients = 1;
-  static constexpr bool kWritesBits = false;
+  static constexpr bool kWritesBits = false, kPrepares = false;
 
   const T* grad_output;
   T* grad_input;
@@ -214,7 +215,7 @@ struct GradSumsOp {
   using S = compute_t<T>;
   using Sum = double;
   static constexpr int kInputs = kFused ? 3 : 2, kRequired = 2, kSums = 2;
-  static constexpr bool kRepairs = false;
+  static constexpr bool kRepairs = false, kStartsFromMemory = true;
 
   struct Plain {
     S pivot, sum, product;
@@ -224,33 +225,28 @@ struct GradSumsOp {
   };
   using State = std::conditional_t<kFused, Fused, Plain>;
 
-  const T* grad_output;
-  const T* tensor;
-  const double* mean;
-  ChannelView view;
-  const S* table;
-  const T* residual;
-  Activation activation;
-  const uint8_t* mask_bits;
-  bool from_output;
+  BatchNormBackward args;
+  ChannelView view = args.view;
 
-  NF_DEVICE const T* input(int k) const { return k == 0 ? grad_output : k == 1 ? tensor : residual; }
+  NF_DEVICE const T* input(int k) const {
+    return static_cast<const T*>(k == 0 ? args.grad_output : k == 1 ? args.input : args.residual);
+  }
   static NF_DEVICE double empty(int) { return 0; }
   static NF_DEVICE double join(int, double a, double b) { return a + b; }
   NF_DEVICE State start(int64_t channel) const {
+    const auto k = forward_coefficients<S>(
+        normalization_of(args, channel, read(args.weight, channel, 1), read(args.bias, channel, 0)));
     State state{};
-    if constexpr (!kFused) {
-      state.pivot = static_cast<S>(mean[channel]);
-    } else {
-      state.pivot = table[Row::kPivot * view.channels + channel];
-      state.scale = table[Row::kScale * view.channels + channel];
-      state.shift = table[Row::kForwardShift * view.channels + channel];
+    state.pivot = k.pivot;
+    if constexpr (kFused) {
+      state.scale = k.scale;
+      state.shift = k.shift;
     }
     return state;
   }
   template <int n>
   NF_DEVICE uint32_t bits(int64_t offset) const {
-    return kFused && mask_bits != nullptr ? load_bits<n>(mask_bits, offset) : 0;
+    return kFused && args.mask != nullptr ? load_bits<n>(args.mask, offset) : 0;
   }
 
   template <int n, bool kMasked>
@@ -264,9 +260,9 @@ struct GradSumsOp {
     }
     if constexpr (kFused) {
       S z[n];
-      find_z(from_output, activation, value, z,
+      find_z(args.from_output, args.activation, value, z,
              [&](int, S v) { return (v - state.pivot) * state.scale + state.shift; });
-      to_gradient_of_z(activation, grad, z, values[2], mask_bits != nullptr, bits);
+      to_gradient_of_z<Elementary>(args.activation, grad, z, values[2], args.mask != nullptr, bits);
     }
     S sum[kChains]{}, product[kChains]{};
 #pragma unroll
@@ -301,29 +297,33 @@ NF_DEVICE void write_row(S* table, int64_t channels, int64_t c, const ForwardCoe
   table[2 * channels + c] = k.shift;
 }
 
-// From args.mean and args.invstd.
-template <class S>
-NF_DEVICE void write_forward(const BatchNormForward& args, S* table, int64_t c) {
-  write_row(table, args.view.channels, c,
-            forward_coefficients<S>({args.mean[c], args.invstd[c], read(args.weight, c, 1), read(args.bias, c, 0)}));
+// What an update starts from. All loads of a channel come before all stores: they are on their way together.
+struct RunningStatistics {
+  double mean, var;
+  int64_t batches;  // counts this one; read only where its update is left to a later launch
+};
+NF_DEVICE RunningStatistics load_running(const BatchStatistics& args, int64_t c) {
+  const bool cumulative = args.running_mean && args.momentum != args.momentum;
+  return {read(args.running_mean, c, 0), read(args.running_var, c, 0), cumulative ? *args.num_batches_tracked + 1 : 1};
 }
 
-NF_DEVICE void finish_statistics(const BatchStatistics& args, int64_t c, const Moments& moments) {
-  const double variance = biased_variance(moments);
+// Returns invstd.
+NF_DEVICE double finish_statistics(const BatchStatistics& args, int64_t c, const Moments& moments,
+                                   const RunningStatistics& running) {
+  const double variance = biased_variance(moments), invstd = invstd_of(variance, args.eps);
   if (args.running_mean) {
-    // The counter is read only where its update is left to a later launch.
-    const bool cumulative = args.momentum != args.momentum;
-    const double factor = update_factor(args.momentum, cumulative ? *args.num_batches_tracked + 1 : 1);
+    const double factor = update_factor(args.momentum, running.batches);
     const double new_var = corrected(variance, moments.count, args.correction);
     if (args.skipped != nullptr && !is_finite(variance)) {
       ++args.skipped[c];
     } else {
-      write(args.running_mean, c, running_average(read(args.running_mean, c, 0), moments.mean, factor));
-      write(args.running_var, c, running_average(read(args.running_var, c, 0), new_var, factor));
+      write(args.running_mean, c, running_average(running.mean, moments.mean, factor));
+      write(args.running_var, c, running_average(running.var, new_var, factor));
     }
   }
   args.mean[c] = moments.mean;
-  args.invstd[c] = invstd_of(variance, args.eps);
+  args.invstd[c] = invstd;
+  return invstd;
 }
 
 // Results are a mean and an M2.
@@ -332,36 +332,60 @@ struct FinishTraining {
   BatchNormForward args;
   S* table;
 
-  NF_DEVICE void operator()(int64_t c, const double (&results)[2]) const {
-    finish_statistics(args, c, {args.view.positions(), results[0], results[1]});
-    write_forward(args, table, c);
+  struct Known {
+    double weight, bias;
+    RunningStatistics running;
+  };
+  NF_DEVICE Known load(int64_t c) const {
+    return {read(args.weight, c, 1), read(args.bias, c, 0), load_running(args, c)};
+  }
+  NF_DEVICE void prefetch(int64_t c) const {
+    prefetch_entry(args.weight, c);
+    prefetch_entry(args.bias, c);
+    prefetch_entry(args.running_mean, c);
+    prefetch_entry(args.running_var, c);
+  }
+  NF_DEVICE void operator()(int64_t c, const double (&results)[2], const Known& known) const {
+    const double invstd = finish_statistics(args, c, {args.view.positions(), results[0], results[1]}, known.running);
+    write_row(table, args.view.channels, c, forward_coefficients<S>({results[0], invstd, known.weight, known.bias}));
   }
 };
 
-// Results are the sums of GradSumsOp; without them the parameters' gradients are there already, of *args.count values.
-template <class S>
+// Results are the sums of GradSumsOp; without them the parameters' gradients are there already, of *args.count values,
+// or statistics are constants, and nobody asks for these gradients.
+template <class S, bool kFused>
 struct FinishBackward {
   BatchNormBackward args;
   S* table;
 
-  NF_DEVICE void operator()(int64_t c, const double (&sums)[2]) const {
-    const Normalization n = normalization_of(args, c, read(args.weight, c, 1), read(args.bias, c, 0));
+  using Known = Normalization;
+  NF_DEVICE Known load(int64_t c) const {
+    return normalization_of(args, c, read(args.weight, c, 1), read(args.bias, c, 0));
+  }
+  NF_DEVICE void prefetch(int64_t) const {}  // GradSumsOp has loaded it
+  NF_DEVICE void operator()(int64_t c, const double (&sums)[2], const Known& n) const {
     const double grad_weight = grad_weight_of<S>(n, sums[0], sums[1]);
+    write_coefficients(c, n, args.view.positions(), grad_weight, sums[0]);
     write(args.grad_weight, c, grad_weight);
     write(args.grad_bias, c, sums[0]);
-    write_coefficients(c, backward_coefficients<S>(n, args.view.positions(), grad_weight, sums[0]));
   }
   NF_DEVICE void operator()(int64_t c) const {
-    const Normalization n = normalization_of(args, c, read(args.weight, c, 1), read(args.bias, c, 0));
-    write_coefficients(
-        c, backward_coefficients<S>(n, *args.count, read(args.grad_weight, c, 0), read(args.grad_bias, c, 0)));
+    if (args.count != nullptr)
+      write_coefficients(c, load(c), *args.count, read(args.grad_weight, c, 0), read(args.grad_bias, c, 0));
+    else
+      write_coefficients(c, load(c), 1, 0, 0);
   }
-  NF_DEVICE void write_coefficients(int64_t c, const BackwardCoefficients<S>& k) const {
+
+ private:
+  NF_DEVICE void write_coefficients(int64_t c, const Normalization& n, int64_t count, double grad_weight,
+                                    double grad_bias) const {
     const int64_t channels = args.view.channels;
+    const auto k = backward_coefficients<S>(n, count, grad_weight, grad_bias);
     table[Row::kScale * channels + c] = k.scale;
     table[Row::kPivot * channels + c] = k.pivot;
     table[Row::kSlope * channels + c] = k.slope;
     table[Row::kShift * channels + c] = k.shift;
+    if constexpr (kFused) table[Row::kForwardShift * channels + c] = forward_coefficients<S>(n).shift;
   }
 };
 
@@ -378,37 +402,39 @@ cudaError_t for_each_channel(const F& function, int64_t channels, cudaStream_t s
   return launch(LaunchConfig{dim3(blocks), dim3(kThreads), stream}, each_channel<F>, function, channels);
 }
 
-// Coefficients from the running statistics, where they are there.
+// Coefficients from the running statistics, where they are there. These are written down too, if `first`.
+template <class S>
+NF_DEVICE ForwardCoefficients<S> inference_coefficients(const BatchNormForward& args, int64_t c, bool first) {
+  const double weight = read(args.weight, c, 1), bias = read(args.bias, c, 0);
+  if (!args.running_mean) return forward_coefficients<S>({args.mean[c], args.invstd[c], weight, bias});
+  const double mean = read(args.running_mean, c, 0), invstd = invstd_of(read(args.running_var, c, 0), args.eps);
+  if (first) {
+    args.mean[c] = mean;
+    args.invstd[c] = invstd;
+  }
+  return forward_coefficients<S>({mean, invstd, weight, bias});
+}
+
 template <class S>
 struct PrepareInference {
   BatchNormForward args;
   S* table;
 
   NF_DEVICE void operator()(int64_t c) const {
-    if (args.running_mean) {
-      args.mean[c] = read(args.running_mean, c, 0);
-      args.invstd[c] = invstd_of(read(args.running_var, c, 0), args.eps);
-    }
-    write_forward(args, table, c);
+    write_row(table, args.view.channels, c, inference_coefficients<S>(args, c, true));
   }
 };
 
-// What backward needs before it has read any gradient: forward's coefficients.
-template <class S, bool kFused>
-struct PrepareBackward {
-  BatchNormBackward args;
-  S* table;
+// The same by the blocks that apply them.
+template <class T, bool kFused>
+struct InferenceOp : NormalizeOp<T, kFused> {
+  using S = typename NormalizeOp<T, kFused>::S;
+  static constexpr bool kPrepares = true;
 
-  NF_DEVICE void operator()(int64_t c) const {
-    const int64_t channels = args.view.channels;
-    const auto k = forward_coefficients<S>(normalization_of(args, c, read(args.weight, c, 1), read(args.bias, c, 0)));
-    table[Row::kScale * channels + c] = k.scale;
-    if constexpr (kFused) {
-      table[Row::kPivot * channels + c] = k.pivot;
-      table[Row::kSlope * channels + c] = 0;
-      table[Row::kShift * channels + c] = 0;
-      table[Row::kForwardShift * channels + c] = k.shift;
-    }
+  BatchNormForward args;
+
+  NF_DEVICE void prepare(int64_t c, bool first, S (&coefficients)[3]) const {
+    write_row(coefficients, 1, 0, inference_coefficients<S>(args, c, first));
   }
 };
 

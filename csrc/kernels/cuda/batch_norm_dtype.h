@@ -1,4 +1,4 @@
-// Batch norm for one dtype of the data. Each dtype is compiled in a file of its own, so that they compile in parallel.
+// Batch norm for one dtype of the data. Each function is compiled in a file of its own for each dtype, all in parallel.
 #pragma once
 
 #include "kernels/cuda/kernels.h"
@@ -6,7 +6,7 @@
 namespace normfused::cuda {
 
 template <class T>
-struct BatchNorm {
+struct BatchNormOf {
   static cudaError_t training(const BatchNormForward& args, Resources& resources);
   static cudaError_t inference(const BatchNormForward& args, Resources& resources);
   static cudaError_t backward(const BatchNormBackward& args, Resources& resources);

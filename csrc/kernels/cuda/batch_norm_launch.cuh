@@ -1,4 +1,4 @@
-// The launches behind BatchNorm<T>.
+// The launches of batch norm.
 #pragma once
 
 #include "kernels/cuda/batch_norm.cuh"
@@ -14,9 +14,13 @@ cudaError_t for_variant(const Args& args, const F& f) {
 }
 
 template <class Op>
+ApplyPlan apply_plan(const ChannelView& view, bool aligned, const Resources& resources) {
+  return plan_apply(view, planned_itemsize<Op>(), sizeof(typename Op::Output), aligned, resources.limits);
+}
+
+template <class Op>
 cudaError_t apply_planned(const Op& op, const ChannelView& view, bool aligned, const Resources& resources) {
-  const auto itemsize = static_cast<int>(sizeof(typename Op::Output));
-  return apply(op, plan_apply(view, planned_itemsize<Op>(), itemsize, aligned, resources.limits), resources.stream);
+  return apply(op, apply_plan<Op>(view, aligned, resources), resources.stream);
 }
 
 // NormalizeOp, with its mask as it must be before. Nobody but the owner of a byte writes it, unless values go one by
@@ -34,7 +38,7 @@ cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_
                args.mask};
   if (args.mask == nullptr) return cudaSuccess;
   const int64_t bytes = mask_bytes(args.view.numel());
-  const ApplyPlan plan = plan_apply(args.view, planned_itemsize<Normalize>(), sizeof(T), aligned, resources.limits);
+  const ApplyPlan plan = apply_plan<Normalize>(args.view, aligned, resources);
   if ((plan.by_rows ? plan.flat.values : plan.columns.values) == 1)
     return for_each_channel(ClearBits{args.mask}, bytes, resources.stream);
   normalize.padding = args.mask + bytes - kMaskPadding;
@@ -42,7 +46,7 @@ cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_
 }
 
 template <class T>
-cudaError_t BatchNorm<T>::training(const BatchNormForward& args, Resources& resources) {
+cudaError_t BatchNormOf<T>::training(const BatchNormForward& args, Resources& resources) {
   return for_variant(args, [&](auto fused) {
     using Normalize = NormalizeOp<T, fused()>;
     using S = typename Normalize::S;
@@ -55,7 +59,7 @@ cudaError_t BatchNorm<T>::training(const BatchNormForward& args, Resources& reso
     const FinishTraining<S> finish{args, table};
     // A cumulative average reads the counter, which the apply counts up: in one launch, blocks would race.
     const bool may_finish = args.momentum == args.momentum && !fused();
-    const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 1, aligned, may_finish, resources.limits);
+    const ReductionPlan plan = plan_for(moments, finish, 1, aligned, may_finish, resources);
     if constexpr (!fused())
       if (plan.single()) return reduce(moments, finish, normalize, plan, resources);
     error = reduce(moments, finish, Nothing{}, plan, resources);
@@ -64,22 +68,24 @@ cudaError_t BatchNorm<T>::training(const BatchNormForward& args, Resources& reso
 }
 
 template <class T>
-cudaError_t BatchNorm<T>::inference(const BatchNormForward& args, Resources& resources) {
+cudaError_t BatchNormOf<T>::inference(const BatchNormForward& args, Resources& resources) {
   return for_variant(args, [&](auto fused) {
     using Normalize = NormalizeOp<T, fused()>;
     using S = typename Normalize::S;
-    S* const table = table_for<Normalize>(args.view, resources);
     const bool aligned = all_aligned(args.input, args.output, args.residual);
+    const ApplyPlan plan = apply_plan<Normalize>(args.view, aligned, resources);
+    S* const table = plan.may_prepare() ? nullptr : table_for<Normalize>(args.view, resources);
     Normalize normalize;
     cudaError_t error = prepare_normalize(args, aligned, nullptr, table, resources, normalize);
-    if (error == cudaSuccess)
-      error = for_each_channel(PrepareInference<S>{args, table}, args.view.channels, resources.stream);
-    return error != cudaSuccess ? error : apply_planned(normalize, args.view, aligned, resources);
+    if (error != cudaSuccess) return error;
+    if (plan.may_prepare()) return apply(InferenceOp<T, fused()>{normalize, args}, plan, resources.stream);
+    error = for_each_channel(PrepareInference<S>{args, table}, args.view.channels, resources.stream);
+    return error != cudaSuccess ? error : apply(normalize, plan, resources.stream);
   });
 }
 
 template <class T>
-cudaError_t BatchNorm<T>::backward(const BatchNormBackward& args, Resources& resources) {
+cudaError_t BatchNormOf<T>::backward(const BatchNormBackward& args, Resources& resources) {
   return for_variant(args, [&](auto fused) {
     using GradInput = GradInputOp<T, fused()>;
     using S = typename GradInput::S;
@@ -101,22 +107,17 @@ cudaError_t BatchNorm<T>::backward(const BatchNormBackward& args, Resources& res
                                       : apply_planned(past, args.view, aligned, resources);
     };
 
-    cudaError_t error = cudaSuccess;
-    if (fused() || !reduces)
-      error = for_each_channel(PrepareBackward<S, fused()>{args, table}, args.view.channels, resources.stream);
-    if (error == cudaSuccess && args.count != nullptr)
-      error = for_each_channel(FinishBackward<S>{args, table}, args.view.channels, resources.stream);
-    if (error != cudaSuccess) return error;
-    if (!reduces) return apply_last();
-
-    const GradSumsOp<T, fused()> sums{grad_output, input,           args.mean, args.view,       table,
-                                      residual,    args.activation, args.mask, args.from_output};
-    const FinishBackward<S> finish{args, table};
+    const FinishBackward<S, fused()> finish{args, table};
+    if (!reduces) {
+      const cudaError_t error = for_each_channel(finish, args.view.channels, resources.stream);
+      return error != cudaSuccess ? error : apply_last();
+    }
+    const GradSumsOp<T, fused()> sums{args};
     const bool may_finish = args.training && grad_input != nullptr && !fused();
-    const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 2, aligned, may_finish, resources.limits);
+    const ReductionPlan plan = plan_for(sums, finish, residual == nullptr ? 2 : 3, aligned, may_finish, resources);
     if constexpr (!fused())
       if (plan.single()) return reduce(sums, finish, through, plan, resources);
-    error = reduce(sums, finish, Nothing{}, plan, resources);
+    const cudaError_t error = reduce(sums, finish, Nothing{}, plan, resources);
     return error != cudaSuccess ? error : apply_last();
   });
 }

@@ -18,7 +18,7 @@ struct MomentsOp {
   using S = compute_t<T>;
   using Sum = double;
   static constexpr int kInputs = 1, kRequired = 1, kSums = kExtremes ? 4 : 2;
-  static constexpr bool kRepairs = true;
+  static constexpr bool kRepairs = true, kStartsFromMemory = false;
 
   struct State {
     S pivot, sum, square;
@@ -139,7 +139,7 @@ struct SumsOp {
   using S = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
   using Sum = S;
   static constexpr int kInputs = 1, kRequired = 1, kSums = 4;
-  static constexpr bool kRepairs = false;
+  static constexpr bool kRepairs = false, kStartsFromMemory = false;
 
   // Packed: 20 bytes of a narrow T, with which the columns' states of a block stay within 48 KiB; 24 would not.
   using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, T>;  // CUDA's half precision is not to be packed
@@ -219,8 +219,11 @@ template <class Sum>
 struct WriteResults {
   Sum* results[4];
 
+  using Known = Nothing;
+  NF_DEVICE Known load(int64_t) const { return {}; }
+  NF_DEVICE void prefetch(int64_t) const {}
   template <int n>
-  NF_DEVICE void operator()(int64_t channel, const Sum (&sums)[n]) const {
+  NF_DEVICE void operator()(int64_t channel, const Sum (&sums)[n], const Known&) const {
 #pragma unroll
     for (int k = 0; k < n; ++k) results[k][channel] = sums[k];
   }

@@ -13,7 +13,7 @@ cudaError_t channel_stats(const ChannelStats& args, Resources& resources) {
   const Op op{static_cast<const T*>(args.input), args.view};
   WriteResults<Sum> write{};
   for (int k = 0; k < Op::kSums; ++k) write.results[k] = static_cast<Sum*>(args.results[k]);
-  const ReductionPlan plan = plan_reduction(args.view, sizeof(T), 1, all_aligned(args.input), false, resources.limits);
+  const ReductionPlan plan = plan_for(op, write, 1, all_aligned(args.input), false, resources);
   return reduce(op, write, Nothing{}, plan, resources);
 }
 

@@ -20,6 +20,11 @@ NF_DEVICE double read(const ChannelVector& vector, int64_t channel, double absen
   }
 }
 
+NF_DEVICE void prefetch_entry(const ChannelVector& vector, int64_t channel) {
+  const int size = vector.dtype == DType::kFloat64 ? 8 : vector.dtype == DType::kFloat32 ? 4 : 2;
+  if (vector) prefetch_address(static_cast<const char*>(vector.data) + channel * size);
+}
+
 // Rounded once, from double. Nothing where the vector is absent.
 NF_DEVICE void write(const ChannelVector& vector, int64_t channel, double value) {
   if (!vector) return;

@@ -9,19 +9,30 @@ namespace normfused::cuda {
 inline constexpr int kWarps = kThreads / kWarp;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// How many neighbouring threads of a warp there are for each of `count` things: a power of two.
+// How many neighbouring threads of a block there are for each of `count` things: a power of two.
 NF_DEVICE int lanes_for(int64_t count) {
-  int lanes = kWarp;
+  int lanes = kThreads;
   while (lanes > 1 && count * lanes > kThreads) lanes /= 2;
   return lanes;
 }
 
-// Joins the sums of each `lanes` neighbouring threads of a warp, a power of two, in an order that `lanes` alone
-// decides; the result is the first one's. All threads of a warp take part.
+// Joins the sums of each `lanes` neighbouring threads, a power of two, in an order that `lanes` alone decides; the
+// result is the first one's. All threads of the block take part, and between two calls with more lanes than a warp has,
+// they wait for each other.
 template <class Op>
 NF_DEVICE void join_lanes(typename Op::Sum (&sums)[Op::kSums], int lanes) {
-  for (int step = lanes / 2; step > 0; step /= 2)
+  using Sum = typename Op::Sum;
+  NF_SHARED(Sum, of_warps, [kWarps * Op::kSums]);
+  for (int step = (lanes < kWarp ? lanes : kWarp) / 2; step > 0; step /= 2)
     for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], __shfl_down_sync(kAllLanes, sums[k], step));
+  if (lanes <= kWarp) return;
+  const int warp = threadIdx.x / kWarp;
+  if (threadIdx.x % kWarp == 0)
+    for (int k = 0; k < Op::kSums; ++k) of_warps[warp * Op::kSums + k] = sums[k];
+  __syncthreads();
+  if (threadIdx.x % lanes == 0)
+    for (int w = 1; w < lanes / kWarp; ++w)
+      for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], of_warps[(warp + w) * Op::kSums + k]);
 }
 
 // The sum over a block, for all of its threads. All of them take part.
@@ -37,17 +48,19 @@ NF_DEVICE double block_sum(double value) {
 }
 
 // Whether this block is the last of `expected` to arrive at the ticket; then it sees what all others wrote before they
-// arrived. Tickets are zero before the launch, and the last block leaves them so.
+// arrived. Tickets are zero before the launch, and the last block leaves them so. One thread fences for all: the
+// barriers about it order their accesses before and after its own, and a fence is for all that is ordered so.
 NF_DEVICE bool last_to_arrive(unsigned* ticket, unsigned expected) {
   NF_SHARED(bool, last);
-  __threadfence();  // this thread's writes come before the arrival
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == expected - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();  // the block's writes come before the arrival
+    last = atomicAdd(ticket, 1u) == expected - 1;
+    __threadfence();  // and the others' before what follows
+    if (last) *ticket = 0;
+  }
   __syncthreads();
-  if (!last) return false;
-  __threadfence();  // and the others' before what follows
-  if (threadIdx.x == 0) *ticket = 0;
-  return true;
+  return last;
 }
 
 }  // namespace normfused::cuda

@@ -52,13 +52,39 @@ bool all_aligned(const P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % kAccessBytes == 0) && ...);
 }
 
+// How many blocks of a reduction's kernels are resident. The driver is asked once: devices of one process are seldom of
+// several kinds, and a plan for another one is no less right.
+template <class Op, class Finish>
+const Residency& residency_of() {
+  constexpr int kValues = values_per_access(sizeof(typename Op::T));
+  static const Residency residency{
+      resident_blocks(reduce_rows<Op, Finish, Nothing, kValues, false>, kThreads, kMinBlocks),
+      resident_blocks(reduce_rows<Op, Finish, Nothing, kValues, true>, kThreads, kMinBlocks),
+      resident_blocks(reduce_columns<Op, Finish, Nothing, kValues>, kThreads, kMinBlocks)};
+  return residency;
+}
+
+// `inputs` of Op's are there. `may_finish`: what is reduced may be applied in the same launch.
+template <class Op, class Finish>
+ReductionPlan plan_for(const Op& op, const Finish&, int inputs, bool aligned, bool may_finish,
+                       const Resources& resources) {
+  return plan_reduction(op.view, sizeof(typename Op::T), inputs, aligned, may_finish, resources.limits,
+                        residency_of<Op, Finish>());
+}
+
 template <class Op, class Finish, class Apply>
 cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const ReductionPlan& plan,
                    Resources& resources) {
   using Sum = typename Op::Sum;
-  const int64_t count = plan.splits() * Op::kSums * plan.results();
-  const Partials<Sum> partials{static_cast<Sum*>(resources.scratch(count * static_cast<int64_t>(sizeof(Sum)))),
-                               plan.splits() > 1 ? resources.tickets(plan.tiles()) : nullptr, plan.results()};
+  const int64_t channels = op.view.channels, count = plan.splits() * Op::kSums * channels;
+  Partials<Sum> partials{};
+  partials.data = static_cast<Sum*>(resources.scratch(count * static_cast<int64_t>(sizeof(Sum))));
+  partials.channels = channels;
+  partials.splits = plan.splits();
+  partials.group = plan.group;
+  partials.groups = plan.groups();
+  if (plan.splits() > 1)
+    partials.tickets = resources.tickets(plan.tiles() * Partials<Sum>::tickets_each(plan.groups()));
   return reduce(op, finish, apply, plan, partials, resources.stream);
 }
 

@@ -14,6 +14,7 @@
 
 #define NF_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 #define NF_DEVICE __device__ __forceinline__
+#define NF_COMPILER_FENCE() asm volatile("" ::: "memory")  // no access to memory is moved across it
 
 #else
 
@@ -40,6 +41,21 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... args
   cudahost::launch({config.grid, config.block, 0, config.stream}, kernel, std::forward<A>(args)...);
   return cudaSuccess;
 #endif
+}
+
+// Blocks of so many threads that a multiprocessor of the current device holds at once; on the CPU it is for the caller
+// to say.
+template <class Kernel>
+int resident_blocks(Kernel kernel, int threads, int otherwise) {
+#if defined(__CUDACC__)
+  int blocks = 0;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0) == cudaSuccess && blocks > 0)
+    return blocks;
+  (void)cudaGetLastError();  // the launch itself will tell
+#else
+  (void)kernel, (void)threads;
+#endif
+  return otherwise;
 }
 
 }  // namespace normfused::cuda

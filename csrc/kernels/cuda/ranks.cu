@@ -8,9 +8,9 @@ cudaError_t pack_moments(const PackMoments& args, Resources& resources) {
   return for_floating(args.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const MomentsOp<T, false> moments{static_cast<const T*>(args.input), args.view};
-    const ReductionPlan plan =
-        plan_reduction(args.view, sizeof(T), 1, all_aligned(args.input), false, resources.limits);
-    return reduce(moments, WriteMoments<compute_t<T>>{args}, Nothing{}, plan, resources);
+    const WriteMoments<compute_t<T>> write{args};
+    const ReductionPlan plan = plan_for(moments, write, 1, all_aligned(args.input), false, resources);
+    return reduce(moments, write, Nothing{}, plan, resources);
   });
 }
 

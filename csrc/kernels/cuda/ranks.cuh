@@ -10,7 +10,10 @@ template <class S>
 struct WriteMoments {
   PackMoments args;
 
-  NF_DEVICE void operator()(int64_t c, const double (&results)[2]) const {
+  using Known = Nothing;
+  NF_DEVICE Known load(int64_t) const { return {}; }
+  NF_DEVICE void prefetch(int64_t) const {}
+  NF_DEVICE void operator()(int64_t c, const double (&results)[2], const Known&) const {
     const Moments moments{args.view.positions(), results[0], results[1]};
     reinterpret_cast<RankMoments<S>*>(args.words + 1)[c] = packed<S>(moments);
     if (c == 0) args.words[0] = moments.count;
@@ -27,7 +30,7 @@ struct MergeChannel {
     if (moments.count == 0)
       args.mean[c] = args.invstd[c] = 0;
     else
-      finish_statistics(args, c, moments);
+      finish_statistics(args, c, moments, load_running(args, c));
   }
 };
 

@@ -4,6 +4,7 @@
 //   input(k), kRequired          the tensors, and how many are always there; others may be null, and then read as 0
 //   bits<n>(offset)              what else is read with n values at an offset: a bit for each
 //   State, start(channel)        what a thread keeps for a channel while it reads, and an empty one
+//   kStartsFromMemory            whether that depends on the channel
 //   accumulate<n, masked>(state, values, mask, bits, first)
 //                                takes in n values of each input
 //   sums(state, count, channel, sums)
@@ -13,8 +14,8 @@
 //   kRepairs, sound(sums), repair(channel, sums)
 //                                whether that can fail, whether it did, and the slow way, taken by a whole block
 //
-// A Finish says what becomes of a channel's results; it is called once for each channel. An Apply, where there is one,
-// is done by the block itself.
+// A Finish says what becomes of a channel's results; it is called once for each channel, with what it load()ed before
+// these were there: prefetch() comes first of all. An Apply, where there is one, is done by the block itself.
 #pragma once
 
 #include "kernels/cuda/apply.cuh"
@@ -23,21 +24,21 @@
 
 namespace normfused::cuda {
 
-// Memory of a launch: results of each split before they are merged, and a ticket for each tile.
+// Memory of a launch: results of each split before they are merged, and tickets for each tile: one for each group of
+// splits, and one for the groups where there are several.
 template <class Sum>
 struct Partials {
-  Sum* data;  // (splits, sums, columns)
+  Sum* data;  // (splits, sums, channels)
   unsigned* tickets;
-  int64_t columns;
+  int64_t channels;
+  int splits, group, groups;
 
-  NF_DEVICE Sum& at(int64_t split, int sums, int k, int64_t column) const {
-    return data[(split * sums + k) * columns + column];
+  static constexpr int tickets_each(int groups) { return groups > 1 ? groups + 1 : 1; }
+
+  NF_DEVICE Sum& at(int64_t split, int sums, int k, int64_t channel) const {
+    return data[(split * sums + k) * channels + channel];
   }
 };
-
-// Vectors of each input in flight: four loads, and at most 32 values to widen at once.
-template <class Op, int kValues>
-inline constexpr int kUnroll = 4 * kValues <= 32 ? 4 / Op::kInputs : 32 / kValues;
 
 template <class Op, int kValues, bool kMasked>
 NF_DEVICE typename Op::State reduce_row_walk(const Op& op, const RowsPlan& plan, int64_t channel, int64_t split,
@@ -48,61 +49,106 @@ NF_DEVICE typename Op::State reduce_row_walk(const Op& op, const RowsPlan& plan,
   const int64_t numel = plan.view.numel();
   typename Op::State state = op.start(channel);
 
-  const auto take = [&](auto vectors) {
-    constexpr int kVectors = decltype(vectors)::value, kCount = kVectors * kValues;
+  // A round: as many vectors as are in flight together, or, where it is not full, what is left of them.
+  constexpr int kVectors = row_vectors_in_flight(Op::kInputs), kCount = kVectors * kValues;
+  const auto take = [&](auto full) {
+    constexpr bool kFull = decltype(full)::value, kCounts = kMasked || !kFull;
     Vector<T, kValues> loaded[Op::kInputs][kVectors];
+    int64_t offsets[kVectors];
     uint32_t mask = 0, bits = 0;
+    bool within = kFull;  // the tensor, all of all vectors
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      uint32_t within;
-      const int64_t offset = walk.next(within);
-      mask |= within << (v * kValues);
-      bits |= op.template bits<kValues>(offset) << (v * kValues);
-#pragma unroll
-      for (int k = 0; k < Op::kInputs; ++k) {
-        if (k >= Op::kRequired && op.input(k) == nullptr)
-          loaded[k][v] = {};
-        else
-          loaded[k][v] = kMasked ? load_masked<false, T, kValues>(op.input(k), offset, numel)
-                                 : Vector<T, kValues>::load(op.input(k) + offset);
-      }
+      const bool there = kFull || walk.has(1);
+      uint32_t counts;
+      offsets[v] = walk.next(counts);
+      if (kMasked) within = within && offsets[v] + kValues <= numel;
+      if (!there) continue;
+      mask |= counts << (v * kValues);
+      bits |= op.template bits<kValues>(offsets[v]) << (v * kValues);
     }
-    if (kMasked && mask == 0) return;
+    const auto load = [&](const auto& load_one) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+        for (int k = 0; k < Op::kInputs; ++k)
+          loaded[k][v] = k < Op::kRequired || op.input(k) != nullptr ? load_one(op.input(k), v) : Vector<T, kValues>{};
+    };
+    if (within)
+      load([&](const T* tensor, int v) { return Vector<T, kValues>::load(tensor + offsets[v]); });
+    else
+      load([&](const T* tensor, int v) {
+        if ((mask >> (v * kValues) & kWhole<kValues>) == 0) return Vector<T, kValues>{};
+        return load_masked<false, T, kValues>(tensor, offsets[v], numel);
+      });
+    if (kCounts && mask == 0) return;
     S values[Op::kInputs][kCount];
 #pragma unroll
     for (int k = 0; k < Op::kInputs; ++k)
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[k][i] = widen<S>(loaded[k][i / kValues].value[i % kValues]);
-    op.template accumulate<kCount, kMasked>(state, values, mask, bits, count == 0);
-    count += kMasked ? __popc(mask) : kCount;
+    op.template accumulate<kCount, kCounts>(state, values, mask, bits, count == 0);
+    count += kCounts ? __popc(mask) : kCount;
   };
-  constexpr int kVectors = kUnroll<Op, kValues>;
-  while (walk.has(kVectors)) take(std::integral_constant<int, kVectors>{});
-  while (walk.has(1)) take(std::integral_constant<int, 1>{});
+  while (walk.has(kVectors)) take(std::true_type{});
+  if (walk.has(1)) take(std::false_type{});
   return state;
 }
 
-// Merges what all splits left for channels [first, last) and finishes them. All threads of the block take part.
+// Joins what every step-th of the splits from first to last left for a channel, of which each lane takes some.
+template <class Op>
+NF_DEVICE void join_splits(const Partials<typename Op::Sum>& partials, int64_t channel, int first, int last, int step,
+                           int lane, int lanes, typename Op::Sum (&sums)[Op::kSums]) {
+#pragma unroll 4
+  for (int split = first + lane * step; split < last; split += lanes * step)
+#pragma unroll
+    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], partials.at(split, Op::kSums, k, channel));
+}
+
+// Whether this block is to finish channels [first, last): it is if it is the last of all splits to arrive. The last of
+// a group of them merges these first, in the place of its first one. All threads of the block take part.
+template <class Op>
+NF_DEVICE bool arrive(const Partials<typename Op::Sum>& partials, int64_t first, int64_t last) {
+  using Sum = typename Op::Sum;
+  if (partials.splits == 1) {
+    __syncthreads();
+    return true;
+  }
+  unsigned* const tickets = partials.tickets + blockIdx.x * Partials<Sum>::tickets_each(partials.groups);
+  const int group = static_cast<int>(blockIdx.y) / partials.group, begin = group * partials.group;
+  const int end = begin + partials.group < partials.splits ? begin + partials.group : partials.splits;
+  if (!last_to_arrive(tickets + group, end - begin)) return false;
+  if (partials.groups == 1) return true;
+  const int lanes = lanes_for(last - first), lane = threadIdx.x % lanes;
+  for (int64_t from = first; from < last; from += kThreads / lanes) {
+    const int64_t channel = from + threadIdx.x / lanes;
+    Sum sums[Op::kSums];
+    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::empty(k);
+    if (channel < last) join_splits<Op>(partials, channel, begin, end, 1, lane, lanes, sums);
+    join_lanes<Op>(sums, lanes);
+    if (lane == 0 && channel < last)
+      for (int k = 0; k < Op::kSums; ++k) partials.at(begin, Op::kSums, k, channel) = sums[k];
+  }
+  return last_to_arrive(tickets + partials.groups, partials.groups);
+}
+
+// Merges what all groups of splits left for channels [first, last) and finishes them. All threads of the block take
+// part.
 template <class Op, class Finish>
 NF_DEVICE void finish_channels(const Op& op, const Finish& finish, const Partials<typename Op::Sum>& partials,
-                               int splits, int repeat, int64_t first, int64_t last) {
+                               int64_t first, int64_t last) {
   using Sum = typename Op::Sum;
   NF_SHARED(Sum, repaired, [Op::kSums]);
   const int lanes = lanes_for(last - first);
   const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes, groups = kThreads / lanes;
   for (int64_t begin = first; begin < last; begin += groups) {
     const int64_t channel = begin + group;
+    typename Finish::Known known{};
+    if (lane == 0 && channel < last) known = finish.load(channel);
     Sum sums[Op::kSums];
     for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::empty(k);
-    if (channel < last) {
-      for (int beside = 0; beside < repeat; ++beside) {
-        const int64_t column = channel + beside * op.view.channels;
-#pragma unroll 4
-        for (int split = lane; split < splits; split += lanes)
-#pragma unroll
-          for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], partials.at(split, Op::kSums, k, column));
-      }
-    }
+    const int step = partials.groups > 1 ? partials.group : 1;
+    if (channel < last) join_splits<Op>(partials, channel, 0, partials.splits, step, lane, lanes, sums);
     join_lanes<Op>(sums, lanes);
     const bool leads = lane == 0 && channel < last;
     if (leads) op.results(channel, sums);
@@ -121,7 +167,7 @@ NF_DEVICE void finish_channels(const Op& op, const Finish& finish, const Partial
         }
       }
     }
-    if (leads) finish(channel, sums);
+    if (leads) finish(channel, sums, known);
   }
 }
 
@@ -130,12 +176,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_rows(const Op op, const Finish finish, const Apply apply, const RowsPlan plan,
                 const Partials<typename Op::Sum> partials) {
   using Sum = typename Op::Sum;
-  NF_SHARED(Sum, of_warps, [kWarps * Op::kSums]);
-  const int lane = threadIdx.x % plan.lanes, group = threadIdx.x / plan.lanes, groups = kThreads / plan.lanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * groups;
+  const int lane = threadIdx.x % plan.lanes, groups = kThreads / plan.lanes;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * groups, channel = first + threadIdx.x / plan.lanes;
   const int64_t last = first + groups < plan.view.channels ? first + groups : plan.view.channels;
-  const int64_t channel = first + group;
 
+  if (channel < last && lane == 0) finish.prefetch(channel);
   Sum sums[Op::kSums];
   for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::empty(k);
   if (channel < last) {
@@ -144,23 +189,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         reduce_row_walk<Op, kValues, kMasked>(op, plan, channel, static_cast<int64_t>(blockIdx.y), lane, count);
     if (count > 0) op.sums(state, count, channel, sums);
   }
-  join_lanes<Op>(sums, kWarp);
-  if (threadIdx.x % kWarp == 0)
-    for (int k = 0; k < Op::kSums; ++k) of_warps[threadIdx.x / kWarp * Op::kSums + k] = sums[k];
-  __syncthreads();
-  const int warps = plan.lanes / kWarp;
-  for (int i = threadIdx.x; i < groups * Op::kSums; i += kThreads) {
-    const int g = i / Op::kSums, k = i % Op::kSums;
-    Sum sum = Op::empty(k);
-    for (int w = 0; w < warps; ++w) sum = Op::join(k, sum, of_warps[(g * warps + w) * Op::kSums + k]);
-    if (first + g < last) partials.at(blockIdx.y, Op::kSums, k, first + g) = sum;
-  }
-
-  if (plan.splits == 1)
-    __syncthreads();
-  else if (!last_to_arrive(partials.tickets + blockIdx.x, gridDim.y))
-    return;
-  finish_channels(op, finish, partials, plan.splits, 1, first, last);
+  join_lanes<Op>(sums, plan.lanes);
+  if (channel < last && lane == 0)
+    for (int k = 0; k < Op::kSums; ++k) partials.at(blockIdx.y, Op::kSums, k, channel) = sums[k];
+  if (!arrive<Op>(partials, first, last)) return;
+  finish_channels(op, finish, partials, first, last);
 
   if constexpr (!std::is_same_v<Apply, Nothing>) {
     __syncthreads();  // the coefficients are there
@@ -169,34 +202,54 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
-template <class Op, class Finish, class Apply, int kValues>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    reduce_columns(const Op op, const Finish finish, const Apply apply, const ColumnsPlan plan,
-                   const Partials<typename Op::Sum> partials) {
+// The states that a thread begins with. What a channel's is made from is loaded and computed once for the block.
+template <class Op, int kValues>
+NF_DEVICE void start_columns(const Op& op, const ColumnWalk<kValues>& walk, int64_t first, int64_t last,
+                             typename Op::State* of_channels, typename Op::State (&state)[kValues]) {
+  if constexpr (Op::kStartsFromMemory) {
+    for (int64_t c = first + threadIdx.x; c < last; c += kThreads) of_channels[c - first] = op.start(c);
+    __syncthreads();
+    int64_t channels[kValues];
+    walk.channels(channels);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) state[i] = of_channels[channels[i] < last ? channels[i] - first : 0];
+    __syncthreads();  // the block's states come to the same place
+  } else {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) state[i] = op.start(0);
+  }
+}
+
+// The values of a thread's columns in one split, each with a state of its own.
+template <class Op, int kValues>
+NF_DEVICE void reduce_column_walk(const Op& op, const ColumnsPlan& plan, ColumnWalk<kValues>& walk,
+                                  typename Op::State (&state)[kValues]) {
   using T = typename Op::T;
   using S = typename Op::S;
-  using Sum = typename Op::Sum;
-  NF_SHARED(typename Op::State, states, [kThreads * kValues]);
-  ColumnWalk<kValues> walk(plan, blockIdx.x, blockIdx.y);
+  constexpr int kRows = column_vectors_in_flight(Op::kInputs, sizeof(S) > sizeof(float));
   const int64_t numel = plan.view.numel();
-
-  typename Op::State state[kValues];
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) state[i] = op.start(walk.column < plan.columns ? walk.channel(i) : 0);
   bool first = true;
-  constexpr int kRows = 8 / Op::kInputs / (sizeof(S) > sizeof(float) ? 2 : 1);
-  while (walk.has(kRows) && (plan.repeat == 1 || walk.ahead(kRows - 1) + kValues <= numel)) {
+  int64_t end = numel;  // offset of the tensor's last vector, where it is short and this thread's
+  // A round: as many rows as are in flight together, or, where it is not full, what is left of them.
+  const auto take = [&](auto full) {
+    constexpr bool kFull = decltype(full)::value;
     Vector<T, kValues> loaded[Op::kInputs][kRows];
-    uint32_t bits[kRows];
+    uint32_t bits[kRows], mask = 0;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      const bool in_split = kFull || walk.has(1);
       const int64_t offset = walk.next();
-      bits[r] = op.template bits<kValues>(offset);
+      const bool there = kFull || (in_split && offset + kValues <= numel);
+      if (!kFull && in_split && !there && offset < numel) end = offset;
+      mask |= static_cast<uint32_t>(there) << r;
+      bits[r] = there ? op.template bits<kValues>(offset) : 0;
 #pragma unroll
       for (int k = 0; k < Op::kInputs; ++k)
-        loaded[k][r] = k < Op::kRequired || op.input(k) != nullptr ? Vector<T, kValues>::load(op.input(k) + offset)
-                                                                   : Vector<T, kValues>{};
+        loaded[k][r] = there && (k < Op::kRequired || op.input(k) != nullptr)
+                           ? Vector<T, kValues>::load(op.input(k) + offset)
+                           : Vector<T, kValues>{};
     }
+    if (!kFull && mask == 0) return;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       S values[Op::kInputs][kRows];
@@ -207,68 +260,79 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
         for (int k = 0; k < Op::kInputs; ++k) values[k][r] = widen<S>(loaded[k][r].value[i]);
       }
-      op.template accumulate<kRows, false>(state[i], values, 0, own, first);
+      op.template accumulate<kRows, !kFull>(state[i], values, mask, own, first);
     }
     first = false;
-  }
-  while (walk.has(1)) {
-    const int64_t offset = walk.next();
-    if (offset >= numel) break;  // the last row can be short
-    Vector<T, kValues> loaded[Op::kInputs];
+  };
+  while (walk.has(kRows) && (plan.repeat == 1 || walk.ahead(kRows - 1) + kValues <= numel)) take(std::true_type{});
+  if (walk.has(1)) take(std::false_type{});
+  if (end == numel) return;
+  const uint32_t bits = op.template bits<kValues>(end);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    if (end + i >= numel) break;
+    S values[Op::kInputs][1];
 #pragma unroll
     for (int k = 0; k < Op::kInputs; ++k)
-      loaded[k] = k < Op::kRequired || op.input(k) != nullptr
-                      ? load_masked<false, T, kValues>(op.input(k), offset, numel)
-                      : Vector<T, kValues>{};
-    const uint32_t bits = op.template bits<kValues>(offset);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      if (offset + i >= numel) continue;
-      S values[Op::kInputs][1];
-#pragma unroll
-      for (int k = 0; k < Op::kInputs; ++k) values[k][0] = widen<S>(loaded[k].value[i]);
-      op.template accumulate<1, false>(state[i], values, 0, bits >> i & 1, first);
-    }
-    first = false;
+      values[k][0] = k < Op::kRequired || op.input(k) != nullptr ? widen<S>(op.input(k)[end + i]) : S{};
+    op.template accumulate<1, false>(state[i], values, 0, bits >> i & 1, first);
   }
+}
+
+// Joins the states of all threads for one of the channels of a tile that begins with channel `first`, of which each
+// lane takes some.
+template <class Op, int kValues>
+NF_DEVICE void join_states(const Op& op, const ColumnsPlan& plan, const ColumnWalk<kValues>& walk,
+                           const typename Op::State* states, int64_t first, int channel, int lane, int lanes,
+                           typename Op::Sum (&sums)[Op::kSums]) {
+  const int across = plan.width * kValues;
+  const int64_t each = walk.rows() / plan.height;
+  const int rest = static_cast<int>(walk.rows() - each * plan.height);  // threads that have a row more
+  const int last = (rest > 0 ? rest : plan.height) - 1;                 // the one that has the last row
+  for (int i = lane; i < plan.columns_each() * plan.height; i += lanes) {
+    const int x = plan.tile_column(channel, i / plan.height), y = i % plan.height;
+    const bool lacks_one = y == last && walk.ends_before(blockIdx.x * static_cast<int64_t>(across) + x);
+    const int64_t count = each + (y < rest) - lacks_one;
+    if (count <= 0) continue;
+    typename Op::Sum more[Op::kSums];
+    op.sums(states[y * across + x], count, first + channel, more);
+#pragma unroll
+    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], more[k]);
+  }
+}
+
+template <class Op, class Finish, class Apply, int kValues>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    reduce_columns(const Op op, const Finish finish, const Apply apply, const ColumnsPlan plan,
+                   const Partials<typename Op::Sum> partials) {
+  using Sum = typename Op::Sum;
+  NF_SHARED(typename Op::State, states, [kThreads * kValues]);
+  ColumnWalk<kValues> walk(plan, blockIdx.x, blockIdx.y);
+  const int count = plan.tile_channels(), across = plan.width * kValues;
+  const int64_t first = blockIdx.x * static_cast<int64_t>(count);
+  const int64_t last = first + count < plan.view.channels ? first + count : plan.view.channels;
+  if (first + threadIdx.x < last) finish.prefetch(first + threadIdx.x);
+  typename Op::State state[kValues];
+  start_columns(op, walk, first, last, states, state);
+  reduce_column_walk(op, plan, walk, state);
 
   // A column's threads stand above one another.
-  const int across = plan.width * kValues;
   if (walk.y < plan.height)
 #pragma unroll
     for (int i = 0; i < kValues; ++i) states[walk.y * across + walk.x * kValues + i] = state[i];
   __syncthreads();
-  const int64_t begin = blockIdx.x * static_cast<int64_t>(across);
-  const int lanes = lanes_for(across), lane = threadIdx.x % lanes;
-  for (int i = 0; i < across; i += kThreads / lanes) {
-    const int x = i + static_cast<int>(threadIdx.x) / lanes;
-    const int64_t column = begin + x;
-    const bool there = x < across && column < plan.columns;
+  const int lanes = lanes_for(count), lane = threadIdx.x % lanes;
+  for (int from = 0; from < count; from += kThreads / lanes) {
+    const int c = from + static_cast<int>(threadIdx.x) / lanes;
     Sum sums[Op::kSums];
     for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::empty(k);
-    if (there) {
-      const int64_t channel = plan.repeat == 1 ? column : column % plan.view.channels;
-      const int64_t rows = walk.rows_of(column), each = rows / plan.height, rest = rows % plan.height;
-      for (int y = lane; y < plan.height; y += lanes) {
-        const int64_t count = each + (y < rest);
-        if (count == 0) break;
-        Sum more[Op::kSums];
-        op.sums(states[y * across + x], count, channel, more);
-#pragma unroll
-        for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], more[k]);
-      }
-    }
+    if (first + c < last) join_states(op, plan, walk, states, first, c, lane, lanes, sums);
     join_lanes<Op>(sums, lanes);
-    if (there && lane == 0)
-      for (int k = 0; k < Op::kSums; ++k) partials.at(blockIdx.y, Op::kSums, k, column) = sums[k];
+    if (lane == 0 && first + c < last)
+      for (int k = 0; k < Op::kSums; ++k) partials.at(blockIdx.y, Op::kSums, k, first + c) = sums[k];
   }
-
-  if (plan.splits == 1)
-    __syncthreads();
-  else if (!last_to_arrive(partials.tickets + blockIdx.x, gridDim.y))
-    return;
-  const int64_t end = begin + across < plan.view.channels ? begin + across : plan.view.channels;
-  finish_channels(op, finish, partials, plan.splits, plan.repeat, begin, end);
+  if (!arrive<Op>(partials, first, last)) return;
+  finish_channels(op, finish, partials, first, last);
 
   if constexpr (!std::is_same_v<Apply, Nothing>) {
     __syncthreads();  // the coefficients are there

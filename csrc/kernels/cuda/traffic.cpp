@@ -1,8 +1,11 @@
 #include "kernels/cuda/traffic.h"
 
+#include <algorithm>
+
 namespace normfused::cuda {
 
-Traffic traffic(Operation operation, const ChannelView& view, int itemsize, const DeviceLimits& limits) {
+Traffic traffic(Operation operation, const ChannelView& view, int itemsize, const DeviceLimits& limits,
+                const Residency& resident) {
   const bool reduces = operation != Operation::kInference;
   const bool applies = operation != Operation::kMoments && operation != Operation::kSums;
   const bool backward = operation == Operation::kBackward || operation == Operation::kInferenceBackward;
@@ -14,18 +17,19 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, cons
 
   Traffic result{};
   if (reduces) {
-    result.reduction = plan_reduction(view, itemsize, inputs, true, may_finish, limits);
+    result.reduction = plan_reduction(view, itemsize, inputs, true, may_finish, limits, resident);
     result.single = result.reduction.single();
-    const int64_t partials = result.reduction.splits() * sums * result.reduction.results() * int64_t{sizeof(double)};
+    const int64_t partials = result.reduction.splits() * sums * view.channels * int64_t{sizeof(double)};
+    result.merged = std::max(std::min(result.reduction.group, result.reduction.splits()), result.reduction.groups());
     result.launches += 1;
     result.read += inputs * bytes + partials;
     result.written += partials;
   }
   if (applies) {
     result.apply = plan_apply(view, itemsize, itemsize, true, limits);
-    // What a single launch applies to comes from L1. Inference has a launch to prepare its coefficients.
+    // What a single launch applies to comes from L1. Inference can need a launch that prepares its coefficients.
     if (!result.single) {
-      result.launches += reduces ? 1 : 2;
+      result.launches += reduces || result.apply.may_prepare() ? 1 : 2;
       result.read += applied_inputs * bytes;
     }
     result.written += bytes;

@@ -45,10 +45,8 @@ class RowWalk {
       : plan_(plan), channel_(channel), unit_(split * plan.chunk + lane) {
     const int64_t end = unit_ - lane + plan.chunk;
     end_ = end < plan.units() ? end : plan.units();
-    outer_ = unit_ / plan.row_vectors;
-    vector_ = unit_ % plan.row_vectors;
-    outer_step_ = plan.lanes / plan.row_vectors;
-    vector_step_ = plan.lanes % plan.row_vectors;
+    outer_ = static_cast<int64_t>(plan.by_row_vectors(static_cast<uint64_t>(unit_)));
+    vector_ = unit_ - outer_ * plan.row_vectors;
   }
 
   // Whether there are so many more vectors.
@@ -65,8 +63,8 @@ class RowWalk {
       mask = first_values<kValues>(left) & ~first_values<kValues>(before);
     }
     unit_ += plan_.lanes;
-    outer_ += outer_step_;
-    vector_ += vector_step_;
+    outer_ += plan_.outer_step;
+    vector_ += plan_.vector_step;
     if (vector_ >= plan_.row_vectors) {
       vector_ -= plan_.row_vectors;
       ++outer_;
@@ -76,10 +74,10 @@ class RowWalk {
 
  private:
   const RowsPlan& plan_;
-  int64_t channel_, unit_, end_, outer_, vector_, outer_step_, vector_step_;
+  int64_t channel_, unit_, end_, outer_, vector_;
 };
 
-// Channels last: a thread's place in its block, and the rows it takes: every plan.height-th of a split.
+// A matrix: a thread's place in its block, and the rows it takes: every plan.height-th of a split.
 template <int kValues>
 class ColumnWalk {
  public:
@@ -89,7 +87,7 @@ class ColumnWalk {
     begin_ = split * plan.chunk;
     row_ = begin_ + y;
     const int64_t end = (split + 1) * plan.chunk;
-    end_ = end < plan.rows() ? end : plan.rows();
+    end_ = end < plan.rows ? end : plan.rows;
     if (y >= plan.height || column >= plan.columns) row_ = end_;  // a thread without work
   }
 
@@ -101,15 +99,22 @@ class ColumnWalk {
     row_ += plan_.height;
     return offset;
   }
-  // How many rows of the split a column has. The last row of all can end before it.
-  NF_DEVICE int64_t rows_of(int64_t column) const {
-    if (end_ <= begin_) return 0;
-    return end_ - begin_ - ((end_ - 1) * plan_.columns + column >= plan_.view.numel());
-  }
-  // The channel that a value of the thread's vectors belongs to.
-  NF_DEVICE int64_t channel(int value) const {
-    const int64_t c = column + value;
-    return plan_.repeat == 1 ? c : c % plan_.view.channels;
+  // Rows of the split, and whether a column is not in the last of them, which can be short if it is the last of all.
+  NF_DEVICE int64_t rows() const { return end_ > begin_ ? end_ - begin_ : 0; }
+  NF_DEVICE bool ends_before(int64_t column) const { return (end_ - 1) * plan_.columns + column >= plan_.view.numel(); }
+  // The channels that the values of the thread's vectors belong to. Where these are not the columns, columns are fewer
+  // than 2^31.
+  NF_DEVICE void channels(int64_t (&channels)[kValues]) const {
+    const auto inner = static_cast<unsigned>(plan_.view.inner), count = static_cast<unsigned>(plan_.view.channels);
+    const auto first = static_cast<unsigned>(column);
+    unsigned channel = plan_.folded() ? first / inner : first % count, place = first - channel * inner;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      channels[i] = plan_.plain() ? column + i : channel;
+      if (plan_.folded() && ++place < inner) continue;
+      place = 0;
+      if (++channel == count) channel = 0;
+    }
   }
 
  private:

@@ -1,0 +1,7 @@
+#include "kernels/cuda/batch_norm_launch.cuh"
+
+namespace normfused::cuda {
+
+template cudaError_t BatchNormOf<__half>::training(const BatchNormForward&, Resources&);
+
+}  // namespace normfused::cuda
