@@ -193,7 +193,7 @@ NF_FN BackwardCoefficients<S> backward_coefficients(const Normalization& n, int6
 
 // ---- activations -------------------------------------------------------------------------------------------------
 // Of a floating type V, or a vector of one. E has its elementary functions: exp(x), expm1(x) for x <= 0, and
-// normal(x), the standard normal distribution.
+// normal(x), the standard normal distribution; and quotient(a, b).
 
 template <class V>
 struct Normal {
@@ -207,7 +207,7 @@ NF_FN V where_positive(const V& z, const V& then, const V& otherwise) {
 
 template <class E, class S, class V>
 NF_FN V sigmoid(const V& z) {
-  return S(1) / (S(1) + E::exp(-z));
+  return E::quotient(V{} + S(1), V(S(1) + E::exp(-z)));
 }
 
 // GELU's approximation by tanh is z * sigmoid(p): p, and its derivative. The factor is the square root of 8 / pi.
@@ -281,7 +281,7 @@ NF_FN V activated(const Activation& activation, const V& z) {
       return sigmoid<E, S>(z);
     case ActivationKind::kTanh: {
       const V e = E::expm1(z > V{} ? V(z * S(-2)) : V(z * S(2)));  // tanh |z| = -e / (2 + e), without cancellation
-      const V t = e / (S(2) + e);
+      const V t = E::quotient(e, V(S(2) + e));
       return where_positive(z, V(-t), t);
     }
     case ActivationKind::kSilu:

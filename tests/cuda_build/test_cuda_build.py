@@ -211,6 +211,15 @@ def test_loads_are_in_flight_together(
     assert {name: most for name, most in flying.items() if most < least} == {}
 
 
+def test_activations_of_16_bits_call_nothing(code: dict[str, Function]) -> None:
+    """A division that rounds correctly has a subroutine for what is rare; approximations have none."""
+    pattern = re.compile(r"apply_\w+<NormalizeOp<(__half|__nv_bfloat16), true")
+    fused = {name: function for name, function in code.items() if pattern.match(name)}
+    assert len(fused) == 6
+    calling = [name for name, function in fused.items() if any("CALL." in text for text in function.instructions)]
+    assert calling == []
+
+
 def test_loads_wait_for_no_division(code: dict[str, Function]) -> None:
     """64-bit division is a call of some hundred cycles."""
     assert [name for name, function in code.items() if divides_before_it_loads(function)] == []

@@ -121,6 +121,12 @@ def test_planted_faults_are_placed(tmp_path: Path, file: str, change: dict[str, 
     assert re.search(message, done.stdout), done.stdout
 
 
+def test_approximations_are_within_half_a_unit(cache: Path, record_property: Callable[[str, str], None]) -> None:
+    done = run(build(cache, gcc(), PLAIN, [HERE / "approximations.cpp"]))
+    assert done.returncode == 0, done.stdout
+    record_property("table", done.stdout)
+
+
 def test_build_is_not_repeated(cache: Path) -> None:
     first = build(cache, gcc(), PLAIN, [HERE / "faults.cpp"])
     stamp = first.stat().st_mtime_ns

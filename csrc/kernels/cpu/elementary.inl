@@ -55,6 +55,10 @@ NF_FN Vec<float> log_of_mantissa(Vec<float> m) {
 }
 
 struct Elementary {
+  template <class V>
+  static NF_INLINE V quotient(V a, V b) {
+    return a / b;
+  }
   static NF_INLINE Vec<float> exp(Vec<float> x) {
     x = x > 89.f ? Vec<float>{} + 89.f : (x < -104.f ? Vec<float>{} - 104.f : x);
     const Reduced e = reduced(x);

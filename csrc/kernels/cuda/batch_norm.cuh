@@ -85,7 +85,7 @@ struct NormalizeOp {
       if (bits != nullptr) store_bits<n>(bits, offset, positive, mask);
       for_activation<S>(activation, [&](const auto& known) {
 #pragma unroll
-        for (int i = 0; i < n; ++i) y[0][i] = activated<Elementary, S>(known, y[0][i]);
+        for (int i = 0; i < n; ++i) y[0][i] = activated<elementary_t<T>, S>(known, y[0][i]);
       });
     }
   }
@@ -172,8 +172,8 @@ struct GradInputOp {
         const auto& c = choose(i);
         return (v - c.k[Row::kPivot]) * c.k[Row::kScale] + c.k[Row::kForwardShift];
       });
-      to_gradient_of_z<Elementary>(activation, y[1], z, x[2], bits != nullptr,
-                                   bits != nullptr ? load_bits<n>(bits, offset) : 0);
+      to_gradient_of_z<elementary_t<T>>(activation, y[1], z, x[2], bits != nullptr,
+                                        bits != nullptr ? load_bits<n>(bits, offset) : 0);
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const auto& c = choose(i);
@@ -262,7 +262,7 @@ struct GradSumsOp {
       S z[n];
       find_z(args.from_output, args.activation, value, z,
              [&](int, S v) { return (v - state.pivot) * state.scale + state.shift; });
-      to_gradient_of_z<Elementary>(args.activation, grad, z, values[2], args.mask != nullptr, bits);
+      to_gradient_of_z<elementary_t<T>>(args.activation, grad, z, values[2], args.mask != nullptr, bits);
     }
     S sum[kChains]{}, product[kChains]{};
 #pragma unroll
