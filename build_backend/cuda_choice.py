@@ -59,6 +59,9 @@ def _judge(facts: Facts) -> Decision:
     if facts.torch_cuda is None:
         how = "install a torch built for CUDA, then reinstall normfused"
         return Decision(False, f"torch {facts.torch} has no CUDA", how)
+    if int(facts.torch_cuda.split(".")[0]) < 12:
+        how = "install a torch built for CUDA 12 or newer, then reinstall normfused"
+        return Decision(False, f"torch {facts.torch} has CUDA {facts.torch_cuda}, and normfused needs 12 or newer", how)
     if facts.nvcc is None:
         how = f"install the CUDA {facts.torch_cuda} toolkit or set CUDA_HOME, then reinstall normfused"
         found = "; ".join(facts.problems)

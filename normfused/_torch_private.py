@@ -21,15 +21,17 @@ _GLOBAL_HOOKS = [
 ]
 
 
-def must_run_eagerly() -> bool:
-    """Whether something is at work that Dynamo's captures would not see, or that must see the module calls itself.
-
-    :mod:`torch.fx` and ``torch.jit.trace`` recording them, :mod:`torch.func`, forward-mode differentiation, dispatch
-    modes, such as those of ``make_fx`` and ``FakeTensorMode``, and hooks on all modules.
-    """
-    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    return bool(torch.fx._symbolic_trace._is_fx_tracing_flag) or any(_GLOBAL_HOOKS) or is_transformed()
+def why_eager() -> str | None:
+    """What is at work, if anything, that Dynamo's captures would not see, or that must see the module calls itself."""
+    if torch._C._get_tracing_state() is not None:
+        return "under torch.jit.trace"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "under a dispatch mode, such as those of make_fx and FakeTensorMode"
+    if torch.fx._symbolic_trace._is_fx_tracing_flag:
+        return "under torch.fx.symbolic_trace"
+    if any(_GLOBAL_HOOKS):
+        return "with hooks on all modules"
+    return "under torch.func or forward-mode differentiation" if is_transformed() else None
 
 
 def compile_apart(function: Callable[..., Any], backend: Callable[..., Any], limit: int) -> Callable[..., Any]:

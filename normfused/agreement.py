@@ -101,16 +101,25 @@ def _compare(group: Group, what: str, others: set[int], patience: float | None) 
 
 
 def name_layers(kind: type[nn.Module]) -> None:
-    """From the next call of a model on, its layers of this kind know their ``path`` in it."""
+    """From the next call of a model on, while steps are compared, its layers of this kind know their ``path`` in it."""
     global _naming
     if _naming:
         return
     _naming = True
 
     def name_all(module: nn.Module, _: Any) -> None:
-        if debugs() and not isinstance(module, kind):
+        if torch.compiler.is_compiling():
+            return
+        if not debugs():
+            stop()
+        elif not isinstance(module, kind):
             for path, layer in module.named_modules():
                 if isinstance(layer, kind) and not layer.path:
                     layer.path = path
 
-    nn.modules.module.register_module_forward_pre_hook(name_all)
+    def stop() -> None:
+        global _naming
+        _naming = False
+        handle.remove()
+
+    handle = nn.modules.module.register_module_forward_pre_hook(name_all)

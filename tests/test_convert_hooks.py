@@ -141,15 +141,18 @@ def test_a_gradient_that_is_retained_in_between() -> None:
 
 def test_global_module_hooks() -> None:
     names: list[str] = []
-    model = normfused.convert(block())
     x = torch.randn(4, 3, 5, 5)
-    model(x)
+    called, fresh = normfused.convert(block()), normfused.convert(block())
+    called(x)
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: names.append(type(m).__name__))
     try:
-        model(x)
+        called(x), fresh(x)
     finally:
         handle.remove()
-    assert names == ["Conv2d", "BatchNorm2d", "ReLU", "Sequential"]
+    assert names == ["Conv2d", "BatchNorm2d", "ReLU", "Sequential"] * 2
+    assert "nothing is fused so far: calls with hooks on all modules are not" in str(normfused.conversion_report(fresh))
+    fresh(x)
+    assert "1 fused" in str(normfused.conversion_report(fresh))
 
 
 # ---- outputs ---------------------------------------------------------------------------------------------------------

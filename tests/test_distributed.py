@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -256,6 +257,22 @@ def test_b35_ranks_that_diverge_raise(ranks: Ranks, difference: str) -> None:
         assert first.startswith(f"RuntimeError: rank 0 is at {direction} of {here}")
         assert first.endswith("where rank 1 has not come within 2 s")
         assert second == ""
+
+
+def hooks_on_all_modules() -> tuple[int, int]:
+    hooks = nn.modules.module._global_forward_pre_hooks
+    model, x = Two(), torch.randn(4, 3, 5)
+    model(x)
+    during = len(hooks)
+    del os.environ["NORMFUSED_SYNC_DEBUG"]
+    model(x)
+    os.environ["NORMFUSED_SYNC_DEBUG"] = "1"  # which the caller takes away
+    return during, len(hooks)
+
+
+def test_debugging_leaves_no_hook_when_it_ends(ranks: Ranks) -> None:
+    """With a hook on all modules a converted model runs without fusion."""
+    assert ranks.run(2, hooks_on_all_modules, NORMFUSED_SYNC_DEBUG="1") == [(1, 0)] * 2
 
 
 def diverge(difference: str) -> str:

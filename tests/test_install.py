@@ -71,6 +71,7 @@ def call(script: str, cwd: Path, *path: Path, python: str | Path = sys.executabl
 
 CUDA = Facts(torch="2.13.0+cu130", torch_cuda="13.0", nvcc="13.0", has_sources=True)
 CPU = Facts(torch="2.13.0+cpu", torch_cuda=None, nvcc="13.0", has_sources=True)
+CUDA_11 = CUDA._replace(torch="2.6.0+cu118", torch_cuda="11.8", nvcc="11.8")
 NO_NVCC = CUDA._replace(nvcc=None, problems=("no nvcc in CUDA_HOME=/cuda, PATH",))
 OTHER_MAJOR = CUDA._replace(nvcc="12.8")
 OTHER_MINOR = CUDA._replace(nvcc="13.2")
@@ -87,6 +88,7 @@ NO_SOURCES = CUDA._replace(has_sources=False)
         (OTHER_MINOR, None, True, "torch 2.13.0+cu130, nvcc 13.2"),
         (CPU, None, False, "torch 2.13.0+cpu has no CUDA"),
         (CPU, "0", False, "NORMFUSED_CUDA=0"),
+        (CUDA_11, None, False, "torch 2.6.0+cu118 has CUDA 11.8, and normfused needs 12 or newer"),
         (
             NO_NVCC,
             None,

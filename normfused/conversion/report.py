@@ -29,6 +29,7 @@ class ConversionReport:
     fused: dict[str, str] = field(default_factory=dict)  # path, what follows in the same pass
     unfused: dict[str, str] = field(default_factory=dict)  # path, why nothing does
     graphs: int = 0  # captured so far
+    last_eager: str | None = None  # why the last call was not captured
     limit_reached: int | None = None  # the number of graphs of one module beyond which calls run as they are
     bytes_before: int | None = None  # saved for backward, with the example inputs
     bytes_after: int | None = None
@@ -67,6 +68,8 @@ class ConversionReport:
         lines = [f"{counts}, {len(self.skipped)} kinds skipped" if self.skipped else counts]
         if self.fuse and self.why_not_fused is not None:
             lines.append(f"nothing is fused: {self.why_not_fused}")
+        elif self.fuse and self.waiting and not self.graphs and self.last_eager is not None:
+            lines.append(f"nothing is fused so far: calls {self.last_eager} are not captured")
         elif self.fuse and self.waiting and not self.graphs:
             lines.append("what is fused is known after the first call, or with example_inputs")
         elif self.fuse and self.waiting:

@@ -127,6 +127,19 @@ def test_approximations_are_within_half_a_unit(cache: Path, record_property: Cal
     record_property("table", done.stdout)
 
 
+@pytest.mark.parametrize("flags", [ADDRESS, THREAD])
+def test_launches_that_can_run_at_once_share_no_tickets(cache: Path, flags: str) -> None:
+    done = run(build(cache, clang() if flags == THREAD else gcc(), flags, [HERE / "tickets.cpp"]))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("part", ["a.device, ", "a.stream, ", "a.thread, ", ", a.capture"])
+def test_every_part_of_the_key_of_tickets_counts(tmp_path: Path, part: str) -> None:
+    csrc = changed(tmp_path, "tickets.h", {part: "", part.replace("a.", "b."): ""})
+    done = run(build(tmp_path, gcc(), "-O1", [HERE / "tickets.cpp"], csrc=csrc))
+    assert "FAILED" in done.stdout
+
+
 def test_build_is_not_repeated(cache: Path) -> None:
     first = build(cache, gcc(), PLAIN, [HERE / "faults.cpp"])
     stamp = first.stat().st_mtime_ns

@@ -1,20 +1,19 @@
 #include "ops/backend.h"
 
 #include <ATen/Functions.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
-#include <map>
-#include <mutex>
+#include <atomic>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/tickets.h"
 
 namespace normfused::ops {
 
@@ -36,39 +35,60 @@ const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
   return limits.at(static_cast<size_t>(device));
 }
 
-// Memory from torch's allocator, of the current device and stream.
+// Device memory that is zero and that no allocator owns. torch's would place it in the private pool of a graph that is
+// warmed up or captured, and the graph would hold its zeroing.
+unsigned* zeros(int device, int64_t count) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);  // allows cudaMalloc in a capture
+  const size_t bytes = static_cast<size_t>(count) * sizeof(unsigned);
+  void* memory = nullptr;
+  if (cudaMalloc(&memory, bytes) == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();
+    c10::cuda::CUDACachingAllocator::emptyCache();
+    C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
+  }
+  // Not on the legacy stream: it waits for streams that may be capturing.
+  cudaStream_t stream = nullptr;
+  C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
+  C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+  C10_CUDA_CHECK(cudaStreamDestroy(stream));
+  return static_cast<unsigned*>(memory);
+}
+
+uint64_t this_thread() {
+  static std::atomic<uint64_t> threads{0};
+  thread_local const uint64_t thread = ++threads;
+  return thread;
+}
+
+cuda::TicketKey ticket_key(c10::DeviceIndex device, cudaStream_t stream) {
+  unsigned long long id = 0, capture = 0;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  C10_CUDA_CHECK(cudaStreamGetId(stream, &id));
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &capture));
+  if (status == cudaStreamCaptureStatusNone) capture = 0;
+  return {device, id, stream == cudaStreamPerThread ? this_thread() : 0, capture};
+}
+
+// Scratch from torch's allocator, of the current device and stream.
 class TorchResources : public cuda::Resources {
  public:
   explicit TorchResources(const at::Device& device)
       : Resources(limits_of(device.index()), c10::cuda::getCurrentCUDAStream(device.index())), device_(device) {}
 
   // Given back when the operator returns: the allocator hands it on to later work of this stream only.
-  void* scratch(int64_t bytes) override { return keep(at::empty({bytes}, options(at::kByte))); }
-
-  // Zeroed once for each stream, whose launches follow one another. A graph can be replayed on any stream, beside this
-  // one: it gets tickets of its own.
-  unsigned* tickets(int64_t count) override {
-    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
-      return static_cast<unsigned*>(keep(at::zeros({count}, options(at::kInt))));
-    static std::mutex mutex;
-    // Never destroyed: at exit the allocator may be gone before it.
-    static auto* const of_streams = new std::map<std::pair<at::DeviceIndex, cudaStream_t>, at::Tensor>;
-    const std::lock_guard<std::mutex> lock(mutex);
-    at::Tensor& tickets = (*of_streams)[{device_.index(), stream}];
-    if (!tickets.defined() || tickets.numel() < count)
-      tickets = at::zeros({std::max<int64_t>(count, kFirstTickets)}, options(at::kInt));
-    return static_cast<unsigned*>(tickets.mutable_data_ptr());
-  }
-
- private:
-  static constexpr int64_t kFirstTickets = 4096;
-
-  at::TensorOptions options(at::ScalarType type) const { return at::TensorOptions(type).device(device_); }
-  void* keep(at::Tensor tensor) {
-    memory_.push_back(std::move(tensor));
+  void* scratch(int64_t bytes) override {
+    memory_.push_back(at::empty({bytes}, at::TensorOptions(at::kByte).device(device_)));
     return memory_.back().mutable_data_ptr();
   }
 
+  unsigned* tickets(int64_t count) override {
+    static auto* const tickets = new cuda::Tickets(zeros);  // never destroyed: at exit threads may still launch
+    return tickets->of(ticket_key(device_.index(), stream), count);
+  }
+
+ private:
   at::Device device_;
   std::vector<at::Tensor> memory_;
 };
