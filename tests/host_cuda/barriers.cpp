@@ -196,6 +196,7 @@ int main() {
     gradients({90, 8, 1});
     one_launch({3, 3, 49});
     one_launch({9, 8, 7});
+    one_launch({1, 1, 200});  // all of a block for a channel
     one_launch({90, 8, 1});
     one_launch({90, 3, 1});
     inference({2, 9, 160});
