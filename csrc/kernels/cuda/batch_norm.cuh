@@ -309,21 +309,19 @@ NF_DEVICE void write_forward(const BatchNormForward& args, S* table, int64_t c) 
 }
 
 NF_DEVICE void finish_statistics(const BatchStatistics& args, int64_t c, const Moments& moments) {
-  const double variance = biased_variance(moments);
-  if (args.running_mean) {
-    // The counter is read only where its update is left to a later launch.
-    const bool cumulative = args.momentum != args.momentum;
-    const double factor = update_factor(args.momentum, cumulative ? *args.num_batches_tracked + 1 : 1);
-    const double new_var = corrected(variance, moments.count, args.correction);
-    if (args.skipped != nullptr && !is_finite(variance)) {
-      ++args.skipped[c];
-    } else {
-      write(args.running_mean, c, running_average(read(args.running_mean, c, 0), moments.mean, factor));
-      write(args.running_var, c, running_average(read(args.running_var, c, 0), new_var, factor));
-    }
+  // The counter is read only where its update is left to a later launch.
+  const bool cumulative = args.momentum != args.momentum && args.num_batches_tracked != nullptr;
+  const double factor = update_factor(args.momentum, cumulative ? *args.num_batches_tracked + 1 : 1);
+  const FinishedStatistics finished =
+      finish(moments, args, factor, read(args.running_mean, c, 0), read(args.running_var, c, 0));
+  args.mean[c] = finished.mean;
+  args.invstd[c] = finished.invstd;
+  if (finished.skipped) {
+    ++args.skipped[c];
+    return;
   }
-  args.mean[c] = moments.mean;
-  args.invstd[c] = invstd_of(variance, args.eps);
+  write(args.running_mean, c, finished.running_mean);
+  write(args.running_var, c, finished.running_var);
 }
 
 // Results are a mean and an M2.
