@@ -43,20 +43,6 @@ def check_device(input: Tensor) -> None:
         raise RuntimeError(_extension.no_cuda_message())
 
 
-def check_residual(input: Tensor, residual: Tensor) -> None:
-    """Raise where ``residual`` cannot be added to ``input``."""
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"batch_norm: residual must be a tensor or None, got {type(residual).__name__}")
-    if residual.shape != input.shape:
-        raise ValueError(
-            f"batch_norm: residual must have input's shape {tuple(input.shape)}, got {tuple(residual.shape)}"
-        )
-    if residual.dtype != input.dtype:
-        raise TypeError(f"batch_norm: residual must be {input.dtype} as input is, got {residual.dtype}")
-    if residual.device != input.device:
-        raise ValueError(f"batch_norm: residual is on {residual.device}, but input is on {input.device}")
-
-
 def check_group(who: str, group: Any) -> None:
     """Raise ``RuntimeError`` where this process is not in the process group; ``None``: that of all processes."""
     if not (distributed.is_available() and distributed.is_initialized()):

@@ -18,7 +18,6 @@ from normfused.checks import (
     DTYPES,
     check_can_be_overwritten,
     check_device,
-    check_residual,
     has_tangent,
     is_functionalized,
     is_transformed,
@@ -26,6 +25,7 @@ from normfused.checks import (
 )
 from normfused.masks import check_mask, check_some_positions, masked_rows, masked_zeros, unmasked
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
+from normfused.residuals import check_residual, split_residual
 from normfused.standardization import standardize, standardize_
 
 __all__ = [
@@ -78,7 +78,9 @@ def batch_norm(
             ``num_batches_tracked``.
         eps: added to the variance; finite, not negative.
         num_batches_tracked: 0-d int64 tensor, counted up in place in training.
-        residual: added before the activation; ``input``'s shape, dtype and device.
+        residual: added before the activation; ``input``'s shape and device. Of another of the four dtypes it is
+            promoted as in ``batch_norm(input) + residual``; if the result's dtype is then not ``input``'s, as for a
+            float32 residual of a float16 input, addition and activation are separate passes by torch's operators.
         activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``,
             ``"silu"``, ``"gelu"`` (by erf), ``"gelu_tanh"``, or ``"identity"``, the default.
         activation_param: leaky ReLU's negative slope (default 0.01), ELU's alpha (default 1).
@@ -100,10 +102,10 @@ def batch_norm(
             themselves.
 
     Returns:
-        Shape, dtype and memory format of ``input``. Derivatives are exact to any order, in reverse and forward mode and
-        under :mod:`torch.func`; running statistics have none. Saved for backward: ``input``; one bit per element for
-        ReLU and leaky ReLU of a sum; for the other activations of a sum the residual. An empty batch gives an empty
-        output and changes no buffer.
+        Shape, dtype (see ``residual``) and memory format of ``input``. Derivatives are exact to any order, in reverse
+        and forward mode and under :mod:`torch.func`; running statistics have none. Saved for backward: ``input``; one
+        bit per element for ReLU and leaky ReLU of a sum; for the other activations of a sum the residual. An empty
+        batch gives an empty output and changes no buffer.
 
     Raises:
         ValueError: a shape, device, name or value that does not fit, or one value per channel in training.
@@ -258,6 +260,14 @@ def named_batch_norm(
             update_in_backward=update_in_backward,
         )
         return unmasked(mask, output, input) if training else masked_zeros(mask, output, None)[0]
+    if residual is not None and getattr(residual, "dtype", None) != input.dtype:
+        residual, rest = split_residual(input, residual)
+        if rest is not None:
+            check_activation("batch_norm", activation, activation_param)
+            statistics = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+            updates = (running_var_correction, nonfinite_batches, False, update_in_backward)
+            output = named_batch_norm(name, ranks, input, *statistics, None, "identity", 0.0, None, *updates)
+            return ACTIVATIONS[activation](output + rest, activation_param)
     refusal = None
     if _extension.C is not None and not compiling and not traced:
         try:
@@ -303,9 +313,9 @@ def named_batch_norm(
         ops = torch.ops.normfused
         if training:
             buffers = (running_mean, running_var, num_batches_tracked)
-            updates = {"correction": running_var_correction, "skipped": nonfinite_batches}
-            updates["update_in_backward"] = update_in_backward
-            results = ops.batch_norm_training(input, weight, bias, *buffers, momentum, eps, **options, **updates)
+            options |= {"correction": running_var_correction, "skipped": nonfinite_batches}
+            options["update_in_backward"] = update_in_backward
+            results = ops.batch_norm_training(input, weight, bias, *buffers, momentum, eps, **options)
         else:
             results = ops.batch_norm_inference(input, weight, bias, running_mean, running_var, eps, **options)
         return results[0]  # type: ignore[no-any-return]

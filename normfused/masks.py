@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from normfused import reference
-from normfused.checks import check_residual
+from normfused.residuals import check_residual
 
 
 def check_mask(name: str, mask: Tensor, input: Tensor) -> None:

@@ -14,6 +14,7 @@ from normfused.checks import is_transformed
 from normfused.functional import check_arguments, check_shape
 from normfused.masks import check_mask, masked_rows, unmasked
 from normfused.reference import values_per_channel
+from normfused.residuals import split_residual
 
 
 class Call(NamedTuple):
@@ -59,6 +60,11 @@ class Call(NamedTuple):
         rows, residual = masked_rows(self.mask, self.input, self.residual)
         return self._replace(input=rows, residual=residual)
 
+    def without_rest(self) -> tuple[Call, Tensor | None]:
+        """What the operators can compute, and the residual that is then added before the activation, if any."""
+        residual, rest = split_residual(self.input, self.residual)
+        return self._replace(residual=residual, activation=self.activation if rest is None else "identity"), rest
+
     def own_count(self) -> int:
         """Values per channel; 0, which has all ranks' count looked at, where it depends on values of the mask."""
         return 0 if self.mask is not None and torch.compiler.is_compiling() else values_per_channel(self.input)
@@ -80,14 +86,18 @@ def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Ten
     rows = [call.of_rows() for call in calls]
     if agreement.debugs():
         agreement.agree(group, ", ".join(map(Call.signature, rows, labels)))
+    operands, rests = zip(*map(Call.without_rest, rows), strict=True)
     try:
-        outputs = (_by_reference if _extension.C is None else _by_kernels)(group, labels, rows)
+        outputs = (_by_reference if _extension.C is None else _by_kernels)(group, labels, list(operands))
     except ValueError as error:
         raise ValueError(f"{' and '.join(labels)}: {error}") from error
-    return [
-        output if call.mask is None else unmasked(call.mask, output, call.input)
-        for call, output in zip(calls, outputs, strict=True)
-    ]
+    return [_finished(*results) for results in zip(calls, outputs, rests, strict=True)]
+
+
+def _finished(call: Call, output: Tensor, rest: Tensor | None) -> Tensor:
+    if rest is not None:
+        output = reference.ACTIVATIONS[call.activation](output + rest, call.activation_param)
+    return output if call.mask is None else unmasked(call.mask, output, call.input)
 
 
 def _refuse_transforms() -> None:

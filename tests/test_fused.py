@@ -266,9 +266,9 @@ BAD = [
         "batch_norm: residual must have input's shape (4, 3, 5, 5), got (4, 3, 4, 5)",
     ),
     (
-        lambda: normfused.BatchNorm2d(3)(X, X.double()),
+        lambda: normfused.BatchNorm2d(3)(X, X.long()),
         TypeError,
-        "batch_norm: residual must be torch.float32 as input is, got torch.float64",
+        "batch_norm: residual must be float32, float64, float16 or bfloat16, got torch.int64",
     ),
     (
         lambda: normfused.BatchNorm2d(3)(X, X.to("meta")),

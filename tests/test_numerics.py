@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from common import assert_same_bits, dtype_id, lay_out
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import normfused
+from normfused import reference
 from normfused.functional import batch_norm
 
 layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
@@ -148,6 +151,52 @@ def test_b15_nonfinite_stays_in_its_channel(
         assert torch.equal(got.isnan(), torch_got.isnan())
         assert torch.equal(got.isinf(), torch_got.isinf())
         assert torch.equal(got[got.isinf()], torch_got[got.isinf()])
+
+
+def in_place(x: Tensor, *arguments, **options) -> Tensor:
+    return batch_norm(x.clone(), *arguments, **options, inplace=True)
+
+
+def of_samples(x: Tensor, mean: Tensor | None, var: Tensor | None, *, nonfinite_batches: Tensor, **options) -> Tensor:
+    buffers = {name: b for name, b in (("mean", mean), ("var", var), ("counter", nonfinite_batches)) if b is not None}
+    samples = {name: torch.stack([b, b]) for name, b in buffers.items()}
+
+    def one(x: Tensor, samples: dict[str, Tensor]) -> Tensor:
+        vectors = (samples.get("mean"), samples.get("var"))
+        return batch_norm(x, *vectors, **options, nonfinite_batches=samples["counter"])
+
+    y = torch.func.vmap(one)(torch.stack([x, x]), samples)
+    for name, buffer in buffers.items():
+        assert torch.equal(samples[name][0], samples[name][1])
+        buffer.copy_(samples[name][0])
+    return y[0]
+
+
+@layouts
+@pytest.mark.parametrize("buffers", [True, False], ids=["tracked", "untracked"])
+@pytest.mark.parametrize("function", [batch_norm, in_place, of_samples, reference.batch_norm], ids=lambda f: f.__name__)
+def test_nonfinite_statistics_are_skipped_and_counted(
+    device: torch.device, layout: str, buffers: bool, function: Callable[..., Tensor]
+) -> None:
+    """Those are a mean or a variance that is not finite; eps and the running statistics do not matter."""
+    values = torch.randn(8, 6, 4, dtype=torch.float64)
+    values[:, 1] = 0.5  # constant: with eps=0 the inverse standard deviation is infinite, the statistics are finite
+    values[:, 2] = 2.0**700 * torch.tensor([1.0, -1.0, 1.0, -1.0])  # the variance overflows, the mean is 0
+    values[3, 3, 1] = torch.inf
+    values[5, 4, 2] = torch.nan
+    values[4, 5, :2] = torch.tensor([torch.inf, -torch.inf])
+    x = lay_out(values.to(device), layout)
+    mean, var = (torch.full((6,), value, dtype=torch.float64, device=device) for value in (3.0, 5.0))
+    counter = torch.full((6,), 7, device=device)
+    tracked = (mean, var) if buffers else (None, None)
+    function(x, *tracked, training=True, momentum=0.25, eps=0.0, nonfinite_batches=counter)
+    assert counter.tolist() == [7, 7, 8, 8, 8, 8]
+    if buffers:
+        new_var, new_mean = torch.var_mean(values[:, :2].to(device), (0, 2))
+        torch.testing.assert_close(mean[:2], 0.75 * 3 + 0.25 * new_mean)
+        torch.testing.assert_close(var[:2], 0.75 * 5 + 0.25 * new_var)
+    assert mean[2 if buffers else 0 :].tolist() == [3.0] * (4 if buffers else 6)
+    assert var[2 if buffers else 0 :].tolist() == [5.0] * (4 if buffers else 6)
 
 
 @layouts

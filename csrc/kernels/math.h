@@ -95,6 +95,24 @@ NF_FN double corrected(double variance, int64_t count, int64_t correction) {
 
 NF_FN bool is_finite(double value) { return value - value == 0; }
 
+// What a batch makes of one channel's statistics.
+struct FinishedStatistics {
+  double mean, invstd;               // normalize the output, finite or not
+  double running_mean, running_var;  // the new values
+  bool skipped;                      // to be counted in args.skipped; the running statistics keep their values
+};
+
+// `factor` is the batch's share in the running statistics (see update_factor). With args.skipped they keep their values
+// where the batch's mean or variance is not finite. invstd does not matter for that: it is infinite for a constant
+// channel if eps is 0, and 0 for an infinite variance.
+NF_FN FinishedStatistics finish(const Moments& m, const BatchStatistics& args, double factor, double running_mean,
+                                double running_var) {
+  const double variance = biased_variance(m), new_var = corrected(variance, m.count, args.correction);
+  const bool skipped = (args.skipped != nullptr) & !(is_finite(m.mean) & is_finite(new_var));
+  return {m.mean, invstd_of(variance, args.eps), skipped ? running_mean : running_average(running_mean, m.mean, factor),
+          skipped ? running_var : running_average(running_var, new_var, factor), skipped};
+}
+
 // What the values of a channel go through: z = (x - mean) * invstd * weight + bias.
 struct Normalization {
   double mean, invstd, weight, bias;

@@ -30,7 +30,7 @@ struct Cpu {
   void batch_norm_training(const BatchNormForward& args) { cpu::batch_norm_training(args, kThreads); }
   void batch_norm_inference(const BatchNormForward& args) { cpu::batch_norm_inference(args, kThreads); }
   void batch_norm_backward(const BatchNormBackward& args) { cpu::batch_norm_backward(args, kThreads); }
-  void channel_moments(const ChannelStats& args) { cpu::channel_moments(args, kThreads); }
+  void channel_moments(const ChannelStats& args) const { cpu::channel_moments(args, kThreads); }
   void channel_sums(const ChannelStats& args) { cpu::channel_sums(args, kThreads); }
   void pack_moments(const PackMoments& args) { cpu::pack_moments(args, kThreads); }
   void merge_ranks(const MergeRanks& args) { cpu::merge_ranks(args, kThreads); }
@@ -110,6 +110,7 @@ int main() {
       run_standardize(backend, view, offset, random);
       ++cases;
     }
+  run_finish(backend);
   // So large that outputs are streamed.
   run_standardize(backend, {1, 3, 400003}, 1, random);
   ++cases;

@@ -245,6 +245,7 @@ int main(int argc, char** argv) {
   if (size != "tiny") images.insert(images.end(), {{1, 3, 1400}, {1, 40, 70}, {1, 130, 66}});
   for (const ChannelView& view : images)
     for (const int64_t offset : {0, 1}) run_standardize(kDevices[0], view, offset, random);
+  for (const Cuda& device : kDevices) run_finish(device);
   if (size != "tiny")
     for (const Cuda& device : kDevices)
       for (const ChannelView& view : {ChannelView{4, 7, 3001}, ChannelView{12000, 7, 1}, ChannelView{500, 7, 9}})

@@ -1,6 +1,7 @@
 // Every kernel against its definition.
 #pragma once
 
+#include "finish.h"
 #include "fused.h"
 #include "integer_sums.h"
 #include "local_response_norm.h"

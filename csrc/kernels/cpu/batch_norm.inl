@@ -237,22 +237,21 @@ void forward_table(const BatchNormForward& args, S* table, int64_t c0, int64_t n
 void finish_statistics(const BatchStatistics& args, int64_t count, const Results& results, double factor, int64_t c0,
                        int64_t n) {
   double running_mean[kEntries], running_var[kEntries];
+  int64_t skipped[kEntries];
   read(args.running_mean, c0, n, 0, running_mean);
   read(args.running_var, c0, n, 0, running_var);
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const double mean = results(0, c0 + i);
-    const double variance = biased_variance({count, mean, results(1, c0 + i)});
-    args.mean[c0 + i] = mean;
-    args.invstd[c0 + i] = invstd_of(variance, args.eps);
-    const bool keep = args.skipped != nullptr && !is_finite(variance);
-    const double new_var = corrected(variance, count, args.correction);
-    running_mean[i] = keep ? running_mean[i] : running_average(running_mean[i], mean, factor);
-    running_var[i] = keep ? running_var[i] : running_average(running_var[i], new_var, factor);
+    const FinishedStatistics finished =
+        finish({count, results(0, c0 + i), results(1, c0 + i)}, args, factor, running_mean[i], running_var[i]);
+    args.mean[c0 + i] = finished.mean;
+    args.invstd[c0 + i] = finished.invstd;
+    running_mean[i] = finished.running_mean;
+    running_var[i] = finished.running_var;
+    skipped[i] = finished.skipped;
   }
   if (args.skipped != nullptr)
-    for (int64_t i = 0; i < n; ++i)
-      args.skipped[c0 + i] += !is_finite(args.invstd[c0 + i]) || !is_finite(args.mean[c0 + i]);
+    for (int64_t i = 0; i < n; ++i) args.skipped[c0 + i] += skipped[i];
   write(args.running_mean, c0, n, running_mean);
   write(args.running_var, c0, n, running_var);
 }

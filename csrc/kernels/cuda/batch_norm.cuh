@@ -303,27 +303,24 @@ struct RunningStatistics {
   int64_t batches;  // counts this one; read only where its update is left to a later launch
 };
 NF_DEVICE RunningStatistics load_running(const BatchStatistics& args, int64_t c) {
-  const bool cumulative = args.running_mean && args.momentum != args.momentum;
+  const bool cumulative = args.momentum != args.momentum && args.num_batches_tracked != nullptr;
   return {read(args.running_mean, c, 0), read(args.running_var, c, 0), cumulative ? *args.num_batches_tracked + 1 : 1};
 }
 
 // Returns invstd.
 NF_DEVICE double finish_statistics(const BatchStatistics& args, int64_t c, const Moments& moments,
                                    const RunningStatistics& running) {
-  const double variance = biased_variance(moments), invstd = invstd_of(variance, args.eps);
-  if (args.running_mean) {
-    const double factor = update_factor(args.momentum, running.batches);
-    const double new_var = corrected(variance, moments.count, args.correction);
-    if (args.skipped != nullptr && !is_finite(variance)) {
-      ++args.skipped[c];
-    } else {
-      write(args.running_mean, c, running_average(running.mean, moments.mean, factor));
-      write(args.running_var, c, running_average(running.var, new_var, factor));
-    }
+  const double factor = update_factor(args.momentum, running.batches);
+  const FinishedStatistics finished = finish(moments, args, factor, running.mean, running.var);
+  args.mean[c] = finished.mean;
+  args.invstd[c] = finished.invstd;
+  if (finished.skipped) {
+    ++args.skipped[c];
+  } else {
+    write(args.running_mean, c, finished.running_mean);
+    write(args.running_var, c, finished.running_var);
   }
-  args.mean[c] = moments.mean;
-  args.invstd[c] = invstd;
-  return invstd;
+  return finished.invstd;
 }
 
 // Results are a mean and an M2.

@@ -1,0 +1,109 @@
+// What becomes of a channel's statistics: which are taken into the running ones, and which are skipped and counted.
+#pragma once
+
+#include "kernels/math.h"
+#include "values.h"
+
+namespace normfused::testing {
+
+// One channel of each kind, of float64 values, whose squares can overflow.
+enum HardChannel { kOrdinary, kConstant, kInfiniteVariance, kInfiniteMean, kNaN, kHardChannels };
+
+inline double hard_value(int64_t channel, int64_t m) {
+  const double sign = m % 2 == 0 ? 1 : -1;
+  switch (channel) {
+    case kConstant:
+      return 0.1;
+    case kInfiniteVariance:
+      return std::ldexp(sign, 700);
+    case kInfiniteMean:
+      return m == 3 ? std::numeric_limits<double>::infinity() : sign;
+    case kNaN:
+      return m == 5 ? std::nan("") : sign;
+    default:
+      return 2 + 0.5 * sign;
+  }
+}
+
+struct HardStatistics {
+  double mean, variance;
+};
+
+// Of an even number of values. Ranks can send a finite deviation from a mean that is not.
+inline HardStatistics hard_statistics(int64_t channel, bool of_ranks) {
+  const double infinity = std::numeric_limits<double>::infinity(), nan = std::nan("");
+  const HardStatistics of[] = {{2, 0.25}, {0.1, 0}, {0, infinity}, {infinity, of_ranks ? 0.25 : nan}, {nan, nan}};
+  return of[channel];
+}
+
+// Which buffers a call updates.
+struct Updated {
+  bool mean, var, skipped;
+};
+
+inline void expect_finished(const BatchStatistics& args, int64_t positions, bool of_ranks, const Updated& updated,
+                            const std::vector<double>& running_mean, const std::vector<double>& running_var,
+                            const std::vector<int64_t>& skipped) {
+  const auto count = static_cast<double>(positions);
+  for (int64_t c = 0; c < kHardChannels; ++c) {
+    const auto [mean, variance] = hard_statistics(c, of_ranks);
+    const bool skips = updated.skipped && c != kOrdinary && c != kConstant;
+    expect_near("mean", c, args.mean[c], mean, 0);
+    expect_near("invstd", c, args.invstd[c], 1 / std::sqrt(variance), 0);
+    expect_near("skipped", c, static_cast<double>(skipped[c]), skips ? 8 : 7, 0);
+    const double unbiased = variance * count / (count - 1);
+    expect_near("running_mean", c, running_mean[c], updated.mean && !skips ? 0.75 * 3 + 0.25 * mean : 3, 1e-15);
+    expect_near("running_var", c, running_var[c], updated.var && !skips ? 0.75 * 5 + 0.25 * unbiased : 5, 1e-15);
+  }
+}
+
+// Of one tensor, channels first and last, and of ranks; with eps = 0.
+template <class Backend>
+void run_finish(Backend& backend) {
+  constexpr int64_t kCount = 24;
+  for (const Updated& updated : {Updated{true, true, true}, Updated{false, false, true}, Updated{true, false, true},
+                                 Updated{false, true, true}, Updated{true, true, false}}) {
+    for (const char* const source : {"channels first", "channels last", "ranks"}) {
+      current = backend.name() + " finish of " + source + (updated.mean ? ", running mean" : "") +
+                (updated.var ? ", running var" : "") + (updated.skipped ? ", skipping" : "");
+      std::vector<double> running_mean(kHardChannels, 3), running_var(kHardChannels, 5), mean(kHardChannels),
+          invstd(kHardChannels);
+      std::vector<int64_t> skipped(kHardChannels, 7);
+      BatchStatistics statistics{};
+      if (updated.mean) statistics.running_mean = {running_mean.data(), DType::kFloat64};
+      if (updated.var) statistics.running_var = {running_var.data(), DType::kFloat64};
+      if (updated.skipped) statistics.skipped = skipped.data();
+      statistics.momentum = 0.25;
+      statistics.mean = mean.data();
+      statistics.invstd = invstd.data();
+      const bool of_ranks = std::strcmp(source, "ranks") == 0;
+      if (of_ranks) {
+        const int64_t stride = rank_words(kHardChannels, DType::kFloat64);
+        std::vector<int64_t> words(2 * stride);  // the second rank's share is empty
+        words[0] = kCount;
+        auto* const moments = reinterpret_cast<RankMoments<double>*>(words.data() + 1);
+        for (int64_t c = 0; c < kHardChannels; ++c)
+          moments[c] = {hard_statistics(c, true).mean, std::sqrt(hard_statistics(c, true).variance)};
+        int64_t count;
+        backend.merge_ranks(MergeRanks{statistics, 2, kHardChannels, true, words.data(), stride, &count});
+      } else {
+        const bool first = std::strcmp(source, "channels first") == 0;
+        const int64_t inner = first ? 12 : 1;
+        Buffer<double> input(kCount * kHardChannels, 0), output(kCount * kHardChannels, 0);
+        for (int64_t c = 0; c < kHardChannels; ++c)
+          for (int64_t m = 0; m < kCount; ++m)
+            input.data[(m / inner * kHardChannels + c) * inner + m % inner] = hard_value(c, m);
+        BatchNormForward forward{};
+        static_cast<BatchStatistics&>(forward) = statistics;
+        forward.view = {kCount / inner, kHardChannels, inner};
+        forward.dtype = DType::kFloat64;
+        forward.input = input.data;
+        forward.output = output.data;
+        backend.batch_norm_training(forward);
+      }
+      expect_finished(statistics, kCount, of_ranks, updated, running_mean, running_var, skipped);
+    }
+  }
+}
+
+}  // namespace normfused::testing
