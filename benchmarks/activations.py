@@ -13,8 +13,8 @@ from typing import Any
 import command
 import tables
 import torch
-from cases import DTYPES, LAYOUTS, MEMORY_FORMATS, QUICK, dtype_name
-from timing import FULL, interleave, make_stopwatch, ratios
+from cases import DTYPES, LAYOUTS, MEMORY_FORMATS, QUICK, WRONG, dtype_name
+from timing import FULL, TINY, Budget, interleave, make_stopwatch, ratios
 from torch import Tensor, nn
 
 import normfused
@@ -44,21 +44,43 @@ def calls(x: Tensor, grad: Tensor) -> dict[str, Callable[[], Sequence[Tensor]]]:
     return result
 
 
-def measure(device: str) -> list[dict[str, Any]]:
+@torch.no_grad()
+def check(x: Tensor) -> None:
+    """Assert that each activation's output is torch's in float64, by both peers."""
+    parameter_dtype = torch.promote_types(x.dtype, torch.float32)
+    exact = nn.BatchNorm2d(x.size(1), device=x.device, dtype=torch.float64)(x.double())
+    for name, function in ACTIVATIONS.items():
+        parameter = ACTIVATION_PARAMS.get(name, 0.0)
+        ours = normfused.BatchNormAct2d(x.size(1), activation=name, device=x.device, dtype=parameter_dtype)
+        stock = nn.BatchNorm2d(x.size(1), device=x.device, dtype=parameter_dtype)
+        want = function(exact, parameter)
+        for peer, got in (("normfused", ours(x)), ("torch", function(stock(x), parameter))):
+            error = ((got - want).abs().max() / want.abs().max()).item()
+            assert error <= WRONG[x.dtype], f"{name}, {tuple(x.shape)}: {peer} is off by {error:.1e}"
+
+
+def rehearse(device: str) -> list[dict[str, Any]]:
+    return measure(device, 2, ((5, 3),), TINY)
+
+
+def measure(
+    device: str, batch: int = 32, shapes: Sequence[tuple[int, int]] = QUICK, budget: Budget = FULL
+) -> list[dict[str, Any]]:
     """Medians over the rounds of each case: time over ReLU's, and torch's time over ours."""
-    stopwatch = make_stopwatch(device)
     rows = []
-    for channels, side in QUICK:
+    for channels, side in shapes:
         for dtype in DTYPES:
             for layout in LAYOUTS:
-                shape = (32, channels, side, side)
+                stopwatch = make_stopwatch(device)
+                shape = (batch, channels, side, side)
                 x, grad = (
                     torch.randn(shape, device=device).to(dtype, memory_format=MEMORY_FORMATS[layout]) for _ in range(2)
                 )
+                check(x)
                 steps = calls(x, grad)
                 for call in [*steps.values()] * 2:
                     stopwatch(call)
-                samples = interleave(steps, stopwatch, FULL)
+                samples = interleave(steps, stopwatch, budget)
                 case = {"shape": shape, "dtype": dtype_name(dtype), "layout": layout}
                 for name in ACTIVATIONS:
                     to_relu = statistics.median(ratios(samples, name, "relu"))
@@ -93,4 +115,4 @@ def render(description: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(__doc__, "activations", measure, render))
+    sys.exit(command.run(__doc__, "activations", measure, render, rehearse))

@@ -9,15 +9,15 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import command
 import tables
 import torch
 from cases import MEMORY_FORMATS
-from timing import FULL, interleave, make_stopwatch, ratios
+from timing import FULL, TINY, Budget, interleave, make_stopwatch, ratios
 from torch import Tensor, nn
 
 import normfused
@@ -35,13 +35,17 @@ class Case:
     calls: Calls
     targets: dict[str, float]
     tolerance: float
-    same_as: str = field(default="")  # the peer whose result normfused's is held against
+    same_as: str  # the peer whose result the others' are held against
+    other: tuple[str, ...] = ()  # peers that compute something else
 
     def check(self) -> None:
-        ours, theirs = (_tensors(self.calls[name]()) for name in ("normfused", self.same_as))
-        for a, b in zip(ours, theirs, strict=True):
-            error = (a.double() - b.double()).abs().max() / b.double().abs().max()
-            assert error <= self.tolerance, f"{self.what}, {self.shape}: off by {error:.1e} of the largest value"
+        """Assert that every peer that computes the same gives the same."""
+        expected = _tensors(self.calls[self.same_as]())
+        for name in self.calls.keys() - {self.same_as, *self.other}:
+            for a, b in zip(_tensors(self.calls[name]()), expected, strict=True):
+                error = (a.double() - b.double()).abs().max() / b.double().abs().max()
+                what = f"{self.what}, {self.shape}: {name} is off by {error:.1e} of the largest value"
+                assert error <= self.tolerance, what
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
@@ -94,7 +98,8 @@ def one_image(device: str) -> Case:
         single["cv2.LUT alone"] = lambda: cv2.LUT(array, lookup)
     calls = {name: _in_a_row(call) for name, call in single.items()}
     what = "100 images, uint8 HWC to normalized float32 CHW"
-    return Case(what, "480×640×3", calls, {"ToTensor + Normalize": 8.0}, 1e-6, "ToTensor + Normalize")
+    target = {"ToTensor + Normalize": 8.0}
+    return Case(what, "480×640×3", calls, target, 1e-6, "ToTensor + Normalize", ("cv2.LUT alone",))
 
 
 def batch(device: str) -> Case:
@@ -111,7 +116,8 @@ def batch(device: str) -> Case:
         "copy of as many bytes": lambda: buffer.copy_(values),
     }
     what = "batch, uint8 HWC to normalized float32 CHW"
-    return Case(what, "64×480×640×3", calls, {"copy of as many bytes": 0.6}, 0, "the same, a new output")
+    target = {"copy of as many bytes": 0.6}
+    return Case(what, "64×480×640×3", calls, target, 0, "the same, a new output", ("copy of as many bytes",))
 
 
 def data_set(name: str, shape: tuple[int, ...], layout: str, device: str) -> Case:
@@ -163,14 +169,19 @@ def _bytes(shape: tuple[int, ...], device: str) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
 
-def measure(device: str) -> list[command.Row]:
-    stopwatch = make_stopwatch(device)
+def rehearse(device: str) -> list[command.Row]:
+    few = [data_set("2×3×5×7", (2, 3, 5, 7), "NCHW", device), local_response((2, 6, 3, 3), "channels_last", device)]
+    return measure(device, few, TINY)
+
+
+def measure(device: str, chosen: Iterable[Case] | None = None, budget: Budget = FULL) -> list[command.Row]:
     rows = []
-    for case in cases(device):
+    for case in cases(device) if chosen is None else chosen:
+        stopwatch = make_stopwatch(device)
         case.check()
         for call in [*case.calls.values()] * 2:
             stopwatch(call)
-        samples = interleave(case.calls, stopwatch, FULL)
+        samples = interleave(case.calls, stopwatch, budget)
         for peer in list(case.calls)[1:]:
             row = {"what": case.what, "case": case.shape, "peer": peer, "target": case.targets.get(peer)}
             row |= {
@@ -201,4 +212,4 @@ def render(description: dict[str, Any], rows: list[command.Row]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(__doc__, "images", measure, render))
+    sys.exit(command.run(__doc__, "images", measure, render, rehearse))

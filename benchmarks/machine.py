@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-import normfused
-
 
 def describe(device: str) -> dict[str, Any]:
+    import normfused  # may not be built yet where the rest of this module is used
+
     info = normfused.info()
     description = {
         "device": device,
@@ -30,7 +30,7 @@ def describe(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "normfused": info["normfused"],
-        "revision": _revision(),
+        "revision": revision(),
         "compiler": info.get("built_compiler"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -75,7 +75,7 @@ def _caches() -> dict[str, str]:
     return caches
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
     command = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()

@@ -104,16 +104,24 @@ class Step:
     peak_bytes: int
 
 
-def measure_step(name: str, batch: int, device: str, threads: int) -> Step:
-    """In a process of its own, so that its peak is this step's."""
+def measure_step(name: str, batch: int, side: int, device: str, threads: int) -> Step:
+    """To be run in a process of its own, so that its peak is this step's."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     mode = MODES[name]
-    model, x = mode.change(resnet50(mode.activation)).to(device), images(batch, device)
+    model, x = mode.change(resnet50(mode.activation)).to(device), images(batch, device, side)
     before = _peak_start(device)
     model(x).square().mean().backward()
     peak = _peak(device) - before
     return Step(name, batch, kept_for_backward(model, x), peak)
+
+
+def _run(here: bool, function: Callable[..., Step], *arguments: Any) -> Step:
+    """In a process of its own, or here."""
+    if here:
+        return function(*arguments)
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def _peak_start(device: str) -> int:
@@ -140,6 +148,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=32, help="images in the ResNet-50's batch; 32")
     parser.add_argument("--threads", type=int, default=2, help="2")
+    parser.add_argument("--tiny", action="store_true", help="two modes, small images: no figures, a rehearsal")
     parser.add_argument("--out", type=Path, help="folder; benchmarks/results/<device>")
     arguments = parser.parse_args()
     if normfused.info()["extension"] != "loaded":
@@ -151,25 +160,33 @@ def main() -> int:
     folder: Path = arguments.out or Path(__file__).parent / "results" / machine.slug(description)
     folder.mkdir(parents=True, exist_ok=True)
 
+    names, shapes, batch, side = list(MODES), RESNET50, arguments.batch, 224
+    if arguments.tiny:
+        names, shapes, batch, side = ["relu_", "convert"], ((8, 4),), 2, 32
     layers = []
-    for name, mode in MODES.items():
+    for name in names:
         for dtype in (torch.float32, torch.bfloat16):
-            kept = [layers_kept(mode, (4, channels, side, side), dtype, device) for channels, side in RESNET50]
+            kept = [layers_kept(MODES[name], (4, c, s, s), dtype, device) for c, s in shapes]
             layers.append({"mode": name, "dtype": str(dtype).removeprefix("torch."), "kept": kept})
     # malloc gives back what is freed, so that resident memory is what is in use.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     steps = []
-    for name in MODES:
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            step = process.submit(measure_step, name, arguments.batch, device, arguments.threads).result()
+    for name in names:
+        step = _run(arguments.tiny, measure_step, name, batch, side, device, arguments.threads)
         print(f"{MODES[name].title}: {step.kept_bytes / 2**20:,.0f} MiB kept, peak {step.peak_bytes / 2**20:,.0f} MiB")
         steps.append(dataclasses.asdict(step))
     results = {"machine": description, "layers": layers, "resnet50": steps}
     (folder / "memory.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "memory.md").write_text(render(results))
-    draw(results, folder / "memory.png")
+    write(folder)
     print(f"\nwritten to {folder}")
     return 0
+
+
+def write(folder: Path) -> None:
+    """memory.md and memory.png from memory.json."""
+    results = json.loads((folder / "memory.json").read_text())
+    (folder / "memory.md").write_text(render(results))
+    draw(results, folder / "memory.png")
 
 
 def render(results: dict[str, Any]) -> str:
@@ -177,7 +194,8 @@ def render(results: dict[str, Any]) -> str:
     machine_, steps = results["machine"], {step["mode"]: step for step in results["resnet50"]}
     batch = results["resnet50"][0]["batch"]
     rows = []
-    for name, mode in MODES.items():
+    modes = {name: mode for name, mode in MODES.items() if name in steps}
+    for name, mode in modes.items():
         base = steps[BASES.get(name, name)]
         figures = [f"{steps[name][key] / 2**20:,.0f}" for key in ("kept_bytes", "peak_bytes")]
         shares = [
@@ -186,7 +204,7 @@ def render(results: dict[str, Any]) -> str:
         rows.append((mode.title, figures[0], shares[0], figures[1], shares[1]))
     columns = [(dtype, kind) for dtype in ("float32", "bfloat16") for kind in ("alone", "of a sum")]
     layers = []
-    for name, mode in MODES.items():
+    for name, mode in modes.items():
         cells = []
         for dtype, kind in columns:
             (row,) = (r for r in results["layers"] if (r["mode"], r["dtype"]) == (name, dtype))

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import cases
 import machine
 import plots
 import tables
 import torch
 from cases import Case, grid
 from growth import Growth, measure_growth
-from measure import Result, measure, summarize
-from timing import FULL, QUICK
+from measure import Result, complaint, measure, summarize
+from timing import FULL, QUICK, Budget
+from timing import TINY as TINY_BUDGET
 
 import normfused
+
+INCOMPLETE = 3  # exit status where cases failed, or time ran out
 
 
 @dataclasses.dataclass
@@ -28,6 +34,11 @@ class Report:
     settings: dict[str, Any]
     results: list[Result] = dataclasses.field(default_factory=list)
     memory: list[Growth] = dataclasses.field(default_factory=list)
+    failures: list[dict[str, str]] = dataclasses.field(default_factory=list)  # cases by name, with what is wrong
+
+    @classmethod
+    def load(cls, folder: Path) -> Report:
+        return cls(**json.loads((folder / "results.json").read_text()))
 
     def save(self, folder: Path) -> None:
         """Replaces results.json in one step: an interrupted run keeps what it had."""
@@ -37,56 +48,97 @@ class Report:
         unfinished.replace(path)
 
     def render(self, folder: Path) -> None:
-        parts = (self.machine, self.settings, self.results, self.memory)
+        parts = (self.machine, self.settings, self.results, self.memory, self.failures)
         (folder / "table.md").write_text(tables.render(*parts))
         plots.draw(self.machine, self.results, folder)
         print(tables.summary(*parts))
         print(f"\nwritten to {folder}")
 
+    def fail(self, case: Case, message: str) -> None:
+        self.failures.append({"name": case.name, "error": message})
+        print(f"FAILED {case.name}: {message}", file=sys.stderr, flush=True)
+
+    def add(self, case: Case, budget: Budget, arguments: argparse.Namespace) -> str:
+        """Measures a case; what is wrong with one is told in `failures`, and does not stop the others."""
+        device: str = arguments.device
+        # Once for each operation: whose kernels run does not depend on the shape.
+        seen = [*self.results, *self.failures]
+        profile = device == "cuda" and all(not s["name"].startswith(f"{case.operation}-") for s in seen)
+        try:
+            measured = measure(case, device, budget, _peers(arguments), graphs=arguments.graphs, profile=profile)
+            self.results.append(summarize(case, measured, device))
+        except Exception as error:  # a peer's compiler may raise anything
+            self.fail(case, f"{type(error).__name__}: {error}".splitlines()[0])
+            if device == "cuda":
+                torch.cuda.synchronize()  # raises if the device is lost, and with it all that would follow
+            return "failed"
+        if wrong := complaint(case, measured):
+            self.fail(case, wrong)
+        return _line(case, self.results[-1])
+
 
 def main() -> int:
     arguments = _parser().parse_args()
     if arguments.render:
-        Report(**json.loads((arguments.render / "results.json").read_text())).render(arguments.render)
+        Report.load(arguments.render).render(arguments.render)
         return 0
 
-    device: str = arguments.device
+    if arguments.graphs and arguments.device == "cpu" and not arguments.tiny:
+        _parser().error("--graphs is for CUDA")
     info = normfused.info()
     if info["extension"] != "loaded":
         print(f"nothing to measure, the extension is not loaded: {info['why_fallback']}", file=sys.stderr)
         return 1
     torch.set_num_threads(arguments.threads)
-
-    budget = QUICK if arguments.quick else FULL
-    partial = arguments.quick or arguments.only is not None
-    pattern = re.compile(arguments.only or "")
-    cases = [case for case in grid(device, quick=arguments.quick) if pattern.search(case.name)]
-    more = [peer for peer in ("compile", "native") if getattr(arguments, peer)]
+    if arguments.tiny:
+        cases.COMPILER = "eager"
+    budget = TINY_BUDGET if arguments.tiny else QUICK if arguments.quick else FULL
+    partial = arguments.quick or arguments.tiny or arguments.only is not None
     settings = {
         "partial": partial,
         "seconds_per_case": budget.seconds,
         "least_rounds": budget.least_rounds,
-        "more_peers": more,
+        "more_peers": _peers(arguments),
+        "graphs": arguments.graphs,
+        "tiny": arguments.tiny,
     }
-    report = Report(machine.describe(device), settings)
+    report = Report(machine.describe(arguments.device), settings)
     default = Path(__file__).parent / "results" / (machine.slug(report.machine) + ("-partial" if partial else ""))
     folder: Path = arguments.out or default
     folder.mkdir(parents=True, exist_ok=True)
-
     try:
-        if pattern.search("memory"):
-            report.memory = measure_growth(device, arguments.threads)
-        for index, case in enumerate(cases, 1):
-            report.results.append(summarize(case, measure(case, device, budget, more), device))
-            report.save(folder)
-            print(f"[{index}/{len(cases)}] {_line(case, report.results[-1])}", flush=True)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {len(report.results)} of {len(cases)} cases measured", file=sys.stderr)
-        return 130
+        return _measure(report, budget, arguments, folder)
     finally:
         report.save(folder)
-        report.render(folder)
-    return 0
+        if not arguments.no_render:
+            report.render(folder)
+
+
+def _measure(report: Report, budget: Budget, arguments: argparse.Namespace, folder: Path) -> int:
+    """Measures the cases whose name fits, and saves after each."""
+    end = time.monotonic() + arguments.seconds
+    pattern = re.compile(arguments.only or "")
+    chosen = [c for c in grid(arguments.device, quick=arguments.quick, tiny=arguments.tiny) if pattern.search(c.name)]
+    if not arguments.tiny and pattern.search("memory"):
+        report.memory = measure_growth(arguments.device, arguments.threads)
+    gc.freeze()  # each case collects garbage, which need not look at all that was imported
+    for index, case in enumerate(chosen, 1):
+        if time.monotonic() > end:
+            print(f"out of time: {index - 1} of {len(chosen)} cases measured")
+            return INCOMPLETE
+        try:
+            line = report.add(case, budget, arguments)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted: {index - 1} of {len(chosen)} cases measured", file=sys.stderr)
+            return 130
+        report.save(folder)
+        print(f"[{index}/{len(chosen)}] {line}", flush=True)
+    print(f"{len(report.results)} of {len(chosen)} cases measured, {len(report.failures)} wrong or failed")
+    return INCOMPLETE if report.failures else 0
+
+
+def _peers(arguments: argparse.Namespace) -> list[str]:
+    return [peer for peer in ("compile", "native") if getattr(arguments, peer)]
 
 
 def _line(case: Case, result: Result) -> str:
@@ -103,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", metavar="PATTERN", help="cases (and 'memory') whose name this regular expression finds")
     add("--compile", action="store_true", help="measure torch.compile of torch.nn too; compiling takes long")
     add("--native", action="store_true", help="measure torch.nn without cuDNN too; for CUDA")
+    add("--graphs", action="store_true", help="time replays of CUDA graphs; for CUDA")
+    add("--tiny", action="store_true", help="two small shapes, two rounds: no figures, a rehearsal")
+    add("--seconds", type=float, default=float("inf"), help="begin no case after that long")
+    add("--no-render", action="store_true", help="results.json alone; see --render")
     add("--device", choices=("cpu", "cuda"), default="cuda" if on_cuda else "cpu", help="where to measure")
     add("--threads", type=int, default=2, help="of the CPU")
     add("--out", type=Path, metavar="DIR", help="folder of the results; without it results/<device> beside this file")

@@ -45,5 +45,5 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-def images(batch: int, device: str) -> Tensor:
-    return torch.randn(batch, 3, 224, 224, device=device)
+def images(batch: int, device: str, side: int = 224) -> Tensor:
+    return torch.randn(batch, 3, side, side, device=device)

@@ -20,15 +20,30 @@ PEERS = {
 }
 
 
-def render(machine: dict[str, Any], settings: dict[str, Any], results: list[Result], memory: list[Growth]) -> str:
+Failures = Sequence[dict[str, str]]
+
+
+def render(
+    machine: dict[str, Any],
+    settings: dict[str, Any],
+    results: list[Result],
+    memory: list[Growth],
+    failures: Failures = (),
+) -> str:
     """Summary first, then every case."""
-    return "\n\n".join([summary(machine, settings, results, memory), *_details(results)]) + "\n"
+    return "\n\n".join([summary(machine, settings, results, memory, failures), *_details(results)]) + "\n"
 
 
-def summary(machine: dict[str, Any], settings: dict[str, Any], results: list[Result], memory: list[Growth]) -> str:
+def summary(
+    machine: dict[str, Any],
+    settings: dict[str, Any],
+    results: list[Result],
+    memory: list[Growth],
+    failures: Failures = (),
+) -> str:
     parts = [
         f"# {machine.get('gpu', machine['cpu'])}",
-        _describe(machine, settings),
+        _describe(machine, settings, results),
         "## Against the targets",
         "At copy speed: how many times faster than torch it is to move each byte once as fast as a copy into a ready "
         "buffer does. No layer can do better where tensors do not fit in the caches.",
@@ -41,6 +56,9 @@ def summary(machine: dict[str, Any], settings: dict[str, Any], results: list[Res
             "`channel_moments`, and `x.sum` and `x.square().sum` beside `channel_sums`.",
             _geometric_means(results),
         ]
+    if failures:
+        rows = [(failure["name"], failure["error"].replace("|", "\\|")) for failure in failures]
+        parts += ["## Wrong or not measured", table(("case", "why"), rows, text_columns=2)]
     return "\n\n".join(parts)
 
 
@@ -49,7 +67,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: in
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
-def _describe(machine: dict[str, Any], settings: dict[str, Any]) -> str:
+def _describe(machine: dict[str, Any], settings: dict[str, Any], results: list[Result]) -> str:
     caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores ({caches}), {machine['cpu_capability']}, "
@@ -58,7 +76,13 @@ def _describe(machine: dict[str, Any], settings: dict[str, Any]) -> str:
         f"Python {machine['python']}, {machine['compiler'] or 'compiler not recorded'}",
         f"{machine['date']}; {settings['seconds_per_case']} s and at least {settings['least_rounds']} rounds per case",
     ]
-    if settings["partial"]:
+    if settings.get("graphs"):
+        lines.append("Replays of CUDA graphs of one call each")
+    if uncovered := sum(sum(r.get("uncovered", {}).values()) for r in results):
+        lines.append(f"**{uncovered} samples may hold time of the host.**")
+    if settings.get("tiny"):
+        lines.append("**A rehearsal: tiny tensors, two rounds; no figures.**")
+    elif settings["partial"]:
         lines.append("**Part of the grid, or few rounds: no figures to quote.**")
     return "  \n".join(lines)
 

@@ -41,7 +41,7 @@ _replay = _Replay()
 @pytest.mark.benchmark(timer=_replay.now)
 def test_speed(benchmark: BenchmarkFixture, device: str, case: Case, peer: str, request: pytest.FixtureRequest) -> None:
     more = ("compile",) if request.config.getoption("--torch-compile") else ()
-    samples: Samples = _measured(case, device, FULL, more)
+    samples: Samples = _measured(case, device, FULL, more).samples
     benchmark.group = case.name
     _replay.load(samples[peer])
     benchmark.pedantic(_replay.play, rounds=len(samples[peer]))

@@ -6,6 +6,7 @@ import gc
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -26,6 +27,7 @@ class Budget:
 
 FULL = Budget(seconds=0.3, least_rounds=15)
 QUICK = Budget(seconds=0.1, least_rounds=5)
+TINY = Budget(seconds=0.0, least_rounds=2)
 
 
 class Quartiles(TypedDict):
@@ -68,14 +70,14 @@ def interleave(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, bud
 def make_stopwatch(device: str, *, host: bool = False) -> Stopwatch:
     """Seconds that one call takes, the release of its result included.
 
-    On CUDA the time between two events on the stream, with a cold L2; with `host` the time on the host until the device
-    is done, which is what a call too small to fill the device costs.
+    On CUDA the time between two events on the stream, with a cold L2 and nothing of the host's time; with `host` the
+    time on the host until the device is done, which is what a call too small to fill the device costs.
     """
     if device == "cpu":
         return _host_seconds
     if host:
         return _synchronized_seconds
-    return _CudaEvents()
+    return CudaEvents()
 
 
 def _host_seconds(call: Callable[[], Any]) -> float:
@@ -92,16 +94,60 @@ def _synchronized_seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-class _CudaEvents:
+class CudaEvents:
+    """The device's time for a call, between two events.
+
+    Before the first event the device reads a buffer of several times its L2, which leaves there nothing of the call's
+    and no dirty line for the call to write back, as a written buffer would; then it sleeps until the host has queued
+    the whole call. Whether it slept long enough is seen from the first event, which must not have passed when the last
+    is queued: if it has, the device sleeps twice as long in a new attempt, up to some milliseconds. A call that waits
+    for the device is never covered, and is counted in ``uncovered``.
+    """
+
+    least_cycles = 1 << 16  # 33 us at 2 GHz
+    most_cycles = 1 << 24  # 8 ms
+    least_bytes = 256 << 20
+
     def __init__(self) -> None:
-        # Written before each call: empties L2, and keeps the device busy while the host prepares the launches.
-        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._buffer = torch.zeros(max(self.least_bytes, 4 * l2_bytes) // 4, device="cuda")
+        self._sum = torch.zeros((), device="cuda")
+        self._cycles: dict[Callable[[], Any], int] = {}
+        self.uncovered: Counter[Callable[[], Any]] = Counter()
 
     def __call__(self, call: Callable[[], Any]) -> float:
+        cycles = self._cycles.get(call, self.least_cycles)
+        seconds, covered = self._measure(call, cycles)
+        while not covered and cycles < self.most_cycles:
+            cycles *= 2
+            seconds, covered = self._measure(call, cycles)
+        self._cycles[call] = cycles
+        self.uncovered[call] += not covered
+        return seconds
+
+    def _measure(self, call: Callable[[], Any], cycles: int) -> tuple[float, bool]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        torch.sum(self._buffer, 0, out=self._sum)
+        torch.cuda._sleep(cycles)
         start.record()
         call()
         end.record()
+        covered = not start.query()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3, covered
+
+
+def capture(call: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], Any]:
+    """The replay of a CUDA graph of one call; gives the same tensors each time."""
+    for _ in range(3):  # warms up, as torch.cuda.graph asks
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay

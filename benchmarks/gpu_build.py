@@ -1,0 +1,143 @@
+"""Builds normfused with CUDA from this checkout, without installing it: ``python benchmarks/gpu_build.py``.
+
+The wheel stays in build/gpu_check/, named by what it was compiled from and for, and is not built again while that is
+the same; Python files are those of the checkout. Prints the folder to put on PYTHONPATH. ``--look`` builds nothing: it
+says what would be built, and with what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "build/gpu_check"
+COMPILED = ("csrc", "build_backend", "setup.py", "pyproject.toml")
+sys.path.append(str(ROOT / "build_backend"))
+
+from cuda_toolkit import Toolkit, find_toolkit  # noqa: E402
+
+STRICT = {"NORMFUSED_CUDA": "1", "NORMFUSED_STRICT": "1"}
+
+
+def digest(names: tuple[str, ...] = COMPILED, more: str = "") -> str:
+    """Of files and folders of the checkout, by path and content, without what running and rendering leave."""
+    found = hashlib.sha256(more.encode())
+    for path in (ROOT / name for name in names):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            name = file.relative_to(ROOT)
+            made = file.suffix in (".pyc", ".so") or file.name == "_build_info.json" or "results" in name.parts
+            if file.is_file() and not made:
+                found.update(f"{name}\0".encode())
+                found.update(file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def sources() -> str:
+    """Tells whether two runs were of the same kernels and the same benchmarks."""
+    return digest((*COMPILED, "normfused", "benchmarks", "tests"))
+
+
+def toolkit() -> Toolkit | None:
+    """The toolkit that the build would find, too."""
+    import torch
+
+    if torch.version.cuda is None:
+        return None
+    packages = Path(torch.__file__).parents[1]
+    return find_toolkit(os.environ, torch.version.cuda.split(".")[0], packages).toolkit
+
+
+def environment(package: Path | None = None) -> Mapping[str, str]:
+    """What the stages run with: CUDA demanded, a toolkit named where none is, the built package found."""
+    found = toolkit()
+    home = {"CUDA_HOME": str(found.home)} if found and not os.environ.get("CUDA_HOME") else {}
+    paths = [str(package or site()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**STRICT, **home, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def wheel() -> Path:
+    """Where the wheel for this Python, torch and GPU is, or is to be."""
+    import torch
+
+    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else ()
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ".".join(map(str, gpu))
+    made_for = f"{sys.version_info[:2]} {torch.__version__} {architectures}"
+    return FOLDER / f"normfused-{digest(more=made_for)}.whl"
+
+
+def site() -> Path:
+    return wheel().with_suffix(".site")
+
+
+def build() -> Path:
+    """The wheel, built unless it is there."""
+    target = wheel()
+    if target.exists():
+        print(f"{target.name} is there")
+        return target
+    folder = FOLDER / "dist"
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-v"]
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT)], env={**os.environ, **STRICT}, check=True)
+    (made,) = folder.glob("*.whl")
+    return made.rename(target)
+
+
+def unpack(packed: Path) -> Path:
+    """The package of a wheel, with the Python files of this checkout."""
+    folder = packed.with_suffix(".site")
+    if not folder.exists():
+        unfinished = folder.with_suffix(".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with zipfile.ZipFile(packed) as archive:
+            archive.extractall(unfinished)
+        unfinished.rename(folder)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
+    shutil.copytree(ROOT / "normfused", folder / "normfused", ignore=ignored, dirs_exist_ok=True)
+    return folder
+
+
+def check(folder: str = "", *, cuda: bool = False) -> int:
+    """Asserts that Python finds the package in this folder, with its extension."""
+    import normfused
+
+    info = normfused.info()
+    print(*(f"{key}: {value}" for key, value in info.items()), sep="\n")
+    assert (normfused.__file__ or "").startswith(folder), f"{normfused.__file__} was imported, not that of {folder}"
+    assert info["extension"] == "loaded", info["why_fallback"]
+    assert info["cuda"] or not cuda, "normfused was built without CUDA"
+    print("loaded", "with CUDA" if info["cuda"] else "without CUDA")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--look", action="store_true", help="build nothing: check the package that Python finds")
+    parser.add_argument("--wheel-to", type=Path, metavar="DIR", help="copy the wheel there too")
+    parser.add_argument("--check", metavar="DIR", help="build nothing: check that the package there has CUDA")
+    arguments = parser.parse_args()
+    if arguments.check:
+        return check(arguments.check, cuda=True)
+    print(f"toolkit: {toolkit() or 'none, or a torch without CUDA'}")
+    print(f"wheel: {wheel()}", flush=True)
+    if arguments.look:
+        return check()
+    packed = build()
+    folder = unpack(packed)
+    if arguments.wheel_to:
+        shutil.copy(packed, arguments.wheel_to)
+    # In a new process, as the stages that follow do.
+    command = [sys.executable, __file__, "--check", str(folder)]
+    return subprocess.run(command, env={**os.environ, **environment(folder)}, cwd=FOLDER).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

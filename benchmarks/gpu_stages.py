@@ -1,0 +1,282 @@
+"""The stages of gpu_check.py: what each runs, for how long at most, and what its output must show."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from pytest_record import count
+from stage_runner import Command, NotProven, last_line
+
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent / "tests"
+# Threads of pytest-xdist; each has a CUDA context of its own.
+WORKERS = 8
+LARGE_BYTES = 40 << 30  # what tests/test_large.py needs, with something to spare
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a stage runs."""
+
+    rehearsal: bool
+    folder: Path  # of raw results
+    out: Path | None = None  # of what else is to be copied back
+    gpu_bytes: int = 0
+    sanitizer: str | None = None
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearsal else "cuda"
+
+
+# The commands of a stage that has this many seconds, or why it is skipped.
+Plan = Callable[[Context, float], Sequence[Command] | str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    cap: int  # seconds
+    what: str
+    plan: Plan
+
+
+def python(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(HERE / script), *arguments]
+
+
+def build(context: Context, seconds: float) -> list[Command]:
+    if context.rehearsal:
+        return [Command(python("gpu_build.py", "--look"))]
+    wheel_to = ["--wheel-to", str(context.out)] if context.out else []
+    return [Command(python("gpu_build.py", *wheel_to))]
+
+
+def operators(context: Context, seconds: float) -> list[Command]:
+    file = context.folder / "operators.json"
+    less = ["--tiny"] if context.rehearsal else ["--profile"]
+
+    def judge(output: str) -> str:
+        rows = json.loads(file.read_text())["operators"]
+        silent = [row["operator"] for row in rows if not context.rehearsal and not row.get("ours")]
+        if silent or not rows:
+            raise NotProven(f"no kernel of normfused was seen for {', '.join(silent) or 'any operator'}")
+        return last_line(output)
+
+    return [Command(python("operators.py", "--device", context.device, "--out", str(file), *less), judge)]
+
+
+# Four operations of one shape, in four variants, and the small call in four.
+FIRST = "^(training_forward|training_forward_backward|eval_forward|channel_moments)-256x512x28x28|^small_call"
+GRAPHS = "^(training_forward|training_forward_backward|eval_forward|channel_moments)-32x"
+COMPILED = "^(training|add_relu)_forward_backward-256x(64x56|2048x7)x"  # each compiles for some ten seconds
+
+
+def report(name: str, only: str, *options: str, tiny: str) -> Plan:
+    """Cases of the grid by report.py; `tiny` are those of a rehearsal."""
+
+    def plan(context: Context, seconds: float) -> list[Command]:
+        folder = context.folder / name
+        # In one word: some begin with a dash.
+        size = ["--tiny", "--threads", "1", f"--only={tiny}"] if context.rehearsal else [f"--only={only}"]
+        least = 20 if seconds > 60 else 5  # for a case that has begun, and for Python's start
+        time = ["--seconds", f"{seconds - least:.0f}"]
+        where = ["--device", context.device, "--no-render", "--out", str(folder)]
+
+        def judge(output: str) -> str:
+            measured = json.loads((folder / "results.json").read_text())
+            wrong = [f"{failure['name']}: {failure['error']}" for failure in measured["failures"]]
+            found = measured["results"] or measured["memory"]
+            if wrong or not found or "out of time" in output:
+                raise NotProven("; ".join([last_line(output), *wrong[:3]]))
+            return last_line(output)
+
+        command = python("report.py", *where, *size, *options, *time)
+        return [Command(command, judge, accepted=(0, 3))]
+
+    return plan
+
+
+def tests(context: Context, seconds: float) -> list[Command]:
+    more = ["--maxfail=60", "--continue-on-collection-errors"]  # a package may be missing that few tests need
+    if context.rehearsal:
+        chosen = ["-k", "moments and float32 and contiguous", str(TESTS / "test_channel_stats.py")]
+        return [pytest(context, "test", 1, *chosen)]
+    return [pytest(context, "test", WORKERS, *more, *map(str, files_with_device()))]
+
+
+def files_with_device() -> list[Path]:
+    """The files of tests that have a device: to collect the others too takes long."""
+    return [path for path in sorted(TESTS.glob("test_*.py")) if "device: torch.device" in path.read_text()]
+
+
+def large(context: Context, seconds: float) -> list[Command] | str:
+    chosen = ["-m", "large", str(TESTS / "test_large.py")]
+    if context.rehearsal:  # of 34 GB each
+        return [Command([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", *chosen])]
+    if context.gpu_bytes < LARGE_BYTES:
+        return f"needs {LARGE_BYTES >> 30} GiB of memory on the GPU, which has {context.gpu_bytes >> 30}"
+    return [pytest(context, "large", 0, *chosen)]
+
+
+def pytest(context: Context, name: str, workers: int, *arguments: str) -> Command:
+    """Tests that pass, of which some ran on the device and none was kept from it by the machine or the build."""
+    record = context.folder / f"{name}.jsonl"
+    argv = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "pytest_record"]
+    note = ""
+    if workers and find_spec("xdist"):
+        argv += ["-n", str(workers)]
+    elif workers:
+        note = "one after the other, pytest-xdist is not installed; "
+    if find_spec("pytest_timeout"):
+        argv += ["--timeout", "90"]
+
+    def judge(output: str) -> str:
+        counts = count(record, context.device)
+        what = f"{note}on {context.device}: {counts}"
+        if counts.passed == 0:
+            raise NotProven(f"no test ran on {context.device}: {counts}")
+        if counts.unfit:
+            raise NotProven(f"tests were kept from {context.device}: {counts}")
+        if counts.failed:
+            raise NotProven(what)
+        return what
+
+    paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    settings = {
+        "NORMFUSED_TEST_RECORD": str(record),
+        "NORMFUSED_TEST_DEVICE": context.device,
+        # Several processes share the cores.
+        "OMP_NUM_THREADS": "2",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "PYTHONPATH": paths,
+    }
+    return Command([*argv, *arguments], judge, settings, accepted=(0, 1))
+
+
+def sanitize(tool: str) -> Plan:
+    """All operators under a tool of compute-sanitizer, which looks at normfused's kernels alone."""
+
+    def plan(context: Context, seconds: float) -> list[Command] | str:
+        operators = python("operators.py", "--device", context.device)
+        settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        if context.rehearsal:
+            return [Command([*operators, "--tiny"], environment=settings)] if tool == "memcheck" else "as memcheck"
+        if context.sanitizer is None:
+            return "no compute-sanitizer on the PATH or in the toolkit"
+        watched = [context.sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
+        if tool != "initcheck":  # which must see what torch's kernels write
+            watched += ["--kernel-name", "kernel_substring=normfused"]
+        if tool == "memcheck":
+            watched += ["--report-api-errors", "no"]
+        few = [] if tool == "memcheck" else ["--few"]
+        commands = [Command([*watched, *operators, *few], sanitized, settings)]
+        if tool == "memcheck":
+            commands.insert(0, Command([*watched, *operators, "--planted"], caught, settings, accepted=(0, 9)))
+        return commands
+
+    return plan
+
+
+def caught(output: str) -> str:
+    """A planted fault was told: the tool sees normfused's kernels."""
+    if not re.search(r"Invalid __global__ read", output) or not re.search(r"normfused", output.split("Invalid", 1)[1]):
+        raise NotProven(f"a read of freed memory was not told: {last_line(output)}")
+    return "a planted read of freed memory was told"
+
+
+def sanitized(output: str) -> str:
+    """The tool counted its errors, which are none, and the operators came to their end."""
+    summary = re.search(r"(ERROR|RACECHECK) SUMMARY: .*", output)
+    if summary is None or not re.search(r"SUMMARY: 0 (errors|hazards)", summary[0]):
+        raise NotProven(summary[0] if summary else f"the tool gave no summary: {last_line(output)}")
+    if not (ran := re.search(r"\d+ operators right on cuda", output)):
+        raise NotProven(f"the operators did not come to their end: {last_line(output)}")
+    return f"{ran[0]}, {summary[0].lower()}"
+
+
+def script(name: str, *options: str, tiny: Sequence[str] = ()) -> Plan:
+    """A benchmark with a file of its own."""
+
+    def plan(context: Context, seconds: float) -> list[Command]:
+        size = ["--tiny", *tiny] if context.rehearsal else list(options)
+        return [Command(python(name, "--device", context.device, "--out", str(context.folder), *size))]
+
+    return plan
+
+
+ONE_THREAD = ("--threads", "1")
+
+
+def memory(context: Context, seconds: float) -> list[Command]:
+    plans = [script("memory.py", tiny=ONE_THREAD)]
+    if not context.rehearsal:
+        plans.append(report("growth", "^memory$", tiny=""))
+    return [command for plan in plans for command in plan(context, seconds)]
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("build", 210, "builds a wheel of this checkout for this GPU, unless it is there", build),
+        Stage("operators", 60, "each operator against float64; the profiler says whose kernels ran", operators),
+        Stage(
+            "first",
+            60,
+            "20 cases of the grid, against torch and copy",
+            report("first", FIRST, "--quick", tiny="^eval_forward-2x8.*float32-NCHW"),
+        ),
+        Stage("test", 240, "all tests that have a device, on CUDA", tests),
+        Stage(
+            "n256",
+            340,
+            "the grid at batch 256, against torch and copy",
+            report("n256", "-256x", tiny="^training_forward.*-2x8x6x6-bfloat16"),
+        ),
+        Stage("public", 80, "published cases", script("public_rows.py")),
+        Stage("n32", 210, "the grid at batch 32", report("n32", "-32x|small_call", tiny="-2x5x7x7-float32-NCHW")),
+        Stage(
+            "graphs",
+            110,
+            "four operations at batch 32, as replays of CUDA graphs",
+            report("graphs", GRAPHS, "--graphs", tiny="^eval_forward-2x5x7x7-bfloat16"),
+        ),
+        Stage("memcheck", 80, "accesses out of bounds, and one planted", sanitize("memcheck")),
+        Stage("racecheck", 60, "races in shared memory", sanitize("racecheck")),
+        Stage("synccheck", 30, "barriers that not all threads reach", sanitize("synccheck")),
+        Stage("initcheck", 40, "reads of what nobody wrote", sanitize("initcheck")),
+        Stage(
+            "compile",
+            200,
+            "some of the grid against torch.compile and torch without cuDNN",
+            report("compile", COMPILED, "--native", "--compile", tiny="^eval_forward-2x8x6x6-float32-NCHW"),
+        ),
+        Stage("large", 80, "tensors of 2^31 values", large),
+        Stage("memory", 120, "what training keeps, by mode; what 10,000 steps gain", memory),
+        Stage("activations", 60, "what each activation costs", script("activations.py", tiny=ONE_THREAD)),
+        Stage("images", 60, "images, statistics of data sets", script("images.py", tiny=ONE_THREAD)),
+    )
+}
+
+# What fits one command of 540 s, in the order of worth: what comes last is what may be cut off.
+RUNS = {
+    "run-1": ("build", "operators", "first", "test"),
+    "run-2": ("build", "n256", "public"),
+    "run-3": ("build", "n32", "graphs", "memcheck", "racecheck", "synccheck", "initcheck"),
+    "run-4": ("build", "compile", "large", "memory", "activations", "images"),
+}
+
+
+def find_sanitizer(cuda_home: str | None) -> str | None:
+    """On the PATH, or in a toolkit."""
+    homes = [home for home in (cuda_home, "/usr/local/cuda") if home]
+    folders = [f"{home}/{folder}" for home in homes for folder in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))

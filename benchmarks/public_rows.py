@@ -1,0 +1,221 @@
+"""Figures that others have published, next to those of the same cases here: ``python benchmarks/public_rows.py``.
+
+Measures on a GPU the rows that are batch norm, and writes public.json to results/<device>/. ``--render`` writes
+results/public.md from every such file: the cells of what nobody has measured say "not run".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import command
+import machine
+import tables
+import torch
+from cases import Case, build_calls
+from measure import Measurement, complaint, measure, summarize
+from proof import observe
+from timing import FULL, TINY, Budget
+
+import normfused
+
+RESULTS = Path(__file__).parent / "results"
+TILEOPS = "[TileOPs #2056](https://github.com/tile-ai/TileOPs/pull/2056)"
+KERNELBENCH = "[KernelBench](https://github.com/ScalingIntelligence/KernelBench/tree/main/results/timing), level 1"
+CUDNN = "[cudnn-frontend](https://github.com/NVIDIA/cudnn-frontend), benchmark/norms"
+SGLANG = "[sglang #{0}](https://github.com/sgl-project/sglang/pull/{0})"
+NO_KERNEL = "no kernel yet"
+
+
+@dataclass(frozen=True)
+class PublicRow:
+    """A published figure. Those in GB/s are as their source gives them; the others are seconds."""
+
+    source: str
+    device: str
+    what: str
+    published: dict[str, float | str]  # whose, and how long
+    case: Case | None = None  # None: normfused has no kernel of that norm
+    note: str = ""
+
+
+def _forward(dtype: torch.dtype, *shape: int) -> Case:
+    return Case("training_forward", shape, dtype, "NCHW")
+
+
+def _tileops(name: str, theirs: float, compiled: float, *shape: int) -> PublicRow:
+    published: dict[str, float | str] = {"TileOPs": theirs * 1e-6, "torch.compile": compiled * 1e-6}
+    what = f"batch norm, training forward, fp16 {list(shape)} ({name})"
+    note = "theirs is the time that kernels were busy, by CUPTI"
+    return PublicRow(TILEOPS, "H200", what, published, _forward(torch.float16, *shape), note)
+
+
+def _kernelbench(what: str, eager: float, compiled: float, case: Case | None = None) -> PublicRow:
+    return PublicRow(KERNELBENCH, "H100", what, {"eager": eager * 1e-3, "torch.compile": compiled * 1e-3}, case)
+
+
+def _sglang(number: int, device: str, shape: str, microseconds: float) -> PublicRow:
+    what = f"GroupNorm + SiLU, bf16 {shape}"
+    return PublicRow(SGLANG.format(number), device, what, {"sglang": microseconds * 1e-6})
+
+
+def _cudnn(what: str, cudnn: int, compiled: int, eager: int) -> PublicRow:
+    published: dict[str, float | str] = {
+        name: f"{rate} GB/s" for name, rate in (("cuDNN", cudnn), ("torch.compile", compiled), ("eager", eager))
+    }
+    return PublicRow(CUDNN, "H200", f"{what}, bf16, median", published)
+
+
+ROWS = (
+    _tileops("large-spatial", 911.65, 1017.73, 4, 128, 1024, 1024),
+    _tileops("resnet50-stage1", 2.81, 4.10, 8, 64, 32, 32),
+    _tileops("resnet50-stage2", 2.56, 3.49, 4, 128, 32, 32),
+    _tileops("resnet50-stage3", 3.62, 4.80, 4, 256, 28, 28),
+    _tileops("resnet50-fc", 1.79, 1.82, 32, 64),
+    _kernelbench(
+        "batch norm, training forward, fp32 [64, 64, 512, 512]", 8.77, 4.38, _forward(torch.float32, 64, 64, 512, 512)
+    ),
+    PublicRow(
+        "torch native, few channels",
+        "H20",
+        "batch norm, backward, fp16 [20, 6, 65536]",
+        {"torch": 1.895e-3},
+        Case("training_backward", (20, 6, 65536), torch.float16, "NCHW"),
+    ),
+    _kernelbench("InstanceNorm, fp32 [112, 64, 512, 512]", 9.61, 7.60),
+    _kernelbench("GroupNorm(8), fp32 [112, 64, 512, 512]", 10.1, 8.22),
+    _kernelbench("RMSNorm over channels, fp32", 14.2, 7.84),
+    _kernelbench("LayerNorm, fp32 [16, 64, 256, 256]", 8.12, 0.46),
+    _cudnn("RMSNorm, forward", 3407, 3577, 2697),
+    _cudnn("RMSNorm, backward", 3183, 1703, 1494),
+    _cudnn("LayerNorm, forward", 3227, 2552, 1644),
+    _sglang(23938, "H200", "[1, 128, 20, 256, 256]", 259.66),
+    _sglang(26045, "H100", "[1, 512, 8, 45, 80]", 70.05),
+    _sglang(26045, "H100", "[1, 512, 16, 90, 160]", 261.87),
+    _sglang(26045, "H100", "[1, 512, 16, 180, 320]", 987.5),
+)
+
+
+def shrunk(case: Case) -> Case:
+    """The same with sides of a few values, for a rehearsal."""
+    return Case(case.operation, tuple(min(side, 6) for side in case.shape), case.dtype, case.layout)
+
+
+def busy_seconds(call: Callable[[], Any], times: int = 5) -> float:
+    """How long the kernels of a call keep the device busy, by CUPTI; the median of several calls, with a warm L2."""
+    return statistics.median(observe(call).busy_seconds for _ in range(times))
+
+
+def measure_rows(device: str, *, tiny: bool = False, progress: Callable[[list[dict[str, Any]]], None]) -> int:
+    """Measures what there is a kernel for, tells `progress` the rows so far after each, and counts failures."""
+    rows: list[dict[str, Any]] = []
+    budget = TINY if tiny else FULL
+    for row in ROWS:
+        if row.case is None:
+            continue
+        case = shrunk(row.case) if tiny else row.case
+        try:
+            found = _measure(case, device, budget, measure(case, device, budget, profile=device == "cuda"))
+        except Exception as error:  # too large for the device, say
+            found = {"failure": f"{type(error).__name__}: {error}".splitlines()[0]}
+        rows.append({"what": row.what, "source": row.source, **found})
+        progress(rows)
+        print(f"{row.what}: {found.get('failure', 'measured')}", flush=True)
+    return sum("failure" in row for row in rows)
+
+
+def _measure(case: Case, device: str, budget: Budget, measured: Measurement) -> dict[str, Any]:
+    found: dict[str, Any] = {"result": summarize(case, measured, device)}
+    if wrong := complaint(case, measured):
+        found["failure"] = wrong
+    if device == "cuda":
+        calls = build_calls(case, device)
+        found["busy_seconds"] = {peer: busy_seconds(calls[peer]) for peer in ("normfused", "torch")}
+    return found
+
+
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """The public.json of each device below."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/public.json"))]
+
+
+def render(runs: Sequence[dict[str, Any]]) -> str:
+    """All rows, with what each run measured."""
+    busy = "kernels busy: normfused, torch"
+    header = ("source", "what", "published on", "published", "here", "normfused", "torch", busy)
+    lines = [line for row in ROWS for line in _lines(row, runs)]
+    parts = [
+        "# Published figures, and the same cases here",
+        "Published figures are their sources'. Here: medians on the device, between events, with a cold L2; and the "
+        "time that kernels were busy, with a warm L2, which is what some sources publish. Figures of different devices "
+        "do not compare.",
+        tables.table(header, lines, text_columns=5),
+        *dict.fromkeys(f"{row.source}: {row.note}." for row in ROWS if row.note),
+        *(f"{run['machine']['gpu']}: {command.versions(run['machine'])}" for run in runs),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _lines(row: PublicRow, runs: Sequence[dict[str, Any]]) -> Iterable[tuple[str, ...]]:
+    published = ", ".join(f"{whose} {_time(figure, 5)}" for whose, figure in row.published.items())
+    start = (row.source, row.what, row.device, published)
+    if row.case is None:
+        yield (*start, "–", NO_KERNEL, "–", "–")
+        return
+    found = [(run["machine"]["gpu"], one) for run in runs for one in run["rows"] if one["what"] == row.what]
+    if not found:
+        yield (*start, "–", "not run", "not run", "not run")
+    for gpu, one in found:
+        if "failure" in one:
+            yield (*start, gpu, f"failed: {one['failure']}".replace("|", "\\|"), "–", "–")
+            continue
+        seconds, busy = one["result"]["seconds"], one["busy_seconds"]
+        figures = [_time(seconds[peer]["median"]) for peer in ("normfused", "torch")]
+        yield (*start, gpu, *figures, ", ".join(_time(busy[peer]) for peer in ("normfused", "torch")))
+
+
+def _time(figure: float | str, digits: int = 3) -> str:
+    if isinstance(figure, str):
+        return figure
+    return f"{figure * 1e3:.{digits}g} ms" if figure >= 1e-3 else f"{figure * 1e6:.{digits}g} µs"
+
+
+def write_table() -> None:
+    (RESULTS / "public.md").write_text(render(collect(RESULTS)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: a rehearsal")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder; results/<device>")
+    parser.add_argument("--render", action="store_true", help="measure nothing: results/public.md anew")
+    arguments = parser.parse_args()
+    if arguments.render:
+        write_table()
+        return 0
+    if arguments.device == "cpu" and not arguments.tiny:
+        parser.error("the rows are of GPUs: on a CPU only with --tiny")
+    assert normfused.info()["extension"] == "loaded", normfused.info()["why_fallback"]
+    description = machine.describe(arguments.device)
+    folder: Path = arguments.out or RESULTS / machine.slug(description)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        (folder / "public.json").write_text(json.dumps({"machine": description, "rows": rows}, indent=1) + "\n")
+
+    failures = measure_rows(arguments.device, tiny=arguments.tiny, progress=save)
+    cases = sum(row.case is not None for row in ROWS)
+    print(f"{cases - failures} of {cases} published cases measured; {len(ROWS) - cases} others: {NO_KERNEL}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
