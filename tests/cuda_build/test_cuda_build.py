@@ -164,6 +164,45 @@ def test_vectors_are_read_by_one_instruction(objects: dict[tuple[str, str], tupl
     assert without == []
 
 
+def innermost_loops(function: str) -> list[list[str]]:
+    """The instructions of each loop in which there is no other."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", function)]
+    jumps = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
+    loops = [(first, last) for first, last in jumps if first < last]
+    return [
+        [text for at, text in code if first <= at <= last]
+        for first, last in loops
+        if not any((first, last) != (a, b) and first <= a and b <= last for a, b in loops)
+    ]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_repairs_keep_loads_in_flight(objects: dict[tuple[str, str], tuple[Path, str]], arch: str) -> None:
+    """A channel that is computed again in double is read without a division for each value, which is a call."""
+    cuobjdump = tool("cuobjdump")
+    seen = 0
+    for stem in ("channel_stats", "ranks"):
+        sass = subprocess.run(
+            [cuobjdump, "-sass", objects[stem, arch][0]], capture_output=True, text=True, check=True
+        ).stdout
+        functions = re.split(r"Function : ", sass)[1:]
+        names = demangle([function.split(None, 1)[0] for function in functions])
+        for function in functions:
+            name = names[function.split(None, 1)[0]]
+            if not re.search(r"MomentsOp<(float|__half|__nv_bfloat16),", name):  # which sum in float otherwise
+                continue
+            loops = [
+                loop
+                for loop in innermost_loops(function)
+                if any("LDG" in text for text in loop) and any(re.search("DADD|DFMA", text) for text in loop)
+            ]
+            seen += 1
+            assert not any("CALL" in text for loop in loops for text in loop), name
+            # Of the sum and of the squares; another, with as many, reads the partial results.
+            assert sum(sum("LDG" in text for text in loop) >= 8 for loop in loops) >= 3, name
+    assert seen >= 30
+
+
 def access_bytes(name: str) -> int:
     """Bytes of a vector of the first input of a kernel, from its name."""
     sizes = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2, "unsigned char": 1, "signed char": 1}
