@@ -126,6 +126,17 @@ def test_b15_nan_stays_in_its_channel(
         assert_same_bits(value[keep], expected[keep])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_infinities_of_both_signs_are_no_nan_among_the_extremes(device: torch.device, layout: str) -> None:
+    x = torch.randn(8, 3, 5, device=device)
+    x[2, 1, 3], x[5, 1, 0] = torch.inf, -torch.inf
+    moments = channel_moments(lay_out(x, layout))
+    assert moments.mean.isnan().tolist() == [False, True, False]
+    assert moments.m2.isnan().tolist() == [False, True, False]
+    assert torch.equal(moments.min, x.double().amin((0, 2)))
+    assert torch.equal(moments.max, x.double().amax((0, 2)))
+
+
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 def test_b15_infinity(device: torch.device, value: float) -> None:
     x = torch.randn(100, 3, device=device)

@@ -93,7 +93,10 @@ NF_FN double corrected(double variance, int64_t count, int64_t correction) {
   return variance * static_cast<double>(count) / static_cast<double>(count - correction);
 }
 
-NF_FN bool is_finite(double value) { return value - value == 0; }
+template <class S>
+NF_FN bool is_finite(S value) {
+  return value - value == 0;
+}
 
 // What a batch makes of one channel's statistics.
 struct FinishedStatistics {
@@ -108,7 +111,7 @@ struct FinishedStatistics {
 NF_FN FinishedStatistics finish(const Moments& m, const BatchStatistics& args, double factor, double running_mean,
                                 double running_var) {
   const double variance = biased_variance(m), new_var = corrected(variance, m.count, args.correction);
-  const bool skipped = (args.skipped != nullptr) & !(is_finite(m.mean) & is_finite(new_var));
+  const bool skipped = args.skipped != nullptr && !(is_finite(m.mean) && is_finite(new_var));
   return {m.mean, invstd_of(variance, args.eps), skipped ? running_mean : running_average(running_mean, m.mean, factor),
           skipped ? running_var : running_average(running_var, new_var, factor), skipped};
 }

@@ -111,6 +111,7 @@ int main() {
       ++cases;
     }
   run_finish(backend);
+  run_nonfinite(backend);
   // So large that outputs are streamed.
   run_standardize(backend, {1, 3, 400003}, 1, random);
   ++cases;

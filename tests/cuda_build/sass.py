@@ -52,6 +52,18 @@ def stores(instructions: Sequence[str], pattern: str) -> int:
     return sum(re.search(pattern, text) is not None for text in instructions)
 
 
+def innermost_loops(function: Function) -> list[list[str]]:
+    """The instructions of each loop in which there is no other."""
+    code = list(zip(function.addresses, function.instructions, strict=True))
+    jumps = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
+    loops = [(first, last) for first, last in jumps if first < last]
+    return [
+        [text for at, text in code if first <= at <= last]
+        for first, last in loops
+        if not any((first, last) != (a, b) and first <= a and b <= last for a, b in loops)
+    ]
+
+
 def divides_before_it_loads(function: Function) -> bool:
     """Whether a division of 64-bit integers, which is a call, comes before the first wide load."""
     for text in function.instructions:

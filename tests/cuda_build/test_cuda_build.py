@@ -30,7 +30,7 @@ READ = "90"  # whose machine code is read: to disassemble all would take longer 
 
 sys.path.insert(0, str(ROOT / "build_backend"))
 from extension import NVCC_FLAGS  # noqa: E402
-from sass import Function, divides_before_it_loads, functions, loads_in_flight, stores  # noqa: E402
+from sass import Function, divides_before_it_loads, functions, innermost_loops, loads_in_flight, stores  # noqa: E402
 
 
 class Kernel(NamedTuple):
@@ -223,6 +223,22 @@ def test_activations_of_16_bits_call_nothing(code: dict[str, Function]) -> None:
 def test_loads_wait_for_no_division(code: dict[str, Function]) -> None:
     """64-bit division is a call of some hundred cycles."""
     assert [name for name, function in code.items() if divides_before_it_loads(function)] == []
+
+
+def test_repairs_keep_loads_in_flight(code: dict[str, Function]) -> None:
+    """A channel that is computed again in double is read without a division for each value, which is a call."""
+    pattern = re.compile(r"reduce_\w+<MomentsOp<(float|__half|__nv_bfloat16),")  # which sum in float otherwise
+    repairing = {name: function for name, function in code.items() if pattern.match(name)}
+    assert len(repairing) >= 15
+    for name, function in repairing.items():
+        loops = [
+            loop
+            for loop in innermost_loops(function)
+            if any("LDG" in text for text in loop) and any(re.search("DADD|DFMA", text) for text in loop)
+        ]
+        assert not any("CALL" in text for loop in loops for text in loop), name
+        # Of the sum and of the squares; another, with as many, reads the partial results.
+        assert sum(sum("LDG" in text for text in loop) >= 8 for loop in loops) >= 3, name
 
 
 def access_bytes(name: str) -> int:

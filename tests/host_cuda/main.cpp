@@ -197,6 +197,48 @@ void run_extremes(const Cuda& backend, const ChannelView& view) {
   ++ran["extremes"];
 }
 
+// A channel is read again where an infinity or an overflow is in it, and only there: a NaN is the answer by itself.
+struct Counting : cuda::MomentsOp<float, true> {
+  int* repairs;  // of blocks
+
+  template <class... A>
+  void repair(A&&... arguments) const {
+    if (threadIdx.x == 0) ++*repairs;
+    cuda::MomentsOp<float, true>::repair(std::forward<A>(arguments)...);
+  }
+};
+
+void run_repairs() {
+  const cuda::DeviceLimits device{1, int64_t{1} << 40};
+  for (const ChannelView& view : {ChannelView{3, 4, 500}, ChannelView{1500, 4, 1}})
+    for (const bool has_infinity : {false, true}) {
+      current = "repairs " + describe(view) + (has_infinity ? " with an infinity" : " with NaN");
+      std::vector<float> input(view.numel(), std::nanf(""));
+      for (int64_t i = 0; i < view.numel(); ++i)
+        if (i / view.inner % view.channels == 1) input[i] = 1;  // a sound one among them
+      if (has_infinity) input[view.inner] = std::numeric_limits<float>::infinity();
+      int repairs = 0;
+      std::vector<double> results[4];
+      for (auto& r : results) r.resize(view.channels);
+      HostResources resources(device);
+      const cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, false, false, device);
+      reduce(Counting{{input.data(), view}, &repairs},
+             cuda::WriteResults<double>{{results[0].data(), results[1].data(), results[2].data(), results[3].data()}},
+             cuda::Nothing{}, plan, resources);
+      expect_near("repairs", 0, repairs, has_infinity, 0);
+      for (int64_t c = 0; c < view.channels; ++c)
+        for (int k = 0; k < 4; ++k)
+          expect_near("result", 4 * c + k, results[k][c],
+                      c != 1          ? std::nan("")
+                      : !has_infinity ? (k == 1 ? 0 : 1)
+                      : k == 1        ? std::nan("")
+                      : k == 2        ? 1
+                                      : HUGE_VAL,
+                      0);
+    }
+  ++ran["repairs"];
+}
+
 // `paired`: each offset on one of the devices only.
 void run_all(const ChannelView& view, const std::vector<int64_t>& offsets, bool paired, std::mt19937& random) {
   for (const int64_t offset : offsets) {
@@ -245,7 +287,11 @@ int main(int argc, char** argv) {
   if (size != "tiny") images.insert(images.end(), {{1, 3, 1400}, {1, 40, 70}, {1, 130, 66}});
   for (const ChannelView& view : images)
     for (const int64_t offset : {0, 1}) run_standardize(kDevices[0], view, offset, random);
-  for (const Cuda& device : kDevices) run_finish(device);
+  for (const Cuda& device : kDevices) {
+    run_finish(device);
+    run_nonfinite(device);
+  }
+  run_repairs();
   if (size != "tiny")
     for (const Cuda& device : kDevices)
       for (const ChannelView& view : {ChannelView{4, 7, 3001}, ChannelView{12000, 7, 1}, ChannelView{500, 7, 9}})

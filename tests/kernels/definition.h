@@ -5,6 +5,7 @@
 #include "fused.h"
 #include "integer_sums.h"
 #include "local_response_norm.h"
+#include "nonfinite.h"
 #include "ranks.h"
 #include "standardize.h"
 

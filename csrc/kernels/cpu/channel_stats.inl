@@ -98,36 +98,41 @@ struct SumsOp {
   NF_INLINE Vec<double> next_pivot(Vec<double> pivot, const Lanes<SumsOp>&) const { return pivot; }
 };
 
-// Moments of one channel in plain double, for what the fast way cannot hold: NaN and infinity, which then come out as
-// the definition gives them, and magnitudes whose squares overflow S.
-template <class T>
-Moments moments_in_double(const T* input, const ChannelView& view, int64_t c) {
-  const int64_t count = view.positions();
-  const auto value = [&](int64_t m) {
-    return static_cast<double>(load<compute_t<T>>(input + offset_of(view, c, m), Part{1})[0]);
-  };
-  double sum = 0;
-  for (int64_t m = 0; m < count; ++m) {
-    sum += value(m);
-    if (sum != sum) return {count, sum, sum};
-  }
-  const double mean = sum / static_cast<double>(count);
-  double m2 = 0;
-  for (int64_t m = 0; m < count; ++m) m2 += (value(m) - mean) * (value(m) - mean);
-  return {count, mean, m2};
+// Calls f with every value of channel c, as a double, until f returns false.
+template <class T, class F>
+void each_value(const T* input, const ChannelView& view, int64_t c, const F& f) {
+  const T* row = input + c * view.inner;
+  for (int64_t o = 0; o < view.outer; ++o, row += view.channels * view.inner)
+    for (int64_t i = 0; i < view.inner; ++i)
+      if (!f(static_cast<double>(load<compute_t<T>>(row + i, Part{1})[0]))) return;
 }
 
-// Does those channels again that the fast way could not hold.
+// Computes those channels again, in double and by the definition, that the fast way could not hold: with a NaN, an
+// infinity, or squares that overflow S.
 template <class T, bool kExtremes>
 void repair_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, const Results& results, int64_t c0,
                     int64_t c1) {
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
   for (int64_t c = c0; c < c1; ++c) {
     if (results(1, c) <= std::numeric_limits<double>::max()) continue;
-    const Moments moments = moments_in_double(op.input, view, c);
-    results(0, c) = moments.mean;
-    results(1, c) = moments.m2;
-    if (moments.mean != moments.mean)
-      for (int64_t k = 2; k < op.kSums; ++k) results(k, c) = moments.mean;
+    bool holds_nan = false;
+    double sum = 0, m2 = 0;
+    each_value(op.input, view, c, [&](double value) {
+      sum += value;
+      holds_nan = value != value;
+      return !holds_nan;
+    });
+    if (holds_nan) {
+      for (int64_t k = 0; k < op.kSums; ++k) results(k, c) = kNaN;
+      continue;
+    }
+    const double mean = sum / static_cast<double>(view.positions());
+    each_value(op.input, view, c, [&](double value) {
+      m2 += (value - mean) * (value - mean);
+      return m2 == m2;
+    });
+    results(0, c) = mean;
+    results(1, c) = m2;
   }
 }
 

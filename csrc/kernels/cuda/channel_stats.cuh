@@ -33,10 +33,13 @@ struct MomentsOp {
   NF_DEVICE uint32_t bits(int64_t) const {
     return 0;
   }
-  NF_DEVICE double origin(int64_t channel) const { return widen<double>(tensor[channel * view.inner]); }
+  NF_DEVICE double origin(int64_t channel) const {
+    const double first = widen<double>(tensor[channel * view.inner]);
+    return is_finite(first) ? first : 0;
+  }
 
   static NF_DEVICE double empty(int k) { return k == 2 ? infinity() : k == 3 ? -infinity() : 0; }
-  // A NaN among the extremes is lost, but then M2 is NaN, and the channel is done again.
+  // A NaN among the extremes is lost; the sum of squares tells of it.
   static NF_DEVICE double join(int k, double a, double b) {
     return k == 2 ? (b < a ? b : a) : k == 3 ? (b > a ? b : a) : a + b;
   }
@@ -62,6 +65,8 @@ struct MomentsOp {
 #pragma unroll
       for (int i = 0; i < n; ++i) sum += counts(i) ? x[i] - base : 0;
       state.pivot = base + sum / static_cast<S>(kMasked ? __popc(mask) : n);
+      // With a finite pivot a deviation is NaN only where the value is, and the sum of squares only if a value is.
+      if (!is_finite(state.pivot)) state.pivot = 0;
     }
     // Four chains of additions, because one would wait for itself.
     constexpr int kChains = n < 4 ? n : 4;
@@ -89,7 +94,9 @@ struct MomentsOp {
     const double shift = static_cast<double>(state.pivot) - origin(channel);
     const double sum = static_cast<double>(state.sum), shifted = static_cast<double>(count) * shift;
     sums[0] = sum + shifted;
-    sums[1] = static_cast<double>(state.square) + (2 * sum + shifted) * shift;
+    const double squares = static_cast<double>(state.square) + (2 * sum + shifted) * shift;
+    // Infinite where an infinite value or an overflow is among the squares, NaN where a NaN is.
+    sums[1] = is_finite(squares) ? squares : state.square == state.square ? infinity() : nan_double();
     if constexpr (kExtremes) {
       sums[2] = static_cast<double>(state.extreme[0]);
       sums[3] = static_cast<double>(state.extreme[1]);
@@ -98,37 +105,78 @@ struct MomentsOp {
 
   // Mean and M2 in place of the sums.
   NF_DEVICE void results(int64_t channel, Sum (&sums)[kSums]) const {
-    const Moments moments = moments_about(origin(channel), view.positions(), sums[0], sums[1]);
-    sums[0] = moments.mean;
-    sums[1] = moments.m2;
+    if (is_finite(sums[1])) {
+      const Moments moments = moments_about(origin(channel), view.positions(), sums[0], sums[1]);
+      sums[0] = moments.mean;
+      sums[1] = moments.m2;
+    } else if (sums[1] != sums[1]) {
+      for (int k = 0; k < kSums; ++k) sums[k] = nan_double();
+    }
   }
 
-  // What S cannot hold, NaN, infinity and squares that overflow, is done again in double.
-  NF_DEVICE bool sound(const Sum* results) const { return results[1] <= greatest_double(); }
-  NF_DEVICE void repair(int64_t channel, Sum* results) const {
-    const double count = static_cast<double>(view.positions());
-    const double mean = sum_over(channel, [](double value) { return value; }) / count;
-    const double m2 = is_finite(mean) ? sum_over(channel, [&](double value) { return (value - mean) * (value - mean); })
-                                      : nan_double();
-    if (threadIdx.x != 0) return;
-    results[0] = mean;
-    results[1] = m2;
-    if constexpr (kExtremes)
-      if (mean != mean) results[2] = results[3] = mean;
+  // Infinite values and what overflows S are computed again, in double. A NaN needs no second look.
+  static NF_DEVICE bool sound(const Sum (&results)[kSums]) { return results[1] != infinity(); }
+
+  // Computes those of the channels [begin, begin + channels) again that are not sound, all of them at once. The thread
+  // that `leads` has the results of channel begin + group. All threads of the block take part.
+  NF_DEVICE void repair(int64_t begin, int channels, int group, bool leads, Sum (&results)[kSums]) const {
+    NF_SHARED(bool, broken, [kThreads]);
+    NF_SHARED(double, parts, [kThreads]);
+    const bool mends = leads && !sound(results);
+    if (leads) broken[group] = mends;
+    __syncthreads();
+    int lanes = kThreads;
+    while (lanes * channels > kThreads) lanes /= 2;
+    // Neighbouring threads read neighbours in memory.
+    const int thread = static_cast<int>(threadIdx.x), slots = kThreads / lanes;
+    const int own = view.inner == 1 ? thread % slots : thread / lanes;
+    const int lane = view.inner == 1 ? thread / slots : thread % lanes;
+    const bool works = own < channels && broken[own];
+    const auto total = [&](int channel) {
+      double sum = 0;
+      for (int i = 0; i < lanes; ++i) sum += parts[channel * lanes + i];
+      return sum;
+    };
+    double& part = parts[own * lanes + lane];
+
+    const auto count = static_cast<double>(view.positions());
+    part = works ? sum_over(begin + own, lane, lanes, [](double value) { return value; }) : 0;
+    __syncthreads();
+    const double mean = works ? total(own) / count : 0;
+    if (mends) results[0] = total(group) / count;
+    __syncthreads();
+    // Only of double values can the sum overflow. Of others a mean that is not finite is that of infinite values.
+    const bool has_infinity = sizeof(T) < sizeof(double) && !is_finite(mean);
+    const auto square = [&](double value) { return (value - mean) * (value - mean); };
+    part = !works ? 0 : has_infinity ? nan_double() : sum_over(begin + own, lane, lanes, square);
+    __syncthreads();
+    if (mends) results[1] = total(group);
   }
 
  private:
   static NF_DEVICE double infinity() { return HUGE_VAL; }
   static NF_DEVICE double nan_double() { return infinity() - infinity(); }
-  static NF_DEVICE double greatest_double() { return 1.7976931348623157e308; }
-  static NF_DEVICE bool is_finite(double value) { return value - value == 0; }
 
+  // The sum of f over every lanes-th value of a channel. Row and place in it are carried along: a division for each
+  // value would take longer than all the rest.
   template <class F>
-  NF_DEVICE double sum_over(int64_t channel, const F& f) const {
+  NF_DEVICE double sum_over(int64_t channel, int lane, int lanes, const F& f) const {
+    const int64_t positions = view.positions(), inner = view.inner;
+    const int64_t step = lanes / inner * view.channels * inner + lanes % inner;
+    const int64_t place_step = lanes % inner, to_next_row = (view.channels - 1) * inner;
+    int64_t place = lane % inner, offset = (lane / inner * view.channels + channel) * inner + place;
     double sum = 0;
-    for (int64_t m = threadIdx.x; m < view.positions(); m += kThreads)
-      sum += f(widen<double>(tensor[(m / view.inner * view.channels + channel) * view.inner + m % view.inner]));
-    return block_sum(sum);
+#pragma unroll 8
+    for (int64_t m = lane; m < positions; m += lanes) {
+      sum += f(widen<double>(tensor[offset]));
+      offset += step;
+      place += place_step;
+      if (place >= inner) {
+        place -= inner;
+        offset += to_next_row;
+      }
+    }
+    return sum;
   }
 };
 

@@ -1,4 +1,4 @@
-// What threads do together: joining sums over a warp and a block, and telling which block is last.
+// What threads do together: joining sums over a warp, and telling which block is last.
 #pragma once
 
 #include "kernels/cuda/plan.h"
@@ -33,18 +33,6 @@ NF_DEVICE void join_lanes(typename Op::Sum (&sums)[Op::kSums], int lanes) {
   if (threadIdx.x % lanes == 0)
     for (int w = 1; w < lanes / kWarp; ++w)
       for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], of_warps[(warp + w) * Op::kSums + k]);
-}
-
-// The sum over a block, for all of its threads. All of them take part.
-NF_DEVICE double block_sum(double value) {
-  NF_SHARED(double, parts, [kWarps]);
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_down_sync(kAllLanes, value, step);
-  __syncthreads();  // an earlier call may still be reading
-  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  value = 0;
-  for (int warp = 0; warp < kWarps; ++warp) value += parts[warp];
-  return value;
 }
 
 // Whether this block is the last of `expected` to arrive at the ticket; then it sees what all others wrote before they

@@ -11,8 +11,9 @@
 //                                a state as sums that can be joined with those of any other thread
 //   join(k, a, b), empty(k)
 //   results(channel, sums)       turns the joined sums into what was asked for
-//   kRepairs, sound(sums), repair(channel, sums)
-//                                whether that can fail, whether it did, and the slow way, taken by a whole block
+//   kRepairs, sound(sums), repair(begin, channels, group, leads, sums)
+//                                whether that can fail, whether it did, and the slow way, for all channels that a block
+//                                finishes at once
 //
 // A Finish says what becomes of a channel's results; it is called once for each channel, with what it load()ed before
 // these were there: prefetch() comes first of all. An Apply, where there is one, is done by the block itself.
@@ -138,7 +139,6 @@ template <class Op, class Finish>
 NF_DEVICE void finish_channels(const Op& op, const Finish& finish, const Partials<typename Op::Sum>& partials,
                                int64_t first, int64_t last) {
   using Sum = typename Op::Sum;
-  NF_SHARED(Sum, repaired, [Op::kSums]);
   const int lanes = lanes_for(last - first);
   const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes, groups = kThreads / lanes;
   for (int64_t begin = first; begin < last; begin += groups) {
@@ -152,21 +152,11 @@ NF_DEVICE void finish_channels(const Op& op, const Finish& finish, const Partial
     join_lanes<Op>(sums, lanes);
     const bool leads = lane == 0 && channel < last;
     if (leads) op.results(channel, sums);
-    if constexpr (Op::kRepairs) {
+    if constexpr (Op::kRepairs)
       if (__syncthreads_or(leads && !op.sound(sums))) {
-        // Rare, and so one after the other, by the whole block.
-        for (int g = 0; g < groups && begin + g < last; ++g) {
-          if (leads && group == g)
-            for (int k = 0; k < Op::kSums; ++k) repaired[k] = sums[k];
-          __syncthreads();
-          if (!op.sound(repaired)) op.repair(begin + g, repaired);
-          __syncthreads();
-          if (leads && group == g)
-            for (int k = 0; k < Op::kSums; ++k) sums[k] = repaired[k];
-          __syncthreads();
-        }
+        const int64_t left = last - begin;
+        op.repair(begin, left < groups ? static_cast<int>(left) : groups, group, leads, sums);
       }
-    }
     if (leads) finish(channel, sums, known);
   }
 }
