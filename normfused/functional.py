@@ -23,7 +23,7 @@ from normfused.checks import (
     is_transformed,
     needs_torchs_operators,
 )
-from normfused.masks import check_mask, check_some_positions, masked_rows, masked_zeros, unmasked
+from normfused.masks import check_mask, check_some_positions, masked_rows, masked_zeros, positions_of, unmasked
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 from normfused.residuals import check_residual, split_residual
 from normfused.standardization import standardize, standardize_
@@ -86,9 +86,9 @@ def batch_norm(
         activation_param: leaky ReLU's negative slope (default 0.01), ELU's alpha (default 1).
         mask: bool, shape ``(N, ...)``, which is ``input``'s without the channels: the positions that are present.
             Results are those of these positions alone; the others give zeros, and have zero gradients. In training at
-            least one position must be present; to see it, a device is waited for. Compiled code needs two, and raises
-            ``RuntimeError`` when it runs; without ``fullgraph`` torch may split the graph here, because the number of
-            positions depends on values.
+            least one position must be present. A training forward waits once for the device, to count the positions;
+            backward and evaluation do not wait. Compiled code needs two positions, and raises ``RuntimeError`` when it
+            runs; without ``fullgraph`` torch may split the graph here, because their number depends on values.
         running_var_correction: 1 updates ``running_var`` with the unbiased variance, as torch does; 0 with the
             variance that normalizes, so that ``momentum=1`` makes evaluation equal training.
         nonfinite_batches: shape ``(C,)``, int64. Where given, a channel whose batch has an infinity or a NaN leaves
@@ -97,9 +97,9 @@ def batch_norm(
             kept. For an activation that can be undone, ``"identity"`` or ``"leaky_relu"`` with a positive parameter,
             without ``residual`` and ``mask``. Gradients are those of the input as the rounded output tells it: in
             float16 and bfloat16 off by about the output's rounding. A channel whose weight is too small for that
-            (``abs(bias) > 8 * abs(weight)``, or a weight near the least normal number) keeps its input; on CUDA, to
-            see which do, forward waits for the device. Compiled it is out of place, and compilers plan memory
-            themselves.
+            (``abs(bias) > 8 * abs(weight)``, or a weight near the least normal number) keeps its input. To find those
+            channels, forward waits once for the device where backward needs the input: in training, or if ``weight``
+            requires grad. Compiled it is out of place, and compilers plan memory themselves.
 
     Returns:
         Shape, dtype (see ``residual``) and memory format of ``input``. Derivatives are exact to any order, in reverse
@@ -232,11 +232,13 @@ def named_batch_norm(
             return input.copy_(output)
     if mask is not None:
         check_mask(name, mask, input)
+        positions: tuple[Tensor, ...] = ()
         if training:
-            check_some_positions(name, mask, input)
-        # Evaluation needs no statistics of the positions: it normalizes all of them, those that are left out as zeros.
-        part_of = masked_rows if training else masked_zeros
-        part, residual_part = part_of(mask, input, residual)
+            positions = positions_of(mask)
+            check_some_positions(name, mask, input, positions)
+            part, residual_part = masked_rows(positions, input, residual)
+        else:  # which needs no statistics: all positions are normalized, those that are left out as zeros
+            part, residual_part = masked_zeros(mask, input, residual)
         if training and torch.compiler.is_compiling():  # what check_some_positions() sees to, for symbolic shapes
             torch._check(part.numel() != part.size(1))  # type: ignore[no-untyped-call]
         output = named_batch_norm(
@@ -259,7 +261,7 @@ def named_batch_norm(
             nonfinite_batches,
             update_in_backward=update_in_backward,
         )
-        return unmasked(mask, output, input) if training else masked_zeros(mask, output, None)[0]
+        return unmasked(positions, output, input) if training else masked_zeros(mask, output, None)[0]
     if residual is not None and getattr(residual, "dtype", None) != input.dtype:
         residual, rest = split_residual(input, residual)
         if rest is not None:

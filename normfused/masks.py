@@ -23,20 +23,28 @@ def check_mask(name: str, mask: Tensor, input: Tensor) -> None:
         raise ValueError(f"{name}: mask is on {mask.device}, but input is on {input.device}")
 
 
-def check_some_positions(name: str, mask: Tensor, input: Tensor) -> None:
+def check_some_positions(name: str, mask: Tensor, input: Tensor, positions: tuple[Tensor, ...]) -> None:
     """Raise where ``mask`` leaves nothing to train with. Compiled code raises ``RuntimeError``, when it runs."""
     if torch.compiler.is_compiling():
         torch._assert_async((mask.sum() > 1) | (input.numel() == 0), f"{name}: mask has less than 2 valid positions")
-    elif input.numel() != 0 and not mask.any():
+    elif input.numel() != 0 and positions[0].numel() == 0:
         raise ValueError(f"{name}: mask has no valid position")
 
 
-def masked_rows(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The positions of ``input`` and ``residual`` that are there, as the rows of matrices."""
+def positions_of(mask: Tensor) -> tuple[Tensor, ...]:
+    """The indices of the positions that are present. Their number is not known before the device has counted them.
+
+    This is the one point where a call with a mask waits for the device. Indexing by the mask would wait each time.
+    """
+    return mask.nonzero().unbind(1)
+
+
+def masked_rows(positions: tuple[Tensor, ...], input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """These positions of ``input`` and ``residual``, as the rows of matrices."""
     if residual is not None:
         check_residual(input, residual)
-        residual = residual.movedim(1, -1)[mask]
-    return input.movedim(1, -1)[mask], residual
+        residual = residual.movedim(1, -1)[positions]
+    return input.movedim(1, -1)[positions], residual
 
 
 def masked_zeros(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -47,7 +55,7 @@ def masked_zeros(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[
     return torch.where(mask.unsqueeze(1), reference.with_view(input), 0), residual
 
 
-def unmasked(mask: Tensor, rows: Tensor, input: Tensor) -> Tensor:
-    """The rows put back to where they were in ``input``; zeros elsewhere."""
-    output = rows.new_zeros(input.movedim(1, -1).shape).index_put((mask,), rows).movedim(-1, 1)
+def unmasked(positions: tuple[Tensor, ...], rows: Tensor, input: Tensor) -> Tensor:
+    """The rows put back to their positions in a tensor of ``input``'s shape; zeros elsewhere."""
+    output = rows.new_zeros(input.movedim(1, -1).shape).index_put(positions, rows).movedim(-1, 1)
     return reference.laid_out_as(output, input)

@@ -12,9 +12,11 @@ from normfused import _extension, agreement, dtensor, reference
 from normfused.agreement import Group
 from normfused.checks import is_transformed
 from normfused.functional import check_arguments, check_shape
-from normfused.masks import check_mask, masked_rows, unmasked
+from normfused.masks import check_mask, masked_rows, positions_of, unmasked
 from normfused.reference import values_per_channel
 from normfused.residuals import split_residual
+
+Positions = tuple[Tensor, ...]
 
 
 class Call(NamedTuple):
@@ -53,11 +55,11 @@ class Call(NamedTuple):
         updates = (self.running_var_correction, self.nonfinite_batches)
         check_arguments(self.input, self.weight, self.bias, *statistics, *after, *updates)
 
-    def of_rows(self) -> Call:
-        """The same of the positions that the mask names, which are now the rows of a matrix."""
-        if self.mask is None:
+    def of_rows(self, positions: Positions | None) -> Call:
+        """The same of these positions, which are now the rows of a matrix; ``None``: of all."""
+        if positions is None:
             return self
-        rows, residual = masked_rows(self.mask, self.input, self.residual)
+        rows, residual = masked_rows(positions, self.input, self.residual)
         return self._replace(input=rows, residual=residual)
 
     def without_rest(self) -> tuple[Call, Tensor | None]:
@@ -83,7 +85,8 @@ def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Ten
         RuntimeError: the collective fails. Otherwise as :class:`normfused.SyncBatchNorm`.
     """
     _refuse_transforms()
-    rows = [call.of_rows() for call in calls]
+    places = [None if call.mask is None else positions_of(call.mask) for call in calls]
+    rows = list(map(Call.of_rows, calls, places))
     if agreement.debugs():
         agreement.agree(group, ", ".join(map(Call.signature, rows, labels)))
     operands, rests = zip(*map(Call.without_rest, rows), strict=True)
@@ -91,13 +94,13 @@ def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Ten
         outputs = (_by_reference if _extension.C is None else _by_kernels)(group, labels, list(operands))
     except ValueError as error:
         raise ValueError(f"{' and '.join(labels)}: {error}") from error
-    return [_finished(*results) for results in zip(calls, outputs, rests, strict=True)]
+    return [_finished(*results) for results in zip(calls, places, outputs, rests, strict=True)]
 
 
-def _finished(call: Call, output: Tensor, rest: Tensor | None) -> Tensor:
+def _finished(call: Call, positions: Positions | None, output: Tensor, rest: Tensor | None) -> Tensor:
     if rest is not None:
         output = reference.ACTIVATIONS[call.activation](output + rest, call.activation_param)
-    return output if call.mask is None else unmasked(call.mask, output, call.input)
+    return output if positions is None else unmasked(positions, output, call.input)
 
 
 def _refuse_transforms() -> None:

@@ -50,7 +50,10 @@ struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const Mode& mode, const Call& call) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor kept = channels_to_keep(input, weight, bias, mode.activation), none;
+    // Finding them waits for the device. Without them only the gradients by constant statistics can be computed.
+    const bool reads_input = mode.training || needs_grad(weight);
+    const Tensor none, kept = reads_input ? channels_to_keep(input, weight, bias, mode.activation)
+                                          : at::empty({0}, input.options().dtype(at::kLong));
     const Tensor kept_input = kept.numel() > 0 ? input.index_select(1, kept) : none;
     // Has x's place in the graph, which the input is about to leave.
     Tensor place;
@@ -92,7 +95,16 @@ struct InPlaceFunction : torch::autograd::Function<InPlaceFunction> {
     };
 
     variable_list all;
-    if (at::GradMode::is_enabled() || has_tangent(grad) || in_transform()) {
+    if (!mode.training && !wanted[kWeight]) {
+      // x has no part in these gradients, and the activation's depends on the sign of y, whatever the weights are.
+      const bool leaky = mode.activation.kind == ActivationKind::kLeakyRelu;
+      const Tensor through =
+          leaky ? at::leaky_relu_backward(grad, output, mode.activation.parameter, /*self_is_result=*/true) : grad;
+      const auto [grad_input, grad_weight, grad_bias, unused] =
+          batch_norm_backward(through, output, weight, statistics, false, wanted, std::nullopt, std::nullopt,
+                              std::nullopt, name_of(Activation{}), 0);
+      all = {grad_input, grad_weight, grad_bias};
+    } else if (at::GradMode::is_enabled() || has_tangent(grad) || in_transform()) {
       // To be differentiated again, with respect to the x that there was.
       const Tensor x = input_of(output, weight, bias, statistics, kept, kept_input, mode.activation);
       if (place.defined()) set_gradient_edge(x, torch::autograd::impl::gradient_edge(place));
