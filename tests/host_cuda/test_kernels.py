@@ -109,7 +109,8 @@ def test_every_barrier_and_fence_is_needed(cache: Path, tmp_path: Path) -> None:
         pytest.param(
             "reduce.cuh",
             {
-                "  join_lanes<Op>(sums, plan.lanes);": "  if (threadIdx.x < 9) __syncthreads();\n  join_lanes<Op>(sums, plan.lanes);"
+                "  join_lanes<Op>(sums, plan.lanes);": "  if (threadIdx.x < 9) __syncthreads();\n"
+                "  join_lanes<Op>(sums, plan.lanes);"
             },
             r"FAILED statistics of .*: .*__syncthreads \[.*reduce.cuh:\d+\]|divergent barrier: .*reduce.cuh:\d+",
             id="divergent barrier",
