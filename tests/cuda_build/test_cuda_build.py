@@ -188,13 +188,12 @@ def test_vectors_are_written_by_one_instruction(code: dict[str, Function]) -> No
     assert split == {}
 
 
-# Families, the cache hint of their loads, and how many are in flight. Three inputs share the registers: of these, one
-# vector each.
+# Families, the cache hint of their loads, and how many are in flight. Doubles and three inputs share the registers.
 LEAST_IN_FLIGHT = {
-    r"reduce_rows<GradSumsOp<\w+, true": ("", 3),
-    r"reduce_rows<(?!GradSumsOp<\w+, true)": ("", 4),
-    r"reduce_columns<\w+<(?!double)": ("", 6),
-    r"reduce_columns<\w+<double": ("", 3),
+    r"reduce_rows<(MomentsOp|GradSumsOp<\w+, false)": ("", 4),
+    r"reduce_rows<(SumsOp|GradSumsOp<\w+, true)": ("", 3),
+    r"reduce_columns<(Moments|GradSums)Op<(float|__half|__nv_bfloat16|short)": ("", 6),
+    r"reduce_columns<(SumsOp|\w+<(double|int|long))": ("", 3),
     r"apply_columns<GradInputOp<\w+, true": (".EF", 3),
     r"apply_(?!columns<GradInputOp<\w+, true)": (".EF", 4),
 }

@@ -135,7 +135,7 @@ template <class Op, int kValues>
 NF_DEVICE void load_coefficients(const Table<Op>& table, int64_t first, const ColumnsPlan& plan,
                                  const ColumnWalk<kValues>& walk, Coefficients<Op> (&coefficients)[kValues]) {
   using Row = Vector<typename Op::S, kValues>;
-  if (!Op::kPrepares && plan.plain()) {
+  if (!Op::kPrepares && sizeof(Row) <= 32 && plan.plain()) {  // doubles would be more than there are registers for
 #pragma unroll
     for (int k = 0; k < Op::kCoefficients; ++k) {
       const Row row = Row::load(table.data + k * table.stride + walk.column);
@@ -184,7 +184,11 @@ NF_DEVICE void apply_column_walk(const Op& op, const ColumnsPlan& plan, int64_t 
       if (there[r]) apply_vector<Op, kValues>(op, inputs[r], choose, offsets[r], kWhole<kValues>, streaming);
   };
   while (walk.has(kRows) && (plan.repeat == 1 || walk.ahead(kRows - 1) + kValues <= numel)) round(std::true_type{});
-  if (walk.has(1)) round(std::false_type{});
+  if constexpr (kRows > 1) {
+    if (walk.has(1)) round(std::false_type{});
+  } else if (walk.has(1)) {  // none is left but the last row of all, where it is short
+    end = walk.next();
+  }
   if (end < numel) {
     Inputs<Op, kValues> inputs;
     load_inputs<Op, kValues>(op, end, inputs, numel);

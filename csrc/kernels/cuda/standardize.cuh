@@ -70,10 +70,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   using S = compute_t<T>;
   using In = Vector<T, kValues>;
   NF_SHARED(T, turned, [kImageTileValues]);  // (pixels, channels)
-  const int64_t block = blockIdx.x;
-  const int64_t p0 = block % tiles.along * tiles.length,
-                c0 = tiles.first + block / tiles.along % tiles.across * tiles.width;
-  const int64_t image = block / tiles.along / tiles.across * tiles.channels * tiles.pixels;
+  const auto tiles_along = static_cast<unsigned>(tiles.along), tiles_across = static_cast<unsigned>(tiles.across);
+  const unsigned tile = blockIdx.x % tiles_along, row = blockIdx.x / tiles_along;
+  const int64_t p0 = int64_t{tile} * tiles.length, c0 = tiles.first + int64_t{row % tiles_across} * tiles.width;
+  const int64_t image = int64_t{row / tiles_across} * tiles.channels * tiles.pixels;
   const int length = static_cast<int>(tiles.pixels - p0 < tiles.length ? tiles.pixels - p0 : tiles.length);
   const int width = static_cast<int>(tiles.last - c0 < tiles.width ? tiles.last - c0 : tiles.width);
   const int across = length / kValues, count = across * width;  // vectors of a row, and of the tile
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     out.store(output + offset, true);
   };
   const auto write_rows = [&](int i, const auto& value_of) {
-    const int row = row_of(i);
-    write(in_rows(i), value_of, [&](int) { return row; });
+    const int channel = row_of(i);
+    write(in_rows(i), value_of, [&](int) { return channel; });
   };
   const auto write_pixels = [&](int i, const auto& value_of) {
     write(in_pixels(i), value_of, [&](int j) { return (i * kValues + j) % width; });
