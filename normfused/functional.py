@@ -23,7 +23,7 @@ from normfused.checks import (
     is_transformed,
     needs_torchs_operators,
 )
-from normfused.masks import check_mask, check_some_positions, masked_rows, masked_zeros, positions_of, unmasked
+from normfused.masks import check_mask, masked_rows, masked_zeros, some_positions_of, unmasked
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 from normfused.residuals import check_residual, split_residual
 from normfused.standardization import standardize, standardize_
@@ -234,12 +234,11 @@ def named_batch_norm(
         check_mask(name, mask, input)
         positions: tuple[Tensor, ...] = ()
         if training:
-            positions = positions_of(mask)
-            check_some_positions(name, mask, input, positions)
+            positions = some_positions_of(name, mask, input)
             part, residual_part = masked_rows(positions, input, residual)
         else:  # which needs no statistics: all positions are normalized, those that are left out as zeros
             part, residual_part = masked_zeros(mask, input, residual)
-        if training and torch.compiler.is_compiling():  # what check_some_positions() sees to, for symbolic shapes
+        if training and torch.compiler.is_compiling():  # what some_positions_of() sees to, for symbolic shapes
             torch._check(part.numel() != part.size(1))  # type: ignore[no-untyped-call]
         output = named_batch_norm(
             name,

@@ -23,20 +23,23 @@ def check_mask(name: str, mask: Tensor, input: Tensor) -> None:
         raise ValueError(f"{name}: mask is on {mask.device}, but input is on {input.device}")
 
 
-def check_some_positions(name: str, mask: Tensor, input: Tensor, positions: tuple[Tensor, ...]) -> None:
-    """Raise where ``mask`` leaves nothing to train with. Compiled code raises ``RuntimeError``, when it runs."""
-    if torch.compiler.is_compiling():
-        torch._assert_async((mask.sum() > 1) | (input.numel() == 0), f"{name}: mask has less than 2 valid positions")
-    elif input.numel() != 0 and positions[0].numel() == 0:
-        raise ValueError(f"{name}: mask has no valid position")
-
-
 def positions_of(mask: Tensor) -> tuple[Tensor, ...]:
     """The indices of the positions that are present. Their number is not known before the device has counted them.
 
     This is the one point where a call with a mask waits for the device. Indexing by the mask would wait each time.
     """
     return mask.nonzero().unbind(1)
+
+
+def some_positions_of(name: str, mask: Tensor, input: Tensor) -> tuple[Tensor, ...]:
+    """The same. Raises where there is nothing to train with; compiled code raises ``RuntimeError`` when it runs."""
+    compiling = torch.compiler.is_compiling()
+    if compiling:  # first, because compilers check the number of positions too, with a message of their own
+        torch._assert_async((mask.sum() > 1) | (input.numel() == 0), f"{name}: mask has less than 2 valid positions")
+    positions = positions_of(mask)
+    if not compiling and input.numel() != 0 and positions[0].numel() == 0:
+        raise ValueError(f"{name}: mask has no valid position")
+    return positions
 
 
 def masked_rows(positions: tuple[Tensor, ...], input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
