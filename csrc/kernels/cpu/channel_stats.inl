@@ -116,9 +116,11 @@ void repair_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, 
   for (int64_t c = c0; c < c1; ++c) {
     if (results(1, c) <= std::numeric_limits<double>::max()) continue;
     bool holds_nan = false;
-    double sum = 0, m2 = 0;
+    double sum = 0, m2 = 0, low = std::numeric_limits<double>::infinity(), high = -low;
     each_value(op.input, view, c, [&](double value) {
       sum += value;
+      low = value < low ? value : low;
+      high = value > high ? value : high;
       holds_nan = value != value;
       return !holds_nan;
     });
@@ -133,6 +135,10 @@ void repair_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, 
     });
     results(0, c) = mean;
     results(1, c) = m2;
+    if constexpr (kExtremes) {
+      results(2, c) = low;
+      results(3, c) = high;
+    }
   }
 }
 
