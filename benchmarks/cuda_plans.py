@@ -188,7 +188,7 @@ def _path(plan: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", default="main", help="revision that stands for before")
+    parser.add_argument("--against", default="main", help="revision to compare with")
     revision = parser.parse_args().against
     device = Device()
     print(f"Predictions of a model of the {device.name}, not measurements. T: bytes of the tensor.")

@@ -51,8 +51,8 @@ class Report:
         parts = (self.machine, self.settings, self.results, self.memory, self.failures)
         (folder / "table.md").write_text(tables.render(*parts))
         plots.draw(self.machine, self.results, folder)
-        print(tables.summary(*parts))
-        print(f"\nwritten to {folder}")
+        print(tables.render(*parts, every_case=False))
+        print(f"written to {folder}")
 
     def fail(self, case: Case, message: str) -> None:
         self.failures.append({"name": case.name, "error": message})

@@ -29,18 +29,9 @@ def render(
     results: list[Result],
     memory: list[Growth],
     failures: Failures = (),
+    every_case: bool = True,
 ) -> str:
-    """Summary first, then every case."""
-    return "\n\n".join([summary(machine, settings, results, memory, failures), *_details(results)]) + "\n"
-
-
-def summary(
-    machine: dict[str, Any],
-    settings: dict[str, Any],
-    results: list[Result],
-    memory: list[Growth],
-    failures: Failures = (),
-) -> str:
+    """Summary first, then every case, unless left out."""
     parts = [
         f"# {machine.get('gpu', machine['cpu'])}",
         _describe(machine, settings, results),
@@ -59,7 +50,7 @@ def summary(
     if failures:
         rows = [(failure["name"], failure["error"].replace("|", "\\|")) for failure in failures]
         parts += ["## Wrong or not measured", table(("case", "why"), rows, text_columns=2)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *(_details(results) if every_case else [])]) + "\n"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:

@@ -20,7 +20,7 @@ class Decision(NamedTuple):
 
 
 class Architectures(NamedTuple):
-    """What is compiled for, as in ``TORCH_CUDA_ARCH_LIST``; and what was asked for that cannot be."""
+    """What is compiled for, as in ``TORCH_CUDA_ARCH_LIST``; and what was requested but cannot be."""
 
     chosen: list[str]
     dropped: list[str]
@@ -105,7 +105,7 @@ def choose_architectures(
 
 
 def _known_by_number(name: str, nvcc: Collection[str]) -> bool:
-    """Whether nvcc knows what is asked for. torch turns names such as Hopper into numbers, and answers for them."""
+    """Whether nvcc knows a requested architecture. Names such as Hopper are known to torch alone, which has numbers."""
     number = re.match(r"\d+\.\d+", name)
     return number is None or number[0] in nvcc
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from normfused.functional import INTEGERS, check_activation, check_undoable, local_response_norm, named_batch_norm
+from normfused.arguments import check_activation, check_undoable
+from normfused.functional import INTEGERS, local_response_norm, named_batch_norm
 from normfused.reference import ACTIVATION_PARAMS, is_in_backward
 from normfused.scripting import scriptable
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from normfused import _extension, agreement, dtensor, reference
 from normfused.agreement import Group
+from normfused.arguments import check_arguments, check_shape
 from normfused.checks import is_transformed
-from normfused.functional import check_arguments, check_shape
 from normfused.masks import check_mask, masked_rows, positions_of, unmasked
 from normfused.reference import values_per_channel
 from normfused.residuals import split_residual

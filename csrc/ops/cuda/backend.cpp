@@ -42,11 +42,13 @@ unsigned* zeros(int device, int64_t count) {
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);  // allows cudaMalloc in a capture
   const size_t bytes = static_cast<size_t>(count) * sizeof(unsigned);
   void* memory = nullptr;
-  if (cudaMalloc(&memory, bytes) == cudaErrorMemoryAllocation) {
+  cudaError_t error = cudaMalloc(&memory, bytes);
+  if (error == cudaErrorMemoryAllocation) {  // torch may keep memory that it does not use
     (void)cudaGetLastError();
     c10::cuda::CUDACachingAllocator::emptyCache();
-    C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
+    error = cudaMalloc(&memory, bytes);
   }
+  C10_CUDA_CHECK(error);
   // Not on the legacy stream: it waits for streams that may be capturing.
   cudaStream_t stream = nullptr;
   C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
