@@ -75,10 +75,11 @@ class Kernels(NamedTuple):
     wide_stores: bool  # plain stores of 16 bytes are one instruction
     predicated_rest: bool  # the rest of a thread's vectors is one round
     finish: float  # microseconds of what follows the merge, in loads that wait for each other
+    gap: float  # microseconds between two launches that depend on each other
 
 
-BEFORE = Kernels(flat_in_flight=1, wide_stores=False, predicated_rest=False, finish=3.5)
-NOW = Kernels(flat_in_flight=4, wide_stores=True, predicated_rest=True, finish=2.5)
+BEFORE = Kernels(flat_in_flight=1, wide_stores=False, predicated_rest=False, finish=3.5, gap=1.0)
+NOW = Kernels(flat_in_flight=4, wide_stores=True, predicated_rest=True, finish=2.5, gap=0.3)
 RESIDENT = 2  # blocks of a reduction on a multiprocessor, by their registers
 LAUNCH = 2.0  # start and end of a launch in a stream
 MASKED = 2.0  # how much longer rounds are whose vectors need masks
@@ -133,7 +134,8 @@ def predict(case: Case, plan: dict[str, Any], kernels: Kernels, device: Device) 
     reduction = max(by_bandwidth, rounds * device.latency * math.ceil(waves))
     if plan["single"]:
         return LAUNCH + reduction + kernels.finish + rounds * 0.1 + 0.8
-    return 2 * LAUNCH - 1 + reduction + _merge(case, plan) + kernels.finish + _application(case, plan, kernels, device)
+    between = _merge(case, plan) + kernels.finish + kernels.gap
+    return LAUNCH + reduction + between + _application(case, plan, kernels, device)
 
 
 def _merge(case: Case, plan: dict[str, Any]) -> float:

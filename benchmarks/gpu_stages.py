@@ -7,10 +7,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 from pytest_record import count
 from stage_runner import Command, NotProven, last_line
@@ -77,10 +78,14 @@ def operators(context: Context, seconds: float) -> list[Command]:
 # Four operations of one shape, in four variants, and the small call in four.
 FIRST = "^(training_forward|training_forward_backward|eval_forward|channel_moments)-256x512x28x28|^small_call"
 GRAPHS = "^(training_forward|training_forward_backward|eval_forward|channel_moments)-32x"
+# Shapes whose launches are so short that the gap between two counts.
+OVERLAP = "^training_forward_backward-32x(64x56|512x28|256x14|2048x7)x"
 COMPILED = "^(training|add_relu)_forward_backward-256x(64x56|2048x7)x"  # each compiles for some ten seconds
 
 
-def report(name: str, only: str, *options: str, tiny: str) -> Plan:
+def report(
+    name: str, only: str, *options: str, tiny: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> Plan:
     """Cases of the grid by report.py; `tiny` are those of a rehearsal."""
 
     def plan(context: Context, seconds: float) -> list[Command]:
@@ -100,7 +105,7 @@ def report(name: str, only: str, *options: str, tiny: str) -> Plan:
             return last_line(output)
 
         command = python("report.py", *where, *size, *options, *time)
-        return [Command(command, judge, accepted=(0, 3))]
+        return [Command(command, judge, environment, accepted=(0, 3))]
 
     return plan
 
@@ -154,6 +159,7 @@ def pytest(context: Context, name: str, workers: int, *arguments: str) -> Comman
     settings = {
         "NORMFUSED_TEST_RECORD": str(record),
         "NORMFUSED_TEST_DEVICE": context.device,
+        "PYTEST_ADDOPTS": "",  # no option that leaves tests out
         # Several processes share the cores.
         "OMP_NUM_THREADS": "2",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -242,6 +248,24 @@ STAGES = {
             report("n256", "-256x", tiny="^training_forward.*-2x8x6x6-bfloat16"),
         ),
         Stage("public", 80, "published cases", script("public_rows.py")),
+        Stage(
+            "overlap",
+            50,
+            "forward and backward of 16 small cases, where an application overlaps with its reduction",
+            report("overlap", OVERLAP, "--quick", tiny="^eval_forward-2x8.*float32-NCHW"),
+        ),
+        Stage(
+            "serial",
+            50,
+            "the same with NORMFUSED_CUDA_OVERLAP=0",
+            report(
+                "serial",
+                OVERLAP,
+                "--quick",
+                tiny="^eval_forward-2x8.*float32-NCHW",
+                environment={"NORMFUSED_CUDA_OVERLAP": "0"},
+            ),
+        ),
         Stage("n32", 210, "the grid at batch 32", report("n32", "-32x|small_call", tiny="-2x5x7x7-float32-NCHW")),
         Stage(
             "graphs",
@@ -269,7 +293,7 @@ STAGES = {
 # What fits one command of 540 s, in the order of worth: what comes last is what may be cut off.
 RUNS = {
     "run-1": ("build", "operators", "first", "test"),
-    "run-2": ("build", "n256", "public"),
+    "run-2": ("build", "n256", "public", "overlap", "serial"),
     "run-3": ("build", "n32", "graphs", "memcheck", "racecheck", "synccheck", "initcheck"),
     "run-4": ("build", "compile", "large", "memory", "activations", "images"),
 }

@@ -228,7 +228,8 @@ def test_the_plugin_records_each_outcome(tmp_path: Path) -> None:
     file = tmp_path / "record.jsonl"
     environment = {**os.environ, "NORMFUSED_TEST_RECORD": str(file), "NORMFUSED_TEST_DEVICE": "cuda"}
     environment["PYTHONPATH"] = str(BENCHMARKS)
-    environment.pop("PYTEST_XDIST_WORKER", None)
+    for of_this_run in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
+        environment.pop(of_this_run, None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_record", str(tmp_path)]
     command.append("--continue-on-collection-errors")
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
@@ -386,7 +387,8 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
     out = tmp_path_factory.mktemp("out")
     paths = [str(Path(normfused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OUT": str(out), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment.pop("PYTEST_XDIST_WORKER", None)  # this process's
+    for of_this_run in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
+        environment.pop(of_this_run, None)
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--rehearse"]
     return subprocess.run(command, env=environment, capture_output=True, text=True), out
 
@@ -405,7 +407,7 @@ def test_a_rehearsal_runs_every_stage(rehearsal: tuple[subprocess.CompletedProce
         names = set(tar.getnames())
     for stage in set(STAGES) - set(skipped):
         assert f"./logs/{stage}.log" in names
-    measured = [f"{name}/results.json" for name in ("first", "n256", "n32", "graphs", "compile")]
+    measured = [f"{name}/results.json" for name in ("first", "n256", "overlap", "serial", "n32", "graphs", "compile")]
     for name in (*measured, "memory.json", "activations.json", "images.json", "public.json", "test.jsonl"):
         assert f"./{name}" in names
 

@@ -237,6 +237,22 @@ def test_loads_wait_for_no_division(code: dict[str, Function]) -> None:
     assert [name for name, function in code.items() if divides_before_it_loads(function)] == []
 
 
+def test_launches_overlap(code: dict[str, Function]) -> None:
+    """A reduction allows the next launch before it reads, an application waits before it touches memory."""
+    reducing = {name: function for name, function in code.items() if name.startswith("reduce_")}
+    applying = {name: function for name, function in code.items() if name.startswith("apply_")}
+    assert len(reducing) > 25
+    assert len(applying) > 25
+
+    def comes_late(function: Function, instruction: str) -> bool:
+        text = function.instructions
+        first = next((i for i, line in enumerate(text) if re.search(r"\b(LD|LDG|ST|STG|RED|ATOM\w*)\b", line)), 0)
+        return not any(instruction in line for line in text[:first])
+
+    assert [name for name, function in reducing.items() if comes_late(function, "PREEXIT")] == []
+    assert [name for name, function in applying.items() if comes_late(function, "ACQBULK")] == []
+
+
 def test_repairs_keep_loads_in_flight(code: dict[str, Function]) -> None:
     """A channel that is computed again in double is read without a division for each value, which is a call."""
     pattern = re.compile(r"reduce_\w+<MomentsOp<(float|__half|__nv_bfloat16),")  # which sum in float otherwise

@@ -10,7 +10,7 @@ namespace normfused {
 namespace {
 
 // A small device: tensors of some thousand values are split, and large ones are streamed.
-constexpr cuda::DeviceLimits kDevice{4, 1 << 20};
+constexpr cuda::DeviceLimits kDevice{4, 1 << 20, true};
 
 template <class Args, cudaError_t (*kernel)(const Args&, cuda::Resources&)>
 void run(const Args& args, const at::Device&) {

@@ -12,7 +12,7 @@ using namespace normfused::testing;
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr cuda::DeviceLimits kDevice{1, 0};
+constexpr cuda::DeviceLimits kDevice{1, 0, true};
 
 struct Data {
   ChannelView view;
@@ -45,29 +45,47 @@ void statistics(const ChannelView& view, bool extreme, int group) {
   std::vector<double> mean(view.channels), m2(view.channels);
   const cuda::MomentsOp<float, false> op{data.x.data(), view};
   reduce(op, cuda::WriteResults<double>{{mean.data(), m2.data()}}, cuda::Nothing{}, plan, resources);
+  cudahost::synchronize();
   for (int64_t c = 0; c < view.channels; ++c) {
     expect_near("mean", c, mean[c], data.mean[c], 1e-6 * std::abs(data.mean[c]));
     expect_near("m2", c, m2[c], data.m2[c], 1e-5 * data.m2[c]);
   }
 }
 
-void one_launch(const ChannelView& view) {
+// In one launch, or in place in two that overlap, with a cumulative average. In one, vectors that neighbouring rows
+// share are read by the one while the other writes its part of them.
+void training(const ChannelView& view, int launches) {
   current = "training of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
             std::to_string(view.inner);
   const Data data(view, false);
   HostResources resources(kDevice);
-  const cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, true, true, kDevice);
-  if (!plan.single()) std::abort();
-  std::vector<float> output(view.numel()), table(3 * view.channels);
+  const cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, true, launches == 1, kDevice);
+  if (plan.single() != (launches == 1)) std::abort();
+  std::vector<float> output = data.x, table(3 * view.channels), running_mean(view.channels, 8);
+  const float* const input = launches == 1 ? data.x.data() : output.data();
   std::vector<double> mean(view.channels), invstd(view.channels);
+  int64_t batches = 3;
   BatchNormForward args{};
   args.view = view;
   args.mean = mean.data();
   args.invstd = invstd.data();
   args.eps = 1e-5;
-  const cuda::MomentsOp<float, false> op{data.x.data(), view};
-  const cuda::NormalizeOp<float> normalize{data.x.data(), output.data(), table.data(), nullptr, nullptr, {}, nullptr};
-  reduce(op, cuda::FinishTraining<float>{args, table.data()}, normalize, plan, resources);
+  args.running_mean = {running_mean.data(), DType::kFloat32};
+  args.num_batches_tracked = &batches;
+  args.momentum = launches == 1 ? 0.25 : std::nan("");
+  const cuda::MomentsOp<float, false> op{input, view};
+  const cuda::NormalizeOp<float> normalize{input, output.data(), table.data(), &batches, nullptr, {}, nullptr};
+  const cuda::FinishTraining<float> finish{args, table.data()};
+  if (launches == 1) {
+    reduce(op, finish, normalize, plan, resources);
+  } else {
+    reduce(op, finish, cuda::Nothing{}, plan, resources);
+    apply(normalize, cuda::plan_apply(view, sizeof(float), sizeof(float), true, kDevice), nullptr, true);
+  }
+  cudahost::synchronize();
+  expect_near("num_batches_tracked", 0, static_cast<double>(batches), 4, 0);
+  for (int64_t c = 0; c < view.channels; ++c)
+    expect_near("running_mean", c, running_mean[c], 8 + (data.mean[c] - 8) / 4, 1e-5);
   for (int64_t i = 0; i < view.numel(); ++i) {
     const int64_t c = data.channel(i);
     const double invstd_wanted = 1 / std::sqrt(data.m2[c] / static_cast<double>(view.positions()) + 1e-5);
@@ -96,6 +114,7 @@ void gradients(const ChannelView& view) {
   HostResources resources(kDevice);
   reduce(cuda::GradSumsOp<float, false>{args}, cuda::FinishBackward<float, false>{args, table.data()}, cuda::Nothing{},
          plan, resources);
+  cudahost::synchronize();
   for (int64_t c = 0; c < view.channels; ++c) {
     expect_near("grad_weight", c, grad_weight[c], 0, 1e-3);
     expect_near("grad_bias", c, grad_bias[c], static_cast<double>(view.positions()), 0);
@@ -119,7 +138,8 @@ void inference(const ChannelView& view) {
   const cuda::NormalizeOp<float> normalize{data.x.data(), output.data(), nullptr, nullptr, nullptr, {}, nullptr};
   const cuda::ApplyPlan plan = cuda::plan_apply(view, sizeof(float), sizeof(float), true, kDevice);
   if (!plan.may_prepare()) std::abort();
-  apply(cuda::InferenceOp<float, false>{normalize, args}, plan, nullptr);
+  apply(cuda::InferenceOp<float, false>{normalize, args}, plan, nullptr, false);
+  cudahost::synchronize();
   for (int64_t i = 0; i < view.numel(); ++i)
     expect_near("output", i, output[i], (data.x[i] - running_mean[data.channel(i)]) / 2, 0);
   for (int64_t c = 0; c < view.channels; ++c) {
@@ -139,6 +159,7 @@ void windows(const ChannelView& view) {
     const cuda::WindowPlan plan = cuda::plan_windows(args);
     launch({dim3(static_cast<unsigned>(plan.tiles * plan.chunks)), dim3(cuda::kThreads), nullptr}, kernel, args, plan,
            response_of<float>(args));
+    cudahost::synchronize();
   };
   // The channels before and after that of value i, of whose values f is summed with its own.
   const auto window_sum = [&](int64_t i, const auto& f) {
@@ -172,6 +193,7 @@ void images(bool input_is_last) {
   for (int64_t c = 0; c < view.channels; ++c) prepare(normalization_of(args, c), constants.channel[c]);
   launch({dim3(static_cast<unsigned>(tiles.blocks(view.outer))), dim3(cuda::kThreads), nullptr},
          cuda::standardize_tiles<float, float, 1>, data.x.data(), output.data(), tiles, constants);
+  cudahost::synchronize();
   for (int64_t row = 0; row < view.outer * view.channels; ++row)
     for (int64_t p = 0; p < view.inner; ++p) {
       const int64_t last = (row / view.channels * view.inner + p) * view.channels + row % view.channels;
@@ -194,11 +216,13 @@ int main() {
       statistics({9, 4, 7}, true, group);   // columns of all channels' rows
     }
     gradients({90, 8, 1});
-    one_launch({3, 3, 49});
-    one_launch({9, 8, 7});
-    one_launch({1, 1, 200});  // all of a block for a channel
-    one_launch({90, 8, 1});
-    one_launch({90, 3, 1});
+    training({3, 3, 49}, 1);
+    training({9, 8, 7}, 1);
+    training({1, 1, 200}, 1);  // all of a block for a channel
+    training({90, 8, 1}, 1);
+    training({90, 3, 1}, 1);
+    training({3, 1, 200}, 2);
+    training({40, 8, 1}, 2);
     inference({2, 9, 160});
     inference({90, 8, 1});
     windows({2, 9, 5});

@@ -39,6 +39,9 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, CUDAHOST
   });
 }
 
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaGridDependencySynchronize() { cudahost::wait_for_previous_launch(); }
+
 inline void __threadfence() { cudahost::fence(); }
 // Loops that wait for another block must call it.
 inline void __nanosleep(unsigned, CUDAHOST_HERE) { cudahost::wait_as(cudahost::State::kSpinning, place); }

@@ -20,6 +20,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -45,7 +46,8 @@ struct Config {
   size_t shared_bytes = 0;  // dynamic
   cudaStream_t stream = nullptr;
   bool cooperative = false;
-  unsigned cluster = 1;  // blocks along x
+  unsigned cluster = 1;   // blocks along x
+  bool overlaps = false;  // it may start before the launch before it has ended
 };
 
 // Where in the source something was called from.
@@ -88,8 +90,8 @@ struct Thread : Fiber {
   State state;
   Place place;  // where it waits
   Exchange* exchange;
-  bool fenced;
-  const void* seen;  // the last location of its atomics
+  bool fenced, waited;  // `waited`: for the launch before
+  const void* seen;     // the last location of its atomics
 };
 
 struct Block {
@@ -326,6 +328,24 @@ CUDAHOST_HIDDEN void fence() {
   if (thread.block->seen != nullptr) __tsan_acquire(const_cast<void*>(thread.block->seen));
 }
 
+// --- launches one after the other
+
+// The race detector's clock of all launches so far. The host, and with it the next launch, falls behind it where that
+// one overlaps.
+inline char ended;
+inline std::vector<std::shared_ptr<void>> arguments_in_use;
+
+// The host waits for all launches.
+CUDAHOST_HIDDEN void synchronize() {
+  __tsan_acquire(&ended);
+  arguments_in_use.clear();
+}
+
+CUDAHOST_HIDDEN void wait_for_previous_launch() {
+  running.current->waited = true;
+  __tsan_acquire(&ended);
+}
+
 // --- launch
 
 CUDAHOST_HIDDEN void run_thread() {
@@ -335,6 +355,7 @@ CUDAHOST_HIDDEN void run_thread() {
   Block& block = *thread.block;
   const unsigned index = thread.rank / 32, lane = thread.rank % 32;
   Warp& warp = block.warps[index];
+  if (running.config.overlaps && !thread.waited) fail("exits without having waited for the launch before");
   thread.state = State::kExited;
   --running.alive;
   warp.exited |= 1u << lane;
@@ -560,14 +581,12 @@ CUDAHOST_HIDDEN void run(const Config& config, void (*call)(void*), void* argume
 
 #if defined(__SANITIZE_THREAD__)
   // Joined at the very end: blocks stay unordered, and no fiber takes the place of another in one launch.
-  static char joined;
   for (void* const fiber : fibers) {
     __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync);
-    __tsan_release(&joined);
+    __tsan_release(&ended);
     __tsan_switch_to_fiber(home.tsan, __tsan_switch_to_fiber_no_sync);
     __tsan_destroy_fiber(fiber);
   }
-  __tsan_acquire(&joined);
 #endif
   if (running.failed) throw Error(running.message);
 }
@@ -577,8 +596,11 @@ void launch(const Config& config, void (*kernel)(P...), A&&... args) {
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> args;
-  } call{kernel, std::tuple<P...>(std::forward<A>(args)...)};
-  run(config, [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->args); }, &call);
+  };
+  if (!config.overlaps) synchronize();
+  const std::shared_ptr<Call> call(new Call{kernel, std::tuple<P...>(std::forward<A>(args)...)});
+  arguments_in_use.push_back(call);
+  run(config, [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->args); }, call.get());
 }
 
 }  // namespace cudahost

@@ -15,7 +15,7 @@ from host_build import ADDRESS, HERE, KERNELS, LAUNCHERS, PLAIN, ROOT, THREAD, b
 
 EVERYTHING = [HERE / "main.cpp", *LAUNCHERS]
 BARRIERS = [HERE / "barriers.cpp", KERNELS / "plan.cpp"]
-BARRIER = re.compile(r"__(syncthreads|threadfence)\(\)")
+BARRIER = re.compile(r"(__syncthreads|__threadfence|(?<!void )wait_for_previous_launch)\(\)")
 
 
 def test_kernels_match_their_definition_in_three_orders(
@@ -89,6 +89,31 @@ def test_every_barrier_and_fence_is_needed(cache: Path, tmp_path: Path) -> None:
             if alive
         ]
     assert survivors == []
+
+
+WAIT = "  wait_for_previous_launch();\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(
+            {f"{WAIT}  op.before();\n  const int64_t": f"  op.before();\n{WAIT}  const int64_t"}, id="counter"
+        ),
+        pytest.param(
+            {
+                f"{WAIT}  op.before();\n  const unsigned": "  op.before();\n  const unsigned",
+                "block / tiles, streaming);\n": f"block / tiles, streaming);\n{WAIT}",
+            },
+            id="coefficients",
+        ),
+    ],
+)
+def test_waiting_late_for_the_launch_before_is_a_race(tmp_path: Path, change: dict[str, str]) -> None:
+    csrc = changed(tmp_path, "apply.cuh", change)
+    done = run(build(tmp_path, clang(), THREAD, [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
+    assert done.returncode != 0
+    assert "ThreadSanitizer: data race" in done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@
 // Coefficients lie in a table, (kCoefficients, channels), or, where blocks prepare them, in shared memory.
 #pragma once
 
+#include "kernels/cuda/device.cuh"
 #include "kernels/cuda/divider.h"
 #include "kernels/cuda/walk.cuh"
 
@@ -199,6 +200,7 @@ NF_DEVICE void apply_column_walk(const Op& op, const ColumnsPlan& plan, int64_t 
 template <class Op, int kValues>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     apply_columns(const Op op, const ColumnsPlan plan, const bool streaming) {
+  wait_for_previous_launch();
   op.before();
   const unsigned block = gridDim.x - 1 - blockIdx.x;  // against the order of memory
   const auto tiles = static_cast<unsigned>(plan.tiles);
@@ -306,6 +308,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   constexpr int kMost = vectors_within<Op, kValues>(8);
   constexpr int kTogether = kMost < kFlatVectors ? kMost : kFlatVectors;
   static_assert(kFlatVectors % kTogether == 0);
+  wait_for_previous_launch();
   op.before();
   const int64_t numel = plan.view.numel(), inner = plan.view.inner, channels = plan.view.channels;
   const int64_t block = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);  // against the order of memory
@@ -345,12 +348,12 @@ constexpr int planned_itemsize() {
   return sizeof(typename Op::T) > sizeof(typename Op::Output) ? sizeof(typename Op::T) : sizeof(typename Op::Output);
 }
 
-// Starts the kernel that a plan asks for.
+// Starts the kernel that a plan asks for. `overlaps`: it may start before the launch before it has ended.
 template <class Op>
-cudaError_t apply(const Op& op, const ApplyPlan& plan, cudaStream_t stream) {
+cudaError_t apply(const Op& op, const ApplyPlan& plan, cudaStream_t stream, bool overlaps) {
   constexpr int kValues = values_per_access(planned_itemsize<Op>());
   const auto config = [&](int64_t blocks) {
-    return LaunchConfig{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream};
+    return LaunchConfig{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, overlaps};
   };
   if (!plan.by_rows) {
     const ColumnsPlan& columns = plan.columns;

@@ -389,6 +389,7 @@ struct FinishBackward {
 // Runs a function of the channel for every channel.
 template <class F>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) each_channel(const F function, const int64_t channels) {
+  allow_next_launch();
   const int64_t c = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (c < channels) function(c);
 }

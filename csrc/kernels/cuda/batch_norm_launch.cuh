@@ -18,9 +18,14 @@ ApplyPlan apply_plan(const ChannelView& view, bool aligned, const Resources& res
   return plan_apply(view, planned_itemsize<Op>(), sizeof(typename Op::Output), aligned, resources.limits);
 }
 
+// By the coefficients that the launch before computes.
 template <class Op>
-cudaError_t apply_planned(const Op& op, const ChannelView& view, bool aligned, const Resources& resources) {
-  return apply(op, apply_plan<Op>(view, aligned, resources), resources.stream);
+cudaError_t apply_next(const Op& op, const ApplyPlan& plan, const Resources& resources) {
+  return apply(op, plan, resources.stream, resources.limits.overlap);
+}
+template <class Op>
+cudaError_t apply_next(const Op& op, const ChannelView& view, bool aligned, const Resources& resources) {
+  return apply_next(op, apply_plan<Op>(view, aligned, resources), resources);
 }
 
 // NormalizeOp, with its mask as it must be before. Nobody but the owner of a byte writes it, unless values go one by
@@ -63,7 +68,7 @@ cudaError_t BatchNormOf<T>::training(const BatchNormForward& args, Resources& re
     if constexpr (!fused())
       if (plan.single()) return reduce(moments, finish, normalize, plan, resources);
     error = reduce(moments, finish, Nothing{}, plan, resources);
-    return error != cudaSuccess ? error : apply_planned(normalize, args.view, aligned, resources);
+    return error != cudaSuccess ? error : apply_next(normalize, args.view, aligned, resources);
   });
 }
 
@@ -78,9 +83,9 @@ cudaError_t BatchNormOf<T>::inference(const BatchNormForward& args, Resources& r
     Normalize normalize;
     cudaError_t error = prepare_normalize(args, aligned, nullptr, table, resources, normalize);
     if (error != cudaSuccess) return error;
-    if (plan.may_prepare()) return apply(InferenceOp<T, fused()>{normalize, args}, plan, resources.stream);
+    if (plan.may_prepare()) return apply(InferenceOp<T, fused()>{normalize, args}, plan, resources.stream, false);
     error = for_each_channel(PrepareInference<S>{args, table}, args.view.channels, resources.stream);
-    return error != cudaSuccess ? error : apply(normalize, plan, resources.stream);
+    return error != cudaSuccess ? error : apply_next(normalize, plan, resources);
   });
 }
 
@@ -103,8 +108,8 @@ cudaError_t BatchNormOf<T>::backward(const BatchNormBackward& args, Resources& r
     const bool aligned = all_aligned(grad_output, input, residual, grad_input, grad_residual);
     const auto apply_last = [&] {
       if (grad_input == nullptr) return cudaSuccess;
-      return args.training || fused() ? apply_planned(through, args.view, aligned, resources)
-                                      : apply_planned(past, args.view, aligned, resources);
+      return args.training || fused() ? apply_next(through, args.view, aligned, resources)
+                                      : apply_next(past, args.view, aligned, resources);
     };
 
     const FinishBackward<S, fused()> finish{args, table};

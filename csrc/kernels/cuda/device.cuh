@@ -9,6 +9,22 @@ namespace normfused::cuda {
 inline constexpr int kWarps = kThreads / kWarp;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Launches that overlap, by programmatic dependent launch. The next launch in the stream may start once every block of
+// this one has called allow_next_launch() or has ended.
+NF_DEVICE void allow_next_launch() {
+#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// Waits until the launch before this one has ended and what it wrote is visible. It must never itself allow the next
+// launch earlier: that one relies on all launches before this one having ended.
+NF_DEVICE void wait_for_previous_launch() {
+#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+  cudaGridDependencySynchronize();
+#endif
+}
+
 // How many neighbouring threads of a block there are for each of `count` things: a power of two.
 NF_DEVICE int lanes_for(int64_t count) {
   int lanes = kThreads;

@@ -24,6 +24,9 @@ class Resources {
   const cudaStream_t stream;
 };
 
+// Whether the current device and the code compiled for it let launches overlap.
+bool launches_overlap();
+
 cudaError_t batch_norm_training(const BatchNormForward& args, Resources& resources);
 cudaError_t batch_norm_inference(const BatchNormForward& args, Resources& resources);
 cudaError_t batch_norm_backward(const BatchNormBackward& args, Resources& resources);

@@ -12,6 +12,7 @@ namespace normfused::cuda {
 struct DeviceLimits {
   int multiprocessors;
   int64_t l2_bytes;
+  bool overlap = false;  // an application may start before the reduction before it has ended
 };
 
 #ifndef NORMFUSED_CUDA_THREADS

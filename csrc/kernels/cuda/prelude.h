@@ -27,6 +27,9 @@ namespace normfused::cuda {
 struct LaunchConfig {
   dim3 grid, block;
   cudaStream_t stream;
+  // The launch may start before the one before it in the stream has ended, where the device can (may_overlap()): its
+  // kernel calls wait_for_previous_launch() before it touches memory.
+  bool overlaps = false;
 };
 
 template <class... P, class... A>
@@ -36,9 +39,15 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... args
   launch.gridDim = config.grid;
   launch.blockDim = config.block;
   launch.stream = config.stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  launch.attrs = &overlap;
+  launch.numAttrs = config.overlaps ? 1 : 0;
   return cudaLaunchKernelEx(&launch, kernel, std::forward<A>(args)...);
 #else
-  cudahost::launch({config.grid, config.block, 0, config.stream}, kernel, std::forward<A>(args)...);
+  cudahost::launch({config.grid, config.block, 0, config.stream, false, 1, config.overlaps}, kernel,
+                   std::forward<A>(args)...);
   return cudaSuccess;
 #endif
 }
@@ -56,6 +65,25 @@ int resident_blocks(Kernel kernel, int threads, int otherwise) {
   (void)kernel, (void)threads;
 #endif
   return otherwise;
+}
+
+// Whether launches of this kernel, and of all that are compiled for the same architectures, may overlap on the current
+// device. The instruction that waits exists since compute capability 9.0. A newer device can run code compiled for an
+// older one, without it: so the code is asked, not the device. Stream capture records overlap since CUDA 12.3.
+template <class Kernel>
+bool may_overlap(Kernel kernel) {
+#if defined(__CUDACC__)
+  cudaFuncAttributes code{};
+  int runtime = 0, driver = 0;
+  if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess && cudaRuntimeGetVersion(&runtime) == cudaSuccess &&
+      cudaDriverGetVersion(&driver) == cudaSuccess)
+    return code.ptxVersion >= 90 && runtime >= 12030 && driver >= 12030;
+  (void)cudaGetLastError();  // the launch itself will tell
+  return false;
+#else
+  (void)kernel;
+  return true;
+#endif
 }
 
 }  // namespace normfused::cuda

@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_rows(const Op op, const Finish finish, const Apply apply, const RowsPlan plan,
                 const Partials<typename Op::Sum> partials) {
   using Sum = typename Op::Sum;
+  allow_next_launch();
   const int lane = threadIdx.x % plan.lanes, groups = kThreads / plan.lanes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * groups, channel = first + threadIdx.x / plan.lanes;
   const int64_t last = first + groups < plan.view.channels ? first + groups : plan.view.channels;
@@ -296,6 +297,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_columns(const Op op, const Finish finish, const Apply apply, const ColumnsPlan plan,
                    const Partials<typename Op::Sum> partials) {
   using Sum = typename Op::Sum;
+  allow_next_launch();
   NF_SHARED(typename Op::State, states, [kThreads * kValues]);
   ColumnWalk<kValues> walk(plan, blockIdx.x, blockIdx.y);
   const int count = plan.tile_channels(), across = plan.width * kValues;

@@ -9,6 +9,8 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -18,6 +20,12 @@
 namespace normfused::ops {
 
 namespace {
+
+// NORMFUSED_CUDA_OVERLAP=0 starts each launch after the one before it has ended, to measure what overlap gains.
+bool overlap_wanted() {
+  const char* const text = std::getenv("NORMFUSED_CUDA_OVERLAP");
+  return text == nullptr || std::strcmp(text, "0") != 0;
+}
 
 // Asked of the driver once for each device.
 const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
@@ -29,6 +37,8 @@ const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
           cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, static_cast<int>(i)));
       C10_CUDA_CHECK(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, static_cast<int>(i)));
       all[i].l2_bytes = l2_bytes;
+      const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(i));
+      all[i].overlap = overlap_wanted() && cuda::launches_overlap();
     }
     return all;
   }();
