@@ -37,7 +37,9 @@ def run(
     arguments = parser.parse_args()
     tiny = rehearse is not None and arguments.tiny
     if normfused.info()["extension"] != "loaded":
-        print(f"nothing to measure, the extension is not loaded: {normfused.info()['why_fallback']}", file=sys.stderr)
+        print(
+            f"nothing to measure, the extension is not loaded: {normfused.info()['fallback_reason']}", file=sys.stderr
+        )
         return 1
     torch.set_num_threads(arguments.threads)
     description = machine.describe(arguments.device)

@@ -39,6 +39,6 @@ def measured_device() -> str:
 def device(request: pytest.FixtureRequest) -> str:
     info = normfused.info()
     if info["extension"] != "loaded":
-        pytest.skip(f"nothing to measure, the extension is not loaded: {info['why_fallback']}")
+        pytest.skip(f"nothing to measure, the extension is not loaded: {info['fallback_reason']}")
     torch.set_num_threads(request.config.getoption("--threads"))
     return measured_device()

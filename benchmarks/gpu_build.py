@@ -112,7 +112,7 @@ def check(folder: str = "", *, cuda: bool = False) -> int:
     info = normfused.info()
     print(*(f"{key}: {value}" for key, value in info.items()), sep="\n")
     assert (normfused.__file__ or "").startswith(folder), f"{normfused.__file__} was imported, not that of {folder}"
-    assert info["extension"] == "loaded", info["why_fallback"]
+    assert info["extension"] == "loaded", info["fallback_reason"]
     assert info["cuda"] or not cuda, "normfused was built without CUDA"
     print("loaded", "with CUDA" if info["cuda"] else "without CUDA")
     return 0

@@ -152,7 +152,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder; benchmarks/results/<device>")
     arguments = parser.parse_args()
     if normfused.info()["extension"] != "loaded":
-        print(f"nothing to measure, the extension is not loaded: {normfused.info()['why_fallback']}", file=sys.stderr)
+        print(
+            f"nothing to measure, the extension is not loaded: {normfused.info()['fallback_reason']}", file=sys.stderr
+        )
         return 1
     torch.set_num_threads(arguments.threads)
     device = arguments.device

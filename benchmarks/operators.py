@@ -221,7 +221,7 @@ def main() -> int:
     parser.add_argument("--planted", action="store_true", help="read freed memory; for CUDA")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the rows as JSON")
     arguments = parser.parse_args()
-    assert normfused.info()["extension"] == "loaded", normfused.info()["why_fallback"]
+    assert normfused.info()["extension"] == "loaded", normfused.info()["fallback_reason"]
     if arguments.planted:
         planted()
     shapes = TINY if arguments.tiny else SHAPES[:2] if arguments.few else SHAPES

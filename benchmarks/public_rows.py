@@ -203,7 +203,7 @@ def main() -> int:
         return 0
     if arguments.device == "cpu" and not arguments.tiny:
         parser.error("the rows are of GPUs: on a CPU only with --tiny")
-    assert normfused.info()["extension"] == "loaded", normfused.info()["why_fallback"]
+    assert normfused.info()["extension"] == "loaded", normfused.info()["fallback_reason"]
     description = machine.describe(arguments.device)
     folder: Path = arguments.out or RESULTS / machine.slug(description)
     folder.mkdir(parents=True, exist_ok=True)

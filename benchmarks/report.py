@@ -87,7 +87,7 @@ def main() -> int:
         _parser().error("--graphs is for CUDA")
     info = normfused.info()
     if info["extension"] != "loaded":
-        print(f"nothing to measure, the extension is not loaded: {info['why_fallback']}", file=sys.stderr)
+        print(f"nothing to measure, the extension is not loaded: {info['fallback_reason']}", file=sys.stderr)
         return 1
     torch.set_num_threads(arguments.threads)
     if arguments.tiny:

@@ -8,15 +8,16 @@
 #include "ops/batch_norm.h"
 #include "ops/channel_stats.h"
 #include "ops/local_response_norm.h"
-#include "ops/ranks.h"
 #include "ops/standardize.h"
+#include "ops/sync_moments.h"
 
 TORCH_LIBRARY(normfused, m) {
   m.def(
       "batch_norm_training(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, Tensor? residual=None, "
       "str activation=\"identity\", float activation_param=0., bool save_mask=False, int correction=1, "
-      "Tensor(d!)? skipped=None, bool update_in_backward=True) -> (Tensor output, Tensor statistics, Tensor mask)");
+      "Tensor(d!)? nonfinite_batches=None, bool update_in_backward=True) -> (Tensor output, Tensor statistics, Tensor "
+      "mask)");
   m.def(
       "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "float eps, Tensor? residual=None, str activation=\"identity\", float activation_param=0., "
@@ -24,7 +25,7 @@ TORCH_LIBRARY(normfused, m) {
   m.def(
       "batch_norm_training_(Tensor(a!) input, Tensor? weight, Tensor? bias, Tensor(b!)? running_mean, "
       "Tensor(c!)? running_var, Tensor(d!)? num_batches_tracked, float? momentum, float eps, "
-      "str activation=\"identity\", float activation_param=0., int correction=1, Tensor(e!)? skipped=None, "
+      "str activation=\"identity\", float activation_param=0., int correction=1, Tensor(e!)? nonfinite_batches=None, "
       "bool update_in_backward=True) -> Tensor statistics");
   m.def(
       "batch_norm_inference_(Tensor(a!) input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
@@ -40,7 +41,8 @@ TORCH_LIBRARY(normfused, m) {
   m.def("pack_moments(Tensor input) -> Tensor words");
   m.def(
       "merge_ranks(Tensor words, int channels, int own_count, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, int correction=1, Tensor(d!)? skipped=None, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, int correction=1, Tensor(d!)? "
+      "nonfinite_batches=None, "
       "bool update_in_backward=True) -> (Tensor statistics, Tensor count)");
   m.def("channel_moments(Tensor input) -> (Tensor mean, Tensor m2, Tensor min, Tensor max)");
   m.def("channel_sums(Tensor input) -> (Tensor sum, Tensor sum_of_squares, Tensor min, Tensor max)");

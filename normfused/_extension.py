@@ -45,10 +45,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 _build_info = _read_build_info()
-C, why_fallback = _load()
+C, fallback_reason = _load()
 
-if why_fallback is not None:
-    message = f"normfused runs on its slower fallback in plain torch; its extension did not load: {why_fallback}"
+if fallback_reason is not None:
+    message = f"normfused runs on its slower fallback in plain torch; its extension did not load: {fallback_reason}"
     if os.environ.get("NORMFUSED_STRICT") == "1":
         raise ImportError(message)
     warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -73,7 +73,7 @@ def info() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "extension": "loaded" if C is not None else "fallback",
-        "why_fallback": why_fallback,
+        "fallback_reason": fallback_reason,
         "cpu_capability": C.cpu_capability() if C is not None else None,
         "threads": torch.get_num_threads(),
         "cuda": C is not None and bool(C.has_cuda()),

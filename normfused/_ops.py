@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from normfused import _torch_private, decompositions
-from normfused.reference import with_view
+from normfused.reference import as_dense
 
 _Function = Callable[..., Any]
 
 
 def _output_like(input: Tensor) -> Tensor:
-    return torch.empty_like(with_view(input))
+    return torch.empty_like(as_dense(input))
 
 
 def _check_device(input: Tensor, *others: Tensor | None) -> None:
@@ -73,10 +73,10 @@ def _batch_norm_training(
     activation_param: float = 0.0,
     save_mask: bool = False,
     correction: int = 1,
-    skipped: Tensor | None = None,
+    nonfinite_batches: Tensor | None = None,
     update_in_backward: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked, residual, skipped)
+    _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked, residual, nonfinite_batches)
     return _output_like(input), _statistics(input), _mask(input, save_mask)
 
 
@@ -110,10 +110,10 @@ def _batch_norm_training_inplace(
     activation: str = "identity",
     activation_param: float = 0.0,
     correction: int = 1,
-    skipped: Tensor | None = None,
+    nonfinite_batches: Tensor | None = None,
     update_in_backward: bool = True,
 ) -> Tensor:
-    _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked, skipped)
+    _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked, nonfinite_batches)
     return _statistics(input)
 
 
@@ -195,10 +195,10 @@ def _merge_ranks(
     momentum: float | None,
     eps: float,
     correction: int = 1,
-    skipped: Tensor | None = None,
+    nonfinite_batches: Tensor | None = None,
     update_in_backward: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    _check_device(words, running_mean, running_var, num_batches_tracked, skipped)
+    _check_device(words, running_mean, running_var, num_batches_tracked, nonfinite_batches)
     return words.new_empty((2, channels), dtype=torch.float64), words.new_empty(())
 
 
@@ -241,7 +241,7 @@ def _standardize(
         one: Tensor = _standardize(input.unsqueeze(0), mean, std, scale, dtype, memory_format)
         return one.squeeze(0)
     if memory_format in (None, torch.preserve_format):
-        memory_format = torch._prims_common.suggest_memory_format(with_view(input))
+        memory_format = torch._prims_common.suggest_memory_format(as_dense(input))
     dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
     return torch.empty_like(input, dtype=dtype, memory_format=memory_format)
 

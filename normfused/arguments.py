@@ -74,7 +74,7 @@ def check_activation(name: str, activation: str, parameter: float) -> None:
         raise ValueError(f"{name}: activation_param must be a finite number, got {parameter!r}")
 
 
-def check_undoable(name: str, activation: str | None, parameter: float) -> None:
+def check_invertible(name: str, activation: str | None, parameter: float) -> None:
     """Raise ``ValueError`` where an activation's input cannot be told from its output."""
     if activation in (None, "identity") or (activation == "leaky_relu" and parameter > 0):
         return
@@ -95,7 +95,7 @@ def check_inplace(
 ) -> None:
     """Raise where the output cannot be written over ``input``."""
     check_activation(name, activation, activation_param)
-    check_undoable(name, activation, activation_param)
+    check_invertible(name, activation, activation_param)
     for other, value in (("residual", residual), ("mask", mask)):
         if value is not None:
             raise ValueError(f"{name}: inplace=True takes no {other}")

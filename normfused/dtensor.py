@@ -187,5 +187,5 @@ def _distributed_as(output: Tensor, input: Any, placements: Placements) -> Tenso
     from torch.distributed.tensor import DTensor
 
     whole = torch.empty_strided(input.shape, input.stride(), device="meta")
-    strides = torch.empty_like(reference.with_view(whole)).stride()
+    strides = torch.empty_like(reference.as_dense(whole)).stride()
     return DTensor.from_local(output, input.device_mesh, placements, run_check=False, shape=input.shape, stride=strides)

@@ -318,7 +318,7 @@ def named_batch_norm(
         ops = torch.ops.normfused
         if training:
             buffers = (running_mean, running_var, num_batches_tracked)
-            options |= {"correction": running_var_correction, "skipped": nonfinite_batches}
+            options |= {"correction": running_var_correction, "nonfinite_batches": nonfinite_batches}
             options["update_in_backward"] = update_in_backward
             results = ops.batch_norm_training(input, weight, bias, *buffers, momentum, eps, **options)
         else:

@@ -55,7 +55,7 @@ def masked_zeros(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[
     if residual is not None:
         check_residual(input, residual)
         residual = torch.where(mask.unsqueeze(1), residual, 0)
-    return torch.where(mask.unsqueeze(1), reference.with_view(input), 0), residual
+    return torch.where(mask.unsqueeze(1), reference.as_dense(input), 0), residual
 
 
 def unmasked(positions: tuple[Tensor, ...], rows: Tensor, input: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from normfused.arguments import check_activation, check_undoable
+from normfused.arguments import check_activation, check_invertible
 from normfused.functional import INTEGERS, local_response_norm, named_batch_norm
 from normfused.reference import ACTIVATION_PARAMS, is_in_backward
 from normfused.scripting import scriptable
@@ -412,7 +412,7 @@ class _WithActivation(_BatchNorm):
             kinds = " and ".join(ACTIVATION_PARAMS)
             raise ValueError(f"{name}: activation_param is for {kinds}, got it for {activation!r}")
         if inplace:
-            check_undoable(name, activation, parameter)
+            check_invertible(name, activation, parameter)
 
     def _set_activation(self, activation: str | None, parameter: float | None) -> None:
         self.activation = None if activation == "identity" else activation

@@ -57,7 +57,7 @@ def values_per_channel(input: Tensor) -> int:
     return input.numel() // max(input.size(1), 1)
 
 
-def with_view(input: Tensor) -> Tensor:
+def as_dense(input: Tensor) -> Tensor:
     """`input` where it is dense as channels first or channels last, else a copy in the format torch suggests for it."""
     if input.is_contiguous() or input.movedim(1, -1).is_contiguous():
         return input
@@ -65,7 +65,7 @@ def with_view(input: Tensor) -> Tensor:
 
 
 def _strides_of_view(input: Tensor) -> tuple[int, ...]:
-    return torch.empty_like(with_view(input), device="meta").stride()
+    return torch.empty_like(as_dense(input), device="meta").stride()
 
 
 def _laid_out(values: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -154,7 +154,7 @@ def batch_norm(
 
     With ``all_sum``, which sums a tensor over processes, the batch in training is that of all of them.
     """
-    x = with_view(_keep_layout(input)).double()
+    x = as_dense(_keep_layout(input)).double()
     shape = [1, -1] + [1] * (input.dim() - 2)
     if training:
         mean, var, count = _batch_statistics(x, all_sum)
@@ -309,7 +309,7 @@ def standardize(
 
 def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
     """:func:`normfused.functional.local_response_norm` in plain torch, without its argument checks."""
-    x = with_view(_keep_layout(input)).double()
+    x = as_dense(_keep_layout(input)).double()
     # Beyond the channels there are only zeros, however many the window has of them.
     before, after = (min(side, input.size(1)) for side in (size // 2, (size - 1) // 2))
     squares = F.pad(x.square(), (*[0, 0] * (input.dim() - 2), before, after))

@@ -369,4 +369,4 @@ def _above_zero(mask: Tensor, input: Tensor) -> Tensor:
     """The mask's bits, which are in the order of ``input``'s memory, as bools of its shape."""
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = (mask.unsqueeze(1).bitwise_right_shift(places) & 1).flatten()[: input.numel()].bool()
-    return bits.as_strided(input.shape, reference.with_view(input).stride())
+    return bits.as_strided(input.shape, reference.as_dense(input).stride())

@@ -33,7 +33,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def needs_extension() -> None:
     info = normfused.info()
     if info["extension"] != "loaded":
-        pytest.skip(f"needs the extension: {info['why_fallback']}")
+        pytest.skip(f"needs the extension: {info['fallback_reason']}")
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_b02_an_unusable_extension_gives_the_fallback_and_one_warning(
     assert info["extension"] == "fallback"
     assert info["cpu_capability"] is None
     assert info["cuda"] is False
-    why = info["why_fallback"]
+    why = info["fallback_reason"]
     assert why.startswith(begins)
     assert f"{built_for}, {THIS}" in why
     assert message == f"normfused runs on its slower fallback in plain torch; its extension did not load: {why}"
@@ -110,7 +110,7 @@ def test_b02_the_extension_is_that_of_this_torch_and_loads_without_a_word() -> N
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", "import normfused"]
     subprocess.run(command, check=True, cwd=Path(sys.executable).parent)
     info = normfused.info()
-    assert info["why_fallback"] is None
+    assert info["fallback_reason"] is None
     assert info["built_torch"] == torch.__version__
     assert info["built_version"] == normfused.__version__
     assert info["cpu_capability"] in {"avx512", "avx2", "baseline"}

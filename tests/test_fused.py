@@ -350,7 +350,7 @@ def test_b28_opcheck(activation: str, with_residual: bool, layout: str, training
         arguments = (x, *parameters, *buffers, torch.tensor(1), 0.1, 1e-5)
         skipped = torch.zeros(3, dtype=torch.int64)
         torch.library.opcheck(
-            ops.batch_norm_training.default, arguments, {**after, "skipped": skipped, "correction": 0}
+            ops.batch_norm_training.default, arguments, {**after, "nonfinite_batches": skipped, "correction": 0}
         )
     else:
         torch.library.opcheck(ops.batch_norm_inference.default, (x, *parameters, *buffers, 1e-5), after)

@@ -383,7 +383,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
     import normfused
 
     if normfused.info()["extension"] != "loaded":
-        pytest.skip(f"needs the extension: {normfused.info()['why_fallback']}")
+        pytest.skip(f"needs the extension: {normfused.info()['fallback_reason']}")
     out = tmp_path_factory.mktemp("out")
     paths = [str(Path(normfused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OUT": str(out), "PYTHONPATH": os.pathsep.join(filter(None, paths))}

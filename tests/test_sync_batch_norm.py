@@ -59,7 +59,7 @@ def as_one_process(
     own_mask = share(present, sizes) if present is not None else None
     y = layer(own_x, own_r, own_mask)
     assert y.dtype == dtype
-    assert y.stride() == torch.empty_like(reference.with_view(own_x)).stride()
+    assert y.stride() == torch.empty_like(reference.as_dense(own_x)).stride()
     y.backward(own[2])
 
     # All of it in float64, positions that are not there left out.

@@ -102,18 +102,19 @@ NF_FN bool is_finite(S value) {
 struct FinishedStatistics {
   double mean, invstd;               // normalize the output, finite or not
   double running_mean, running_var;  // the new values
-  bool skipped;                      // to be counted in args.skipped; the running statistics keep their values
+  bool nonfinite;                    // counted in args.nonfinite_batches; the running statistics keep their values
 };
 
-// `factor` is the batch's share in the running statistics (see update_factor). With args.skipped they keep their values
-// where the batch's mean or variance is not finite. invstd does not matter for that: it is infinite for a constant
-// channel if eps is 0, and 0 for an infinite variance.
+// `factor` is the batch's share in the running statistics (see update_factor). With args.nonfinite_batches they keep
+// their values where the batch's mean or variance is not finite. invstd does not matter for that: it is infinite for a
+// constant channel if eps is 0, and 0 for an infinite variance.
 NF_FN FinishedStatistics finish(const Moments& m, const BatchStatistics& args, double factor, double running_mean,
                                 double running_var) {
   const double variance = biased_variance(m), new_var = corrected(variance, m.count, args.correction);
-  const bool skipped = args.skipped != nullptr && !(is_finite(m.mean) && is_finite(new_var));
-  return {m.mean, invstd_of(variance, args.eps), skipped ? running_mean : running_average(running_mean, m.mean, factor),
-          skipped ? running_var : running_average(running_var, new_var, factor), skipped};
+  const bool nonfinite = args.nonfinite_batches != nullptr && !(is_finite(m.mean) && is_finite(new_var));
+  return {m.mean, invstd_of(variance, args.eps),
+          nonfinite ? running_mean : running_average(running_mean, m.mean, factor),
+          nonfinite ? running_var : running_average(running_var, new_var, factor), nonfinite};
 }
 
 // What the values of a channel go through: z = (x - mean) * invstd * weight + bias.
@@ -123,14 +124,14 @@ struct Normalization {
 
 // The normalization of z that gives the same deviations and the same gradients as that of x: backward from the output
 // is backward with these four, where x stands for z.
-NF_FN Normalization seen_from_output(const Normalization& n) {
+NF_FN Normalization normalization_from_output(const Normalization& n) {
   return {n.bias, 1 / n.weight, n.weight * n.weight * n.invstd, n.bias};
 }
 
 // What backward undoes in a channel with this weight and bias.
 NF_FN Normalization normalization_of(const BatchNormBackward& args, int64_t c, double weight, double bias) {
   const Normalization n{args.mean[c], args.invstd[c], weight, bias};
-  return args.from_output ? seen_from_output(n) : n;
+  return args.from_output ? normalization_from_output(n) : n;
 }
 
 NF_FN Normalization normalization_of(const Standardize& args, int64_t c) {
@@ -252,12 +253,12 @@ NF_FN V within_six(const V& z) {
 // Identity, ReLU, ReLU6 and leaky ReLU in one: a slope below 0, and none above the ceiling, which is NaN where there is
 // no ceiling.
 template <class S>
-struct Bend {
+struct PiecewiseLinear {
   S below, ceiling;
 };
 
 template <class S>
-NF_FN Bend<S> bend_of(const Activation& activation) {
+NF_FN PiecewiseLinear<S> piecewise_linear(const Activation& activation) {
   const S none = std::numeric_limits<S>::quiet_NaN();
   switch (activation.kind) {
     case ActivationKind::kRelu:
@@ -273,16 +274,16 @@ NF_FN Bend<S> bend_of(const Activation& activation) {
 
 // a * below, and 0 of infinities too where the slope is 0.
 template <class S, class V>
-NF_FN V sloped(const Bend<S>& bend, const V& a) {
-  return bend.below == 0 ? V{} : V(a * bend.below);
+NF_FN V sloped(const PiecewiseLinear<S>& pieces, const V& a) {
+  return pieces.below == 0 ? V{} : V(a * pieces.below);
 }
 template <class E, class S, class V>
-NF_FN V activated(const Bend<S>& bend, const V& z) {
-  return z < V{} ? sloped(bend, z) : (z > V{} + bend.ceiling ? V{} + bend.ceiling : z);  // NaN passes
+NF_FN V activated(const PiecewiseLinear<S>& pieces, const V& z) {
+  return z < V{} ? sloped(pieces, z) : (z > V{} + pieces.ceiling ? V{} + pieces.ceiling : z);  // NaN passes
 }
 template <class E, class S, class V>
-NF_FN V activation_gradient(const Bend<S>& bend, const V& z, const V& grad) {
-  return z <= V{} ? sloped(bend, grad) : (z >= V{} + bend.ceiling ? V{} : grad);
+NF_FN V activation_gradient(const PiecewiseLinear<S>& pieces, const V& z, const V& grad) {
+  return z <= V{} ? sloped(pieces, grad) : (z >= V{} + pieces.ceiling ? V{} : grad);
 }
 
 template <class E, class S, class V>
@@ -293,7 +294,7 @@ NF_FN V activated(const Activation& activation, const V& z) {
     case ActivationKind::kRelu:
     case ActivationKind::kRelu6:
     case ActivationKind::kLeakyRelu:
-      return activated<E, S>(bend_of<S>(activation), z);
+      return activated<E, S>(piecewise_linear<S>(activation), z);
     case ActivationKind::kElu:
       return where_positive(z, z, V(E::expm1(z > V{} ? V{} : z) * parameter));
     case ActivationKind::kHardswish:
@@ -317,8 +318,8 @@ NF_FN V activated(const Activation& activation, const V& z) {
 
 // z from what it was activated to, where that can be undone: identity and leaky ReLU with a positive slope.
 template <class S, class V>
-NF_FN V deactivated(const Bend<S>& bend, const V& y) {
-  return y < V{} ? V(y * (1 / bend.below)) : y;
+NF_FN V deactivated(const PiecewiseLinear<S>& pieces, const V& y) {
+  return y < V{} ? V(y * (1 / pieces.below)) : y;
 }
 
 // The gradient of z where `grad` is that of the activated z.
@@ -330,7 +331,7 @@ NF_FN V activation_gradient(const Activation& activation, const V& z, const V& g
     case ActivationKind::kRelu:
     case ActivationKind::kRelu6:
     case ActivationKind::kLeakyRelu:
-      return activation_gradient<E, S>(bend_of<S>(activation), z, grad);
+      return activation_gradient<E, S>(piecewise_linear<S>(activation), z, grad);
     case ActivationKind::kElu:
       return where_positive(z, grad, V(grad * (E::exp(z > V{} ? V{} : z) * parameter)));
     case ActivationKind::kHardswish: {

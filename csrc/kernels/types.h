@@ -41,7 +41,7 @@ enum class ActivationKind : uint8_t {
   kIdentity,
   kRelu,
   kRelu6,
-  kLeakyRelu,  // so far they are straight but for a bend at 0
+  kLeakyRelu,  // so far they are straight but for a pieces at 0
   kElu,
   kHardswish,
   kSigmoid,
@@ -54,7 +54,7 @@ struct Activation {
   ActivationKind kind = ActivationKind::kIdentity;
   double parameter = 0;  // leaky ReLU's negative slope, ELU's alpha
 
-  constexpr bool is_straight() const { return kind <= ActivationKind::kLeakyRelu; }
+  constexpr bool is_piecewise_linear() const { return kind <= ActivationKind::kLeakyRelu; }
 };
 
 // One bit for each value, in the order of memory: whether what the activation took in was above zero. Then zeros:
@@ -68,10 +68,11 @@ struct BatchStatistics {
   int64_t* num_batches_tracked;             // counted up where present; training only
   double momentum;                          // NaN: cumulative average, 1 / num_batches_tracked
   double eps;
-  double* mean;                // (C): what normalizes the output, kept for backward
-  double* invstd;              // (C)
-  int64_t correction = 1;      // running_var takes M2 / (count - correction)
-  int64_t* skipped = nullptr;  // (C): counted up where a channel's statistics are not finite, and so not taken; or null
+  double* mean;            // (C): what normalizes the output, kept for backward
+  double* invstd;          // (C)
+  int64_t correction = 1;  // running_var takes M2 / (count - correction)
+  int64_t* nonfinite_batches =
+      nullptr;  // (C), or null: how often a channel's statistics were not finite, and so not used
 };
 
 struct BatchNormForward : BatchStatistics {  // inference without running statistics: by mean and invstd as they are
@@ -172,9 +173,9 @@ struct LocalResponseNorm {
   int64_t size;
   double alpha, beta, k;
 
-  // The window of channel c is c - before(), …, c + after(), of which as much counts as there are channels.
-  constexpr int64_t before() const { return size / 2 < view.channels ? size / 2 : view.channels - 1; }
-  constexpr int64_t after() const { return (size - 1) / 2 < view.channels ? (size - 1) / 2 : view.channels - 1; }
+  // The window of channel c is c - left(), …, c + right(), of which as much counts as there are channels.
+  constexpr int64_t left() const { return size / 2 < view.channels ? size / 2 : view.channels - 1; }
+  constexpr int64_t right() const { return (size - 1) / 2 < view.channels ? (size - 1) / 2 : view.channels - 1; }
 };
 
 }  // namespace normfused

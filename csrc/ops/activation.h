@@ -21,7 +21,7 @@ inline bool gradient_is_by_sign(const Activation& activation) {
 }
 
 // Whether z can be told from the activated z.
-inline bool can_be_undone(const Activation& activation) {
+inline bool is_invertible(const Activation& activation) {
   return activation.kind == ActivationKind::kIdentity ||
          (activation.kind == ActivationKind::kLeakyRelu && activation.parameter > 0);
 }

@@ -64,18 +64,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_batch(
     Target target, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
-    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped,
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& nonfinite_batches,
     bool update_in_backward) {
   check_input(input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
   check_channels("running_mean", running_mean, input);
   check_channels("running_var", running_var, input);
-  RunningStatistics running{running_mean, running_var, num_batches_tracked, skipped,
+  RunningStatistics running{running_mean, running_var, num_batches_tracked, nonfinite_batches,
                             momentum,     eps,         correction,          update_in_backward};
   running.check(input.size(1), input.device());
 
-  const at::Tensor dense = with_view(input);
+  const at::Tensor dense = as_dense(input);
   const OptionalTensor residual_dense = like_input("residual", residual, dense);
   const Activation applied = activation_of(activation, activation_param);
   at::Tensor output = target_of(target, dense);
@@ -109,7 +109,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> normalize_by_constants(
   check_channels("running_var", running_var, input);
   TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be a non-negative finite number, got ", eps);
 
-  const at::Tensor dense = with_view(input);
+  const at::Tensor dense = as_dense(input);
   const OptionalTensor residual_dense = like_input("residual", residual, dense);
   const Activation applied = activation_of(activation, activation_param);
   at::Tensor output = target_of(target, dense);
@@ -138,7 +138,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_by_statistics_kernels(
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
   check_statistics(statistics, input);
-  const at::Tensor dense = with_view(input);
+  const at::Tensor dense = as_dense(input);
   const OptionalTensor residual_dense = like_input("residual", residual, dense);
   const Activation applied = activation_of(activation, activation_param);
   at::Tensor output = empty_output_like(dense);
@@ -157,10 +157,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training_kernels(
     const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
-    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped,
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& nonfinite_batches,
     bool update_in_backward) {
   return normalize_by_batch(Target::kNew, input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
-                            eps, residual, activation, activation_param, save_mask, correction, skipped,
+                            eps, residual, activation, activation_param, save_mask, correction, nonfinite_batches,
                             update_in_backward);
 }
 
@@ -178,10 +178,10 @@ at::Tensor batch_norm_training_inplace_kernels(const at::Tensor& input, const Op
                                                const OptionalTensor& num_batches_tracked,
                                                std::optional<double> momentum, double eps, std::string_view activation,
                                                double activation_param, int64_t correction,
-                                               const OptionalTensor& skipped, bool update_in_backward) {
+                                               const OptionalTensor& nonfinite_batches, bool update_in_backward) {
   return std::get<1>(normalize_by_batch(Target::kInput, input, weight, bias, running_mean, running_var,
                                         num_batches_tracked, momentum, eps, std::nullopt, activation, activation_param,
-                                        /*save_mask=*/false, correction, skipped, update_in_backward));
+                                        /*save_mask=*/false, correction, nonfinite_batches, update_in_backward));
 }
 
 at::Tensor batch_norm_inference_inplace_kernels(const at::Tensor& input, const OptionalTensor& weight,
@@ -199,7 +199,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_k
     const OptionalTensor& sums, const OptionalTensor& count) {
   check_backward(grad_output, input, weight, statistics, training, output_mask, bias, residual, mask, activation,
                  activation_param, from_output, sums, count);
-  const at::Tensor dense = with_view(input);
+  const at::Tensor dense = as_dense(input);
   const OptionalTensor grad_dense = like_input("grad_output", grad_output, dense);
   const OptionalTensor residual_dense = mask ? std::nullopt : like_input("residual", residual, dense);
   const auto parameter_options = input.options()
@@ -260,11 +260,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training(
     const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
-    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped,
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& nonfinite_batches,
     bool update_in_backward) {
   static const auto op = find_operator<decltype(batch_norm_training)>("normfused::batch_norm_training");
   return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
-                 activation, activation_param, save_mask, correction, skipped, update_in_backward);
+                 activation, activation_param, save_mask, correction, nonfinite_batches, update_in_backward);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_inference(
@@ -288,10 +288,10 @@ at::Tensor batch_norm_training_(const at::Tensor& input, const OptionalTensor& w
                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                 const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
                                 std::string_view activation, double activation_param, int64_t correction,
-                                const OptionalTensor& skipped, bool update_in_backward) {
+                                const OptionalTensor& nonfinite_batches, bool update_in_backward) {
   static const auto op = find_operator<decltype(batch_norm_training_)>("normfused::batch_norm_training_");
   return op.call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation,
-                 activation_param, correction, skipped, update_in_backward);
+                 activation_param, correction, nonfinite_batches, update_in_backward);
 }
 
 at::Tensor batch_norm_inference_(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

@@ -21,14 +21,14 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // Normalizes with the batch's statistics and updates running_mean, running_var and num_batches_tracked where given.
 // Without momentum they are cumulative averages. The variance that goes into running_var is the sum of squares divided
-// by count - correction. With `skipped`, int64 of shape (C), a channel whose statistics are not finite leaves its
-// running ones as they are and is counted there. Without update_in_backward a call inside a backward pass, which is a
-// recomputation, updates nothing. Returns output, statistics and mask.
+// by count - correction. With `nonfinite_batches`, int64 of shape (C), a channel whose statistics are not finite leaves
+// its running ones as they are and is counted there. Without update_in_backward a call inside a backward pass, which is
+// a recomputation, updates nothing. Returns output, statistics and mask.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_training(
     const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation,
-    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& skipped,
+    double activation_param, bool save_mask, int64_t correction, const OptionalTensor& nonfinite_batches,
     bool update_in_backward);
 
 // Normalizes with the running statistics. Returns output, statistics and mask.
@@ -49,7 +49,7 @@ at::Tensor batch_norm_training_(const at::Tensor& input, const OptionalTensor& w
                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                 const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
                                 std::string_view activation, double activation_param, int64_t correction,
-                                const OptionalTensor& skipped, bool update_in_backward);
+                                const OptionalTensor& nonfinite_batches, bool update_in_backward);
 at::Tensor batch_norm_inference_(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                  const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
                                  std::string_view activation, double activation_param);

@@ -102,12 +102,12 @@ Outputs batch_norm_training_autograd(const Tensor& input, const OptionalTensor& 
                                      const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
                                      double eps, const OptionalTensor& residual, std::string_view activation,
                                      double activation_param, bool save_mask, int64_t correction,
-                                     const OptionalTensor& skipped, bool update_in_backward) {
+                                     const OptionalTensor& nonfinite_batches, bool update_in_backward) {
   check_buffers(running_mean, running_var);
   const Mode mode{true, activation_of(activation, activation_param)};
   return differentiable(input, weight, bias, residual, mode, save_mask, [&](bool with_mask) {
     return batch_norm_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
-                               residual, activation, activation_param, with_mask, correction, skipped,
+                               residual, activation, activation_param, with_mask, correction, nonfinite_batches,
                                update_in_backward);
   });
 }

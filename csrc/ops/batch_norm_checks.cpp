@@ -55,7 +55,7 @@ void check_backward(const at::Tensor& grad_output, const at::Tensor& input, cons
                               mask->device() == input.device()),
                     "mask must be contiguous uint8 of shape (", mask_bytes(input.numel()), ") on ", input.device(),
                     ", and the activation's gradient one by sign");
-  TORCH_CHECK_VALUE(!from_output || (can_be_undone(applied) && !residual && !mask),
+  TORCH_CHECK_VALUE(!from_output || (is_invertible(applied) && !residual && !mask),
                     "from_output needs an activation that can be undone, and neither residual nor mask");
   const at::ScalarType sums_type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(sums.has_value() == count.has_value() && (!sums || training), "sums and count belong together");

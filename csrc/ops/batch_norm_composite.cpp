@@ -91,7 +91,7 @@ void check_can_be_updated(const Tensor& input, const OptionalTensor& buffer) {
 // The running statistics of each sample, as RunningStatistics keeps those of one.
 void update_batched(const Tensor& mean, const Tensor& var, int64_t count, const OptionalTensor& running_mean,
                     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                    std::optional<double> momentum, int64_t correction, const OptionalTensor& skipped) {
+                    std::optional<double> momentum, int64_t correction, const OptionalTensor& nonfinite_batches) {
   const at::NoGradGuard no_grad;
   const Tensor new_mean = mean.detach().view(-1);
   const Tensor new_var = var.detach().view(-1) * (static_cast<double>(count) / static_cast<double>(count - correction));
@@ -101,12 +101,12 @@ void update_batched(const Tensor& mean, const Tensor& var, int64_t count, const 
   const auto update = [&](const OptionalTensor& running, const Tensor& value) {
     if (!running) return;
     const Tensor before = running->to(at::kDouble), after = before * (1 - share) + value * share;
-    running->copy_(skipped ? at::where(finite, after, before) : after);
+    running->copy_(nonfinite_batches ? at::where(finite, after, before) : after);
   };
   update(running_mean, new_mean);
   update(running_var, new_var);
   if (num_batches_tracked) num_batches_tracked->add_(1);
-  if (skipped) skipped->add_(finite.logical_not());
+  if (nonfinite_batches) nonfinite_batches->add_(finite.logical_not());
 }
 
 void check_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -126,18 +126,20 @@ Outputs batch_norm_training_batched(const Tensor& input, const OptionalTensor& w
                                     const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
                                     double eps, const OptionalTensor& residual, std::string_view activation,
                                     double activation_param, bool save_mask, int64_t correction,
-                                    const OptionalTensor& skipped, bool update_in_backward) {
+                                    const OptionalTensor& nonfinite_batches, bool update_in_backward) {
   const Activation applied = activation_of(activation, activation_param);
   check_forward(input, weight, bias, running_mean, running_var, residual, save_mask);
-  const RunningStatistics running{running_mean, running_var, num_batches_tracked, skipped,
+  const RunningStatistics running{running_mean, running_var, num_batches_tracked, nonfinite_batches,
                                   momentum,     eps,         correction,          update_in_backward};
   running.check(input.size(1), input.device());
-  for (const auto* const buffer : {&running_mean, &running_var, &skipped}) check_can_be_updated(input, *buffer);
+  for (const auto* const buffer : {&running_mean, &running_var, &nonfinite_batches})
+    check_can_be_updated(input, *buffer);
   const int64_t channels = input.size(1), count = channels == 0 ? 0 : input.numel() / channels;
   TORCH_CHECK_VALUE(count != 1, "expected more than 1 value per channel when training, got ", input.sizes());
   const auto [mean, var] = moments(input.to(at::kDouble));
   if (count != 0 && running.are_updated())
-    update_batched(mean, var, count, running_mean, running_var, num_batches_tracked, momentum, correction, skipped);
+    update_batched(mean, var, count, running_mean, running_var, num_batches_tracked, momentum, correction,
+                   nonfinite_batches);
   const Tensor statistics = at::stack({mean.view(-1), (var + eps).rsqrt().view(-1)}).detach();
   return {batch_norm_composite(input, weight, bias, residual, statistics, true, applied), statistics,
           at::empty({0}, input.options().dtype(at::kByte))};
@@ -187,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_composite(
   Tensor h = grad_output.to(d.scalar_type());
   if (mask) {
     const double below = activation.kind == ActivationKind::kLeakyRelu ? activation.parameter : 0;
-    h = at::where(unpacked(*mask, with_view(input)), h, h * below);
+    h = at::where(unpacked(*mask, as_dense(input)), h, h * below);
   } else {
     h = activate_backward(activation, h, affine(d, weight, bias, residual));
   }

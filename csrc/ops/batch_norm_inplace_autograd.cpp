@@ -155,7 +155,7 @@ Tensor differentiable(const Tensor& input, const OptionalTensor& weight, const O
       "in place");
   if (is_recorded(input, weight, bias)) {
     torch::autograd::check_inplace(input, /*requires_grad=*/true);
-    TORCH_CHECK_VALUE(can_be_undone(mode.activation), "in place the activation must be one that can be undone, got ",
+    TORCH_CHECK_VALUE(is_invertible(mode.activation), "in place the activation must be one that can be undone, got ",
                       std::string(name_of(mode.activation)));
     Tensor statistics;
     InPlaceFunction::apply(input, weight, bias, mode, [&] { return statistics = call(); });
@@ -170,12 +170,12 @@ Tensor batch_norm_training_inplace_autograd(const Tensor& input, const OptionalT
                                             const OptionalTensor& running_var,
                                             const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
                                             double eps, std::string_view activation, double activation_param,
-                                            int64_t correction, const OptionalTensor& skipped,
+                                            int64_t correction, const OptionalTensor& nonfinite_batches,
                                             bool update_in_backward) {
   check_buffers(running_mean, running_var);
   return differentiable(input, weight, bias, {true, activation_of(activation, activation_param)}, [&] {
     return batch_norm_training_(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
-                                activation, activation_param, correction, skipped, update_in_backward);
+                                activation, activation_param, correction, nonfinite_batches, update_in_backward);
   });
 }
 

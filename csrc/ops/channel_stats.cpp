@@ -20,7 +20,7 @@ template <size_t count>
 std::array<at::Tensor, count> run(const at::Tensor& input, at::ScalarType type, Kernel kernel) {
   TORCH_CHECK_VALUE(input.dim() >= 2, "input needs at least 2 dimensions, got shape ", input.sizes());
   const DType dtype = any_dtype_of(input.scalar_type());
-  const at::Tensor dense = with_view(input);
+  const at::Tensor dense = as_dense(input);
   std::array<at::Tensor, count> results;
   for (at::Tensor& result : results)
     result = at::empty({input.size(1)}, input.options().dtype(type).memory_format(at::MemoryFormat::Contiguous));

@@ -91,7 +91,7 @@ std::optional<ChannelView> view_of(const at::Tensor& tensor) {
   return std::nullopt;
 }
 
-at::Tensor with_view(const at::Tensor& tensor) {
+at::Tensor as_dense(const at::Tensor& tensor) {
   return view_of(tensor) ? tensor : tensor.contiguous(tensor.suggest_memory_format());
 }
 

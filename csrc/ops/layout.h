@@ -18,7 +18,7 @@ std::optional<ChannelView> view_of(const at::Tensor& tensor);
 
 // The tensor itself where it has a view, else a copy in the memory format torch suggests for it. The one place where
 // inputs are copied.
-at::Tensor with_view(const at::Tensor& tensor);
+at::Tensor as_dense(const at::Tensor& tensor);
 
 // Values of `tensor` laid out in memory as those of `like`, which has a view.
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like);

@@ -19,12 +19,12 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Sums over windows of channels, zeros outside.
-Tensor window_sum(const Tensor& values, int64_t before, int64_t after) {
+Tensor window_sum(const Tensor& values, int64_t left, int64_t right) {
   if (values.numel() == 0) return values;
   at::DimVector padding(2 * (values.dim() - 1), 0);
-  padding.end()[-2] = before;
-  padding.end()[-1] = after;
-  return at::constant_pad_nd(values, padding).unfold(1, before + 1 + after, 1).sum(-1);
+  padding.end()[-2] = left;
+  padding.end()[-1] = right;
+  return at::constant_pad_nd(values, padding).unfold(1, left + 1 + right, 1).sum(-1);
 }
 
 void check(const Tensor& input, int64_t size) {
@@ -46,20 +46,20 @@ void check_grad_output(const Tensor& grad_output, const Tensor& input) {
 Tensor composite(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta, double k) {
   check(input, size);
   if (grad_output.defined()) check_grad_output(grad_output, input);
-  const int64_t before = std::min(size / 2, input.size(1)), after = std::min((size - 1) / 2, input.size(1));
+  const int64_t left = std::min(size / 2, input.size(1)), right = std::min((size - 1) / 2, input.size(1));
   const double scale = alpha / static_cast<double>(size);
   const Tensor x = input.to(at::toOpMathType(input.scalar_type()));
-  const Tensor base = window_sum(x * x, before, after) * scale + k, factor = base.pow(-beta);
+  const Tensor base = window_sum(x * x, left, right) * scale + k, factor = base.pow(-beta);
   if (!grad_output.defined()) return (x * factor).to(input.scalar_type());
   const Tensor grad = grad_output.to(x.scalar_type());
-  const Tensor shares = window_sum(grad * x * factor / base, after, before);
+  const Tensor shares = window_sum(grad * x * factor / base, right, left);
   return (grad * factor - x * shares * (2 * scale * beta)).to(input.scalar_type());
 }
 
 Tensor run(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta, double k) {
   check(input, size);
   const DType dtype = dtype_of(input.scalar_type());
-  const Tensor dense = with_view(input);
+  const Tensor dense = as_dense(input);
   const Tensor grad = grad_output.defined() ? laid_out_as(grad_output, dense) : grad_output;
   const Tensor output = empty_output_like(dense);
   if (input.numel() == 0) return output;

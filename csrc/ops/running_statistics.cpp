@@ -34,10 +34,10 @@ void RunningStatistics::check(int64_t channels, const at::Device& device) const 
   TORCH_CHECK_VALUE(momentum || num_batches_tracked || !mean, "momentum=None needs num_batches_tracked");
   TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be a non-negative finite number, got ", eps);
   TORCH_CHECK_VALUE(correction == 0 || correction == 1, "correction must be 0 or 1, got ", correction);
-  TORCH_CHECK_VALUE(
-      !skipped || (skipped->scalar_type() == at::kLong && skipped->dim() == 1 && skipped->size(0) == channels &&
-                   skipped->is_contiguous() && skipped->device() == device),
-      "skipped must be a contiguous int64 tensor of shape (channels) on ", device);
+  TORCH_CHECK_VALUE(!nonfinite_batches || (nonfinite_batches->scalar_type() == at::kLong &&
+                                           nonfinite_batches->dim() == 1 && nonfinite_batches->size(0) == channels &&
+                                           nonfinite_batches->is_contiguous() && nonfinite_batches->device() == device),
+                    "nonfinite_batches must be a contiguous int64 tensor of shape (channels) on ", device);
 }
 
 bool RunningStatistics::are_updated() const {
@@ -49,14 +49,14 @@ void RunningStatistics::begin(BatchStatistics& args) {
   args.eps = eps;
   args.correction = correction;
   if (!are_updated()) return;
-  for (const auto* const buffer : {&mean, &var, &num_batches_tracked, &skipped})
+  for (const auto* const buffer : {&mean, &var, &num_batches_tracked, &nonfinite_batches})
     if (*buffer) begin_update(**buffer);
   if (mean) dense_mean = mean->contiguous();
   if (var) dense_var = var->contiguous();
   args.running_mean = channel_vector(dense_mean);
   args.running_var = channel_vector(dense_var);
   args.num_batches_tracked = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
-  args.skipped = skipped ? skipped->mutable_data_ptr<int64_t>() : nullptr;
+  args.nonfinite_batches = nonfinite_batches ? nonfinite_batches->mutable_data_ptr<int64_t>() : nullptr;
 }
 
 void RunningStatistics::finish() {

@@ -15,7 +15,7 @@ void begin_update(const at::Tensor& tensor);
 void finish_update(const at::Tensor& tensor, const at::Tensor& written);
 
 struct RunningStatistics {
-  const std::optional<at::Tensor>&mean, &var, &num_batches_tracked, &skipped;
+  const std::optional<at::Tensor>&mean, &var, &num_batches_tracked, &nonfinite_batches;
   std::optional<double> momentum;  // none: cumulative averages
   double eps;
   int64_t correction;

@@ -66,7 +66,7 @@ Tensor standardize_kernels(const Tensor& input, Constants mean, Constants std, d
                            std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
   const at::ScalarType type = output_type(input, dtype);
   check(input, type, mean, std);
-  const Tensor dense = with_view(as_batch(input));
+  const Tensor dense = as_dense(as_batch(input));
   const Tensor output = empty_output(dense.sizes(), input.options().dtype(type), output_format(dense, memory_format));
   run(dense, output, mean, std, scale);
   return input.dim() == 3 ? output.squeeze(0) : output;
@@ -80,7 +80,7 @@ void standardize_out_kernels(const Tensor& input, Constants mean, Constants std,
   at::assert_no_overlap(out, input);
   out.unsafeGetTensorImpl()->bump_version();
   if (const Tensor images = as_batch(out); view_of(images))
-    run(with_view(as_batch(input)), images, mean, std, scale);
+    run(as_dense(as_batch(input)), images, mean, std, scale);
   else
     out.copy_(standardize_kernels(input, mean, std, scale, out.scalar_type(), std::nullopt));
 }

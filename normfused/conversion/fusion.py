@@ -21,7 +21,7 @@ from normfused.conversion import graph as g
 Outcomes = dict[int | None, tuple[str, bool]]
 
 _OPERATORS = ("batch_norm_training", "batch_norm_inference")
-_STATE = ("running_mean", "running_var", "num_batches_tracked", "skipped")
+_STATE = ("running_mean", "running_var", "num_batches_tracked", "nonfinite_batches")
 
 
 class Match(NamedTuple):

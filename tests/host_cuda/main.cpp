@@ -202,9 +202,9 @@ struct Counting : cuda::MomentsOp<float, true> {
   int* repairs;  // of blocks
 
   template <class... A>
-  void repair(A&&... arguments) const {
+  void recompute(A&&... arguments) const {
     if (threadIdx.x == 0) ++*repairs;
-    cuda::MomentsOp<float, true>::repair(std::forward<A>(arguments)...);
+    cuda::MomentsOp<float, true>::recompute(std::forward<A>(arguments)...);
   }
 };
 

@@ -98,11 +98,11 @@ WAIT = "  wait_for_previous_launch();\n"
     "change",
     [
         pytest.param(
-            {f"{WAIT}  op.before();\n  const int64_t": f"  op.before();\n{WAIT}  const int64_t"}, id="counter"
+            {f"{WAIT}  op.prologue();\n  const int64_t": f"  op.prologue();\n{WAIT}  const int64_t"}, id="counter"
         ),
         pytest.param(
             {
-                f"{WAIT}  op.before();\n  const unsigned": "  op.before();\n  const unsigned",
+                f"{WAIT}  op.prologue();\n  const unsigned": "  op.prologue();\n  const unsigned",
                 "block / tiles, streaming);\n": f"block / tiles, streaming);\n{WAIT}",
             },
             id="coefficients",

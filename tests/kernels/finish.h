@@ -1,4 +1,5 @@
-// What becomes of a channel's statistics: which are taken into the running ones, and which are skipped and counted.
+// What becomes of a channel's statistics: which are taken into the running ones, and which are nonfinite_batches and
+// counted.
 #pragma once
 
 #include "kernels/math.h"
@@ -38,19 +39,19 @@ inline HardStatistics hard_statistics(int64_t channel, bool of_ranks) {
 
 // Which buffers a call updates.
 struct Updated {
-  bool mean, var, skipped;
+  bool mean, var, nonfinite_batches;
 };
 
 inline void expect_finished(const BatchStatistics& args, int64_t positions, bool of_ranks, const Updated& updated,
                             const std::vector<double>& running_mean, const std::vector<double>& running_var,
-                            const std::vector<int64_t>& skipped) {
+                            const std::vector<int64_t>& nonfinite_batches) {
   const auto count = static_cast<double>(positions);
   for (int64_t c = 0; c < kHardChannels; ++c) {
     const auto [mean, variance] = hard_statistics(c, of_ranks);
-    const bool skips = updated.skipped && c != kOrdinary && c != kConstant;
+    const bool skips = updated.nonfinite_batches && c != kOrdinary && c != kConstant;
     expect_near("mean", c, args.mean[c], mean, 0);
     expect_near("invstd", c, args.invstd[c], 1 / std::sqrt(variance), 0);
-    expect_near("skipped", c, static_cast<double>(skipped[c]), skips ? 8 : 7, 0);
+    expect_near("nonfinite_batches", c, static_cast<double>(nonfinite_batches[c]), skips ? 8 : 7, 0);
     const double unbiased = variance * count / (count - 1);
     expect_near("running_mean", c, running_mean[c], updated.mean && !skips ? 0.75 * 3 + 0.25 * mean : 3, 1e-15);
     expect_near("running_var", c, running_var[c], updated.var && !skips ? 0.75 * 5 + 0.25 * unbiased : 5, 1e-15);
@@ -65,14 +66,14 @@ void run_finish(Backend& backend) {
                                  Updated{false, true, true}, Updated{true, true, false}}) {
     for (const char* const source : {"channels first", "channels last", "ranks"}) {
       current = backend.name() + " finish of " + source + (updated.mean ? ", running mean" : "") +
-                (updated.var ? ", running var" : "") + (updated.skipped ? ", skipping" : "");
+                (updated.var ? ", running var" : "") + (updated.nonfinite_batches ? ", skipping" : "");
       std::vector<double> running_mean(kHardChannels, 3), running_var(kHardChannels, 5), mean(kHardChannels),
           invstd(kHardChannels);
-      std::vector<int64_t> skipped(kHardChannels, 7);
+      std::vector<int64_t> nonfinite_batches(kHardChannels, 7);
       BatchStatistics statistics{};
       if (updated.mean) statistics.running_mean = {running_mean.data(), DType::kFloat64};
       if (updated.var) statistics.running_var = {running_var.data(), DType::kFloat64};
-      if (updated.skipped) statistics.skipped = skipped.data();
+      if (updated.nonfinite_batches) statistics.nonfinite_batches = nonfinite_batches.data();
       statistics.momentum = 0.25;
       statistics.mean = mean.data();
       statistics.invstd = invstd.data();
@@ -101,7 +102,7 @@ void run_finish(Backend& backend) {
         forward.output = output.data;
         backend.batch_norm_training(forward);
       }
-      expect_finished(statistics, kCount, of_ranks, updated, running_mean, running_var, skipped);
+      expect_finished(statistics, kCount, of_ranks, updated, running_mean, running_var, nonfinite_batches);
     }
   }
 }

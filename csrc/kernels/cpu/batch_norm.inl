@@ -2,11 +2,11 @@
 
 // What takes exponentials is called: inlined, its registers would be missing from every loop.
 template <class S>
-NF_CALLED Vec<S> curved(const Activation& activation, Vec<S> z) {
+NF_NOINLINE Vec<S> transcendental(const Activation& activation, Vec<S> z) {
   return normfused::activated<Elementary, S>(activation, z);
 }
 template <class S>
-NF_CALLED Vec<S> curved_gradient(const Activation& activation, Vec<S> z, Vec<S> grad) {
+NF_NOINLINE Vec<S> transcendental_gradient(const Activation& activation, Vec<S> z, Vec<S> grad) {
   return activation_gradient<Elementary, S>(activation, z, grad);
 }
 
@@ -14,24 +14,24 @@ NF_CALLED Vec<S> curved_gradient(const Activation& activation, Vec<S> z, Vec<S> 
 template <class S>
 struct Activate {
   Activation activation;
-  Bend<S> bend = bend_of<S>(activation);
+  PiecewiseLinear<S> pieces = piecewise_linear<S>(activation);
   static constexpr Activation kHardswish{ActivationKind::kHardswish};
 
   template <class T>
   NF_INLINE Block<S, T> operator()(const Block<S, T>& z) const {
     return Block<S, T>::each([&](int64_t i) {
-      if (activation.is_straight()) return normfused::activated<Elementary, S>(bend, z.part[i]);
+      if (activation.is_piecewise_linear()) return normfused::activated<Elementary, S>(pieces, z.part[i]);
       if (activation.kind == kHardswish.kind) return normfused::activated<Elementary, S>(kHardswish, z.part[i]);
-      return curved<S>(activation, z.part[i]);
+      return transcendental<S>(activation, z.part[i]);
     });
   }
   template <class T>
   NF_INLINE Block<S, T> gradient(const Block<S, T>& z, const Block<S, T>& grad) const {
     return Block<S, T>::each([&](int64_t i) {
-      if (activation.is_straight()) return activation_gradient<Elementary, S>(bend, z.part[i], grad.part[i]);
+      if (activation.is_piecewise_linear()) return activation_gradient<Elementary, S>(pieces, z.part[i], grad.part[i]);
       if (activation.kind == kHardswish.kind)
         return activation_gradient<Elementary, S>(kHardswish, z.part[i], grad.part[i]);
-      return curved_gradient<S>(activation, z.part[i], grad.part[i]);
+      return transcendental_gradient<S>(activation, z.part[i], grad.part[i]);
     });
   }
 };
@@ -81,7 +81,7 @@ struct Gradient {
   NF_INLINE V value(int64_t offset, Width width, const V& fill = V{}) const {
     const V x = load_block(input + offset, width, fill);
     if (!kFused || !from_output) return x;
-    return V::each([&](int64_t i) { return deactivated(activate.bend, x.part[i]); });
+    return V::each([&](int64_t i) { return deactivated(activate.pieces, x.part[i]); });
   }
   NF_INLINE V normalized(const V& x, const V& pivot, const V& scale, const V& shift) const {
     return from_output ? x : (x - pivot) * scale + shift;
@@ -93,7 +93,7 @@ struct Gradient {
     const V grad = load_block<V>(grad_output + offset, width);
     if constexpr (!kFused) return grad;
     if (mask != nullptr) {
-      const V below = V::each([&](int64_t i) { return sloped(activate.bend, grad.part[i]); });
+      const V below = V::each([&](int64_t i) { return sloped(activate.pieces, grad.part[i]); });
       return choose_by_bits(mask, offset, grad, below);
     }
     V z = normalize();
@@ -237,7 +237,7 @@ void forward_table(const BatchNormForward& args, S* table, int64_t c0, int64_t n
 void finish_statistics(const BatchStatistics& args, int64_t count, const Results& results, double factor, int64_t c0,
                        int64_t n) {
   double running_mean[kEntries], running_var[kEntries];
-  int64_t skipped[kEntries];
+  int64_t nonfinite[kEntries];
   read(args.running_mean, c0, n, 0, running_mean);
   read(args.running_var, c0, n, 0, running_var);
   NF_NO_ALIASES
@@ -248,10 +248,10 @@ void finish_statistics(const BatchStatistics& args, int64_t count, const Results
     args.invstd[c0 + i] = finished.invstd;
     running_mean[i] = finished.running_mean;
     running_var[i] = finished.running_var;
-    skipped[i] = finished.skipped;
+    nonfinite[i] = finished.nonfinite;
   }
-  if (args.skipped != nullptr)
-    for (int64_t i = 0; i < n; ++i) args.skipped[c0 + i] += skipped[i];
+  if (args.nonfinite_batches != nullptr)
+    for (int64_t i = 0; i < n; ++i) args.nonfinite_batches[c0 + i] += nonfinite[i];
   write(args.running_mean, c0, n, running_mean);
   write(args.running_var, c0, n, running_var);
 }
@@ -343,7 +343,7 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
     sweep(
         moments, view, plan, parallel, results,
         [&](int64_t c0, int64_t c1) {
-          repair_moments(moments, view, results, c0, c1);
+          recompute_moments(moments, view, results, c0, c1);
           for_entries(c0, c1, [&](int64_t c, int64_t n) {
             finish_statistics(args, view.positions(), results, factor, c, n);
             forward_table(args, table, c, n);

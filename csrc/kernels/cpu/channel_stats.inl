@@ -110,8 +110,8 @@ void each_value(const T* input, const ChannelView& view, int64_t c, const F& f) 
 // Computes those channels again, in double and by the definition, that the fast way could not hold: with a NaN, an
 // infinity, or squares that overflow S.
 template <class T, bool kExtremes>
-void repair_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, const Results& results, int64_t c0,
-                    int64_t c1) {
+void recompute_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, const Results& results, int64_t c0,
+                       int64_t c1) {
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
   for (int64_t c = c0; c < c1; ++c) {
     if (results(1, c) <= std::numeric_limits<double>::max()) continue;
@@ -163,7 +163,7 @@ template <class T>
 void channel_moments(const ChannelStats& args, const Parallel& parallel) {
   const MomentsOp<T, true> op{static_cast<const T*>(args.input)};
   reduce_all(op, args.view, sizeof(T), parallel, [&](const Results& results, int64_t c0, int64_t c1) {
-    repair_moments(op, args.view, results, c0, c1);
+    recompute_moments(op, args.view, results, c0, c1);
     write_results(args, results, c0, c1);
   });
 }

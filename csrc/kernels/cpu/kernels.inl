@@ -1,6 +1,6 @@
 // All CPU kernels for one instruction set: define NF_ISA, its namespace, and NF_VECTOR_BYTES, and include this.
 #define NF_INLINE inline __attribute__((always_inline))
-#define NF_CALLED static __attribute__((noinline))
+#define NF_NOINLINE static __attribute__((noinline))
 
 #include "kernels/math.h"  // for these instructions too: what it is given to call is
 
@@ -31,7 +31,7 @@ namespace {
 
 #include "kernels/cpu/batch_norm.inl"
 
-#include "kernels/cpu/ranks.inl"
+#include "kernels/cpu/sync_moments.inl"
 
 #include "kernels/cpu/local_response_norm.inl"
 

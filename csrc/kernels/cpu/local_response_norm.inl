@@ -25,15 +25,15 @@ struct ResponseOp {
   const T* grad_output;
   T* output;
   Response<S> response;
-  int64_t before, after, step;
+  int64_t left, right, step;
 
   // Of windows that begin at `first` and at the places behind it.
   NF_INLINE Vec<S> window_sum(const S* first) const {
     Vec<S> sum = load<S>(first, Whole{});
-    for (int64_t i = 1; i <= before + after; ++i) sum += load<S>(first + i * step, Whole{});
+    for (int64_t i = 1; i <= left + right; ++i) sum += load<S>(first + i * step, Whole{});
     return sum;
   }
-  NF_INLINE Vec<S> base(const S* squares) const { return response_base(response, window_sum(squares - before * step)); }
+  NF_INLINE Vec<S> base(const S* squares) const { return response_base(response, window_sum(squares - left * step)); }
 
   void square(const Rows& rows, S* squares) const {
     rows.for_each<S>([&](int64_t offset, int64_t at, auto width) {
@@ -58,7 +58,7 @@ struct ResponseOp {
     });
     // A channel is in the windows of those from `after` before it to `before` after it.
     rows.for_each<S>([&](int64_t offset, int64_t at, auto width) {
-      const Vec<S> x = load<S>(input + offset, width), sum = window_sum(shares + at - after * step);
+      const Vec<S> x = load<S>(input + offset, width), sum = window_sum(shares + at - right * step);
       store(output + offset, response_gradient(response, load<S>(direct + at, Whole{}), x, sum), width);
     });
   }
@@ -71,16 +71,16 @@ void local_response_norm(const LocalResponseNorm& args, const Parallel& parallel
   const bool by_channels = view.inner > 1;  // a row is a channel
   const int64_t arrays = args.grad_output == nullptr ? 1 : 3;
   // A margin of zeros on either side of the channels; the rows of two positions share the one between them.
-  const int64_t before = args.before(), width = view.channels + before;
-  const BlockPlan plan = plan_blocks(view, arrays * (width + before) * static_cast<int64_t>(sizeof(S)));
-  const int64_t step = by_channels ? plan.positions : 1, margin = before * step;
+  const int64_t left = args.left(), width = view.channels + left;
+  const BlockPlan plan = plan_blocks(view, arrays * (width + left) * static_cast<int64_t>(sizeof(S)));
+  const int64_t step = by_channels ? plan.positions : 1, margin = left * step;
   const int64_t array = (plan.positions * width + margin) / kLanes<S> * kLanes<S> + 2 * kLanes<S>;
   const ResponseOp<T> op{static_cast<const T*>(args.input),
                          static_cast<const T*>(args.grad_output),
                          static_cast<T*>(args.output),
                          response_of<S>(args),
-                         before,
-                         args.after(),
+                         left,
+                         args.right(),
                          step};
 
   const auto rows_of = [&](int64_t block) -> Rows {

@@ -6,7 +6,7 @@
 //   operator()(x, y, choose, offset, mask)
 //                                     the outputs y of vectors x, by coefficients choose(i) of value i; `mask` tells
 //                                     which values lie in the tensor
-//   before()                          what the launch does besides
+//   prologue()                          what the launch does besides
 //   kPrepares, prepare(channel, first, k)
 //                                     whether blocks compute the coefficients k of their channels themselves; `first`:
 //                                     no other block is told so of the channel
@@ -117,8 +117,8 @@ constexpr int vectors_within(int accesses) {
 
 // All of one channel, channels first, by plan.lanes threads.
 template <class Op, int kValues, bool kMasked>
-NF_DEVICE void apply_row_walk(const Op& op, const RowsPlan& plan, int64_t channel, int lane) {
-  RowWalk<kValues, kMasked> walk(plan, channel, 0, lane);
+NF_DEVICE void apply_row(const Op& op, const RowsPlan& plan, int64_t channel, int lane) {
+  RowIterator<kValues, kMasked> walk(plan, channel, 0, lane);
   const Coefficients<Op> coefficients = Table<Op>{op.table, plan.view.channels}[channel];
   while (walk.has(1)) {
     uint32_t mask;
@@ -134,7 +134,7 @@ NF_DEVICE void apply_row_walk(const Op& op, const RowsPlan& plan, int64_t channe
 // table gives them by few accesses.
 template <class Op, int kValues>
 NF_DEVICE void load_coefficients(const Table<Op>& table, int64_t first, const ColumnsPlan& plan,
-                                 const ColumnWalk<kValues>& walk, Coefficients<Op> (&coefficients)[kValues]) {
+                                 const ColumnIterator<kValues>& walk, Coefficients<Op> (&coefficients)[kValues]) {
   using Row = Vector<typename Op::S, kValues>;
   if (!Op::kPrepares && sizeof(Row) <= 32 && plan.plain()) {  // doubles would be more than there are registers for
 #pragma unroll
@@ -153,9 +153,9 @@ NF_DEVICE void load_coefficients(const Table<Op>& table, int64_t first, const Co
 
 // A tile's columns in one chunk of rows. A thread keeps its channels' coefficients.
 template <class Op, int kValues>
-NF_DEVICE void apply_column_walk(const Op& op, const ColumnsPlan& plan, int64_t tile, int64_t chunk, bool streaming) {
+NF_DEVICE void apply_tile(const Op& op, const ColumnsPlan& plan, int64_t tile, int64_t chunk, bool streaming) {
   constexpr int kRows = vectors_within<Op, kValues>(4);
-  ColumnWalk<kValues> walk(plan, tile, chunk);
+  ColumnIterator<kValues> walk(plan, tile, chunk);
   const int64_t numel = plan.view.numel();
   const int64_t first = Op::kPrepares ? plan.first_channel(tile) : 0;
   const auto table = table_of(
@@ -201,10 +201,10 @@ template <class Op, int kValues>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     apply_columns(const Op op, const ColumnsPlan plan, const bool streaming) {
   wait_for_previous_launch();
-  op.before();
+  op.prologue();
   const unsigned block = gridDim.x - 1 - blockIdx.x;  // against the order of memory
   const auto tiles = static_cast<unsigned>(plan.tiles);
-  apply_column_walk<Op, kValues>(op, plan, block % tiles, block / tiles, streaming);
+  apply_tile<Op, kValues>(op, plan, block % tiles, block / tiles, streaming);
 }
 
 // To which channels the values of a flat tensor belong.
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   constexpr int kTogether = kMost < kFlatVectors ? kMost : kFlatVectors;
   static_assert(kFlatVectors % kTogether == 0);
   wait_for_previous_launch();
-  op.before();
+  op.prologue();
   const int64_t numel = plan.view.numel(), inner = plan.view.inner, channels = plan.view.channels;
   const int64_t block = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);  // against the order of memory
   constexpr int64_t kRun = int64_t{kThreads} * kFlatVectors * kValues;

@@ -6,10 +6,11 @@
 
 namespace normfused::cuda {
 
-// Calls f with the activation, whose kind the compiler then knows, or its bend: one branch for all values of a vector.
+// Calls f with the activation, whose kind the compiler then knows, or its pieces: one branch for all values of a
+// vector.
 template <class S, class F>
 NF_DEVICE void for_activation(const Activation& activation, const F& f) {
-  if (activation.is_straight()) return f(bend_of<S>(activation));
+  if (activation.is_piecewise_linear()) return f(piecewise_linear<S>(activation));
   const double parameter = activation.parameter;
   switch (activation.kind) {
     case ActivationKind::kElu:
@@ -89,7 +90,7 @@ struct NormalizeOp {
       });
     }
   }
-  NF_DEVICE void before() const {
+  NF_DEVICE void prologue() const {
     if (blockIdx.x != 0) return;
     if (counter != nullptr && threadIdx.x == 0) ++*counter;
     if (kFused && padding != nullptr && threadIdx.x < kMaskPadding) padding[threadIdx.x] = 0;
@@ -102,7 +103,7 @@ NF_DEVICE void find_z(bool from_output, const Activation& activation, S (&x)[n],
                       const Normalize& normalize) {
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    if (from_output) x[i] = deactivated(bend_of<S>(activation), x[i]);
+    if (from_output) x[i] = deactivated(piecewise_linear<S>(activation), x[i]);
     z[i] = from_output ? x[i] : normalize(i, x[i]);
   }
 }
@@ -112,9 +113,9 @@ template <class E, int n, class S>
 NF_DEVICE void to_gradient_of_z(const Activation& activation, S (&grad)[n], const S (&z)[n], const S (&residual)[n],
                                 bool by_bits, uint32_t bits) {
   if (by_bits) {
-    const Bend<S> bend = bend_of<S>(activation);
+    const PiecewiseLinear<S> pieces = piecewise_linear<S>(activation);
 #pragma unroll
-    for (int i = 0; i < n; ++i) grad[i] = bits >> i & 1 ? grad[i] : sloped(bend, grad[i]);
+    for (int i = 0; i < n; ++i) grad[i] = bits >> i & 1 ? grad[i] : sloped(pieces, grad[i]);
     return;
   }
   for_activation<S>(activation, [&](const auto& known) {
@@ -182,7 +183,7 @@ struct GradInputOp {
       }
     }
   }
-  NF_DEVICE void before() const {}
+  NF_DEVICE void prologue() const {}
 };
 
 // grad_output * scale: where the statistics are constants and nothing follows.
@@ -205,7 +206,7 @@ struct ScaleOp {
 #pragma unroll
     for (int i = 0; i < n; ++i) y[0][i] = x[0][i] * choose(i).k[0];
   }
-  NF_DEVICE void before() const {}
+  NF_DEVICE void prologue() const {}
 };
 
 // Sums of g and of g * (x - pivot), where g is the gradient of z and pivot is the mean rounded to S.
@@ -215,7 +216,7 @@ struct GradSumsOp {
   using S = compute_t<T>;
   using Sum = double;
   static constexpr int kInputs = kFused ? 3 : 2, kRequired = 2, kSums = 2;
-  static constexpr bool kRepairs = false, kStartsFromMemory = true;
+  static constexpr bool kRecomputes = false, kStartsFromMemory = true;
 
   struct Plain {
     S pivot, sum, product;
@@ -314,8 +315,8 @@ NF_DEVICE double finish_statistics(const BatchStatistics& args, int64_t c, const
   const FinishedStatistics finished = finish(moments, args, factor, running.mean, running.var);
   args.mean[c] = finished.mean;
   args.invstd[c] = finished.invstd;
-  if (finished.skipped) {
-    ++args.skipped[c];
+  if (finished.nonfinite) {
+    ++args.nonfinite_batches[c];
   } else {
     write(args.running_mean, c, finished.running_mean);
     write(args.running_var, c, finished.running_var);

@@ -18,7 +18,7 @@ struct MomentsOp {
   using S = compute_t<T>;
   using Sum = double;
   static constexpr int kInputs = 1, kRequired = 1, kSums = kExtremes ? 4 : 2;
-  static constexpr bool kRepairs = true, kStartsFromMemory = false;
+  static constexpr bool kRecomputes = true, kStartsFromMemory = false;
 
   struct State {
     S pivot, sum, square;
@@ -115,14 +115,14 @@ struct MomentsOp {
   }
 
   // Infinite values and what overflows S are computed again, in double. A NaN needs no second look.
-  static NF_DEVICE bool sound(const Sum (&results)[kSums]) { return results[1] != infinity(); }
+  static NF_DEVICE bool is_valid(const Sum (&results)[kSums]) { return results[1] != infinity(); }
 
   // Computes those of the channels [begin, begin + channels) again that are not sound, all of them at once. The thread
   // that `leads` has the results of channel begin + group. All threads of the block take part.
-  NF_DEVICE void repair(int64_t begin, int channels, int group, bool leads, Sum (&results)[kSums]) const {
+  NF_DEVICE void recompute(int64_t begin, int channels, int group, bool leads, Sum (&results)[kSums]) const {
     NF_SHARED(bool, broken, [kThreads]);
     NF_SHARED(double, parts, [kThreads]);
-    const bool mends = leads && !sound(results);
+    const bool mends = leads && !is_valid(results);
     if (leads) broken[group] = mends;
     __syncthreads();
     int lanes = kThreads;
@@ -187,7 +187,7 @@ struct SumsOp {
   using S = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
   using Sum = S;
   static constexpr int kInputs = 1, kRequired = 1, kSums = 4;
-  static constexpr bool kRepairs = false, kStartsFromMemory = false;
+  static constexpr bool kRecomputes = false, kStartsFromMemory = false;
 
   // Packed: 20 bytes of a narrow T, with which the columns' states of a block stay within 48 KiB; 24 would not.
   using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, T>;  // CUDA's half precision is not to be packed

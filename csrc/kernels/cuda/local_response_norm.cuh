@@ -13,8 +13,8 @@ struct Channels {
   int64_t begin, end;
 
   // With those about them, as far as there are.
-  NF_DEVICE Channels with(int64_t before, int64_t after, int64_t channels) const {
-    return {begin > before ? begin - before : 0, end + after < channels ? end + after : channels};
+  NF_DEVICE Channels with(int64_t left, int64_t right, int64_t channels) const {
+    return {begin > left ? begin - left : 0, end + right < channels ? end + right : channels};
   }
 };
 
@@ -49,10 +49,10 @@ class Tile {
   }
 
   // The sum of `before` channels before one of them, itself, and `after` after it, as far as they are among `channels`.
-  static NF_DEVICE S window_sum(const S* values, const Channels& channels, int64_t c, int place, int64_t before,
-                                int64_t after) {
+  static NF_DEVICE S window_sum(const S* values, const Channels& channels, int64_t c, int place, int64_t left,
+                                int64_t right) {
     constexpr int kStep = kLast ? 1 : kWarp;
-    const Channels window = Channels{c, c + 1}.with(before, after, channels.end);
+    const Channels window = Channels{c, c + 1}.with(left, right, channels.end);
     const int from = static_cast<int>((window.begin > channels.begin ? window.begin : channels.begin) - c);
     const int to = static_cast<int>(window.end - c);
     S sum = 0;
@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   NF_SHARED(S, squares, [Tile<T, kLast>::kValues]);
   const T* const input = static_cast<const T*>(args.input);
   T* const output = static_cast<T*>(args.output);
-  const int64_t before = args.before(), after = args.after();
+  const int64_t left = args.left(), right = args.right();
   const Channels written = chunk_of(plan, args.view.channels);
-  const Channels read = written.with(before, after, args.view.channels);
+  const Channels read = written.with(left, right, args.view.channels);
   const Tile<T, kLast> tile(args.view, blockIdx.x / plan.chunks * kWarp, read.begin);
 
   tile.for_each(read, [&](int64_t, int place, int64_t offset) {
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   });
   __syncthreads();
   tile.for_each(written, [&](int64_t c, int place, int64_t offset) {
-    const S base = response_base(response, tile.window_sum(squares, read, c, place, before, after));
+    const S base = response_base(response, tile.window_sum(squares, read, c, place, left, right));
     output[offset] = narrow<T>(widen<S>(input[offset]) * response_factor<Elementary>(response, base));
   });
 }
@@ -104,10 +104,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const T* const input = static_cast<const T*>(args.input);
   const T* const grad_output = static_cast<const T*>(args.grad_output);
   T* const grad_input = static_cast<T*>(args.output);
-  const int64_t before = args.before(), after = args.after();
+  const int64_t left = args.left(), right = args.right();
   const Channels written = chunk_of(plan, args.view.channels);
-  const Channels sharing = written.with(after, before, args.view.channels);  // whose windows hold one that is written
-  const Channels read = sharing.with(before, after, args.view.channels);
+  const Channels sharing = written.with(right, left, args.view.channels);  // whose windows hold one that is written
+  const Channels read = sharing.with(left, right, args.view.channels);
   const Tile<T, kLast> tile(args.view, blockIdx.x / plan.chunks * kWarp, read.begin);
 
   tile.for_each(read, [&](int64_t, int place, int64_t offset) {
@@ -117,14 +117,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   __syncthreads();
   tile.for_each(sharing, [&](int64_t c, int place, int64_t offset) {
     const S x = widen<S>(input[offset]), grad = widen<S>(grad_output[offset]);
-    const S base = response_base(response, tile.window_sum(squares, read, c, place, before, after));
+    const S base = response_base(response, tile.window_sum(squares, read, c, place, left, right));
     const S factor = response_factor<Elementary>(response, base);
     shares[place] = response_share(grad, x, base, factor);
     direct[place] = grad * factor;
   });
   __syncthreads();
   tile.for_each(written, [&](int64_t c, int place, int64_t offset) {
-    const S sum = tile.window_sum(shares, sharing, c, place, after, before);
+    const S sum = tile.window_sum(shares, sharing, c, place, right, left);
     grad_input[offset] = narrow<T>(response_gradient(response, direct[place], widen<S>(input[offset]), sum));
   });
 }

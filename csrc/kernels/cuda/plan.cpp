@@ -208,7 +208,7 @@ ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize,
 WindowPlan plan_windows(const LocalResponseNorm& args) {
   const int64_t held = args.dtype == DType::kFloat64 ? kTileChannels<double> : kTileChannels<float>;
   const int64_t passes = args.grad_output == nullptr ? 1 : 2;  // each of them sums over windows
-  const int64_t about = passes * (args.before() + args.after()), channels = args.view.channels;
+  const int64_t about = passes * (args.left() + args.right()), channels = args.view.channels;
   const int64_t most = channels <= held ? channels : held - about;
   if (most < channels && most < held / kLeastShare) return {};
   const int64_t chunks = ceil_div(channels, most);

@@ -11,7 +11,7 @@
 //                                a state as sums that can be joined with those of any other thread
 //   join(k, a, b), empty(k)
 //   results(channel, sums)       turns the joined sums into what was asked for
-//   kRepairs, sound(sums), repair(begin, channels, group, leads, sums)
+//   kRecomputes, is_valid(sums), recompute(begin, channels, group, leads, sums)
 //                                whether that can fail, whether it did, and the slow way, for all channels that a block
 //                                finishes at once
 //
@@ -42,11 +42,11 @@ struct Partials {
 };
 
 template <class Op, int kValues, bool kMasked>
-NF_DEVICE typename Op::State reduce_row_walk(const Op& op, const RowsPlan& plan, int64_t channel, int64_t split,
-                                             int lane, int64_t& count) {
+NF_DEVICE typename Op::State reduce_row(const Op& op, const RowsPlan& plan, int64_t channel, int64_t split, int lane,
+                                        int64_t& count) {
   using T = typename Op::T;
   using S = typename Op::S;
-  RowWalk<kValues, kMasked> walk(plan, channel, split, lane);
+  RowIterator<kValues, kMasked> walk(plan, channel, split, lane);
   const int64_t numel = plan.view.numel();
   typename Op::State state = op.start(channel);
 
@@ -152,10 +152,10 @@ NF_DEVICE void finish_channels(const Op& op, const Finish& finish, const Partial
     join_lanes<Op>(sums, lanes);
     const bool leads = lane == 0 && channel < last;
     if (leads) op.results(channel, sums);
-    if constexpr (Op::kRepairs)
-      if (__syncthreads_or(leads && !op.sound(sums))) {
+    if constexpr (Op::kRecomputes)
+      if (__syncthreads_or(leads && !op.is_valid(sums))) {
         const int64_t left = last - begin;
-        op.repair(begin, left < groups ? static_cast<int>(left) : groups, group, leads, sums);
+        op.recompute(begin, left < groups ? static_cast<int>(left) : groups, group, leads, sums);
       }
     if (leads) finish(channel, sums, known);
   }
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (channel < last) {
     int64_t count = 0;
     const auto state =
-        reduce_row_walk<Op, kValues, kMasked>(op, plan, channel, static_cast<int64_t>(blockIdx.y), lane, count);
+        reduce_row<Op, kValues, kMasked>(op, plan, channel, static_cast<int64_t>(blockIdx.y), lane, count);
     if (count > 0) op.sums(state, count, channel, sums);
   }
   join_lanes<Op>(sums, plan.lanes);
@@ -188,14 +188,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
   if constexpr (!std::is_same_v<Apply, Nothing>) {
     __syncthreads();  // the coefficients are there
-    apply.before();
-    if (channel < last) apply_row_walk<Apply, kValues, kMasked>(apply, plan, channel, lane);
+    apply.prologue();
+    if (channel < last) apply_row<Apply, kValues, kMasked>(apply, plan, channel, lane);
   }
 }
 
 // The states that a thread begins with. What a channel's is made from is loaded and computed once for the block.
 template <class Op, int kValues>
-NF_DEVICE void start_columns(const Op& op, const ColumnWalk<kValues>& walk, int64_t first, int64_t last,
+NF_DEVICE void start_columns(const Op& op, const ColumnIterator<kValues>& walk, int64_t first, int64_t last,
                              typename Op::State* of_channels, typename Op::State (&state)[kValues]) {
   if constexpr (Op::kStartsFromMemory) {
     for (int64_t c = first + threadIdx.x; c < last; c += kThreads) of_channels[c - first] = op.start(c);
@@ -213,7 +213,7 @@ NF_DEVICE void start_columns(const Op& op, const ColumnWalk<kValues>& walk, int6
 
 // The values of a thread's columns in one split, each with a state of its own.
 template <class Op, int kValues>
-NF_DEVICE void reduce_column_walk(const Op& op, const ColumnsPlan& plan, ColumnWalk<kValues>& walk,
+NF_DEVICE void accumulate_columns(const Op& op, const ColumnsPlan& plan, ColumnIterator<kValues>& walk,
                                   typename Op::State (&state)[kValues]) {
   using T = typename Op::T;
   using S = typename Op::S;
@@ -273,7 +273,7 @@ NF_DEVICE void reduce_column_walk(const Op& op, const ColumnsPlan& plan, ColumnW
 // Joins the states of all threads for one of the channels of a tile that begins with channel `first`, of which each
 // lane takes some.
 template <class Op, int kValues>
-NF_DEVICE void join_states(const Op& op, const ColumnsPlan& plan, const ColumnWalk<kValues>& walk,
+NF_DEVICE void join_states(const Op& op, const ColumnsPlan& plan, const ColumnIterator<kValues>& walk,
                            const typename Op::State* states, int64_t first, int channel, int lane, int lanes,
                            typename Op::Sum (&sums)[Op::kSums]) {
   const int across = plan.width * kValues;
@@ -299,14 +299,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   using Sum = typename Op::Sum;
   allow_next_launch();
   NF_SHARED(typename Op::State, states, [kThreads * kValues]);
-  ColumnWalk<kValues> walk(plan, blockIdx.x, blockIdx.y);
+  ColumnIterator<kValues> walk(plan, blockIdx.x, blockIdx.y);
   const int count = plan.tile_channels(), across = plan.width * kValues;
   const int64_t first = blockIdx.x * static_cast<int64_t>(count);
   const int64_t last = first + count < plan.view.channels ? first + count : plan.view.channels;
   if (first + threadIdx.x < last) finish.prefetch(first + threadIdx.x);
   typename Op::State state[kValues];
   start_columns(op, walk, first, last, states, state);
-  reduce_column_walk(op, plan, walk, state);
+  accumulate_columns(op, plan, walk, state);
 
   // A column's threads stand above one another.
   if (walk.y < plan.height)
@@ -328,8 +328,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
   if constexpr (!std::is_same_v<Apply, Nothing>) {
     __syncthreads();  // the coefficients are there
-    apply.before();
-    apply_column_walk<Apply, kValues>(apply, plan, blockIdx.x, 0, false);
+    apply.prologue();
+    apply_tile<Apply, kValues>(apply, plan, blockIdx.x, 0, false);
   }
 }
 

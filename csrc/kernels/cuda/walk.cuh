@@ -39,9 +39,9 @@ NF_DEVICE void store_masked(T* tensor, int64_t offset, const Vector<T, kValues>&
 
 // Channels first: the vectors of one channel in a split, of which a thread takes every plan.lanes-th.
 template <int kValues, bool kMasked>
-class RowWalk {
+class RowIterator {
  public:
-  NF_DEVICE RowWalk(const RowsPlan& plan, int64_t channel, int64_t split, int lane)
+  NF_DEVICE RowIterator(const RowsPlan& plan, int64_t channel, int64_t split, int lane)
       : plan_(plan), channel_(channel), unit_(split * plan.chunk + lane) {
     const int64_t end = unit_ - lane + plan.chunk;
     end_ = end < plan.units() ? end : plan.units();
@@ -79,9 +79,9 @@ class RowWalk {
 
 // A matrix: a thread's place in its block, and the rows it takes: every plan.height-th of a split.
 template <int kValues>
-class ColumnWalk {
+class ColumnIterator {
  public:
-  NF_DEVICE ColumnWalk(const ColumnsPlan& plan, int64_t tile, int64_t split)
+  NF_DEVICE ColumnIterator(const ColumnsPlan& plan, int64_t tile, int64_t split)
       : plan_(plan), x(threadIdx.x % plan.width), y(threadIdx.x / plan.width) {
     column = (tile * plan.width + x) * kValues;
     begin_ = split * plan.chunk;

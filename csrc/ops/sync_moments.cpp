@@ -1,4 +1,4 @@
-#include "ops/ranks.h"
+#include "ops/sync_moments.h"
 
 #include <ATen/Functions.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -19,25 +19,23 @@ at::Tensor pack_moments_kernels(const at::Tensor& input) {
   const auto options = input.options().dtype(at::kLong).memory_format(at::MemoryFormat::Contiguous);
   const int64_t words = rank_words(input.size(1), dtype);
   if (input.numel() == 0) return at::zeros({words}, options);
-  const at::Tensor dense = with_view(input);
+  const at::Tensor dense = as_dense(input);
   at::Tensor result = at::empty({words}, options);
   backend_of(input).pack_moments({*view_of(dense), dtype, dense.const_data_ptr(), result.mutable_data_ptr<int64_t>()},
                                  input.device());
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor> merge_ranks_kernels(const at::Tensor& words, int64_t channels, int64_t own_count,
-                                                       const OptionalTensor& running_mean,
-                                                       const OptionalTensor& running_var,
-                                                       const OptionalTensor& num_batches_tracked,
-                                                       std::optional<double> momentum, double eps, int64_t correction,
-                                                       const OptionalTensor& skipped, bool update_in_backward) {
+std::tuple<at::Tensor, at::Tensor> merge_ranks_kernels(
+    const at::Tensor& words, int64_t channels, int64_t own_count, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+    double eps, int64_t correction, const OptionalTensor& nonfinite_batches, bool update_in_backward) {
   const bool is_double = words.dim() == 2 && words.size(1) == rank_words(channels, DType::kFloat64);
   TORCH_CHECK_VALUE(words.scalar_type() == at::kLong && words.dim() == 2 && words.stride(1) == 1 && channels > 0 &&
                         (is_double || words.size(1) == rank_words(channels, DType::kFloat32)),
                     "words must be int64, with the words of ", channels, " channels in each row, got ",
                     words.scalar_type(), " of shape ", words.sizes());
-  RunningStatistics running{running_mean, running_var, num_batches_tracked, skipped,
+  RunningStatistics running{running_mean, running_var, num_batches_tracked, nonfinite_batches,
                             momentum,     eps,         correction,          update_in_backward};
   running.check(channels, words.device());
   if (own_count < 2) {
@@ -74,10 +72,10 @@ std::tuple<at::Tensor, at::Tensor> merge_ranks(const at::Tensor& words, int64_t 
                                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                                const OptionalTensor& num_batches_tracked,
                                                std::optional<double> momentum, double eps, int64_t correction,
-                                               const OptionalTensor& skipped, bool update_in_backward) {
+                                               const OptionalTensor& nonfinite_batches, bool update_in_backward) {
   static const auto op = find_operator<decltype(merge_ranks)>("normfused::merge_ranks");
   return op.call(words, channels, own_count, running_mean, running_var, num_batches_tracked, momentum, eps, correction,
-                 skipped, update_in_backward);
+                 nonfinite_batches, update_in_backward);
 }
 
 TORCH_LIBRARY_IMPL(normfused, CPU, m) {

@@ -8,7 +8,7 @@ void pack_moments(const PackMoments& args, const Parallel& parallel) {
   args.words[0] = view.positions();
   auto* const moments = reinterpret_cast<RankMoments<S>*>(args.words + 1);
   reduce_all(op, view, sizeof(T), parallel, [&](const Results& results, int64_t c0, int64_t c1) {
-    repair_moments(op, view, results, c0, c1);
+    recompute_moments(op, view, results, c0, c1);
     for (int64_t c = c0; c < c1; ++c) moments[c] = packed<S>(Moments{view.positions(), results(0, c), results(1, c)});
   });
 }

@@ -21,6 +21,6 @@ std::tuple<at::Tensor, at::Tensor> merge_ranks(const at::Tensor& words, int64_t 
                                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                                const OptionalTensor& num_batches_tracked,
                                                std::optional<double> momentum, double eps, int64_t correction,
-                                               const OptionalTensor& skipped, bool update_in_backward);
+                                               const OptionalTensor& nonfinite_batches, bool update_in_backward);
 
 }  // namespace normfused::ops

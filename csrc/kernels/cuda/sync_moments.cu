@@ -1,4 +1,4 @@
-#include "kernels/cuda/ranks.cuh"
+#include "kernels/cuda/sync_moments.cuh"
 
 #include "kernels/cuda/launch.cuh"
 
