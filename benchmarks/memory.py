@@ -251,9 +251,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 f"{value:.2f}", (value, index + offset), (3, 0), textcoords="offset points", va="center", fontsize=8
             )
     ax.set_yticks(range(len(steps)), [MODES[step["mode"]].title for step in reversed(steps)])
-    ax.set_xlabel("GiB: kept for backward (dark), peak of a step (light)")
+    ax.set_xlabel("GiB: saved for backward (dark), peak of a step (light)")
     ax.spines[["top", "right"]].set_visible(False)
-    where = results["machine"].get("gpu", results["machine"]["cpu"])
+    machine = results["machine"]
+    where = f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}, {machine['date'][:10]}"
     ax.set_title(f"ResNet-50, float32, batch {steps[0]['batch']}, 224²; {where}", loc="left", fontsize=10)
     fig.savefig(path, dpi=130)
     plt.close(fig)

@@ -1,4 +1,4 @@
-"""The results as bar charts: times faster than torch, and distance to the floor."""
+"""The results as dot plots: speed compared with torch, and time compared with a copy of the same bytes."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from cases import DTYPES, LAYOUTS, OPERATIONS, dtype_name
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from measure import Result
-from targets import Figure, figure, find_target
+from targets import Figure, figure
 
+# A color for each dtype, a marker for each layout.
+COLORS = dict(zip(map(dtype_name, DTYPES), ("#1f5a99", "#c2591b"), strict=True))
+MARKERS = dict(zip(LAYOUTS, ("o", "D"), strict=True))
 SERIES = [(dtype_name(dtype), layout) for dtype in DTYPES for layout in LAYOUTS]
-COLORS = dict(zip(SERIES, ("#1f5a99", "#9cc3e6", "#c2591b", "#f3b48b"), strict=True))
-TARGET_COLOR = "#2b8a3e"
-WIDTH = 0.2
+STEP = 0.19  # between the series of a row
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.spines.left": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "axes.grid.axis": "y",
+    "axes.grid.axis": "x",
     "grid.color": "#e6e6e6",
     "font.size": 9,
-    "axes.titlesize": 10,
+    "axes.titlesize": 9,
     "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
 }
 
 
@@ -37,29 +40,28 @@ STYLE = {
 class Chart:
     name: str
     title: str
+    axis: str
     operations: tuple[str, ...]
-    bar: Figure
-    tick: Figure | None = None
+    value: Figure
 
 
 CHARTS = (
     Chart(
         "speedup",
-        "Times faster than torch eager. Dashed: target for the geometric mean",
+        "Speed compared with eager torch; right of the line normfused is faster",
+        "time of torch / time of normfused",
         (
-            *("training_forward", "training_forward_backward"),
-            *("relu_forward_backward", "add_relu_forward_backward"),
-            *("eval_forward", "channel_moments"),
+            *("training_forward", "training_forward_backward", "eval_forward"),
+            *("relu_forward_backward", "add_relu_forward_backward", "channel_moments"),
         ),
         "speedup",
     ),
     Chart(
         "floor",
-        "Distance to the floor: time over that of 1R + 1W (backward 2R + 1W, moments 1R) at copy speed. Black ticks: "
-        "over that of 2R + 1W (4R + 1W).\nDashed: target for the geometric mean, on the CPU of tensors ≥ 25 MB",
+        "Time compared with a copy of as many bytes as the operation has to move; the line is the copy's speed",
+        "time of normfused / time of the copy",
         ("training_forward", "training_backward", "eval_forward", "channel_moments"),
         "resident",
-        "streaming",
     ),
 )
 
@@ -67,46 +69,64 @@ CHARTS = (
 def draw(machine: dict[str, Any], results: list[Result], folder: Path) -> None:
     """One file per chart and batch size."""
     grid = [r for r in results if r["operation"] != "small_call"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['cpu_capability']}, {machine['threads']} threads"
+    where = f"{device}, torch {machine['torch']}, {machine['date'][:10]}"
     for batch in {r["shape"][0] for r in grid}:
+        of_batch = [r for r in grid if r["shape"][0] == batch]
         for chart in CHARTS:
-            title = f"{chart.title}\n{where}, batch {batch}"
-            path = folder / f"{chart.name}-n{batch}.png"
-            _draw(chart, title, [r for r in grid if r["shape"][0] == batch], machine["device"], path)
+            title = f"{chart.title}\nmedians at batch {batch}; {where}"
+            _draw(chart, title, of_batch, folder / f"{chart.name}-n{batch}.png")
 
 
-def _draw(chart: Chart, title: str, results: list[Result], device: str, path: Path) -> None:
+def _draw(chart: Chart, title: str, results: list[Result], path: Path) -> None:
     shapes = list(dict.fromkeys((r["shape"][1], r["shape"][2]) for r in results))
+    columns = 3 if len(chart.operations) > 4 else 4
+    rows = len(chart.operations) // columns
     with plt.rc_context(STYLE):
-        rows = len(chart.operations) // 2
-        fig, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), layout="constrained")
+        size = (12, 0.9 + rows * (0.8 + 0.3 * len(shapes)))
+        fig, axes = plt.subplots(
+            rows, columns, figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
+        )
         for ax, operation in zip(axes.flat, chart.operations, strict=True):
-            ax.set_title(OPERATIONS[operation].title)
-            ax.set_xticks(range(len(shapes)), [f"{channels}×{side}²" for channels, side in shapes])
-            ax.tick_params(axis="x", length=0, labelsize=8)
-            ax.margins(x=0.01)
+            ax.set_title(OPERATIONS[operation].title, loc="left")
+            ax.axvline(1, color="#333333", lw=1)
+            ax.tick_params(axis="y", length=0)
             for result in results:
                 if result["operation"] == operation:
-                    _draw_bar(ax, chart, result, shapes.index((result["shape"][1], result["shape"][2])))
-            ax.axhline(1, color="#555555", lw=1)
-            if target := find_target(device, operation, chart.bar):
-                _draw_target(ax, target.bound)
+                    _draw_dot(ax, result, chart.value, shapes.index((result["shape"][1], result["shape"][2])))
+        _label(axes[0, 0], shapes)
+        for ax in axes[-1]:
+            ax.set_xlabel(chart.axis)
+        for ax in axes[:, 0]:
+            ax.set_ylabel("channels × height × width")
         fig.suptitle(title, x=0.01, ha="left", fontsize=10)
-        handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[series]) for series in SERIES]
-        fig.legend(handles, [" ".join(s) for s in SERIES], loc="outside lower center", ncols=4, frameon=False)
+        fig.legend(handles=_handles(), loc="outside lower center", ncols=len(SERIES), frameon=False)
         fig.savefig(path, dpi=130)
         plt.close(fig)
 
 
-def _draw_bar(ax: Axes, chart: Chart, result: Result, group: int) -> None:
-    series = result["dtype"], result["layout"]
-    x = group + (SERIES.index(series) - (len(SERIES) - 1) / 2) * WIDTH
-    ax.bar(x, figure(result, chart.bar), WIDTH * 0.92, color=COLORS[series])
-    if chart.tick is not None and figure(result, chart.tick) != figure(result, chart.bar):
-        ax.hlines(figure(result, chart.tick), x - WIDTH * 0.46, x + WIDTH * 0.46, "black", lw=1.2)
+def _draw_dot(ax: Axes, result: Result, value: Figure, row: int) -> None:
+    dtype, layout = result["dtype"], result["layout"]
+    y = row + (SERIES.index((dtype, layout)) - (len(SERIES) - 1) / 2) * STEP
+    ax.plot(figure(result, value), y, MARKERS[layout], color=COLORS[dtype], **_face(layout), ms=4.5)
 
 
-def _draw_target(ax: Axes, bound: float) -> None:
-    ax.axhline(bound, color=TARGET_COLOR, lw=1, ls="--")
-    beside = (1, bound), (3, 0), ax.get_yaxis_transform(), "offset points"
-    ax.annotate(f"{bound:.3g}×", *beside, va="center", color=TARGET_COLOR)
+def _face(layout: str) -> dict[str, str]:
+    """Markers of channels_last are hollow: a layout is told by its shape and without color."""
+    return {} if layout == LAYOUTS[0] else {"mfc": "white"}
+
+
+def _handles() -> list[Line2D]:
+    return [
+        Line2D([], [], ls="", marker=MARKERS[layout], color=COLORS[dtype], label=f"{dtype} {layout}", **_face(layout))
+        for dtype, layout in SERIES
+    ]
+
+
+def _label(ax: Axes, shapes: list[tuple[int, int]]) -> None:
+    ax.set_yticks(range(len(shapes)), [f"{channels}×{side}×{side}" for channels, side in shapes])
+    ax.set_ylim(len(shapes) - 0.4, -0.6)  # the largest maps on top
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())

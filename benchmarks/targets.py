@@ -98,8 +98,3 @@ TARGETS = (
     Target("cuda", "training_backward", 1 / 0.85, "resident"),
     Target("cuda", "channel_moments", 1 / 0.8, "resident"),
 )
-
-
-def find_target(device: str, operation: str, figure: Figure) -> Target | None:
-    """The first target of that kind, which is the one for the geometric mean."""
-    return next((t for t in TARGETS if (t.device, t.operation, t.figure) == (device, operation, figure)), None)
