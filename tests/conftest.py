@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,17 @@ def _why_no_cuda() -> str | None:
 
 
 _WHY_NO_CUDA = _why_no_cuda()
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # which share the cores; two threads are what tests of threads need
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process per core, up to eight: each holds torch, and some tests start processes of their own."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(len(cores), 8)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
