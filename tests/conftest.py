@@ -21,7 +21,8 @@ def _why_no_cuda() -> str | None:
 
 
 _WHY_NO_CUDA = _why_no_cuda()
-
+# Folders of tests that compile kernels anew, and run them under sanitizers or read their machine code.
+_EXHAUSTIVE = ("cpu_kernels", "cuda_build", "host_cuda")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # which share the cores; two threads are what tests of threads need
     torch.set_num_threads(min(torch.get_num_threads(), 2))
@@ -32,6 +33,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One process per core, up to eight: each holds torch, and some tests start processes of their own."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return min(len(cores), 8)
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers select
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in _EXHAUSTIVE:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
