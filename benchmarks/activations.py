@@ -1,4 +1,4 @@
-"""What an activation costs: forward and backward with each, against ReLU's and against torch's separate layers.
+"""Cost of each activation fused with batch norm, compared with ReLU and with torch's separate layers.
 
 ``python benchmarks/activations.py`` writes activations.json and activations.md to results/<device>/.
 """
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 import normfused
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS
 
-# Its time over ReLU's at most; the others take exponentials.
+# Maximum time relative to ReLU. The activations not listed compute exponentials or the error function.
 CHEAP = {"identity": 1.15, "relu6": 1.15, "leaky_relu": 1.15, "hardswish": 1.15}
 COSTLY = 2.0
 
 
 def calls(x: Tensor, grad: Tensor) -> dict[str, Callable[[], Sequence[Tensor]]]:
-    """Forward and backward with each activation, by normfused and by torch.nn's layers."""
+    """Calls of forward + backward with each activation: ``name`` for normfused and ``torch name`` for torch.nn."""
     leaf = x.detach().requires_grad_()
     dtype = torch.promote_types(x.dtype, torch.float32)
 
@@ -40,33 +40,36 @@ def calls(x: Tensor, grad: Tensor) -> dict[str, Callable[[], Sequence[Tensor]]]:
         stock = nn.BatchNorm2d(x.size(1), device=x.device, dtype=dtype)
         parameter = ACTIVATION_PARAMS.get(name, 0.0)
         result[name] = step(ours, ours)
-        result[f"torch {name}"] = step(lambda t, n=stock, f=function, p=parameter: f(n(t), p), stock)  # type: ignore[misc]
+        separate = lambda t, norm=stock, f=function, p=parameter: f(norm(t), p)  # noqa: E731
+        result[f"torch {name}"] = step(separate, stock)
     return result
 
 
 @torch.no_grad()
 def check(x: Tensor) -> None:
-    """Assert that each activation's output is torch's in float64, by both peers."""
+    """Asserts that both peers' outputs agree with torch's in float64, for each activation."""
     parameter_dtype = torch.promote_types(x.dtype, torch.float32)
     exact = nn.BatchNorm2d(x.size(1), device=x.device, dtype=torch.float64)(x.double())
     for name, function in ACTIVATIONS.items():
         parameter = ACTIVATION_PARAMS.get(name, 0.0)
         ours = normfused.BatchNormAct2d(x.size(1), activation=name, device=x.device, dtype=parameter_dtype)
         stock = nn.BatchNorm2d(x.size(1), device=x.device, dtype=parameter_dtype)
-        want = function(exact, parameter)
-        for peer, got in (("normfused", ours(x)), ("torch", function(stock(x), parameter))):
-            error = ((got - want).abs().max() / want.abs().max()).item()
-            assert error <= WRONG[x.dtype], f"{name}, {tuple(x.shape)}: {peer} is off by {error:.1e}"
+        expected = function(exact, parameter)
+        for peer, actual in (("normfused", ours(x)), ("torch", function(stock(x), parameter))):
+            error = ((actual - expected).abs().max() / expected.abs().max()).item()
+            what = f"{name}, {tuple(x.shape)}: relative error of {peer} is {error:.1e}"
+            assert error <= WRONG[x.dtype], what
 
 
 def rehearse(device: str) -> list[dict[str, Any]]:
+    """One small shape."""
     return measure(device, 2, ((5, 3),), TINY)
 
 
 def measure(
     device: str, batch: int = 32, shapes: Sequence[tuple[int, int]] = QUICK, budget: Budget = FULL
 ) -> list[dict[str, Any]]:
-    """Medians over the rounds of each case: time over ReLU's, and torch's time over ours."""
+    """Medians over the rounds of each case: time relative to ReLU, and time of torch / time of normfused."""
     rows = []
     for channels, side in shapes:
         for dtype in DTYPES:
@@ -91,25 +94,24 @@ def measure(
 
 
 def render(description: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Geometric means over the cases, and the worst of them."""
+    """One line per activation: geometric means over the cases, and the maximum."""
     lines = []
     for name in ACTIVATIONS:
-        mine = [row for row in rows if row["activation"] == name]
-        cost = [row["to_relu"] for row in mine]
-        mean, bound = statistics.geometric_mean(cost), CHEAP.get(name, COSTLY)
+        own_rows = [row for row in rows if row["activation"] == name]
+        costs = [row["to_relu"] for row in own_rows]
+        mean, bound = statistics.geometric_mean(costs), CHEAP.get(name, COSTLY)
         verdict = "" if name == "relu" else "reached" if mean <= bound else "**not reached**"
-        faster = statistics.geometric_mean(row["speedup"] for row in mine)
+        speedup = statistics.geometric_mean(row["speedup"] for row in own_rows)
         limit = "" if name == "relu" else f"≤ {bound:.3g}×"
-        lines.append((name, f"{mean:.2f}×", f"{max(cost):.2f}×", limit, verdict, f"{faster:.2f}×"))
+        lines.append((name, f"{mean:.2f}×", f"{max(costs):.2f}×", limit, verdict, f"{speedup:.2f}×"))
+    what = f"Batch norm with the activation, forward + backward in training, {len(rows) // len(ACTIVATIONS)} cases"
+    header = ("activation", "time relative to ReLU", "maximum", "target for the mean", "", "speedup over torch")
     parts = [
         f"# Activations: {description.get('gpu', description['cpu'])}",
         command.versions(description),
-        f"Batch norm with the activation, forward + backward in training, over {len(rows) // len(ACTIVATIONS)} cases "
-        "(shapes, dtypes, layouts); medians of rounds in which each ran once.",
-        tables.table(
-            ("activation", "time over ReLU's, mean", "worst", "target for the mean", "", "times faster than torch"),
-            lines,
-        ),
+        f"{what} (shapes, dtypes, layouts). Each round runs every call once. "
+        "Geometric means over the cases of the medians over the rounds.",
+        tables.table(header, lines),
     ]
     return "\n\n".join(parts) + "\n"
 

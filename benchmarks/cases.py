@@ -1,4 +1,4 @@
-"""What is measured: operations, shapes, dtypes and layouts, and how many bytes each must move."""
+"""The cases of the benchmarks: operations, shapes, dtypes and layouts, and the bytes that each operation moves."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import normfused
 
 Call = Callable[[], Sequence[Any]]
 Layout = Literal["NCHW", "channels_last"]
-# Bytes counted by pen; and, on CUDA, by the plan of the launches.
+# How the bytes of an operation are counted: see Operation, and on CUDA also by the launches planned for the shape.
 Traffic = Literal["resident", "streaming", "planned"]
 
-# Channels and side of every batch norm in ResNet-50.
+# (channels, height and width) of every batch norm in ResNet-50.
 RESNET50 = (
     *((64, 112), (64, 56), (256, 56), (128, 28), (512, 28)),
     *((256, 14), (1024, 14), (512, 7), (2048, 7)),
@@ -29,24 +29,25 @@ LAYOUTS: tuple[Layout, ...] = ("NCHW", "channels_last")
 MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 BATCHES = {"cpu": (32,), "cuda": (256, 32)}
 SMALL = (8, 64, 8, 8)
-# A rehearsal's shapes: small, but an even and an odd number of positions.
+# Shapes of a rehearsal: small, one with an even and one with an odd number of positions.
 TINY = ((2, 8, 6, 6), (2, 5, 7, 7))
 
-COMPILER = "inductor"  # the backend of torch.compile; a rehearsal takes one that is done at once
+COMPILER = "inductor"  # the backend of torch.compile; a rehearsal uses "eager", which compiles nothing
 
-# Largest error, relative to the largest value: some units of float32's last place, two half units of the others'.
+# Allowed error of normfused, relative to the largest value: some ulps of float32, half to one ulp of 16-bit formats.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-# From which on a result is not what it claims to be, whoever computed it: torch itself, in float32 and channels_last,
-# is up to 7e-5 off, and separate layers round between them.
+# A larger relative error means a wrong result, for any peer. torch itself has errors up to 7e-5 in float32 with
+# channels_last, and separate layers round their intermediate results.
 WRONG = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)
 class Operation:
+    """An operation, and how often it reads and writes a whole tensor: (reads, writes)."""
+
     title: str
-    # Times the tensor is read and written: where it stays on chip between statistics and apply, and where it does not.
-    resident: tuple[int, int]
-    streaming: tuple[int, int]
+    resident: tuple[int, int]  # the tensor stays on chip between the statistics and their application
+    streaming: tuple[int, int]  # it does not
 
 
 OPERATIONS = {
@@ -84,7 +85,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def traffic_bytes(case: Case, traffic: Traffic) -> int:
-    """Bytes that the operation moves at least: per-channel vectors are not counted."""
+    """Minimum number of bytes that the operation moves. Per-channel vectors are not counted."""
     if traffic == "planned":
         return _planned_bytes(case)
     reads, writes = getattr(OPERATIONS[case.operation], traffic)
@@ -92,6 +93,7 @@ def traffic_bytes(case: Case, traffic: Traffic) -> int:
 
 
 def _planned_bytes(case: Case) -> int:
+    """Bytes that the CUDA launches planned for the case read and write, partial results included."""
     extension = normfused._extension.C
     assert extension is not None
     operations = {
@@ -100,21 +102,26 @@ def _planned_bytes(case: Case) -> int:
         "eval_forward": ["INFERENCE"],
         "channel_moments": ["MOMENTS"],
         "channel_sums": ["SUMS"],
-    }.get(case.operation, ["TRAINING", "BACKWARD"])  # an activation moves no more bytes; a residual is added below
+    }.get(case.operation, ["TRAINING", "BACKWARD"])  # an activation adds no traffic; a residual does, below
     n, c, *sides = case.shape
     inner = math.prod(sides)
     view = (n * inner, c, 1) if case.layout == "channels_last" else (n, c, inner)
     properties = torch.cuda.get_device_properties(0)
     device = (properties.multi_processor_count, properties.L2_cache_size)
     plans = [
-        extension.cuda_traffic(getattr(extension.Operation, o), view, case.dtype.itemsize, *device) for o in operations
+        extension.cuda_traffic(getattr(extension.Operation, name), view, case.dtype.itemsize, *device)
+        for name in operations
     ]
-    residual = 2 * case.tensor_bytes if case.operation.startswith("add") else 0  # read once, its gradient written once
+    # The forward pass reads the residual once, and the backward pass writes its gradient once.
+    residual = 2 * case.tensor_bytes if case.operation.startswith("add") else 0
     return residual + sum(plan["read"] + plan["written"] for plan in plans)
 
 
 def grid(device: str, *, quick: bool = False, tiny: bool = False) -> list[Case]:
-    """All cases, those with the same input one after the other; of three shapes of nine if `quick`."""
+    """All cases of a device, ordered so that cases with the same input are adjacent.
+
+    With `quick`: three of the nine shapes. With `tiny`: the shapes of a rehearsal.
+    """
     shapes = [(n, c, side, side) for n in BATCHES[device] for c, side in (QUICK if quick else RESNET50)]
     shapes = list(TINY) if tiny else shapes
     layouts = [(dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
@@ -123,15 +130,15 @@ def grid(device: str, *, quick: bool = False, tiny: bool = False) -> list[Case]:
 
 
 def peer_names(case: Case, more: Sequence[str] = ()) -> list[str]:
-    """With `more` of "compile", torch.compile, and "native", torch without cuDNN."""
-    # A compiled backward cannot be run twice on one graph.
+    """The implementations to compare. `more` may add "compile" (torch.compile) and "native" (torch without cuDNN)."""
+    # A compiled backward cannot run twice on one graph.
     more = [peer for peer in more if (peer, case.operation) != ("compile", "training_backward")]
     return ["normfused", "torch", *more, "copy", "clone"]
 
 
 @functools.lru_cache(maxsize=1)
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """An input, a gradient of the output, and a buffer to copy into that has been written before."""
+    """An input, a gradient of the output, and a buffer to copy into whose memory has been written before."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(mean: float, std: float) -> Tensor:
@@ -143,7 +150,7 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, device: 
 
 
 def build_calls(case: Case, device: str, more: Sequence[str] = ()) -> dict[str, Call]:
-    """One call per peer. Outputs are new tensors, except those of `copy`, whose buffer is ready."""
+    """One call per peer. Each allocates its outputs, except `copy`, which writes to an existing buffer."""
     x, grad_output, buffer = _inputs(case.shape, case.dtype, case.layout, device)
     stock = _layer(nn, x)
     calls: dict[str, Call] = {
@@ -164,13 +171,13 @@ def build_calls(case: Case, device: str, more: Sequence[str] = ()) -> dict[str, 
 
 
 def _layer(module: Any, x: Tensor) -> Callable[[int], nn.Module]:
-    """The batch norm of `module` for this rank."""
+    """The batch norm class of `module` for inputs of x's number of dimensions."""
     return module.BatchNorm2d if x.dim() == 4 else module.BatchNorm1d  # type: ignore[no-any-return]
 
 
 def _without_cudnn(operation: str, x: Tensor, grad_output: Tensor) -> Call:
     off = torch.backends.cudnn.flags
-    with off(enabled=False):  # a backward on its own runs what its forward chose
+    with off(enabled=False):  # here too: a backward pass uses the implementation that its forward pass chose
         call = _call(operation, _layer(nn, x), STATISTICS, x, grad_output)
 
     def without() -> Sequence[Any]:
@@ -202,6 +209,11 @@ def _call(
     grad_output: Tensor,
     relu: Callable[[Tensor], Tensor] = torch.relu,
 ) -> Call:
+    """The call that computes `operation` on `x`.
+
+    `layer` makes a batch norm from a number of channels. `statistics` holds the functions that are operations
+    themselves.
+    """
     if operation in statistics:
         return lambda: statistics[operation](x)
 
@@ -229,7 +241,7 @@ def _call(
 
 
 def _block(operation: str, norm: nn.Module, x: Tensor, grad_output: Tensor, relu: Callable[[Tensor], Tensor]) -> Call:
-    """Batch norm and what follows it: in one pass where the layer is ours, as separate layers where it is torch's."""
+    """Batch norm, an optional addition, and ReLU: fused if `norm` is normfused's, separate layers otherwise."""
     leaf = x.detach().requires_grad_()
     residuals = [grad_output.detach().requires_grad_()] if operation.startswith("add") else []
     if isinstance(norm, normfused.BatchNorm2d):
@@ -250,18 +262,18 @@ def _block(operation: str, norm: nn.Module, x: Tensor, grad_output: Tensor, relu
 
 @torch.no_grad()
 def _initialized(norm: nn.Module) -> nn.Module:
-    """Scale, shift and running statistics as after some training, the same for every peer."""
+    """Sets parameters and running statistics to values typical of a trained layer, the same for every peer."""
     generator = torch.Generator().manual_seed(1)
     ranges = {"weight": (0.5, 1.5), "bias": (-0.5, 0.5), "running_mean": (4.5, 5.5), "running_var": (3.0, 5.0)}
     for name, tensor in norm.state_dict().items():
-        kind = name.rpartition(".")[2]  # compiled modules prefix their names
+        kind = name.rpartition(".")[2]  # compiled modules prefix the names
         if kind in ranges:
             tensor.copy_(torch.empty(tensor.shape).uniform_(*ranges[kind], generator=generator))
     return norm
 
 
 class Oracle:
-    """torch's results in float64, which those of every peer are compared with."""
+    """torch's results in float64, the reference for every peer."""
 
     def __init__(self, case: Case, device: str) -> None:
         self._case = case
@@ -269,7 +281,7 @@ class Oracle:
         self._expected: Sequence[Tensor] | None = None
 
     def error(self, peer: str, results: Sequence[Any]) -> float:
-        """The largest error of a peer's results, each relative to its largest value; NaN if any of them is NaN."""
+        """The maximum error over a peer's results, relative to each result's largest value. NaN if any is NaN."""
         if peer in ("copy", "clone"):
             return _error(results[0], self._x)
         if peer == "normfused" and self._case.operation == "channel_moments":
@@ -282,9 +294,9 @@ class Oracle:
 
     def _exact(self, output: Tensor) -> Sequence[Tensor]:
         if "relu" in self._case.operation:
-            # Which values are just above zero is for rounding to say, so both are held to the same.
-            above = output.detach() > 0
-            return self._compute(lambda z: z * above)
+            # Rounding decides which elements near zero are positive. Use the peer's signs in the reference too.
+            positive = output.detach() > 0
+            return self._compute(lambda z: z * positive)
         if self._expected is None:
             self._expected = self._compute(torch.relu)
         return self._expected
@@ -296,10 +308,11 @@ class Oracle:
 
 
 def _error(actual: Tensor, exact: Tensor) -> float:
-    """In pieces: a large tensor and its error in float64 are several times its size."""
+    """The maximum error, relative to the largest exact value."""
     if actual.shape != exact.shape:
         return math.inf
-    pieces = zip(actual.detach().split(32), exact.detach().split(32), strict=True)
-    found = torch.stack([torch.stack([(a - e).abs().max(), e.abs().max()]) for a, e in pieces])
-    error, largest = found.amax(0).tolist()
+    # In chunks: the temporaries in float64 are several times as large as the tensor.
+    chunks = zip(actual.detach().split(32), exact.detach().split(32), strict=True)
+    maxima = torch.stack([torch.stack([(a - e).abs().max(), e.abs().max()]) for a, e in chunks])
+    error, largest = maxima.amax(0).tolist()
     return error / largest if largest else math.nan

@@ -1,4 +1,4 @@
-"""What a converted model costs to call: ResNet-50 and single blocks, against torch.nn and against our layers unfused.
+"""Cost of calling a converted model, compared with the original and with replaced layers without fusion.
 
 ``python benchmarks/conversion.py`` writes conversion.json and conversion.md to results/<device>/.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import normfused
 
 Row = dict[str, Any]
-LONG = Budget(seconds=5.0, least_rounds=5)
+LONG = Budget(seconds=5.0, min_rounds=5)
 
 
 def block() -> nn.Module:
@@ -42,6 +42,7 @@ CASES: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
 
 
 def step(model: nn.Module, x: Tensor, training: bool) -> Callable[[], Any]:
+    """A call of forward + backward in training, or of forward in evaluation."""
     parameters = [*model.parameters()]
     model.train(training)
 
@@ -56,7 +57,7 @@ def step(model: nn.Module, x: Tensor, training: bool) -> Callable[[], Any]:
 
 
 def measure(device: str) -> list[Row]:
-    """Medians over the rounds of each case, and the seconds of the converted model's first call."""
+    """One row per model and mode: medians over the rounds, and the seconds of the converted model's first call."""
     stopwatch = make_stopwatch(device, host=True)
     rows = []
     for name, make, shape in CASES:
@@ -92,7 +93,7 @@ def measure(device: str) -> list[Row]:
 
 
 def render(description: dict[str, Any], rows: list[Row]) -> str:
-    """One line a case."""
+    """One line per model and mode."""
     lines = [
         (
             f"{row['model']}, batch {row['batch']}, {row['mode']}",
@@ -103,24 +104,17 @@ def render(description: dict[str, Any], rows: list[Row]) -> str:
         )
         for row in rows
     ]
+    header = (
+        *("model", "torch.nn", "replaced layers", "converted"),
+        *("converted / torch.nn", "converted / replaced layers", "first call"),
+    )
     parts = [
         f"# Converted models: {description.get('gpu', description['cpu'])}",
         command.versions(description),
-        "`normfused.convert(model)` against the model as it was and against `convert(model, fuse=False)`, which only "
-        "replaces the layers; float32, medians of rounds in which each ran once. The first call of a converted model "
-        "captures it, and once more at the second size of a batch.",
-        tables.table(
-            (
-                "",
-                "torch.nn",
-                "ours, not fused",
-                "converted",
-                "converted over torch.nn",
-                "converted over ours",
-                "first call",
-            ),
-            lines,
-        ),
+        "`normfused.convert(model)` compared with the original model and with `convert(model, fuse=False)`, which "
+        "replaces layers without fusing. float32, medians over rounds that run every call once. The first call of a "
+        "converted model captures its graph. The second batch size captures it once more.",
+        tables.table(header, lines),
     ]
     return "\n\n".join(parts) + "\n"
 

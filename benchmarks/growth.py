@@ -1,4 +1,4 @@
-"""How much memory a process gains over many training steps."""
+"""Memory growth of a process over many training steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import normfused
 
 STEPS = 10_000
 WARM_UP = 1_000
-# What a smallest block of malloc (32 bytes) lost in each step would add up to.
+# A leak of malloc's smallest block, 32 bytes, in each step adds up to this.
 LEAK_KB = STEPS * 32 / 1024
 
 
@@ -27,7 +27,7 @@ class Growth(TypedDict):
 
 
 def measure_growth(device: str, threads: int) -> list[Growth]:
-    """Growth over `STEPS` steps with each peer, in a process of its own; empty where the system does not tell."""
+    """Growth over `STEPS` steps for each peer, each in its own process. Empty without /proc."""
     if not Path("/proc/self/statm").exists():
         return []
     growths = []

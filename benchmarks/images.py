@@ -1,7 +1,7 @@
-"""What comes before the network, and local response normalization: against the recipes in plain torch.
+"""Image normalization, data set statistics and local response normalization, compared with plain torch.
 
-``python benchmarks/images.py`` writes images.json and images.md to results/<device>/. Where torchvision or OpenCV is
-installed, they are measured too.
+``python benchmarks/images.py`` writes images.json and images.md to results/<device>/. torchvision and OpenCV are
+measured too if they are installed.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ Calls = dict[str, Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """Calls by name, ``normfused`` and its peers; the least that the median ratio to a peer's time is to be."""
+    """Calls by name: ``normfused`` first, then its peers."""
 
     what: str
     shape: str
     calls: Calls
-    targets: dict[str, float]
-    tolerance: float
-    same_as: str  # the peer whose result the others' are held against
-    other: tuple[str, ...] = ()  # peers that compute something else
+    targets: dict[str, float]  # by peer: minimum of the median ratio time of the peer / time of normfused
+    tolerance: float  # relative to the largest value
+    reference: str  # the peer that the results of the others are compared with
+    different: tuple[str, ...] = ()  # peers that compute something else, and are not compared
 
     def check(self) -> None:
-        """Assert that every peer that computes the same gives the same."""
-        expected = _tensors(self.calls[self.same_as]())
-        for name in self.calls.keys() - {self.same_as, *self.other}:
+        """Asserts that the results of the peers agree with the reference."""
+        expected = _tensors(self.calls[self.reference]())
+        for name in self.calls.keys() - {self.reference, *self.different}:
             for a, b in zip(_tensors(self.calls[name]()), expected, strict=True):
                 error = (a.double() - b.double()).abs().max() / b.double().abs().max()
-                what = f"{self.what}, {self.shape}: {name} is off by {error:.1e} of the largest value"
+                what = f"{self.what}, {self.shape}: relative error of {name} is {error:.1e}"
                 assert error <= self.tolerance, what
 
 
@@ -64,9 +64,9 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def one_image(device: str) -> Case:
-    """Bytes (H, W, C) to float32 (C, H, W), normalized; the peers are what torchvision's two versions compute.
+    """uint8 (H, W, C) to normalized float32 (C, H, W). The peers compute what torchvision's v1 and v2 transforms do.
 
-    A call takes 100 images one after another, as a loader's worker does.
+    One call processes 100 images one after another, as the worker of a data loader does.
     """
     hwc = _bytes((480, 640, 3), device)
     image = hwc.permute(2, 0, 1)
@@ -80,33 +80,35 @@ def one_image(device: str) -> Case:
     def version_2() -> Tensor:
         return (image.contiguous().to(torch.float32) / 255).sub(mean).div_(std)
 
-    single: Calls = {"normfused": lambda: ours(image), "ToTensor + Normalize": version_1, "the same, v2": version_2}
+    per_image: Calls = {"normfused": lambda: ours(image), "ToTensor + Normalize": version_1, "the same, v2": version_2}
     if importlib.util.find_spec("torchvision") and device == "cpu":
         from torchvision import transforms
 
         stock = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*IMAGENET)])
         array = hwc.numpy()
-        single["torchvision"] = lambda: stock(array)
+        per_image["torchvision"] = lambda: stock(array)
     if importlib.util.find_spec("cv2") and device == "cpu":
         import cv2
 
-        # albucore's way with bytes: a table of 256 results for each channel; then to the front with the channels.
+        # albucore's method for uint8: a lookup table of 256 results per channel, then a transposition to CHW.
         values = torch.arange(256, device=device).view(256, 1) / 255
         results = (values - torch.tensor(IMAGENET[0])) / torch.tensor(IMAGENET[1])
         lookup, array = results[None].numpy(), hwc.numpy()
-        single["cv2.LUT, transposed"] = lambda: torch.from_numpy(cv2.LUT(array, lookup)).permute(2, 0, 1).contiguous()
-        single["cv2.LUT alone"] = lambda: cv2.LUT(array, lookup)
-    calls = {name: _in_a_row(call) for name, call in single.items()}
+        per_image["cv2.LUT, transposed"] = lambda: (
+            torch.from_numpy(cv2.LUT(array, lookup)).permute(2, 0, 1).contiguous()
+        )
+        per_image["cv2.LUT alone"] = lambda: cv2.LUT(array, lookup)
+    calls = {name: _repeat(call, 100) for name, call in per_image.items()}
     what = "100 images, uint8 HWC to normalized float32 CHW"
     target = {"ToTensor + Normalize": 8.0}
     return Case(what, "480×640×3", calls, target, 1e-6, "ToTensor + Normalize", ("cv2.LUT alone",))
 
 
 def batch(device: str) -> Case:
-    """The same of a batch, into a buffer that has been written before; the peer copies as many bytes into another."""
+    """The same for a batch, into an existing buffer. The peer copies as many bytes into another existing buffer."""
     images = _bytes((64, 480, 640, 3), device).permute(0, 3, 1, 2)
     out = torch.zeros(images.shape, device=device)
-    values = torch.randn(images.numel() * 5 // 8, device=device)  # a byte read and four written for each, 5/8 of 8
+    values = torch.randn(images.numel() * 5 // 8, device=device)  # 1 byte read and 4 written per element; 8 in a copy
     buffer = values.clone()
     calls: Calls = {
         "normfused": lambda: normfused.standardize(images, *IMAGENET, out=out),
@@ -121,7 +123,7 @@ def batch(device: str) -> Case:
 
 
 def data_set(name: str, shape: tuple[int, ...], layout: str, device: str) -> Case:
-    """Mean and standard deviation of each channel; the peer makes floats of all bytes."""
+    """Mean and standard deviation per channel of uint8 data. The peer converts all of it to float32."""
     x = _bytes(shape, device).contiguous(memory_format=MEMORY_FORMATS[layout])
 
     def recipe() -> tuple[Tensor, Tensor]:
@@ -139,6 +141,7 @@ def data_set(name: str, shape: tuple[int, ...], layout: str, device: str) -> Cas
 
 
 def local_response(shape: tuple[int, ...], layout: str, device: str) -> Case:
+    """Local response normalization, forward + backward."""
     x = torch.empty(shape, device=device).normal_().contiguous(memory_format=MEMORY_FORMATS[layout]).requires_grad_()
     grad = torch.randn_like(x)
 
@@ -156,13 +159,13 @@ def local_response(shape: tuple[int, ...], layout: str, device: str) -> Case:
     )
 
 
-def _in_a_row(call: Callable[[], Any]) -> Callable[[], Any]:
-    def one_after_another() -> Any:
-        for _ in range(100):
+def _repeat(call: Callable[[], Any], times: int) -> Callable[[], Any]:
+    def repeated() -> Any:
+        for _ in range(times):
             result = call()
         return result
 
-    return one_after_another
+    return repeated
 
 
 def _bytes(shape: tuple[int, ...], device: str) -> Tensor:
@@ -170,11 +173,13 @@ def _bytes(shape: tuple[int, ...], device: str) -> Tensor:
 
 
 def rehearse(device: str) -> list[command.Row]:
+    """Two small cases."""
     few = [data_set("2×3×5×7", (2, 3, 5, 7), "NCHW", device), local_response((2, 6, 3, 3), "channels_last", device)]
     return measure(device, few, TINY)
 
 
 def measure(device: str, chosen: Iterable[Case] | None = None, budget: Budget = FULL) -> list[command.Row]:
+    """One row per case and peer: medians over the rounds."""
     rows = []
     for case in cases(device) if chosen is None else chosen:
         stopwatch = make_stopwatch(device)
@@ -194,6 +199,7 @@ def measure(device: str, chosen: Iterable[Case] | None = None, budget: Budget = 
 
 
 def render(description: dict[str, Any], rows: list[command.Row]) -> str:
+    """One line per case and peer."""
     lines = []
     for row in rows:
         target, ratio = row["target"], row["ratio"]
@@ -201,11 +207,11 @@ def render(description: dict[str, Any], rows: list[command.Row]) -> str:
         verdict = "" if target is None else "reached" if ratio >= target else "**not reached**"
         figures = f"{row['ms']:.3g}", f"{row['peer_ms']:.3g}", f"{ratio:.2f}×", limit, verdict
         lines.append((row["what"], row["case"], row["peer"], *figures))
-    header = ("what", "of", "peer", "normfused ms", "peer ms", "peer's time over it", "target", "")
+    header = ("operation", "input", "peer", "normfused ms", "peer ms", "speedup over the peer", "target", "")
     parts = [
         f"# Images and statistics: {description.get('gpu', description['cpu'])}",
         command.versions(description),
-        "Medians of rounds in which each ran once; outputs are new tensors where nothing else is said.",
+        "Medians over rounds that run every call once. Each call allocates its output, unless noted.",
         tables.table(header, lines, text_columns=3),
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Description of the machine, the device and the software of a measurement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def describe(device: str) -> dict[str, Any]:
-    import normfused  # may not be built yet where the rest of this module is used
+    import normfused  # here because gpu_check.py uses this module before normfused is built
 
     info = normfused.info()
     description = {
@@ -47,7 +47,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """Names the folder of the results, like ``cpu-intel-xeon-2.80ghz-avx512-2t``."""
+    """The name of the results folder, such as ``cpu-intel-xeon-2.80ghz-avx512-2t``."""
     if machine["device"] == "cuda":
         return _slug("cuda", machine["gpu"])
     model = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@", " ", machine["cpu"], flags=re.IGNORECASE)
@@ -67,7 +67,7 @@ def _cpu_model() -> str:
 
 
 def _caches() -> dict[str, str]:
-    """Size of each cache of the first core; empty where the system does not tell."""
+    """The size of each cache of the first core. Empty without /sys."""
     caches = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
@@ -76,6 +76,7 @@ def _caches() -> dict[str, str]:
 
 
 def revision() -> str | None:
+    """``git describe`` of this checkout, or None without git."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()

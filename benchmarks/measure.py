@@ -1,4 +1,4 @@
-"""One case from calls to figures."""
+"""Measures one case: checks the results of every peer, times them, and summarizes the samples."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing_extensions import NotRequired
 
 
 class Result(TypedDict):
+    """One case in results.json."""
+
     name: str
     operation: str
     shape: list[int]
@@ -21,33 +23,33 @@ class Result(TypedDict):
     layout: str
     tensor_bytes: int
     rounds: int
-    seconds: dict[str, Quartiles]  # of each peer
-    speedup: dict[str, Quartiles]  # the peer's time over normfused's, round by round
-    floor_distance: dict[str, Quartiles]  # normfused's time over that of the bytes at copy speed
-    error: NotRequired[dict[str, float]]  # of each peer, relative to its largest value, before it was timed
-    uncovered: NotRequired[dict[str, int]]  # on CUDA, rounds whose time may hold the host's: see timing.py
+    seconds: dict[str, Quartiles]  # by peer
+    speedup: dict[str, Quartiles]  # by peer: time of the peer / time of normfused, in each round
+    floor_distance: dict[str, Quartiles]  # by Traffic: time of normfused / time of copying as many bytes
+    error: NotRequired[dict[str, float]]  # by peer, relative to the largest value
+    uncovered: NotRequired[dict[str, int]]  # by peer, on CUDA: rounds that may include host time, see timing.py
 
 
 class Measurement(NamedTuple):
-    samples: Samples  # seconds of each peer in each round
+    samples: Samples
     error: dict[str, float]
     uncovered: dict[str, int]
-    unseen: str | None = None  # why the profiler could not say whose kernels ran
+    unseen: str | None = None  # why the profiler could not tell which library's kernels ran
 
 
 def measure(
     case: Case, device: str, budget: Budget, more: Sequence[str] = (), *, graphs: bool = False, profile: bool = False
 ) -> Measurement:
-    """Times the peers of a case after the results of each, as it is timed, were compared with float64.
+    """Times the peers of a case, after comparing the results of each timed call with float64.
 
-    With `graphs` each call is captured in a CUDA graph, whose replay is timed; only on CUDA. With `profile` the names
-    of the kernels must show that normfused's calls run normfused's kernels, and nobody else's do; only on CUDA.
+    With `graphs`, each call is captured in a CUDA graph and its replay is timed. With `profile`, the profiler checks
+    that normfused's kernels run in normfused's calls, and in no other peer's. Both are for CUDA only.
 
     Raises:
-        AssertionError: a peer's results are wrong, or its kernels are not its own.
+        AssertionError: the results of a peer are wrong, or it ran another library's kernels.
     """
     unseen = None
-    # A backward runs on its forward's stream, which a capture must see.
+    # A backward pass runs on the stream of its forward pass, so both must run on the stream that is captured.
     stream = torch.cuda.Stream() if graphs and device == "cuda" else None
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         calls = build_calls(case, device, more)
@@ -59,7 +61,7 @@ def measure(
             assert error[peer] <= WRONG[case.dtype], (
                 f"{case.name}: {peer} is off by {error[peer]:.1e} of the largest value"
             )
-        del oracle  # as large as the tensors
+        del oracle  # it holds tensors as large as the case's
         try:
             for peer, call in calls.items() if profile else ():
                 prove(f"{case.name}, {peer}", call, ours=peer == "normfused")
@@ -67,7 +69,7 @@ def measure(
             unseen = str(nothing)
         stopwatch = make_stopwatch(device, host=case.operation == "small_call")
         for call in [*calls.values()] * 2:
-            stopwatch(call)  # warms up: compiles, fills caches and pools
+            stopwatch(call)  # warm-up: compilation, caches, memory pools
         uncovered = getattr(stopwatch, "uncovered", {})
         uncovered.clear()
         samples = interleave(calls, stopwatch, budget)
@@ -76,7 +78,7 @@ def measure(
 
 
 def complaint(case: Case, measurement: Measurement) -> str | None:
-    """What speaks against figures that were measured: less exact than promised, or nobody knows whose."""
+    """Why a measurement is not valid: normfused exceeds its tolerance, or its kernels were not identified."""
     error, allowed = measurement.error["normfused"], TOLERANCE[case.dtype]
     if error > allowed:
         return f"off by {error:.1e} of the largest value, where {allowed:.1e} is allowed"
@@ -84,9 +86,10 @@ def complaint(case: Case, measurement: Measurement) -> str | None:
 
 
 def summarize(case: Case, measurement: Measurement, device: str) -> Result:
+    """Medians and quartiles of a measurement."""
     samples = measurement.samples
     to_copy = ratios(samples, "normfused", "copy")
-    copied = 2 * case.tensor_bytes
+    copied_bytes = 2 * case.tensor_bytes  # read and written
     counts: list[Traffic] = ["resident", "streaming", *(["planned"] if device == "cuda" else [])]
     return {
         "name": case.name,
@@ -99,7 +102,8 @@ def summarize(case: Case, measurement: Measurement, device: str) -> Result:
         "seconds": {peer: quartiles(times) for peer, times in samples.items()},
         "speedup": {peer: quartiles(ratios(samples, peer, "normfused")) for peer in samples if peer != "normfused"},
         "floor_distance": {
-            traffic: quartiles([r * copied / traffic_bytes(case, traffic) for r in to_copy]) for traffic in counts
+            traffic: quartiles([ratio * copied_bytes / traffic_bytes(case, traffic) for ratio in to_copy])
+            for traffic in counts
         },
         "error": measurement.error,
         "uncovered": measurement.uncovered,

@@ -1,7 +1,7 @@
-"""What training keeps in memory, by mode of batch norm: ``python benchmarks/memory.py``.
+"""Memory of training, by implementation of batch norm and activation: ``python benchmarks/memory.py``.
 
-Writes memory.json, memory.md and memory.png to results/<device>/: for the nine shapes of the grid the bytes that batch
-norm and what follows it keep for backward, and for a whole ResNet-50 the bytes kept and the peak of one step.
+Writes memory.json, memory.md and memory.png to results/<device>/: the bytes that batch norm and activation save for
+backward, for the nine shapes of ResNet-50, and the saved bytes and peak memory of one training step of ResNet-50.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -35,7 +36,7 @@ import matplotlib.pyplot as plt
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How batch norms and activations of a model are computed; ``activation`` makes what follows them."""
+    """How a model computes batch norm and activation: with layers of `activation`, changed by `change`."""
 
     title: str
     activation: Callable[[], nn.Module]
@@ -61,34 +62,34 @@ MODES = {
 }
 
 
-# What each of our modes replaces.
+# The mode of torch.nn that each mode of normfused is compared with.
 BASES = {"convert": "relu_", "inplace": "leaky_", "frozen_convert": "frozen_relu_"}
 
 
 class Block(nn.Module):
-    """Batch norm, a sum if wanted, and an activation, between two convolutions."""
+    """Batch norm and activation between two convolutions."""
 
     def __init__(self, channels: int, activation: nn.Module) -> None:
         super().__init__()
-        self.before, self.behind = nn.Conv2d(channels, channels, 1, bias=False), nn.Conv2d(channels, 1, 1)
+        self.conv1, self.conv2 = nn.Conv2d(channels, channels, 1, bias=False), nn.Conv2d(channels, 1, 1)
         self.norm, self.activation = nn.BatchNorm2d(channels), activation
 
-
-class Alone(Block):
     def forward(self, x: Tensor) -> Tensor:
-        return self.behind(self.activation(self.norm(self.before(x))))
+        return self.conv2(self.activation(self.norm(self.conv1(x))))
 
 
-class Added(Block):
+class ResidualBlock(Block):
+    """The same, with an addition before the activation."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.behind(self.activation(self.norm(self.before(x)) + x))
+        return self.conv2(self.activation(self.norm(self.conv1(x)) + x))
 
 
-def layers_kept(mode: Mode, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Tensors that are kept between the convolutions, in bytes over those of one tensor of that shape."""
+def saved_by_block(mode: Mode, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Bytes saved for backward between the convolutions, as a multiple of one tensor of that shape."""
     x = torch.randn(shape, device=device, dtype=dtype)
     result = {}
-    for name, block in (("alone", Alone), ("of a sum", Added)):
+    for name, block in (("alone", Block), ("of a sum", ResidualBlock)):
         model = mode.change(block(shape[1], mode.activation()).to(device, dtype))
         result[name] = kept_for_backward(model, x) / x.nbytes - 1  # the first convolution's input
     return result
@@ -96,16 +97,16 @@ def layers_kept(mode: Mode, shape: tuple[int, ...], dtype: torch.dtype, device: 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One training step of ResNet-50: loss of its logits, backward."""
+    """Memory of one training step of ResNet-50."""
 
     mode: str
     batch: int
-    kept_bytes: int
+    kept_bytes: int  # saved for backward
     peak_bytes: int
 
 
 def measure_step(name: str, batch: int, side: int, device: str, threads: int) -> Step:
-    """To be run in a process of its own, so that its peak is this step's."""
+    """Runs one step and measures its memory. In a new process, so that the peak of the process is that of the step."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     mode = MODES[name]
@@ -116,10 +117,7 @@ def measure_step(name: str, batch: int, side: int, device: str, threads: int) ->
     return Step(name, batch, kept_for_backward(model, x), peak)
 
 
-def _run(here: bool, function: Callable[..., Step], *arguments: Any) -> Step:
-    """In a process of its own, or here."""
-    if here:
-        return function(*arguments)
+def _run_in_process(function: Callable[..., Step], *arguments: Any) -> Step:
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
@@ -134,58 +132,72 @@ def _peak_start(device: str) -> int:
 def _peak(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")  # not getrusage's, which starts at the parent's
+    return _status("VmHWM")  # getrusage would report the peak of the parent process if that is higher
 
 
 def _status(field: str) -> int:
+    """A size in /proc/self/status, in bytes."""
     match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert match is not None, f"the system does not tell {field}"
+    assert match is not None, f"/proc/self/status has no {field}"
     return int(match[1]) * 1024
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=32, help="images in the ResNet-50's batch; 32")
-    parser.add_argument("--threads", type=int, default=2, help="2")
-    parser.add_argument("--tiny", action="store_true", help="two modes, small images: no figures, a rehearsal")
-    parser.add_argument("--out", type=Path, help="folder; benchmarks/results/<device>")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
+    if arguments.render:
+        write(arguments.render)
+        return 0
     if normfused.info()["extension"] != "loaded":
-        print(
-            f"nothing to measure, the extension is not loaded: {normfused.info()['fallback_reason']}", file=sys.stderr
-        )
+        reason = normfused.info()["fallback_reason"]
+        print(f"the benchmarks need the extension, which is not loaded: {reason}", file=sys.stderr)
         return 1
     torch.set_num_threads(arguments.threads)
-    device = arguments.device
-    description = machine.describe(device)
+    description = machine.describe(arguments.device)
     folder: Path = arguments.out or Path(__file__).parent / "results" / machine.slug(description)
     folder.mkdir(parents=True, exist_ok=True)
-
-    names, shapes, batch, side = list(MODES), RESNET50, arguments.batch, 224
-    if arguments.tiny:
-        names, shapes, batch, side = ["relu_", "convert"], ((8, 4),), 2, 32
-    layers = []
-    for name in names:
-        for dtype in (torch.float32, torch.bfloat16):
-            kept = [layers_kept(MODES[name], (4, c, s, s), dtype, device) for c, s in shapes]
-            layers.append({"mode": name, "dtype": str(dtype).removeprefix("torch."), "kept": kept})
-    # malloc gives back what is freed, so that resident memory is what is in use.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-    steps = []
-    for name in names:
-        step = _run(arguments.tiny, measure_step, name, batch, side, device, arguments.threads)
-        print(f"{MODES[name].title}: {step.kept_bytes / 2**20:,.0f} MiB kept, peak {step.peak_bytes / 2**20:,.0f} MiB")
-        steps.append(dataclasses.asdict(step))
-    results = {"machine": description, "layers": layers, "resnet50": steps}
+    results = {"machine": description, **_measure(arguments)}
     (folder / "memory.json").write_text(json.dumps(results, indent=1) + "\n")
     write(folder)
     print(f"\nwritten to {folder}")
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=32, help="batch size of ResNet-50 (default: 32)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--tiny", action="store_true", help="rehearsal: two modes, small images; figures mean nothing")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/<device>)")
+    parser.add_argument("--render", type=Path, metavar="DIR", help="measure nothing: render DIR/memory.json")
+    return parser
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The lists "layers" and "resnet50" of memory.json."""
+    device = arguments.device
+    names, shapes, batch, side = list(MODES), RESNET50, arguments.batch, 224
+    run: Callable[..., Step] = functools.partial(_run_in_process, measure_step)
+    if arguments.tiny:
+        names, shapes, batch, side, run = ["relu_", "convert"], ((8, 4),), 2, 32, measure_step
+    layers = []
+    for name in names:
+        for dtype in (torch.float32, torch.bfloat16):
+            saved = [saved_by_block(MODES[name], (4, c, s, s), dtype, device) for c, s in shapes]
+            layers.append({"mode": name, "dtype": str(dtype).removeprefix("torch."), "kept": saved})
+    # malloc returns freed blocks of this size to the system, so that resident memory is memory in use.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
+    steps = []
+    for name in names:
+        step = run(name, batch, side, device, arguments.threads)
+        saved_mib, peak_mib = step.kept_bytes / 2**20, step.peak_bytes / 2**20
+        print(f"{MODES[name].title}: {saved_mib:,.0f} MiB saved for backward, peak {peak_mib:,.0f} MiB")
+        steps.append(dataclasses.asdict(step))
+    return {"layers": layers, "resnet50": steps}
+
+
 def write(folder: Path) -> None:
-    """memory.md and memory.png from memory.json."""
+    """Writes memory.md and memory.png from memory.json."""
     results = json.loads((folder / "memory.json").read_text())
     (folder / "memory.md").write_text(render(results))
     draw(results, folder / "memory.png")
@@ -193,42 +205,49 @@ def write(folder: Path) -> None:
 
 def render(results: dict[str, Any]) -> str:
     """Both tables as Markdown."""
-    machine_, steps = results["machine"], {step["mode"]: step for step in results["resnet50"]}
-    batch = results["resnet50"][0]["batch"]
-    rows = []
-    modes = {name: mode for name, mode in MODES.items() if name in steps}
-    for name, mode in modes.items():
-        base = steps[BASES.get(name, name)]
-        figures = [f"{steps[name][key] / 2**20:,.0f}" for key in ("kept_bytes", "peak_bytes")]
-        shares = [
-            f"{steps[name][key] / base[key] - 1:+.0%}" if name in BASES else "" for key in ("kept_bytes", "peak_bytes")
-        ]
-        rows.append((mode.title, figures[0], shares[0], figures[1], shares[1]))
-    columns = [(dtype, kind) for dtype in ("float32", "bfloat16") for kind in ("alone", "of a sum")]
-    layers = []
-    for name, mode in modes.items():
-        cells = []
-        for dtype, kind in columns:
-            (row,) = (r for r in results["layers"] if (r["mode"], r["dtype"]) == (name, dtype))
-            tensors = [kept[kind] for kept in row["kept"]]
-            cells.append(_range(min(tensors), max(tensors)))
-        layers.append((mode.title, *cells))
+    machine_ = results["machine"]
     versions = f"normfused {machine_['normfused']} ({machine_['revision']}), torch {machine_['torch']}"
     parts = [
         f"# Memory of training: {machine_.get('gpu', machine_['cpu'])}",
         f"{versions}, {machine_['date']}",
-        f"## ResNet-50, float32, batch {batch}, 224²: one step",
-        "Kept: bytes that the forward pass keeps for backward, without parameters and buffers. Peak: memory in use at "
-        "most, above that before the step; with the parameters' gradients and what convolutions need for themselves. "
-        "Beside both: against the mode of torch.nn's that does the same.",
-        tables.table(("mode", "kept, MiB", "", "peak, MiB", ""), rows),
+        f"## ResNet-50, float32, batch {results['resnet50'][0]['batch']}, 224²: one step",
+        "Saved for backward: without parameters and buffers. Peak: maximum memory in use minus memory in use before "
+        "the step; it includes the parameters' gradients and the workspace of convolutions. Percentages: compared with "
+        "the corresponding mode of torch.nn.",
+        _render_steps(results["resnet50"]),
         "## Batch norm and activation",
-        "Between two convolutions: bytes kept, in tensors of the shape; least and most over the nine shapes of "
-        "ResNet-50. The output is one of them, which the second convolution keeps in any mode. Beyond whole numbers: "
-        "bits for the signs, statistics.",
-        tables.table(("mode", *(f"{dtype}, {kind}" for dtype, kind in columns)), layers),
+        "Bytes saved for backward between two convolutions, as a multiple of one tensor of the shape: minimum and "
+        "maximum over the nine shapes of ResNet-50. The output is one of these tensors: the second convolution saves "
+        'it in every mode. Fractions are sign bits and statistics. "Of a sum": with an addition before the activation.',
+        _render_layers(results["layers"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _render_steps(steps: list[dict[str, Any]]) -> str:
+    of_mode = {step["mode"]: step for step in steps}
+    rows = []
+    for name, step in of_mode.items():
+        base = of_mode[BASES.get(name, name)]
+        cells = []
+        for key in ("kept_bytes", "peak_bytes"):
+            change = f"{step[key] / base[key] - 1:+.0%}" if name in BASES else ""
+            cells += [f"{step[key] / 2**20:,.0f}", change]
+        rows.append((MODES[name].title, *cells))
+    return tables.table(("mode", "saved for backward, MiB", "", "peak, MiB", ""), rows)
+
+
+def _render_layers(layers: list[dict[str, Any]]) -> str:
+    columns = [(dtype, kind) for dtype in ("float32", "bfloat16") for kind in ("alone", "of a sum")]
+    saved = {(row["mode"], row["dtype"]): row["kept"] for row in layers}
+    rows = []
+    for name in dict.fromkeys(row["mode"] for row in layers):
+        cells = []
+        for dtype, kind in columns:
+            multiples = [by_kind[kind] for by_kind in saved[name, dtype]]
+            cells.append(_range(min(multiples), max(multiples)))
+        rows.append((MODES[name].title, *cells))
+    return tables.table(("mode", *(f"{dtype}, {kind}" for dtype, kind in columns)), rows)
 
 
 def _range(low: float, high: float) -> str:
@@ -236,7 +255,7 @@ def _range(low: float, high: float) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """ResNet-50's figures as bars."""
+    """Draws saved bytes and peak of ResNet-50 as bars."""
     steps = results["resnet50"]
     fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
     for index, step in enumerate(reversed(steps)):
@@ -251,11 +270,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 f"{value:.2f}", (value, index + offset), (3, 0), textcoords="offset points", va="center", fontsize=8
             )
     ax.set_yticks(range(len(steps)), [MODES[step["mode"]].title for step in reversed(steps)])
-    ax.set_xlabel("GiB: saved for backward (dark), peak of a step (light)")
+    ax.set_xlabel("GiB: saved for backward (dark), peak of the step (light)")
     ax.spines[["top", "right"]].set_visible(False)
     machine = results["machine"]
     where = f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}, {machine['date'][:10]}"
-    ax.set_title(f"ResNet-50, float32, batch {steps[0]['batch']}, 224²; {where}", loc="left", fontsize=10)
+    title = f"Memory of a training step: ResNet-50, float32, batch {steps[0]['batch']}, 224²\n{where}"
+    fig.suptitle(title, x=0.01, ha="left", fontsize=10)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

@@ -17,11 +17,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from measure import Result
 from targets import Figure, figure
 
-# A color for each dtype, a marker for each layout.
+# One color per dtype and one marker per layout.
 COLORS = dict(zip(map(dtype_name, DTYPES), ("#1f5a99", "#c2591b"), strict=True))
 MARKERS = dict(zip(LAYOUTS, ("o", "D"), strict=True))
 SERIES = [(dtype_name(dtype), layout) for dtype in DTYPES for layout in LAYOUTS]
-STEP = 0.19  # between the series of a row
+STEP = 0.19  # vertical distance between the series of a row
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -38,6 +38,8 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Chart:
+    """One file of plots: a panel per operation, a row per shape, a dot per dtype and layout."""
+
     name: str
     title: str
     axis: str
@@ -67,7 +69,7 @@ CHARTS = (
 
 
 def draw(machine: dict[str, Any], results: list[Result], folder: Path) -> None:
-    """One file per chart and batch size."""
+    """Writes one file per chart and batch size."""
     grid = [r for r in results if r["operation"] != "small_call"]
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['cpu_capability']}, {machine['threads']} threads"
     where = f"{device}, torch {machine['torch']}, {machine['date'][:10]}"
@@ -112,7 +114,7 @@ def _draw_dot(ax: Axes, result: Result, value: Figure, row: int) -> None:
 
 
 def _face(layout: str) -> dict[str, str]:
-    """Markers of channels_last are hollow: a layout is told by its shape and without color."""
+    """Hollow markers for channels_last, so that layouts differ without color too."""
     return {} if layout == LAYOUTS[0] else {"mfc": "white"}
 
 
@@ -125,7 +127,7 @@ def _handles() -> list[Line2D]:
 
 def _label(ax: Axes, shapes: list[tuple[int, int]]) -> None:
     ax.set_yticks(range(len(shapes)), [f"{channels}×{side}×{side}" for channels, side in shapes])
-    ax.set_ylim(len(shapes) - 0.4, -0.6)  # the largest maps on top
+    ax.set_ylim(len(shapes) - 0.4, -0.6)  # the first shape on top
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))

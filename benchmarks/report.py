@@ -1,4 +1,4 @@
-"""Measures the grid and writes results.json, table.md and plots: ``python benchmarks/report.py``."""
+"""Measures all cases and writes results.json, table.md and plots: ``python benchmarks/report.py``."""
 
 from __future__ import annotations
 
@@ -25,29 +25,32 @@ from timing import TINY as TINY_BUDGET
 
 import normfused
 
-INCOMPLETE = 3  # exit status where cases failed, or time ran out
+INCOMPLETE = 3  # exit status if cases failed or time ran out
 
 
 @dataclasses.dataclass
 class Report:
+    """The content of results.json."""
+
     machine: dict[str, Any]
     settings: dict[str, Any]
     results: list[Result] = dataclasses.field(default_factory=list)
     memory: list[Growth] = dataclasses.field(default_factory=list)
-    failures: list[dict[str, str]] = dataclasses.field(default_factory=list)  # cases by name, with what is wrong
+    failures: list[dict[str, str]] = dataclasses.field(default_factory=list)  # name of the case, and the error
 
     @classmethod
     def load(cls, folder: Path) -> Report:
         return cls(**json.loads((folder / "results.json").read_text()))
 
     def save(self, folder: Path) -> None:
-        """Replaces results.json in one step: an interrupted run keeps what it had."""
+        """Replaces results.json atomically: an interruption leaves the previous file."""
         path = folder / "results.json"
-        unfinished = path.with_suffix(".json.part")
-        unfinished.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        unfinished.replace(path)
+        temporary = path.with_suffix(".json.part")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        temporary.replace(path)
 
     def render(self, folder: Path) -> None:
+        """Writes table.md and the plots, and prints the summary."""
         parts = (self.machine, self.settings, self.results, self.memory, self.failures)
         (folder / "table.md").write_text(tables.render(*parts))
         plots.draw(self.machine, self.results, folder)
@@ -59,18 +62,18 @@ class Report:
         print(f"FAILED {case.name}: {message}", file=sys.stderr, flush=True)
 
     def add(self, case: Case, budget: Budget, arguments: argparse.Namespace) -> str:
-        """Measures a case; what is wrong with one is told in `failures`, and does not stop the others."""
+        """Measures a case and returns a line about it. An error is recorded in `failures`, and is not raised."""
         device: str = arguments.device
-        # Once for each operation: whose kernels run does not depend on the shape.
-        seen = [*self.results, *self.failures]
-        profile = device == "cuda" and all(not s["name"].startswith(f"{case.operation}-") for s in seen)
+        # Profile the first case of each operation: which library's kernels run does not depend on the shape.
+        done = [*self.results, *self.failures]
+        profile = device == "cuda" and all(not item["name"].startswith(f"{case.operation}-") for item in done)
         try:
             measured = measure(case, device, budget, _peers(arguments), graphs=arguments.graphs, profile=profile)
             self.results.append(summarize(case, measured, device))
-        except Exception as error:  # a peer's compiler may raise anything
+        except Exception as error:  # torch.compile may raise anything
             self.fail(case, f"{type(error).__name__}: {error}".splitlines()[0])
             if device == "cuda":
-                torch.cuda.synchronize()  # raises if the device is lost, and with it all that would follow
+                torch.cuda.synchronize()  # raises if the device is lost, since no later case could run
             return "failed"
         if wrong := complaint(case, measured):
             self.fail(case, wrong)
@@ -84,10 +87,10 @@ def main() -> int:
         return 0
 
     if arguments.graphs and arguments.device == "cpu" and not arguments.tiny:
-        _parser().error("--graphs is for CUDA")
+        _parser().error("--graphs needs CUDA")
     info = normfused.info()
     if info["extension"] != "loaded":
-        print(f"nothing to measure, the extension is not loaded: {info['fallback_reason']}", file=sys.stderr)
+        print(f"the benchmarks need the extension, which is not loaded: {info['fallback_reason']}", file=sys.stderr)
         return 1
     torch.set_num_threads(arguments.threads)
     if arguments.tiny:
@@ -97,7 +100,7 @@ def main() -> int:
     settings = {
         "partial": partial,
         "seconds_per_case": budget.seconds,
-        "least_rounds": budget.least_rounds,
+        "least_rounds": budget.min_rounds,
         "more_peers": _peers(arguments),
         "graphs": arguments.graphs,
         "tiny": arguments.tiny,
@@ -115,13 +118,13 @@ def main() -> int:
 
 
 def _measure(report: Report, budget: Budget, arguments: argparse.Namespace, folder: Path) -> int:
-    """Measures the cases whose name fits, and saves after each."""
+    """Measures the chosen cases, and saves after each. Returns the exit status."""
     end = time.monotonic() + arguments.seconds
     pattern = re.compile(arguments.only or "")
     chosen = [c for c in grid(arguments.device, quick=arguments.quick, tiny=arguments.tiny) if pattern.search(c.name)]
     if not arguments.tiny and pattern.search("memory"):
         report.memory = measure_growth(arguments.device, arguments.threads)
-    gc.freeze()  # each case collects garbage, which need not look at all that was imported
+    gc.freeze()  # each case collects garbage; this excludes the objects of imported modules
     for index, case in enumerate(chosen, 1):
         if time.monotonic() > end:
             print(f"out of time: {index - 1} of {len(chosen)} cases measured")
@@ -144,7 +147,7 @@ def _peers(arguments: argparse.Namespace) -> list[str]:
 def _line(case: Case, result: Result) -> str:
     seconds, speedup = result["seconds"], result["speedup"]["torch"]["median"]
     ours, theirs = (seconds[peer]["median"] * 1e3 for peer in ("normfused", "torch"))
-    return f"{case.name:66} {ours:8.3f} ms, torch {theirs:8.3f} ms, {speedup:6.2f} times faster"
+    return f"{case.name:66} {ours:8.3f} ms, torch {theirs:8.3f} ms, speedup {speedup:6.2f}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,17 +155,17 @@ def _parser() -> argparse.ArgumentParser:
     on_cuda = torch.cuda.is_available() and normfused.info()["cuda"]
     add = parser.add_argument
     add("--quick", action="store_true", help="three of the nine shapes, few rounds")
-    add("--only", metavar="PATTERN", help="cases (and 'memory') whose name this regular expression finds")
-    add("--compile", action="store_true", help="measure torch.compile of torch.nn too; compiling takes long")
-    add("--native", action="store_true", help="measure torch.nn without cuDNN too; for CUDA")
-    add("--graphs", action="store_true", help="time replays of CUDA graphs; for CUDA")
-    add("--tiny", action="store_true", help="two small shapes, two rounds: no figures, a rehearsal")
-    add("--seconds", type=float, default=float("inf"), help="begin no case after that long")
-    add("--no-render", action="store_true", help="results.json alone; see --render")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if on_cuda else "cpu", help="where to measure")
-    add("--threads", type=int, default=2, help="of the CPU")
-    add("--out", type=Path, metavar="DIR", help="folder of the results; without it results/<device> beside this file")
-    add("--render", type=Path, metavar="DIR", help="measure nothing: table and plots anew from DIR/results.json")
+    add("--only", metavar="PATTERN", help="only the cases (and 'memory') whose name matches this regular expression")
+    add("--compile", action="store_true", help="measure torch.compile of torch.nn too; compilation takes long")
+    add("--native", action="store_true", help="measure torch.nn without cuDNN too (CUDA)")
+    add("--graphs", action="store_true", help="time replays of CUDA graphs (CUDA)")
+    add("--tiny", action="store_true", help="rehearsal: two small shapes, two rounds; the figures mean nothing")
+    add("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
+    add("--no-render", action="store_true", help="write results.json only; see --render")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if on_cuda else "cpu", help="device to measure on")
+    add("--threads", type=int, default=2, help="CPU threads")
+    add("--out", type=Path, metavar="DIR", help="folder of the results; if not given, results/<device>")
+    add("--render", type=Path, metavar="DIR", help="measure nothing: write table and plots from DIR/results.json")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al., 2015, arXiv:1512.03385), of torch.nn's layers, with the activation to be chosen."""
+"""ResNet-50 (He et al., 2015, arXiv:1512.03385) from torch.nn's layers, with a choice of activation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50(activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """For images of shape (N, 3, 224, 224); 1000 logits."""
+    """Maps images of shape (N, 3, 224, 224) to logits of shape (N, 1000)."""
     blocks, inputs = [], 64
     for width, depth, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for block in range(depth):
@@ -38,7 +38,10 @@ def resnet50(activation: Callable[[], nn.Module]) -> nn.Sequential:
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """`model` in training mode, its batch norms as in fine-tuning: constant, statistics and parameters."""
+    """Freezes the statistics and parameters of each batch norm, as fine-tuning does, and returns `model`.
+
+    The other layers stay in training mode.
+    """
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.requires_grad_(False).eval()
@@ -46,4 +49,5 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def images(batch: int, device: str, side: int = 224) -> Tensor:
+    """A random batch of shape (batch, 3, side, side)."""
     return torch.randn(batch, 3, side, side, device=device)

@@ -1,4 +1,4 @@
-"""The results as Markdown."""
+"""Renders results as Markdown tables."""
 
 from __future__ import annotations
 
@@ -31,29 +31,31 @@ def render(
     failures: Failures = (),
     every_case: bool = True,
 ) -> str:
-    """Summary first, then every case, unless left out."""
+    """The summary, followed by the tables of all cases if `every_case`."""
     parts = [
         f"# {machine.get('gpu', machine['cpu'])}",
         _describe(machine, settings, results),
-        "## Against the targets",
-        "At copy speed: how many times faster than torch it is to move each byte once as fast as a copy into a ready "
-        "buffer does. No layer can do better where tensors do not fit in the caches.",
+        "## Targets",
+        "Limit at copy speed: the speedup of moving each byte once, at the speed of a copy into an existing buffer. It "
+        "is an upper bound for tensors that do not fit in the caches.",
         _targets(machine["device"], [] if settings["partial"] else results, memory),
     ]
     if results:
         parts += [
-            "## Times faster than torch eager",
-            "Geometric means of the cases' medians. torch is `torch.nn.BatchNorm2d`, `torch.var_mean` beside "
-            "`channel_moments`, and `x.sum` and `x.square().sum` beside `channel_sums`.",
+            "## Speedup over eager torch",
+            "Time of torch / time of normfused, geometric means of the cases' medians. The torch operations are "
+            "`torch.nn.BatchNorm2d`, `torch.var_mean` for `channel_moments`, and `x.sum` with `x.square().sum` for "
+            "`channel_sums`.",
             _geometric_means(results),
         ]
     if failures:
         rows = [(failure["name"], failure["error"].replace("|", "\\|")) for failure in failures]
-        parts += ["## Wrong or not measured", table(("case", "why"), rows, text_columns=2)]
+        parts += ["## Wrong or not measured", table(("case", "reason"), rows, text_columns=2)]
     return "\n\n".join([*parts, *(_details(results) if every_case else [])]) + "\n"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table. Columns after the first `text_columns` are right-aligned."""
     rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
@@ -68,13 +70,13 @@ def _describe(machine: dict[str, Any], settings: dict[str, Any], results: list[R
         f"{machine['date']}; {settings['seconds_per_case']} s and at least {settings['least_rounds']} rounds per case",
     ]
     if settings.get("graphs"):
-        lines.append("Replays of CUDA graphs of one call each")
+        lines.append("Each call is the replay of a CUDA graph")
     if uncovered := sum(sum(r.get("uncovered", {}).values()) for r in results):
-        lines.append(f"**{uncovered} samples may hold time of the host.**")
+        lines.append(f"**{uncovered} samples may include host time.**")
     if settings.get("tiny"):
         lines.append("**A rehearsal: tiny tensors, two rounds; no figures.**")
     elif settings["partial"]:
-        lines.append("**Part of the grid, or few rounds: no figures to quote.**")
+        lines.append("**Part of the grid, or few rounds: do not quote these figures.**")
     return "  \n".join(lines)
 
 
@@ -87,15 +89,16 @@ def _targets(device: str, results: list[Result], memory: list[Growth]) -> str:
         measured = "–" if value is None else f"{value:.2f}×"
         ceiling = target.ceiling(results)
         verdict = "not measured in full" if value is None else "reached" if target.reached(value) else "**not reached**"
-        most = "" if ceiling is None else f"{ceiling:.2f}×"
-        rows.append((target.title, target.statistic, target.requirement, measured, most, verdict))
+        limit = "" if ceiling is None else f"{ceiling:.2f}×"
+        rows.append((target.title, target.statistic, target.requirement, measured, limit, verdict))
     for growth in memory:
         kb = growth["host_kb"] + growth["device_kb"]
-        title = f"Memory gained over {growth['steps']:,} training steps, {growth['peer']}"
+        title = f"Memory growth over {growth['steps']:,} training steps, {growth['peer']}"
         ours = growth["peer"] == "normfused"
         verdict = "" if not ours else "reached" if kb < LEAK_KB else "**not reached**"
         rows.append((title, "", f"< {LEAK_KB:.0f} kB" if ours else "", f"{kb:+.0f} kB", "", verdict))
-    return table(("what", "over the cases", "target", "measured", "at copy speed", ""), rows, text_columns=2)
+    header = ("measurement", "statistic", "target", "measured", "limit at copy speed", "")
+    return table(header, rows, text_columns=2)
 
 
 def _geometric_means(results: list[Result]) -> str:
@@ -106,9 +109,10 @@ def _geometric_means(results: list[Result]) -> str:
         if not group:
             continue
         cells = [[r for r in group if (r["dtype"], r["layout"]) == column] for column in columns]
-        least = min(group, key=lambda r: figure(r, "speedup"))
-        rows.append((info.title, *map(_mean, cells), _mean(group), f"{figure(least, 'speedup'):.2f} ({_where(least)})"))
-    header = ["operation", *(f"{dtype} {layout}" for dtype, layout in columns), "all", "least"]
+        slowest = min(group, key=lambda r: figure(r, "speedup"))
+        minimum = f"{figure(slowest, 'speedup'):.2f} ({_case(slowest)})"
+        rows.append((info.title, *map(_mean, cells), _mean(group), minimum))
+    header = ["operation", *(f"{dtype} {layout}" for dtype, layout in columns), "all", "minimum"]
     return table(header, rows)
 
 
@@ -119,19 +123,20 @@ def _mean(results: list[Result]) -> str:
 
 
 def _details(results: list[Result]) -> Iterable[str]:
+    """For each operation a heading and the table of its cases."""
     for operation, info in OPERATIONS.items():
         group = [r for r in results if r["operation"] == operation]
         if not group:
             continue
         peers = [peer for peer in PEERS if any(peer in r["seconds"] for r in group)]
-        # Where both count alike, the one column is left.
+        # Keyed by title: one column if both counts are equal.
         floors: dict[str, Traffic] = {_counts(info.streaming): "streaming", _counts(info.resident): "resident"}
         if "planned" in group[0]["floor_distance"]:
-            floors["as planned"] = "planned"
+            floors["planned bytes"] = "planned"
         header = [
             *("shape", "dtype", "layout", "normfused ms"),
             *(f"{PEERS[peer]} ms" for peer in peers),
-            *("times faster", "quartiles", *(f"share of the floor, {counts}" for counts in floors)),
+            *("speedup", "quartiles", *(f"% of copy speed, {counts}" for counts in floors)),
         ]
         yield f"## {info.title}"
         yield table(header, (_row(result, peers, floors.values()) for result in group), text_columns=3)
@@ -158,6 +163,6 @@ def _milliseconds(result: Result, peer: str) -> str:
     return f"{result['seconds'][peer]['median'] * 1e3:.3g}" if peer in result["seconds"] else "–"
 
 
-def _where(result: Result) -> str:
+def _case(result: Result) -> str:
     n, channels, side, _ = result["shape"]
     return f"{n}×{channels}×{side}², {result['dtype']}, {result['layout']}"

@@ -1,4 +1,4 @@
-"""The figures to reach, and whether the results do."""
+"""Performance targets, and whether the results reach them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Literal
 from cases import OPERATIONS, grid
 from measure import Result
 
-# Times faster than torch; how many times faster the bytes are moved at copy speed, by the resident count, which is as
-# fast as anyone can be; and normfused's distance to the floor by one of the counts of bytes.
+# "speedup": time of torch / time of normfused. "ceiling": time of torch / time of a copy of the resident bytes, the
+# upper bound of the speedup. The others: time of normfused / time of a copy, by each count of bytes (cases.Traffic).
 Figure = Literal["speedup", "ceiling", "resident", "streaming", "planned"]
 
-LARGE = 25_000_000  # bytes from which the distance to the floor counts
-LARGE_ON_CUDA = 64_000_000  # more than an L2 holds
+LARGE = 25_000_000  # bytes; only tensors of this size count in comparisons with a copy
+LARGE_ON_CUDA = 64_000_000  # larger than an L2
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,18 @@ class Target:
     bound: float
     figure: Figure = "speedup"
     statistic: Literal["geometric mean", "worst"] = "geometric mean"
-    least_bytes: int = 0
+    min_bytes: int = 0
 
     @property
     def title(self) -> str:
         title = OPERATIONS[self.operation].title
         if self.figure in ("resident", "streaming"):
             reads, writes = getattr(OPERATIONS[self.operation], self.figure)
-            title += f", distance to the floor {reads}R + {writes}W"
+            title += f", time relative to a copy of {reads}R + {writes}W"
         if self.figure == "planned":
-            title += ", distance to the floor of the bytes as planned"
-        if self.least_bytes:
-            title += f", tensors ≥ {self.least_bytes // 10**6} MB"
+            title += ", time relative to a copy of the planned bytes"
+        if self.min_bytes:
+            title += f", tensors ≥ {self.min_bytes // 10**6} MB"
         return title
 
     @property
@@ -47,27 +47,27 @@ class Target:
         return value >= self.bound if self.figure == "speedup" else value <= self.bound
 
     def value(self, results: Sequence[Result]) -> float | None:
-        """None unless every case that the target is about was measured."""
-        wanted = {
+        """The measured value, or None unless all cases of the target were measured."""
+        names = {
             case.name
             for case in grid(self.device)
-            if case.operation == self.operation and case.tensor_bytes >= self.least_bytes
+            if case.operation == self.operation and case.tensor_bytes >= self.min_bytes
         }
-        values = [figure(result, self.figure) for result in results if result["name"] in wanted]
-        if len(values) < len(wanted):
+        values = [figure(result, self.figure) for result in results if result["name"] in names]
+        if len(values) < len(names):
             return None
         worst: Callable[[list[float]], float] = min if self.figure in ("speedup", "ceiling") else max
         return statistics.geometric_mean(values) if self.statistic == "geometric mean" else worst(values)
 
     def ceiling(self, results: Sequence[Result]) -> float | None:
-        """What the target's value would be at copy speed; None where that says nothing."""
+        """The value at copy speed. None for targets that are no speedup, and for small calls, which overhead limits."""
         if self.figure != "speedup" or self.operation == "small_call":
             return None
         return replace(self, figure="ceiling").value(results)
 
 
 def figure(result: Result, name: Figure) -> float:
-    """The median ratio to torch eager, or to the floor."""
+    """The median over the rounds of a ratio: see `Figure`."""
     if name == "ceiling":
         return figure(result, "speedup") * figure(result, "resident")
     if name == "speedup":
@@ -75,7 +75,7 @@ def figure(result: Result, name: Figure) -> float:
     return result["floor_distance"][name]["median"]
 
 
-# Shares of copy bandwidth are distances to the floor turned over.
+# A fraction f of copy bandwidth is a time of 1 / f relative to a copy.
 TARGETS = (
     Target("cpu", "training_forward", 3.5),
     Target("cpu", "training_forward_backward", 2.5),
@@ -85,15 +85,15 @@ TARGETS = (
     Target("cpu", "eval_forward", 1.5),
     Target("cpu", "channel_moments", 20),
     Target("cpu", "small_call", 1.0, statistic="worst"),
-    Target("cpu", "training_forward", 1.6, "resident", least_bytes=LARGE),
-    Target("cpu", "training_forward", 1.6, "streaming", least_bytes=LARGE),
-    Target("cpu", "training_backward", 1.6, "resident", least_bytes=LARGE),
-    Target("cpu", "training_backward", 1.6, "streaming", least_bytes=LARGE),
+    Target("cpu", "training_forward", 1.6, "resident", min_bytes=LARGE),
+    Target("cpu", "training_forward", 1.6, "streaming", min_bytes=LARGE),
+    Target("cpu", "training_backward", 1.6, "resident", min_bytes=LARGE),
+    Target("cpu", "training_backward", 1.6, "streaming", min_bytes=LARGE),
     Target("cuda", "training_forward_backward", 1.5),
     Target("cuda", "training_forward_backward", 1.0, statistic="worst"),
     Target("cuda", "add_relu_forward_backward", 2),
-    Target("cuda", "training_forward", 1 / 0.8, "planned", least_bytes=LARGE_ON_CUDA),
-    Target("cuda", "training_backward", 1 / 0.8, "planned", least_bytes=LARGE_ON_CUDA),
+    Target("cuda", "training_forward", 1 / 0.8, "planned", min_bytes=LARGE_ON_CUDA),
+    Target("cuda", "training_backward", 1 / 0.8, "planned", min_bytes=LARGE_ON_CUDA),
     Target("cuda", "training_forward", 1 / 0.85, "resident"),
     Target("cuda", "training_backward", 1 / 0.85, "resident"),
     Target("cuda", "channel_moments", 1 / 0.8, "resident"),

@@ -1,4 +1,4 @@
-"""normfused beside torch.nn and the copy floor: ``pytest benchmarks --benchmark-only``."""
+"""Speed of normfused compared with torch.nn and a copy: ``pytest benchmarks --benchmark-only``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _measured = functools.lru_cache(maxsize=1)(measure)
 
 
 class _Replay:
-    """Plays samples to pytest-benchmark as if they passed now.
+    """A clock and a call that replay recorded samples to pytest-benchmark.
 
-    By itself it measures one peer after the other, with the clock of the host. These samples were interleaved, and on
-    CUDA come from the clock of the device.
+    pytest-benchmark would time one peer after the other with the host's clock. The recorded samples are interleaved
+    between peers, and on CUDA they are device times.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Measures several calls against each other: interleaved, in medians, on CPU and CUDA."""
+"""Times several calls in interleaved rounds, on the CPU and on CUDA."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Stopwatch = Callable[[Callable[[], Any]], float]
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one case may take: `seconds`, or `least_rounds` where those take longer."""
+    """The time for one case. Rounds run until `seconds` have passed, and at least `min_rounds` of them."""
 
     seconds: float
-    least_rounds: int
+    min_rounds: int
 
 
-FULL = Budget(seconds=0.3, least_rounds=15)
-QUICK = Budget(seconds=0.1, least_rounds=5)
-TINY = Budget(seconds=0.0, least_rounds=2)
+FULL = Budget(seconds=0.3, min_rounds=15)
+QUICK = Budget(seconds=0.1, min_rounds=5)
+TINY = Budget(seconds=0.0, min_rounds=2)
 
 
 class Quartiles(TypedDict):
@@ -42,12 +42,12 @@ def quartiles(values: list[float]) -> Quartiles:
 
 
 def ratios(samples: Samples, numerator: str, denominator: str) -> list[float]:
-    """Round by round, so that what slowed a whole round cancels."""
+    """The ratio in each round. A slowdown of the whole machine affects both times of a round, and cancels."""
     return [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
 
 
 def interleave(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, budget: Budget) -> Samples:
-    """Seconds of each call in each round. The calls must have been warmed up."""
+    """Returns the seconds of each call in each round. The caller has warmed the calls up."""
     order = list(calls)
     shuffle = random.Random(0).shuffle
     samples: Samples = {name: [] for name in order}
@@ -56,9 +56,10 @@ def interleave(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, bud
     try:
         end = time.perf_counter() + budget.seconds
         rounds = 0
-        while rounds < budget.least_rounds or time.perf_counter() < end:
+        while rounds < budget.min_rounds or time.perf_counter() < end:
             rounds += 1
-            # A call leaves its mark on caches and allocator: nobody always runs behind the same neighbour.
+            # A call changes the state of caches and allocator for the next one. The order varies between rounds, so
+            # that no call always follows the same one.
             shuffle(order)
             for name in order:
                 samples[name].append(stopwatch(calls[name]))
@@ -68,10 +69,10 @@ def interleave(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, bud
 
 
 def make_stopwatch(device: str, *, host: bool = False) -> Stopwatch:
-    """Seconds that one call takes, the release of its result included.
+    """Returns a function that measures the seconds of one call, including the release of its result.
 
-    On CUDA the time between two events on the stream, with a cold L2 and nothing of the host's time; with `host` the
-    time on the host until the device is done, which is what a call too small to fill the device costs.
+    On CUDA it measures device time between two events, with a cold L2 and without host time. With `host` it measures
+    host time until the device has finished: the cost of a call that is too small to fill the device.
     """
     if device == "cpu":
         return _host_seconds
@@ -95,30 +96,30 @@ def _synchronized_seconds(call: Callable[[], Any]) -> float:
 
 
 class CudaEvents:
-    """The device's time for a call, between two events.
+    """Device time of a call, between two events.
 
-    Before the first event the device reads a buffer of several times its L2, which leaves there nothing of the call's
-    and no dirty line for the call to write back, as a written buffer would; then it sleeps until the host has queued
-    the whole call. Whether it slept long enough is seen from the first event, which must not have passed when the last
-    is queued: if it has, the device sleeps twice as long in a new attempt, up to some milliseconds. A call that waits
-    for the device is never covered, and is counted in ``uncovered``.
+    Before the first event the device reads a buffer of several times its L2. That evicts the call's data. Unlike a
+    write, it leaves no dirty lines for the call to write back. Then the device sleeps until the host has queued the
+    whole call. The sleep was long enough if the first event has not passed when the last one is queued. Otherwise the
+    call is measured again with twice the sleep, up to `max_cycles`. A call that synchronizes with the device can never
+    be measured without host time, and is counted in ``uncovered``.
     """
 
-    least_cycles = 1 << 16  # 33 us at 2 GHz
-    most_cycles = 1 << 24  # 8 ms
-    least_bytes = 256 << 20
+    min_cycles = 1 << 16  # 33 us at 2 GHz
+    max_cycles = 1 << 24  # 8 ms
+    min_bytes = 256 << 20
 
     def __init__(self) -> None:
         l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._buffer = torch.zeros(max(self.least_bytes, 4 * l2_bytes) // 4, device="cuda")
+        self._buffer = torch.zeros(max(self.min_bytes, 4 * l2_bytes) // 4, device="cuda")
         self._sum = torch.zeros((), device="cuda")
         self._cycles: dict[Callable[[], Any], int] = {}
         self.uncovered: Counter[Callable[[], Any]] = Counter()
 
     def __call__(self, call: Callable[[], Any]) -> float:
-        cycles = self._cycles.get(call, self.least_cycles)
+        cycles = self._cycles.get(call, self.min_cycles)
         seconds, covered = self._measure(call, cycles)
-        while not covered and cycles < self.most_cycles:
+        while not covered and cycles < self.max_cycles:
             cycles *= 2
             seconds, covered = self._measure(call, cycles)
         self._cycles[call] = cycles
@@ -126,6 +127,7 @@ class CudaEvents:
         return seconds
 
     def _measure(self, call: Callable[[], Any], cycles: int) -> tuple[float, bool]:
+        """Returns the seconds, and whether the device slept until the whole call was queued."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.sum(self._buffer, 0, out=self._sum)
         torch.cuda._sleep(cycles)
@@ -138,8 +140,8 @@ class CudaEvents:
 
 
 def capture(call: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], Any]:
-    """The replay of a CUDA graph of one call; gives the same tensors each time."""
-    for _ in range(3):  # warms up, as torch.cuda.graph asks
+    """Captures a call in a CUDA graph and returns its replay, which returns the same tensors each time."""
+    for _ in range(3):  # torch.cuda.graph requires a warm-up
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

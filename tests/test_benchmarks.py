@@ -84,7 +84,7 @@ def test_a_profiler_that_sees_nothing_costs_no_figures_but_the_verdict(monkeypat
     case = cases.Case("training_forward", (4, 3, 5, 5), torch.float32, "NCHW")
     monkeypatch.setattr(proof, "observe", kernels())
     measured = measure.measure(case, "cpu", timing.TINY, profile=True)
-    assert len(measured.samples["normfused"]) == timing.TINY.least_rounds
+    assert len(measured.samples["normfused"]) == timing.TINY.min_rounds
     assert "the profiler saw no kernel" in (measure.complaint(case, measured) or "")
     exact = measured._replace(unseen=None)
     assert measure.complaint(case, exact) is None
@@ -152,7 +152,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     fake = Device()
     zeros, total = torch.zeros, torch.sum
     properties = type("Properties", (), {"L2_cache_size": 50 << 20})
-    monkeypatch.setattr(timing.CudaEvents, "least_bytes", 1 << 10)
+    monkeypatch.setattr(timing.CudaEvents, "min_bytes", 1 << 10)
     monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(1, device="meta") if device == "cuda" else None)
     monkeypatch.setattr(torch, "sum", lambda *a, **k: fake.launch("read", 8e-5) if a[0].is_meta else total(*a, **k))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: fake.launch("sleep", cycles / 2e9))
