@@ -1,4 +1,4 @@
-"""The benchmarks' own rules: whose kernels run, right before timed, nothing of the host in CUDA's time."""
+"""The rules of the benchmarks: own kernels, results checked before timing, no host time in CUDA times."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ import timing  # noqa: E402
 
 
 @pytest.mark.usefixtures("needs_extension")
-def test_every_operator_is_run() -> None:
+def test_operators_py_runs_every_operator() -> None:
     names = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("normfused::")}
     with_kernels = {name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")}
     assert {f"normfused::{name}" for name in operators.OPERATORS} == with_kernels
 
 
-def test_kernels_are_told_apart_by_their_names() -> None:
+def test_kernels_of_normfused_are_recognized_by_name() -> None:
     assert proof.is_ours("void normfused::cuda::reduce_rows<normfused::cuda::Moments<float>, 4>(...)")
     assert proof.is_ours("_ZN9normfused4cuda11reduce_rowsI...")
     assert not proof.is_ours("void at::native::batch_norm_collect_statistics_kernel<...>")
 
 
 def kernels(*names: str) -> Callable[[Any], Any]:
+    """A replacement of proof.observe: the profiler reports kernels of these names."""
     ours, others = ([n for n in names if proof.is_ours(n) == mine] for mine in (True, False))
     return lambda call: proof.Kernels(Counter(ours), Counter(others), {0}, 1e-6)
 
 
-def test_a_call_that_runs_anothers_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_runs_another_librarys_kernels_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "observe", kernels("void at::native::batch_norm()"))
     with pytest.raises(AssertionError, match="forward: no kernel of normfused ran, but void at::native::batch_norm"):
         proof.prove("forward", lambda: None, ours=True)
@@ -56,31 +57,28 @@ def test_a_call_that_runs_anothers_kernels_is_refused(monkeypatch: pytest.Monkey
             proof.prove("forward", lambda: None, ours=ours)
 
 
-# Results of every peer are compared before it is timed.
-
-
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("peer", ["normfused", "torch", "copy"])
 @pytest.mark.parametrize("fault", ["wrong", "nan"])
-def test_a_wrong_peer_is_not_timed(peer: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_with_wrong_results_is_not_timed(peer: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.Case("training_forward", (4, 3, 5, 5), torch.float32, "NCHW")
     build = cases.build_calls
 
-    def spoiled(*arguments: Any) -> dict[str, Any]:
+    def faulty(*arguments: Any) -> dict[str, Any]:
         calls = build(*arguments)
-        right = calls[peer]
-        calls[peer] = lambda: [t + 0.1 if fault == "wrong" else t * torch.nan for t in right()]
+        correct = calls[peer]
+        calls[peer] = lambda: [t + 0.1 if fault == "wrong" else t * torch.nan for t in correct()]
         return calls
 
     assert measure.measure(case, "cpu", timing.TINY).error["normfused"] < 1e-6
-    monkeypatch.setattr(measure, "build_calls", spoiled)
-    monkeypatch.setattr(measure, "interleave", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(measure, "build_calls", faulty)
+    monkeypatch.setattr(measure, "interleave", lambda *_: pytest.fail("the case was timed"))
     with pytest.raises(AssertionError, match=f"{peer} is off by"):
         measure.measure(case, "cpu", timing.TINY)
 
 
 @pytest.mark.usefixtures("needs_extension")
-def test_a_profiler_that_sees_nothing_costs_no_figures_but_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_without_profiled_kernels_is_measured_and_reported_as_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.Case("training_forward", (4, 3, 5, 5), torch.float32, "NCHW")
     monkeypatch.setattr(proof, "observe", kernels())
     measured = measure.measure(case, "cpu", timing.TINY, profile=True)
@@ -93,43 +91,46 @@ def test_a_profiler_that_sees_nothing_costs_no_figures_but_the_verdict(monkeypat
 
 
 @pytest.mark.usefixtures("needs_extension")
-def test_one_failing_case_does_not_stop_the_others(
+def test_a_failing_case_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = report.measure
+    original = report.measure
 
     def failing(case: Any, *arguments: Any, **named: Any) -> Any:
         if case.operation == "channel_sums":
             raise RuntimeError("CUDA out of memory\nand more")
-        return right(case, *arguments, **named)
+        return original(case, *arguments, **named)
 
     monkeypatch.setattr(report, "measure", failing)
     options = ["--tiny", "--device", "cpu", "--threads", "1", "--only", "^channel.*-2x8x6x6-float32-NCHW"]
     monkeypatch.setattr(sys, "argv", ["report.py", *options, "--out", str(tmp_path)])
     assert report.main() == report.INCOMPLETE
-    made = report.Report.load(tmp_path)
-    assert [result["operation"] for result in made.results] == ["channel_moments"]
-    assert made.failures[0]["error"] == "RuntimeError: CUDA out of memory"
+    written = report.Report.load(tmp_path)
+    assert [result["operation"] for result in written.results] == ["channel_moments"]
+    assert written.failures[0]["error"] == "RuntimeError: CUDA out of memory"
     assert "| channel_sums-2x8x6x6-float32-NCHW | RuntimeError: CUDA out of memory |" in capsys.readouterr().out
 
 
 class Device:
-    """A stand-in for CUDA's events: time passes on a device that does one thing after another, and on the host."""
+    """A simulated CUDA device with one stream, and the clock of its host."""
 
     def __init__(self) -> None:
         self.host, self.busy_until = 0.0, 0.0
-        self.did: list[str] = []
+        self.launched: list[str] = []
 
     def launch(self, what: str, seconds: float, host: float = 1e-6) -> None:
+        """Queues work of that many device seconds. Queueing takes `host` seconds on the host."""
         self.host += host
         self.busy_until = max(self.busy_until, self.host) + seconds
-        self.did.append(what)
+        self.launched.append(what)
 
     def event(self, enable_timing: bool) -> Event:
         return Event(self)
 
 
 class Event:
+    """torch.cuda.Event on the simulated device."""
+
     def __init__(self, device: Device) -> None:
         self.device = device
 
@@ -149,6 +150,7 @@ class Event:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Replaces the functions of torch.cuda that timing.py uses."""
     fake = Device()
     zeros, total = torch.zeros, torch.sum
     properties = type("Properties", (), {"L2_cache_size": 50 << 20})
@@ -163,8 +165,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 @pytest.mark.parametrize("host", [1e-5, 1e-3])
-def test_cuda_time_holds_no_time_of_the_host(device: Device, host: float) -> None:
-    """However long it takes to launch: the device reads, sleeps, and does what was queued meanwhile."""
+def test_cuda_time_includes_no_host_time(device: Device, host: float) -> None:
+    """However long the launches take: the device evicts its L2, sleeps, then runs the queued call."""
     stopwatch = timing.CudaEvents()
 
     def call() -> None:
@@ -172,25 +174,26 @@ def test_cuda_time_holds_no_time_of_the_host(device: Device, host: float) -> Non
         device.launch("kernel", 4e-6, host=host)
 
     for _ in range(3):
-        device.did.clear()
+        device.launched.clear()
         assert stopwatch(call) == pytest.approx(7e-6)
-    assert device.did == ["read", "sleep", "event", "kernel", "kernel", "event"]  # the first call found how long
+    # One attempt: an earlier call has found a sleep that is long enough.
+    assert device.launched == ["read", "sleep", "event", "kernel", "kernel", "event"]
     assert not stopwatch.uncovered[call]
 
 
-def test_a_call_that_waits_for_the_device_is_counted(device: Device) -> None:
+def test_a_call_that_synchronizes_is_counted_as_uncovered(device: Device) -> None:
     stopwatch = timing.CudaEvents()
 
     def call() -> None:
         device.launch("kernel", 3e-6)
-        device.host = device.busy_until
+        device.host = device.busy_until  # synchronizes
 
     stopwatch(call)
     stopwatch(call)
     assert stopwatch.uncovered[call] == 2
 
 
-def test_published_rows_are_rendered_as_not_run_until_they_are() -> None:
+def test_published_cases_are_rendered_as_not_run_until_they_are_measured() -> None:
     text = public_rows.render([])
     assert (BENCHMARKS / "results/public.md").read_text() == public_rows.render(
         public_rows.collect(public_rows.RESULTS)
