@@ -1,4 +1,4 @@
-"""The examples, run as README runs them."""
+"""The examples: training on two processes equals training in one, resumes, and stops cleanly when interrupted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of ten classes that can be told apart, as Fashion-MNIST's files."""
+    """Images of ten classes that a network can learn, in the format of Fashion-MNIST's files."""
     folder = tmp_path_factory.mktemp("data")
     labels = torch.arange(1200) % 10
     images = torch.randint(0, 120, (1200, 28, 28))
@@ -38,32 +38,33 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(launcher: list[str], folder: Path, *options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*launcher, str(EXAMPLE), *map(str, options)],
-        cwd=folder,  # in the checkout the folder normfused has no extension
+        cwd=folder,  # not the checkout: its normfused/ may have no compiled extension
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        # A shell that runs the tests in its background leaves them an ignored SIGINT.
+        # Processes in the background of a shell inherit an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
 def end(process: subprocess.Popen[str], timeout: float = 240) -> str:
-    """What it printed; nothing of its session is left."""
+    """Returns the output of the process, and checks that no process of its session remains."""
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)
-            left = True
+            remaining = True
         except ProcessLookupError:
-            left = False
-    assert not left, output
+            remaining = False
+    assert not remaining, output
     return output
 
 
 def run(launcher: list[str], folder: Path, *options: Any) -> list[dict[str, float]]:
+    """Returns accuracy and loss of each epoch."""
     process = start(launcher, folder, *options, "--json", folder / "curve.json")
     output = end(process)
     assert process.returncode == 0, output
@@ -71,33 +72,33 @@ def run(launcher: list[str], folder: Path, *options: Any) -> list[dict[str, floa
     return curve
 
 
-def test_two_processes_train_as_one_and_go_on_where_they_were(data: Path, tmp_path: Path) -> None:
+def test_training_on_two_processes_equals_one_process_and_resumes_from_a_checkpoint(data: Path, tmp_path: Path) -> None:
     options = ("--data", data, "--batch", 100)
-    alone = run([sys.executable], tmp_path, *options, "--epochs", 2)
-    shared = run(TORCHRUN, tmp_path, *options, "--epochs", 2)
-    assert len(alone) == len(shared) == 2
-    for one, two in zip(alone, shared, strict=True):
+    one_process = run([sys.executable], tmp_path, *options, "--epochs", 2)
+    two_processes = run(TORCHRUN, tmp_path, *options, "--epochs", 2)
+    assert len(one_process) == len(two_processes) == 2
+    for one, two in zip(one_process, two_processes, strict=True):
         assert abs(one["loss"] - two["loss"]) <= 0.02 * one["loss"] + 0.002
-    assert shared[1]["accuracy"] > 0.8
-    checkpoint = ("--checkpoint", tmp_path / "kept.pt")
-    assert run(TORCHRUN, tmp_path, *options, *checkpoint, "--epochs", 1) == shared[:1]
-    assert run(TORCHRUN, tmp_path, *options, *checkpoint, "--epochs", 2, "--resume") == shared
+    assert two_processes[1]["accuracy"] > 0.8
+    checkpoint = ("--checkpoint", tmp_path / "saved.pt")
+    assert run(TORCHRUN, tmp_path, *options, *checkpoint, "--epochs", 1) == two_processes[:1]
+    assert run(TORCHRUN, tmp_path, *options, *checkpoint, "--epochs", 2, "--resume") == two_processes
 
 
-def test_interrupted_training_leaves_a_whole_checkpoint_and_no_process(data: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "kept.pt"
-    process = start(TORCHRUN, tmp_path, "--data", data, "--batch", 100, "--epochs", 1000, "--checkpoint", kept)
-    patience = time.monotonic() + 120
-    while not kept.exists() and time.monotonic() < patience and process.poll() is None:
+def test_interrupted_training_leaves_a_valid_checkpoint_and_no_process(data: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.pt"
+    process = start(TORCHRUN, tmp_path, "--data", data, "--batch", 100, "--epochs", 1000, "--checkpoint", saved)
+    deadline = time.monotonic() + 120
+    while not saved.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     output = end(process)
     assert "interrupted in epoch" in output
-    assert "ddp_fashion_mnist.py" not in output.split("interrupted in epoch")[0]  # no traceback from there
-    assert len(torch.load(kept, weights_only=True)["curve"]) >= 1
+    assert "ddp_fashion_mnist.py" not in output.split("interrupted in epoch")[0]  # no traceback
+    assert len(torch.load(saved, weights_only=True)["curve"]) >= 1
 
 
-def test_nothing_to_go_on_from(data: Path, tmp_path: Path) -> None:
+def test_resume_without_a_checkpoint_is_an_error(data: Path, tmp_path: Path) -> None:
     process = start([sys.executable], tmp_path, "--resume", "--checkpoint", "none.pt")
-    assert "--resume: there is no checkpoint none.pt" in end(process)
+    assert "--resume: checkpoint not found: none.pt" in end(process)
     assert process.returncode == 2
