@@ -138,7 +138,7 @@ def peer_names(case: Case, more: Sequence[str] = ()) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """An input, a gradient of the output, and a buffer to copy into whose memory has been written before."""
+    """An input, a gradient of the output, and a buffer to copy into. The memory of the buffer is already mapped."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(mean: float, std: float) -> Tensor:

@@ -58,9 +58,7 @@ def measure(
         oracle, error = Oracle(case, device), {}
         for peer, call in calls.items():
             error[peer] = oracle.error(peer, call())
-            assert error[peer] <= WRONG[case.dtype], (
-                f"{case.name}: {peer} is off by {error[peer]:.1e} of the largest value"
-            )
+            assert error[peer] <= WRONG[case.dtype], f"{case.name}: relative error of {peer} is {error[peer]:.1e}"
         del oracle  # it holds tensors as large as the case's
         try:
             for peer, call in calls.items() if profile else ():
@@ -81,7 +79,7 @@ def complaint(case: Case, measurement: Measurement) -> str | None:
     """Why a measurement is not valid: normfused exceeds its tolerance, or its kernels were not identified."""
     error, allowed = measurement.error["normfused"], TOLERANCE[case.dtype]
     if error > allowed:
-        return f"off by {error:.1e} of the largest value, where {allowed:.1e} is allowed"
+        return f"relative error {error:.1e} exceeds the tolerance {allowed:.1e}"
     return measurement.unseen
 
 

@@ -73,7 +73,7 @@ def test_a_peer_with_wrong_results_is_not_timed(peer: str, fault: str, monkeypat
     assert measure.measure(case, "cpu", timing.TINY).error["normfused"] < 1e-6
     monkeypatch.setattr(measure, "build_calls", faulty)
     monkeypatch.setattr(measure, "interleave", lambda *_: pytest.fail("the case was timed"))
-    with pytest.raises(AssertionError, match=f"{peer} is off by"):
+    with pytest.raises(AssertionError, match=f"relative error of {peer} is"):
         measure.measure(case, "cpu", timing.TINY)
 
 
@@ -87,7 +87,7 @@ def test_a_case_without_profiled_kernels_is_measured_and_reported_as_invalid(mon
     exact = measured._replace(unseen=None)
     assert measure.complaint(case, exact) is None
     inexact = exact._replace(error={**exact.error, "normfused": 2e-6})
-    assert measure.complaint(case, inexact) == "off by 2.0e-06 of the largest value, where 1.0e-06 is allowed"
+    assert measure.complaint(case, inexact) == "relative error 2.0e-06 exceeds the tolerance 1.0e-06"
 
 
 @pytest.mark.usefixtures("needs_extension")
