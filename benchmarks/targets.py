@@ -14,7 +14,7 @@ from measure import Result
 # upper bound of the speedup. The others: time of normfused / time of a copy, by each count of bytes (cases.Traffic).
 Figure = Literal["speedup", "ceiling", "resident", "streaming", "planned"]
 
-LARGE = 25_000_000  # bytes; only tensors of this size count in comparisons with a copy
+LARGE = 25_000_000  # bytes; smaller tensors may stay in cache, and do not count in comparisons with a copy
 LARGE_ON_CUDA = 64_000_000  # larger than an L2
 
 
