@@ -1,23 +1,23 @@
 // Elementary functions of vectors. In double, which need not be fast, they are the C library's.
 template <class F>
-NF_FN Vec<double> lane_by_lane(const Vec<double>& x, const F& f) {
+NF_FN Vec<double> map_lanes(const Vec<double>& x, const F& f) {
   Vec<double> result{};
   for (int64_t lane = 0; lane < kLanes<double>; ++lane) result[lane] = f(x[lane]);
   return result;
 }
 
 // 2^n, for whole n in [-126, 127].
-NF_FN Vec<float> power_of_two(Vec<float> n) {
+NF_FN Vec<float> exp2_integer(Vec<float> n) {
   const Vec<float> shifted = n + 12582912.f;  // 1.5 * 2^23: the integer is then in the low bits
-  const Vec<int32_t> bits = (read_as<Vec<int32_t>>(&shifted) << 23) + (127 << 23);
-  return read_as<Vec<float>>(&bits);
+  const Vec<int32_t> bits = (bit_cast<Vec<int32_t>>(shifted) << 23) + (127 << 23);
+  return bit_cast<Vec<float>>(bits);
 }
 
 // x = n ln 2 + r, and exp(r) - 1 by its Taylor polynomial: |r| < 0.35, so what it leaves out is below 5e-9 of it.
-struct Reduced {
+struct ReducedExp {
   Vec<float> n, expm1;
 };
-NF_FN Reduced reduced(Vec<float> x) {
+NF_FN ReducedExp reduce_exp_argument(Vec<float> x) {
   const Vec<float> n = (x * 1.44269504f + 12582912.f) - 12582912.f;
   const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec<float> p = r * (1.f / 5040) + 1.f / 720;
@@ -29,19 +29,19 @@ NF_FN Reduced reduced(Vec<float> x) {
 }
 
 // x * 2^n, for whole n.
-NF_FN Vec<float> scaled(Vec<float> x, Vec<float> n) {
+NF_FN Vec<float> multiply_by_exp2(Vec<float> x, Vec<float> n) {
 #if NF_VECTOR_BYTES == 64
   return (Vec<float>)_mm512_scalef_ps((__m512)x, (__m512)n);
 #else
   // In two factors, for neither infinity nor the subnormals are one.
   n = n > 252.f ? Vec<float>{} + 252.f : (n < -252.f ? Vec<float>{} - 252.f : n);
   const Vec<float> half = (n * 0.5f + 12582912.f) - 12582912.f;
-  return x * power_of_two(half) * power_of_two(n - half);
+  return x * exp2_integer(half) * exp2_integer(n - half);
 #endif
 }
 
 // m from sqrt(1/2) to sqrt(2). What the polynomial, a minimax fit, leaves out is below 5e-9 of the result.
-NF_FN Vec<float> log_of_mantissa(Vec<float> m) {
+NF_FN Vec<float> log_mantissa(Vec<float> m) {
   const Vec<float> r = m - 1.f;
   Vec<float> p = r * -0.0762211f + 0.12904692f;
   p = p * r - 0.13242976f;
@@ -61,14 +61,14 @@ struct Elementary {
   }
   static NF_INLINE Vec<float> exp(Vec<float> x) {
     x = x > 89.f ? Vec<float>{} + 89.f : (x < -104.f ? Vec<float>{} - 104.f : x);
-    const Reduced e = reduced(x);
-    return scaled(e.expm1 + 1.f, e.n);
+    const ReducedExp e = reduce_exp_argument(x);
+    return multiply_by_exp2(e.expm1 + 1.f, e.n);
   }
 
   static NF_INLINE Vec<float> expm1(Vec<float> x) {
     x = x < -20.f ? Vec<float>{} - 20.f : x;
-    const Reduced e = reduced(x);
-    const Vec<float> power = power_of_two(e.n);
+    const ReducedExp e = reduce_exp_argument(x);
+    const Vec<float> power = exp2_integer(e.n);
     return e.expm1 * power + (power - 1.f);
   }
 
@@ -107,15 +107,15 @@ struct Elementary {
     const float low = static_cast<float>(y - static_cast<double>(high));
     const Vec<float> size = x < 0.f ? -x : x;
     const Vec<float> normal = size < 0x1p-126f ? size * 0x1p24f : size;
-    const Vec<int32_t> bits = read_as<Vec<int32_t>>(&normal);
+    const Vec<int32_t> bits = bit_cast<Vec<int32_t>>(normal);
     const Vec<int32_t> exponent = (bits - 0x3f3504f3) >> 23;  // of the bits of sqrt(1/2)
     const Vec<int32_t> mantissa = bits - (exponent << 23);
     const Vec<float> e =
         __builtin_convertvector(exponent, Vec<float>) - (size < 0x1p-126f ? Vec<float>{} + 24.f : Vec<float>{});
     const Vec<float> n = (e * high + 12582912.f) - 12582912.f;
-    const Vec<float> log = log_of_mantissa(read_as<Vec<float>>(&mantissa)) * (high + low);
-    const Reduced left = reduced((e * high - n) * 0.69314718f + (e * (low * 0.69314718f) + log));
-    const Vec<float> result = scaled(left.expm1 + 1.f, left.n + n);
+    const Vec<float> log = log_mantissa(bit_cast<Vec<float>>(mantissa)) * (high + low);
+    const ReducedExp left = reduce_exp_argument((e * high - n) * 0.69314718f + (e * (low * 0.69314718f) + log));
+    const Vec<float> result = multiply_by_exp2(left.expm1 + 1.f, left.n + n);
 
     constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
     const float of_zero = y < 0 ? kInfinity : y > 0 ? 0.f : 1.f;
@@ -133,20 +133,20 @@ struct Elementary {
 #elif NF_VECTOR_BYTES == 32
     return (Vec<double>)_mm256_sqrt_pd((__m256d)x);
 #else
-    return lane_by_lane(x, [](double v) { return std::sqrt(v); });
+    return map_lanes(x, [](double v) { return std::sqrt(v); });
 #endif
   }
   static NF_INLINE Vec<double> power(Vec<double> x, double y) {
-    return lane_by_lane(x, [y](double v) { return std::pow(v, y); });
+    return map_lanes(x, [y](double v) { return std::pow(v, y); });
   }
   static NF_INLINE Vec<double> exp(Vec<double> x) {
-    return lane_by_lane(x, [](double v) { return std::exp(v); });
+    return map_lanes(x, [](double v) { return std::exp(v); });
   }
   static NF_INLINE Vec<double> expm1(Vec<double> x) {
-    return lane_by_lane(x, [](double v) { return std::expm1(v); });
+    return map_lanes(x, [](double v) { return std::expm1(v); });
   }
   static NF_INLINE Normal<Vec<double>> normal(Vec<double> x) {
-    return {lane_by_lane(x, [](double v) { return 0.5 * std::erfc(v * -0.70710678118654752); }),
+    return {map_lanes(x, [](double v) { return 0.5 * std::erfc(v * -0.70710678118654752); }),
             exp(x * x * -0.5) * 0.3989422804014327};
   }
 };

@@ -11,7 +11,7 @@ namespace {
 
 #include "kernels/cpu/elementary.inl"
 
-#include "kernels/cpu/block.inl"
+#include "kernels/cpu/pack.inl"
 
 #include "kernels/cpu/lanes.inl"
 

@@ -29,8 +29,8 @@ struct ResponseOp {
 
   // Of windows that begin at `first` and at the places behind it.
   NF_INLINE Vec<S> window_sum(const S* first) const {
-    Vec<S> sum = load<S>(first, Whole{});
-    for (int64_t i = 1; i <= left + right; ++i) sum += load<S>(first + i * step, Whole{});
+    Vec<S> sum = load<S>(first, FullVector{});
+    for (int64_t i = 1; i <= left + right; ++i) sum += load<S>(first + i * step, FullVector{});
     return sum;
   }
   NF_INLINE Vec<S> base(const S* squares) const { return response_base(response, window_sum(squares - left * step)); }
@@ -59,7 +59,7 @@ struct ResponseOp {
     // A channel is in the windows of those from `after` before it to `before` after it.
     rows.for_each<S>([&](int64_t offset, int64_t at, auto width) {
       const Vec<S> x = load<S>(input + offset, width), sum = window_sum(shares + at - right * step);
-      store(output + offset, response_gradient(response, load<S>(direct + at, Whole{}), x, sum), width);
+      store(output + offset, response_gradient(response, load<S>(direct + at, FullVector{}), x, sum), width);
     });
   }
 };
@@ -86,11 +86,11 @@ void local_response_norm(const LocalResponseNorm& args, const Parallel& parallel
   const auto rows_of = [&](int64_t block) -> Rows {
     if (by_channels) {
       const int64_t each = plan.blocks / view.outer, m = block % each * plan.positions;
-      return {view.channels, least(plan.positions, view.inner - m), block / each * view.channels * view.inner + m,
+      return {view.channels, minimum(plan.positions, view.inner - m), block / each * view.channels * view.inner + m,
               view.inner, plan.positions};
     }
     const int64_t m = block * plan.positions;
-    return {least(plan.positions, view.outer - m), view.channels, m * view.channels, view.channels, width};
+    return {minimum(plan.positions, view.outer - m), view.channels, m * view.channels, view.channels, width};
   };
   parallel(plan.tasks, grain(plan), [&](int64_t task) {
     const Workspace workspace(0, arrays * array * static_cast<int64_t>(sizeof(S)));

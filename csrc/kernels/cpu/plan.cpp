@@ -12,10 +12,10 @@ constexpr int64_t kCacheBytes = 512 << 10;
 // Enough units to share among many threads evenly, few enough to merge cheaply.
 constexpr int64_t kUnits = 64;
 // A unit smaller than this is dominated by its own bookkeeping.
-constexpr int64_t kLeastUnitBytes = 16 << 10;
-constexpr int64_t kLeastSplitBytes = 64 << 10;
+constexpr int64_t kMinUnitBytes = 16 << 10;
+constexpr int64_t kMinSplitBytes = 64 << 10;
 // Rows of channels that pay for the merge of their result.
-constexpr int64_t kLeastSplitRows = 128;
+constexpr int64_t kMinSplitRows = 128;
 // A cache line's worth of channels, or of rows of whatever length, in every dtype.
 constexpr int64_t kMultiple = 64;
 constexpr int64_t kCacheLine = 64;
@@ -44,23 +44,23 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
   const int64_t channel_bytes = std::max<int64_t>(1, positions * item_bytes);
   const int64_t bytes = channel_bytes * view.channels;
   if (view.inner > 1) {
-    const int64_t splits = std::min(ceil_div(kUnits, view.channels), channel_bytes / kLeastSplitBytes);
+    const int64_t splits = std::min(ceil_div(kUnits, view.channels), channel_bytes / kMinSplitBytes);
     if (view.channels < kUnits / 2 && splits > 1) return make_plan(view, 1, ceil_div(positions, splits), item_bytes);
-    const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
+    const int64_t fair = std::max(view.channels / (kUnits / 2), kMinUnitBytes / channel_bytes);
     const int64_t block = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsFirst});
     return make_plan(view, std::clamp<int64_t>(block, 1, view.channels), positions, item_bytes);
   }
   // Rows lie next to each other in memory, the columns of a channel range do not: 64 of 2048 channels are two cache
   // lines in every page, and those of a power of two fall into a few sets of the cache. So rows are split where there
   // are enough of them, in a power of two of parts, which the usual numbers of threads share evenly.
-  const int64_t most = std::min({bytes / kLeastSplitBytes, positions / kLeastSplitRows, kUnits});
+  const int64_t most = std::min({bytes / kMinSplitBytes, positions / kMinSplitRows, kUnits});
   if (most > 1) {
     int64_t splits = kUnits;
     while (splits > most) splits /= 2;
     const int64_t block = round_up(ceil_div(positions, splits), aligned_rows(view.channels * itemsize));
     return make_plan(view, std::min(view.channels, kMaxLanes), block, item_bytes);
   }
-  const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
+  const int64_t fair = std::max(view.channels / (kUnits / 2), kMinUnitBytes / channel_bytes);
   const int64_t wide = std::min({kCacheBytes / channel_bytes, fair, kMaxLanes});
   const int64_t block = std::max(kMultiple, wide / kMultiple * kMultiple);
   return make_plan(view, std::min(block, view.channels), positions, item_bytes);
@@ -68,15 +68,15 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
 
 Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operands) {
   const int64_t item_bytes = itemsize * operands;
-  const auto fitting = [&](int64_t bytes) { return std::max<int64_t>(1, kLeastSplitBytes / bytes); };
+  const auto fitting = [&](int64_t bytes) { return std::max<int64_t>(1, kMinSplitBytes / bytes); };
   const int64_t row_bytes = view.inner * item_bytes;
   // As many whole positions of the outer extent, else as many rows, else as much of a row as make a unit.
-  if (view.channels * row_bytes <= kLeastSplitBytes) {
+  if (view.channels * row_bytes <= kMinSplitBytes) {
     const int64_t outer = fitting(view.channels * row_bytes);
     return make_plan(view, view.channels, (outer < kMultiple ? outer : outer / kMultiple * kMultiple) * view.inner,
                      item_bytes);
   }
-  if (view.inner == 1 || row_bytes <= kLeastSplitBytes)
+  if (view.inner == 1 || row_bytes <= kMinSplitBytes)
     return make_plan(view, std::min(view.channels, fitting(row_bytes)), view.inner, item_bytes);
   return make_plan(view, 1, fitting(item_bytes), item_bytes);
 }
@@ -89,7 +89,7 @@ BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes) {
     plan.positions = round_up(ceil_div(view.inner, ceil_div(view.inner, most)), kRowMultiple);
     plan.blocks = view.outer * ceil_div(view.inner, plan.positions);
   } else {
-    const int64_t fair = std::max(ceil_div(view.outer, kUnits), kLeastSplitBytes / position_bytes);
+    const int64_t fair = std::max(ceil_div(view.outer, kUnits), kMinSplitBytes / position_bytes);
     plan.positions = std::clamp<int64_t>(std::min(fair, fitting), 1, view.outer);
     plan.blocks = ceil_div(view.outer, plan.positions);
   }

@@ -20,7 +20,7 @@ NF_FN void for_channels(int64_t step, int64_t channels, const F& f) {
 
 // Value c of n pixels, which lie `step` values apart, to rows[c * n], for all c < channels.
 template <class T>
-void take_apart(const T* pixels, int64_t step, int64_t channels, int64_t n, T* rows) {
+void nhwc_to_planar(const T* pixels, int64_t step, int64_t channels, int64_t n, T* rows) {
   for_channels(step, channels, [&](auto apart, auto count) {
     NF_NO_ALIASES
     for (int64_t i = 0; i < n; ++i)
@@ -30,7 +30,7 @@ void take_apart(const T* pixels, int64_t step, int64_t channels, int64_t n, T* r
 
 // And back.
 template <class T>
-void put_together(const T* rows, int64_t step, int64_t channels, int64_t n, T* pixels) {
+void planar_to_nhwc(const T* rows, int64_t step, int64_t channels, int64_t n, T* pixels) {
   for_channels(step, channels, [&](auto apart, auto count) {
     NF_NO_ALIASES
     for (int64_t i = 0; i < n; ++i)
@@ -40,10 +40,10 @@ void put_together(const T* rows, int64_t step, int64_t channels, int64_t n, T* p
 
 // Copies a tile past the caches.
 template <class T>
-void stream_tile(const T* from, int64_t n, T* to) {
+void copy_nontemporal(const T* from, int64_t n, T* to) {
   constexpr int64_t kAtOnce = kVectorBytes / static_cast<int64_t>(sizeof(T));
-  int64_t i = least(n, bytes_to_alignment(to, kVectorBytes) / static_cast<int64_t>(sizeof(T)));
+  int64_t i = minimum(n, bytes_to_alignment(to, kVectorBytes) / static_cast<int64_t>(sizeof(T)));
   std::memcpy(to, from, static_cast<size_t>(i) * sizeof(T));
-  for (; i + kAtOnce <= n; i += kAtOnce) stream_raw(to + i, read_as<Vec<float>>(from + i));
+  for (; i + kAtOnce <= n; i += kAtOnce) store_nontemporal(to + i, load_unaligned<Vec<float>>(from + i));
   std::memcpy(to + i, from + i, static_cast<size_t>(n - i) * sizeof(T));
 }

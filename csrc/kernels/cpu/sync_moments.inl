@@ -7,7 +7,7 @@ void pack_moments(const PackMoments& args, const Parallel& parallel) {
   const MomentsOp<T, false> op{static_cast<const T*>(args.input)};
   args.words[0] = view.positions();
   auto* const moments = reinterpret_cast<RankMoments<S>*>(args.words + 1);
-  reduce_all(op, view, sizeof(T), parallel, [&](const Results& results, int64_t c0, int64_t c1) {
+  reduce_tensor(op, view, sizeof(T), parallel, [&](const ResultTable& results, int64_t c0, int64_t c1) {
     recompute_moments(op, view, results, c0, c1);
     for (int64_t c = c0; c < c1; ++c) moments[c] = packed<S>(Moments{view.positions(), results(0, c), results(1, c)});
   });
@@ -16,7 +16,7 @@ void pack_moments(const PackMoments& args, const Parallel& parallel) {
 template <class S>
 void merge_ranks_of(const MergeRanks& args) {
   const Workspace workspace(2 * args.channels, 0);
-  const Results results{workspace.results, args.channels};
+  const ResultTable results{workspace.results, args.channels};
   for (int64_t c = 0; c < args.channels; ++c) {
     const Moments moments = merged<S>(args, c);
     results(0, c) = moments.mean;
@@ -29,9 +29,9 @@ void merge_ranks_of(const MergeRanks& args) {
     std::fill_n(args.invstd, args.channels, 0.);
     return;
   }
-  const double factor = count_batch(args);
-  for_entries(0, args.channels,
-              [&](int64_t c0, int64_t n) { finish_statistics(args, *args.count, results, factor, c0, n); });
+  const double factor = next_update_factor(args);
+  for_each_channel_chunk(0, args.channels,
+                         [&](int64_t c0, int64_t n) { finish_statistics(args, *args.count, results, factor, c0, n); });
 }
 
 inline void merge_ranks(const MergeRanks& args) {

@@ -19,9 +19,9 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include "kernels/cpu/nontemporal.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/plan.h"
-#include "kernels/cpu/streaming.h"
 #include "kernels/cpu/table.h"
 #include "kernels/cpu/workspace.h"
 #include "kernels/types.h"
