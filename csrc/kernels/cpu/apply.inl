@@ -1,13 +1,23 @@
-// Walks a unit of the tensor and writes values for each. What is written is the Op's business; an Op has
-//   V, T, kCoefficients, output           block it takes at once, type of the output, per-channel constants, where it
-//                                         begins
-//   outputs_share_alignment()           whether all outputs begin at the same place of a cache line
-//   operator()(offset, width, coefficients, store)  puts the values at an offset
-// Channels first, positions are walked backwards: what the reduction before read last is still in cache. Channels last
-// they are not: rows that follow each other in memory are what hardware prefetchers follow, and against them eval of
-// (32, 512, 28, 28) in bfloat16 took twice as long.
+// The elementwise pass over a unit. An apply op defines what is written:
+//   V, T, kCoefficients       the Pack it computes, the dtype of its output, the number of per-channel constants
+//   output                    pointer to the first element of its (main) output
+//   outputs_share_alignment() whether all of its outputs have the same alignment relative to a cache line
+//   operator()(offset, width, coefficients, store)  computes the values at `offset` and passes each output to `store`
+//
+// Channels first, positions are processed in descending order: the values that the reduction read last are still in
+// cache. Channels last, the order is ascending, because hardware prefetchers follow ascending rows: in descending
+// order, inference of (32, 512, 28, 28) in bfloat16 took twice as long.
+#pragma once
 
-// Writes one of an Op's outputs.
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/reduce.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
+// Stores one output of an op. Tails are always stored through the caches.
 template <bool kNonTemporal>
 struct Store {
   template <class T, class V, class Width>
@@ -19,9 +29,30 @@ struct Store {
   }
 };
 
-// `rows` rows of n values each, which follow each other in memory: a channel each, whose constants are in the table's
-// columns. They are taken as one run of blocks, so that all but the first and the last store are whole and aligned,
-// however short the rows are: one of 7 x 7 float32 would end in a store of four bytes.
+NF_REQUIREMENT(has_output_type, std::declval<typename Op::T>());
+NF_REQUIREMENT(has_output, std::declval<const Op&>().output);
+NF_REQUIREMENT(has_alignment, std::declval<const Op&>().outputs_share_alignment());
+NF_REQUIREMENT(is_applicable, std::declval<const Op&>()(int64_t{}, FullVector{},
+                                                        std::declval<const Coefficients<Op>&>(), Store<false>{}));
+
+template <class Op>
+constexpr bool check_apply_op() {
+  static_assert(has_pack<Op>, "An apply op must define `V`, the Pack<S, T> that it computes.");
+  static_assert(has_output_type<Op>, "An apply op must define `T`, the dtype of its output.");
+  static_assert(has_coefficients<Op>, "An apply op must define `kCoefficients`.");
+  static_assert(has_output<Op>, "An apply op must have a member `T* output`.");
+  static_assert(has_alignment<Op>, "An apply op must define `bool outputs_share_alignment()`.");
+  static_assert(is_applicable<Op>,
+                "An apply op must define `void operator()(int64_t offset, Width, const Coefficients<Op>&, store)`.");
+  return true;
+}
+
+// Applies the op to `rows` contiguous rows of n values each, one channel a row. The channels' constants are the columns
+// of `table`.
+//
+// The rows are processed as one run of packs that may cross row boundaries. So only the first and the last store of the
+// run are tails, and all others are aligned, even if a row is short: each row of 7 x 7 float32 would end in a store of
+// four bytes.
 template <bool kNonTemporal, class Op>
 NF_FN void apply_run(const Op& op, int64_t offset, int64_t rows, int64_t n, const typename Op::V::S* table,
                      int64_t table_stride) {
@@ -29,30 +60,30 @@ NF_FN void apply_run(const Op& op, int64_t offset, int64_t rows, int64_t n, cons
   constexpr int64_t kSize = V::kSize;
   constexpr int64_t kItemBytes = V::kItemBytes;
   typename Op::T* const output = op.output + offset;
-  Coefficients<Op> row;
+  Coefficients<Op> current;  // of the row that ends at `end`
   const auto next_row = [&]() __attribute__((always_inline)) {
-    unroll<Op::kCoefficients>([&](auto k) { row.k[k] = V::filled(table[k * table_stride]); });
+    unroll<Op::kCoefficients>([&](auto k) { current.k[k] = V::filled(table[k * table_stride]); });
     ++table;
   };
-  int64_t end = n;  // of the row that `row` is of
+  int64_t end = n;
   next_row();
-  const auto block = [&](int64_t i, int64_t lanes, auto width) __attribute__((always_inline)) {
-    Coefficients<Op> mixed = row;
-    for (; end < i + lanes; end += n) {
+  const auto apply_pack = [&](int64_t i, int64_t size, auto width) __attribute__((always_inline)) {
+    Coefficients<Op> mixed = current;
+    for (; end < i + size; end += n) {
       next_row();
-      unroll<Op::kCoefficients>([&](auto k) { mixed.k[k] = select_first_n(mixed.k[k], row.k[k], end - i); });
+      unroll<Op::kCoefficients>([&](auto k) { mixed.k[k] = select_first_n(mixed.k[k], current.k[k], end - i); });
     }
     op(offset + i, width, mixed, Store<kNonTemporal>{});
   };
 
   const int64_t total = rows * n;
   int64_t i = minimum(total, bytes_to_alignment(output, kSize * kItemBytes) / kItemBytes);
-  if (i > 0) block(0, i, Tail{i});
-  for (; i + kSize <= total; i += kSize) block(i, kSize, FullVector{});
-  if (i < total) block(i, total - i, Tail{total - i});
+  if (i > 0) apply_pack(0, i, Tail{i});
+  for (; i + kSize <= total; i += kSize) apply_pack(i, kSize, FullVector{});
+  if (i < total) apply_pack(i, total - i, Tail{total - i});
 }
 
-// Called, as apply_lanes is: inlined side by side, 7 x 7 float32 took 1.05 times as long.
+// Not inlined, like apply_lanes: with both inlined in one function, 7 x 7 float32 took 1.05 times as long.
 template <bool kNonTemporal, class Op>
 NF_NOINLINE void apply_channels_first(const Op& op, const ChannelView& view, const Unit& unit,
                                       const typename Op::V::S* table) {
@@ -66,8 +97,8 @@ NF_NOINLINE void apply_channels_first(const Op& op, const ChannelView& view, con
   }
 }
 
-// `lanes` values of each of a few rows that lie `stride` apart, with coefficients loaded once for all of them, and for
-// the last block whole: what a table holds may be read up to a block past its end.
+// Applies the op to the first `lanes` lanes of `rows` rows that are `stride` apart. The coefficients of a pack are
+// loaded once for all rows, as a full pack: the table must be readable up to a pack past its end.
 template <bool kNonTemporal, int64_t rows, class Op>
 NF_FN void apply_rows(const Op& op, int64_t offset, int64_t stride, int64_t lanes, const typename Op::V::S* table,
                       int64_t table_stride) {
@@ -86,13 +117,13 @@ NF_NOINLINE void apply_lanes(const Op& op, const ChannelView& view, const Unit& 
   constexpr int64_t kRows = 4;
   int64_t table_stride = view.channels;
   table += unit.c0;
-  alignas(64) S spread[Op::kCoefficients * kMaxLanes];
+  alignas(64) S lane_table[Op::kCoefficients * kMaxLanes];
   if (layout.positions > 1) {
     for (int64_t k = 0; k < Op::kCoefficients; ++k) {
-      std::copy_n(table + k * table_stride, layout.channels, spread + k * kMaxLanes);
-      layout.broadcast_to_lanes(spread + k * kMaxLanes);
+      std::copy_n(table + k * table_stride, layout.channels, lane_table + k * kMaxLanes);
+      layout.broadcast_to_lanes(lane_table + k * kMaxLanes);
     }
-    table = spread;
+    table = lane_table;
     table_stride = kMaxLanes;
   }
   const int64_t stride = view.channels * layout.positions;
@@ -102,17 +133,17 @@ NF_NOINLINE void apply_lanes(const Op& op, const ChannelView& view, const Unit& 
     apply_rows<kNonTemporal, kRows>(op, offset, stride, layout.lanes(), table, table_stride);
   for (; left > 0; --left, offset += stride)
     apply_rows<kNonTemporal, 1>(op, offset, stride, layout.lanes(), table, table_stride);
-  const int64_t rest = (unit.m1 - unit.m0) % layout.positions;  // channels last
+  const int64_t rest = (unit.m1 - unit.m0) % layout.positions;  // only channels last
   if (rest > 0) apply_rows<kNonTemporal, 1>(op, offset, stride, rest * layout.channels, table, table_stride);
 }
 
-// Rows of up to so many values are applied in lanes. Of longer ones two or three have a part in a block, and its mixed
-// constants cost less than lanes whose stores are not aligned.
+// Rows of up to this many values are applied in lanes. Of longer rows at most three share a pack; selecting their
+// constants costs less than the unaligned stores of lanes.
 template <class V>
 inline constexpr int64_t kShortRow = V::kSize / 2;
 
-// Whether to stream outputs larger than that part of the last-level cache. Rows of lanes are streamed only where each
-// of them is aligned; short rows channels first are not.
+// Whether to use non-temporal stores: for outputs larger than 1/cache_part of the last-level cache whose stores are
+// aligned. In a lane layout, each row must be aligned; short rows of channels first never are.
 template <class Op>
 bool use_nontemporal_stores(const Op& op, const ChannelView& view, const Plan& plan, int64_t cache_part) {
   using V = typename Op::V;
@@ -135,9 +166,24 @@ void apply_as(const Op& op, const ChannelView& view, const Unit& unit, const typ
   if (!in_lanes) apply_channels_first<kNonTemporal>(op, view, unit, table);
 }
 
+// Applies the op to one unit. `table` holds the coefficients of all channels as a (kCoefficients, channels) array.
 template <class Op>
 void apply(const Op& op, const ChannelView& view, const Unit& unit, const typename Op::V::S* table, bool nontemporal) {
+  static_assert(check_apply_op<Op>());
   if (!nontemporal) return apply_as<false>(op, view, unit, table);
   apply_as<true>(op, view, unit, table);
   nontemporal_fence();
 }
+
+// Applies the op to the whole tensor, without a reduction before.
+template <class Op>
+void apply_to_tensor(const Op& op, const ChannelView& view, const Parallel& parallel, const typename Op::V::S* table,
+                     int64_t cache_part) {
+  const Plan plan = plan_elementwise(view, sizeof(typename Op::T), 2);
+  const bool nontemporal = use_nontemporal_stores(op, view, plan, cache_part);
+  parallel(plan.units(), grain(plan),
+           [&](int64_t index) { apply(op, view, unit_of(plan, view, index), table, nontemporal); });
+}
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

@@ -1,13 +1,28 @@
-// Moments and sums per channel.
+// Statistics per channel: moments (mean, M2) and sums (sum, sum of squares), with minimum and maximum.
+#pragma once
 
-// Where sums begin: rows 2 and 3 are the least and the greatest value.
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/reduce.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
+// Sums 0 and 1 are sums; 2 is the minimum and 3 the maximum.
 template <class S>
-NF_FN S empty_extreme(int64_t k) {
+NF_FN S identity_of_sum(int64_t k) {
   constexpr S kInfinity = std::numeric_limits<S>::infinity();
   return k == 2 ? kInfinity : k == 3 ? -kInfinity : S(0);
 }
 
-// Mean and M2 by deviations from a pivot; with kExtremes also the least and the greatest value.
+// A NaN does not survive the comparisons. The sums are then NaN, from which the callers restore it.
+template <class V>
+NF_FN V join_sum_or_extreme(int64_t k, V a, V b) {
+  return k == 2 ? minimum(a, b) : k == 3 ? maximum(a, b) : a + b;
+}
+
+// Mean and M2, from the deviations from a pivot; with kExtremes also minimum and maximum.
 template <class T, bool kExtremes>
 struct MomentsOp {
   using S = compute_t<T>;
@@ -17,12 +32,11 @@ struct MomentsOp {
 
   const T* input;
 
-  static NF_INLINE S empty(int64_t k) { return empty_extreme<S>(k); }
+  static NF_INLINE S identity(int64_t k) { return identity_of_sum<S>(k); }
 
-  // A NaN does not survive the comparisons, but it makes M2 NaN, and such channels are done again.
   template <class V>
   static NF_INLINE V join(int64_t k, V a, V b) {
-    return k == 2 ? minimum(a, b) : k == 3 ? maximum(a, b) : a + b;
+    return join_sum_or_extreme(k, a, b);
   }
 
   template <class Width>
@@ -61,7 +75,7 @@ struct MomentsOp {
   NF_INLINE Vec<double> next_pivot(Vec<double>, const ChannelResults<MomentsOp>& results) const { return results.k[0]; }
 };
 
-// Sum, sum of squares, least and greatest value in double; the pivot is not used.
+// Sum, sum of squares, minimum and maximum, accumulated in double. The pivot is not used.
 template <class T>
 struct SumsOp {
   using S = double;
@@ -71,11 +85,10 @@ struct SumsOp {
 
   const T* input;
 
-  static NF_INLINE S empty(int64_t k) { return empty_extreme<S>(k); }
-  // A NaN does not survive the comparisons; the sums tell of it.
+  static NF_INLINE S identity(int64_t k) { return identity_of_sum<S>(k); }
   template <class V>
   static NF_INLINE V join(int64_t k, V a, V b) {
-    return k == 2 ? minimum(a, b) : k == 3 ? maximum(a, b) : a + b;
+    return join_sum_or_extreme(k, a, b);
   }
 
   template <class Width>
@@ -84,7 +97,7 @@ struct SumsOp {
     sums.k[0] = sums.k[0] + value;
     sums.k[1] = sums.k[1] + value * value;
     unroll<2>([&](auto k) {
-      const V seen = fill_tail(value, V::filled(empty(2 + k)), width);
+      const V seen = fill_tail(value, V::filled(identity(2 + k)), width);
       sums.k[2 + k] = V::generate([&](auto i) { return join(2 + k, sums.k[2 + k].vec[i], seen.vec[i]); });
     });
   }
@@ -103,7 +116,7 @@ struct SumsOp {
   NF_INLINE Vec<double> next_pivot(Vec<double> pivot, const ChannelResults<SumsOp>&) const { return pivot; }
 };
 
-// Calls f with every value of channel c, as a double, until f returns false.
+// Calls f(value) for each value of channel c, as double, until f returns false.
 template <class T, class F>
 void for_each_value(const T* input, const ChannelView& view, int64_t c, const F& f) {
   const T* row = input + c * view.inner;
@@ -112,8 +125,8 @@ void for_each_value(const T* input, const ChannelView& view, int64_t c, const F&
       if (!f(static_cast<double>(load<compute_t<T>>(row + i, Tail{1})[0]))) return;
 }
 
-// Computes those channels again, in double and by the definition, that the fast way could not hold: with a NaN, an
-// infinity, or squares that overflow S.
+// Recomputes, in double and by the definition, the channels of [c0, c1) whose M2 is not finite: channels with a NaN, an
+// infinity, or squares that overflow S. A channel with a NaN gets NaN results.
 template <class T, bool kExtremes>
 void recompute_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, const ResultTable& results,
                        int64_t c0, int64_t c1) {
@@ -147,7 +160,7 @@ void recompute_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& vie
   }
 }
 
-// Reduces all of a tensor; finish(results, c0, c1) is called once for every channel.
+// Reduces a tensor. finish(results, c0, c1) is called for ranges that cover all channels once.
 template <class Op, class Finish>
 void reduce_tensor(const Op& op, const ChannelView& view, int64_t itemsize, const Parallel& parallel,
                    const Finish& finish) {
@@ -158,7 +171,7 @@ void reduce_tensor(const Op& op, const ChannelView& view, int64_t itemsize, cons
       op, view, plan, parallel, results, [&](int64_t c0, int64_t c1) { finish(results, c0, c1); }, [](const Unit&) {});
 }
 
-// Row k of the results to args.results[k].
+// Copies row k of the results to args.results[k].
 void write_results(const ChannelStats& args, const ResultTable& results, int64_t c0, int64_t c1) {
   for (int64_t k = 0; k < 4; ++k)
     for (int64_t c = c0; c < c1; ++c) static_cast<double*>(args.results[k])[c] = results(k, c);
@@ -182,3 +195,6 @@ void channel_sums(const ChannelStats& args, const Parallel& parallel) {
     write_results(args, results, c0, c1);
   });
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

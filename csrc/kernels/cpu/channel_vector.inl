@@ -1,8 +1,19 @@
-// Entries of a per-channel parameter or buffer of any floating dtype, as doubles. They are taken to and from arrays, a
-// few channels at once, so that the loops over the formulas in between are arithmetic alone, which compilers vectorize.
+// Reads and writes per-channel parameters and buffers (ChannelVector) of any floating dtype as double. They are copied
+// to and from small arrays, so that the loops over formulas in between are pure arithmetic, which compilers vectorize.
+#pragma once
+
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/vec.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
+// Maximum number of channels that are processed together, and the length of those arrays.
 inline constexpr int64_t kChannelChunk = 64;
 
-// Every NaN becomes the one that arithmetic makes, because round_to_bfloat16 relies on a NaN's low bits.
+// Every NaN becomes the default NaN: round_to_bfloat16 requires a NaN whose low bits are 0.
 template <class T>
 void load_entries(const void* data, int64_t c0, int64_t n, double* entries) {
   const Vec<double> nan = broadcast(std::numeric_limits<double>::quiet_NaN());
@@ -19,7 +30,7 @@ void store_entries(void* data, int64_t c0, int64_t n, const double* entries) {
     store(static_cast<T*>(data) + c0 + i, broadcast<S>(static_cast<S>(entries[i])), Tail{1});
 }
 
-// Reads n entries from c0 on; where the vector is absent all are `absent`.
+// entries[i] = vector[c0 + i] for i < n, or `absent` if the vector is absent.
 void read_channels(const ChannelVector& vector, int64_t c0, int64_t n, double absent, double* entries) {
   if (!vector) {
     for (int64_t i = 0; i < n; ++i) entries[i] = absent;
@@ -37,7 +48,7 @@ void read_channels(const ChannelVector& vector, int64_t c0, int64_t n, double ab
   }
 }
 
-// Writes n entries from c0 on; nothing where the vector is absent.
+// vector[c0 + i] = entries[i] for i < n. Does nothing if the vector is absent.
 void write_channels(const ChannelVector& vector, int64_t c0, int64_t n, const double* entries) {
   if (!vector) return;
   switch (vector.dtype) {
@@ -52,8 +63,11 @@ void write_channels(const ChannelVector& vector, int64_t c0, int64_t n, const do
   }
 }
 
-// Calls f(c0, n) for ranges of channels that fit the arrays.
+// Calls f(c0, n) for consecutive chunks of the channels [c0, c1).
 template <class F>
 NF_FN void for_each_channel_chunk(int64_t c0, int64_t c1, const F& f) {
   for (; c0 < c1; c0 += kChannelChunk) f(c0, minimum(kChannelChunk, c1 - c0));
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

@@ -1,5 +1,16 @@
-// Sums of integers, exact: 8-bit values are added up in 32 bits for as long as these hold the squares, and all else in
-// 64. The loops are plain, and compilers turn them into vectors.
+// Exact sums of integers. 8-bit values are summed in 32 bits for as long as the sum of squares fits, all other types in
+// 64 bits. The loops are scalar; compilers vectorize them.
+#pragma once
+
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/lanes.inl"
+#include "kernels/cpu/pack.inl"
+#include "kernels/cpu/planes.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
 
 struct IntegerSums {
   int64_t sum, squares, min, max;
@@ -15,14 +26,15 @@ struct IntegerSums {
   }
 };
 
-// What values of T are added up in, and how many squares it holds: 2^16 of at most 255^2.
+// The accumulator type for values of T, and the number of squares that fit it: 2^16 squares of at most 255^2 fit 32
+// bits.
 template <class T>
 struct IntegerAccumulator {
   using type = std::conditional_t<sizeof(T) == 1, uint32_t, uint64_t>;
   static constexpr int64_t kCapacity = sizeof(T) == 1 ? 1 << 16 : std::numeric_limits<int64_t>::max();
 };
 
-// One lane of sums, or arrays of them. They wrap around as unsigned values do, which is right for negative ones too.
+// Adds one value. Unsigned sums wrap around modulo 2^n, which is correct for negative values too.
 template <class T>
 NF_FN void add_value(T value, typename IntegerAccumulator<T>::type& sum, typename IntegerAccumulator<T>::type& squares,
                      T& min, T& max) {
@@ -43,7 +55,7 @@ NF_FN IntegerSums widen_sums(typename IntegerAccumulator<T>::type sum, typename 
   return {wide, static_cast<int64_t>(squares), static_cast<int64_t>(min), static_cast<int64_t>(max)};
 }
 
-// n values of one channel.
+// Adds n contiguous values of one channel.
 template <class T>
 void add_row(const T* values, int64_t n, IntegerSums& total) {
   using A = typename IntegerAccumulator<T>::type;
@@ -58,7 +70,7 @@ void add_row(const T* values, int64_t n, IntegerSums& total) {
   }
 }
 
-// Rows of lanes.
+// Adds a unit in lane layout (see lanes.inl).
 template <class T>
 void add_lanes(const T* input, const ChannelView& view, const Unit& unit, const LaneLayout& layout,
                IntegerSums* totals) {
@@ -83,7 +95,7 @@ void add_lanes(const T* input, const ChannelView& view, const Unit& unit, const 
   }
 }
 
-// Rows of up to so many values are walked in lanes: for 7 x 7 that took 0.4 times as long in uint8, 1.05 times in
+// Rows of up to this many values are summed in lanes. For 7 x 7 that takes 0.4 times as long in uint8, 1.05 times in
 // int64.
 inline constexpr int64_t kShortIntegerRow = 50;
 
@@ -100,15 +112,15 @@ void add_channels_first(const T* input, const ChannelView& view, const Unit& uni
   }
 }
 
-// Pixels of three or four channels are taken apart: the sums of a channel then stay in registers.
+// NHWC pixels of three or four channels are converted to planar tiles: the sums of a channel then stay in registers.
 template <class T>
 void add_pixels(const T* input, const ChannelView& view, const Unit& unit, IntegerSums* totals) {
-  alignas(64) T rows[kTileValues];
+  alignas(64) T planar[kTileValues];
   const int64_t length = kTileValues / view.channels;
   for (int64_t m = unit.m0, n; m < unit.m1; m += n) {
     n = minimum(length, unit.m1 - m);
-    nhwc_to_planar(input + m * view.channels, view.channels, view.channels, n, rows);
-    for (int64_t c = 0; c < view.channels; ++c) add_row(rows + c * n, n, totals[c]);
+    nhwc_to_planar(input + m * view.channels, view.channels, view.channels, n, planar);
+    for (int64_t c = 0; c < view.channels; ++c) add_row(planar + c * n, n, totals[c]);
   }
 }
 
@@ -121,7 +133,7 @@ void add_channels_last(const T* input, const ChannelView& view, const Unit& unit
   add_lanes(input, view, unit, {channels, fitting ? kRows : 1, true}, totals);
 }
 
-// Writes sums, sums of squares, least and greatest values, all int64.
+// Writes sums, sums of squares, minima and maxima, all int64.
 template <class T>
 void integer_sums(const ChannelStats& args, const Parallel& parallel) {
   const ChannelView& view = args.view;
@@ -129,7 +141,7 @@ void integer_sums(const ChannelStats& args, const Parallel& parallel) {
   const Plan plan = plan_reduction(view, sizeof(T), 1);
   static_assert(sizeof(IntegerSums) == 4 * sizeof(double));
   const Workspace workspace(plan.position_units * 4 * view.channels, 0);
-  IntegerSums* const partials = reinterpret_cast<IntegerSums*>(workspace.results);  // of position units, by channels
+  IntegerSums* const partials = reinterpret_cast<IntegerSums*>(workspace.results);  // (position_units, channels)
   parallel(plan.units(), grain(plan), [&](int64_t index) {
     const Unit unit = unit_of(plan, view, index);
     IntegerSums* const totals = partials + unit.m0 / plan.position_block * view.channels + unit.c0;
@@ -158,3 +170,6 @@ inline void integer_sums_of(const ChannelStats& args, const Parallel& parallel) 
       return integer_sums<int64_t>(args, parallel);
   }
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

@@ -1,7 +1,21 @@
-// Blocks: what one access to memory holds of T, as vectors of S. That is one vector, but two
-//   of bfloat16 as float: the values at even and those at odd places, which a shift and a mask take apart, and put
-//     together again. Widening and narrowing lane by lane takes shuffles, for which there is one port;
-//   of what is narrower than double as double: those of the first and of the second half.
+// Packs: the values of one memory access, stored as T and widened to the arithmetic type S.
+//
+// A pack has one vector, except:
+//   bfloat16 as float   two vectors: the values at even and at odd positions. A shift and an AND deinterleave them.
+//                       Widening each half in order needs shuffles, for which x86 has one execution port.
+//   float, half or bfloat16 as double   two vectors: the first and the second half.
+//
+// "Memory order" is the order of the values as T; "pack order" is their order in the vectors.
+#pragma once
+
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/vec.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
 template <class S_, class T>
 struct Pack {
   using S = S_;
@@ -12,6 +26,7 @@ struct Pack {
 
   Vec<S> vec[kVecs];
 
+  // The pack whose vector i is f(i).
   template <class F>
   static NF_INLINE Pack generate(const F& f) {
     Pack result;
@@ -32,17 +47,17 @@ struct Pack {
   }
 };
 
-// As many values of a as there are lanes, and b's behind them; in the order they have in memory as T.
+// The first n values of a, in memory order, and the remaining values of b.
 template <class S, class T>
-NF_FN Pack<S, T> select_first_n(const Pack<S, T>& a, const Pack<S, T>& b, int64_t lanes) {
+NF_FN Pack<S, T> select_first_n(const Pack<S, T>& a, const Pack<S, T>& b, int64_t n) {
   using V = Pack<S, T>;
   return V::generate([&](int64_t i) {
-    const int64_t of_part = V::kInterleaved ? (lanes + 1 - i) / 2 : lanes - i * kLanes<S>;
-    return lane_index<S>() < static_cast<lane_index_t<S>>(of_part) ? a.vec[i] : b.vec[i];
+    const int64_t lanes = V::kInterleaved ? (n + 1 - i) / 2 : n - i * kLanes<S>;
+    return lane_index<S>() < static_cast<lane_index_t<S>>(lanes) ? a.vec[i] : b.vec[i];
   });
 }
 
-// Values of which only a part was loaded, with those of `fill` behind them.
+// Replaces the values past the tail with those of `fill`.
 template <class V>
 NF_FN V fill_tail(const V& values, const V&, FullVector) {
   return values;
@@ -73,15 +88,20 @@ NF_FN BFloat16Pack deinterleave(U32 raw) {
   return {{bit_cast<Vec<float>>(even), bit_cast<Vec<float>>(odd)}};
 }
 
+NF_FN U32 interleave(const BFloat16Pack& values) {
+  return (round_to_bfloat16(values.vec[0]) >> 16) | (round_to_bfloat16(values.vec[1]) & 0xffff0000);
+}
+
+// The bytes that store the pack as T.
 template <class T, class V>
 NF_FN auto to_storage(const V& values) {
   if constexpr (V::kVecs == 1)
     return to_storage<T>(values.vec[0]);
   else
-    return (round_to_bfloat16(values.vec[0]) >> 16) | (round_to_bfloat16(values.vec[1]) & 0xffff0000);
+    return interleave(values);
 }
 
-// By way of float, exactly.
+// Via float, which is exact.
 template <class T, class Width>
 NF_FN Pack<double, T> load_doubles(const T* p, Width width) {
   const DoubleVectors<float> halves = widen_to_double(load<float>(p, width));
@@ -98,7 +118,7 @@ NF_FN V load_pack(const T* p, FullVector) {
     return load_doubles(p, FullVector{});
 }
 
-// The lanes beyond the part are those of `fill`.
+// The values past the tail are those of `fill`. Memory past the tail is not accessed.
 template <class V, class T>
 NF_FN V load_pack(const T* p, Tail tail, const V& fill = V{}) {
   if constexpr (V::kVecs == 1) {
@@ -142,7 +162,7 @@ NF_FN void store_pack(T* p, const V& values, Tail tail) {
   }
 }
 
-// Lanes of a and, behind them, b, shuffle by index.
+// Lane i of the result is lane index[i] of the concatenation of a and b.
 NF_FN Vec<float> shuffle(Vec<float> a, Vec<float> b, Vec<int32_t> index) {
 #if defined(__clang__)
   Vec<float> result;
@@ -154,7 +174,7 @@ NF_FN Vec<float> shuffle(Vec<float> a, Vec<float> b, Vec<int32_t> index) {
 #endif
 }
 
-// A block from values of S in their own order, and back. These shuffle; they are for what is loaded once for many rows.
+// Loads values of S in memory order as a pack. The shuffles are slow: for values that are loaded once for many rows.
 template <class V>
 NF_FN V load_in_pack_order(const typename V::S* p) {
   if constexpr (!V::kInterleaved) {
@@ -165,29 +185,30 @@ NF_FN V load_in_pack_order(const typename V::S* p) {
   }
 }
 
+// The inverse: the values of the pack in memory order, as vectors of S.
 template <class V>
-NF_FN V to_memory_order(const V& block) {
+NF_FN V to_memory_order(const V& pack) {
   if constexpr (!V::kInterleaved) {
-    return block;
+    return pack;
   } else {
     const Vec<int32_t> lane = lane_index<float>();
     return V::generate([&](int64_t i) {
       const auto half = static_cast<int32_t>(i * kLanes<float> / 2);
-      return shuffle(block.vec[0], block.vec[1], half + lane / 2 + lane % 2 * static_cast<int32_t>(kLanes<float>));
+      return shuffle(pack.vec[0], pack.vec[1], half + lane / 2 + lane % 2 * static_cast<int32_t>(kLanes<float>));
     });
   }
 }
 
-// Past the caches; p must be aligned to the block's size in memory.
+// Non-temporal store. Precondition: p is aligned to the pack's size in memory.
 template <class V, class T>
 NF_FN void store_pack_nontemporal(T* p, const V& values) {
   store_nontemporal(p, to_storage<T>(values));
 }
 
-// ---- one bit for each value --------------------------------------------------------------------------------------
+// ---- sign masks: one bit per element -----------------------------------------------------------------------------
 
 #if NF_VECTOR_BYTES == 64
-// A bit for each lane; of the even or odd values, where these are a vector.
+// Lane masks: one bit per lane of a vector.
 NF_FN uint64_t le_zero_mask(Vec<float> z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_LE_OQ); }
 NF_FN uint64_t le_zero_mask(Vec<double> z) { return _mm512_cmp_pd_mask((__m512d)z, _mm512_setzero_pd(), _CMP_LE_OQ); }
 NF_FN uint64_t all_lanes_mask(Vec<float>) { return 0xffff; }
@@ -201,17 +222,17 @@ NF_FN Vec<double> blend(uint64_t lanes, Vec<double> then, Vec<double> otherwise)
 constexpr uint64_t kEvenBits = 0x5555555555555555;
 #endif
 
-// Bit k of the result tells whether value k in memory is above zero, or NaN.
+// Bit k is set if value k, in memory order, is positive or NaN.
 template <class S, class T>
-NF_FN uint64_t positive_bits(const Pack<S, T>& block) {
+NF_FN uint64_t positive_bits(const Pack<S, T>& pack) {
   constexpr int64_t kVecs = Pack<S, T>::kVecs;
   uint64_t bits = 0;
   unroll<kVecs>([&](auto v) {
 #if NF_VECTOR_BYTES == 64
-    const uint64_t lanes = all_lanes_mask(block.vec[v]) & ~le_zero_mask(block.vec[v]);
+    const uint64_t lanes = all_lanes_mask(pack.vec[v]) & ~le_zero_mask(pack.vec[v]);
     bits |= kVecs == 2 ? _pdep_u64(lanes, kEvenBits << v) : lanes;
 #else
-    const auto above = ~(block.vec[v] <= Vec<S>{});
+    const auto above = ~(pack.vec[v] <= Vec<S>{});
     uint64_t lanes = 0;
 #if NF_VECTOR_BYTES == 32
     lanes =
@@ -219,7 +240,7 @@ NF_FN uint64_t positive_bits(const Pack<S, T>& block) {
 #else
     for (int64_t lane = 0; lane < kLanes<S>; ++lane) lanes |= static_cast<uint64_t>(above[lane] & 1) << lane;
 #endif
-    if constexpr (kVecs == 2) {  // every other bit is the other part's
+    if constexpr (kVecs == 2) {  // the bits between belong to the other vector
       lanes = (lanes | lanes << 4) & 0x0f0f;
       lanes = (lanes | lanes << 2) & 0x3333;
       lanes = (lanes | lanes << 1) & 0x5555;
@@ -230,8 +251,8 @@ NF_FN uint64_t positive_bits(const Pack<S, T>& block) {
   return bits;
 }
 
-// Sets the bits of n values from an offset on; they are zero before. Bytes that are not wholly theirs may be written by
-// another thread meanwhile.
+// Stores the bits of values [offset, offset + n). Precondition: these bits are 0. The first and last byte may also
+// belong to values of another thread, so they are written with an atomic OR.
 NF_FN void store_bits(uint8_t* mask, int64_t offset, uint64_t bits, int64_t n) {
   uint8_t* byte = mask + offset / 8;
   if (offset % 8 == 0 && n % 8 == 0) {
@@ -242,7 +263,8 @@ NF_FN void store_bits(uint8_t* mask, int64_t offset, uint64_t bits, int64_t n) {
   for (; bits != 0; bits >>= 8, ++byte) __atomic_fetch_or(byte, static_cast<uint8_t>(bits), __ATOMIC_RELAXED);
 }
 
-// Values of `then` where the bits from an offset on are set, of `otherwise` elsewhere.
+// `then` where the bit of a value is set, else `otherwise`. The bit of the first value is bit `offset` of the mask.
+// Reads 8 bytes; see kMaskPadding.
 template <class S, class T>
 NF_FN Pack<S, T> select_by_bits(const uint8_t* mask, int64_t offset, const Pack<S, T>& then,
                                 const Pack<S, T>& otherwise) {
@@ -259,8 +281,11 @@ NF_FN Pack<S, T> select_by_bits(const uint8_t* mask, int64_t offset, const Pack<
   using Bits = std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>;
   const Vec<Bits> bits = broadcast(static_cast<Bits>(word));
   return Pack<S, T>::generate([&](int64_t v) {
-    const auto place = (Vec<Bits>)(kVecs * lane_index<S>() + static_cast<lane_index_t<S>>(v));
-    return ((bits >> place) & 1) != 0 ? then.vec[v] : otherwise.vec[v];
+    const auto position = (Vec<Bits>)(kVecs * lane_index<S>() + static_cast<lane_index_t<S>>(v));
+    return ((bits >> position) & 1) != 0 ? then.vec[v] : otherwise.vec[v];
   });
 #endif
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

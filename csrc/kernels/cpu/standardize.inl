@@ -1,6 +1,15 @@
-// Standardization of images: (x * scale - mean) / std, from one layout and dtype to another in one pass.
+// Standardization of images: output = (x * scale - mean) / std, with conversion of layout and dtype in the same pass.
+#pragma once
 
-// n neighbouring values of one channel.
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/planes.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
+// Standardizes n contiguous values of one channel.
 template <bool kNonTemporal, class T, class Output>
 void standardize_row(const T* input, Output* output, int64_t n, const StandardizeCoefficients<T, compute_t<T>> c) {
   const auto store_at = [&](int64_t i, auto width) __attribute__((always_inline)) {
@@ -20,19 +29,30 @@ void standardize_row(const T* input, Output* output, int64_t n, const Standardiz
   if (i < n) store_at(i, Tail{n - i});
 }
 
-template <bool kNonTemporal, class T, class Output>
-void standardize_tiles(const Standardize& args, const Parallel& parallel) {
-  const int64_t channels = args.channels, pixels = args.pixels;
-  const Workspace workspace(0, channels * static_cast<int64_t>(sizeof(StandardizeCoefficients<T, compute_t<T>>)));
-  auto* const coefficients = static_cast<StandardizeCoefficients<T, compute_t<T>>*>(workspace.table);
-  for (int64_t c = 0; c < channels; ++c) prepare(normalization_of(args, c), coefficients[c]);
+// The images cut into tiles of `width` channels by `length` pixels. Planar to planar, a tile has one channel.
+template <class T, class Output>
+struct StandardizeTiles {
+  using Coefficient = StandardizeCoefficients<T, compute_t<T>>;
 
-  const bool planar = !args.input_is_last && !args.output_is_last;
-  const int64_t width = planar ? 1 : minimum(channels, kTileChannels);  // channels of a tile
-  const int64_t length = minimum(pixels, kTileValues / width / kLanes<uint8_t> * kLanes<uint8_t>);
-  const int64_t channel_tiles = (channels + width - 1) / width, pixel_tiles = (pixels + length - 1) / length;
-  const int64_t tile_bytes = length * width * static_cast<int64_t>(sizeof(T) + sizeof(Output));
-  parallel(args.images * channel_tiles * pixel_tiles, (32 << 10) / tile_bytes + 1, [&](int64_t tile) {
+  const Standardize& args;
+  const Coefficient* coefficients;  // (channels)
+  int64_t width, length, channel_tiles, pixel_tiles;
+
+  StandardizeTiles(const Standardize& args, const Coefficient* coefficients) : args(args), coefficients(coefficients) {
+    const bool planar = !args.input_is_last && !args.output_is_last;
+    width = planar ? 1 : minimum(args.channels, kTileChannels);
+    length = minimum(args.pixels, kTileValues / width / kLanes<uint8_t> * kLanes<uint8_t>);
+    channel_tiles = (args.channels + width - 1) / width;
+    pixel_tiles = (args.pixels + length - 1) / length;
+  }
+
+  int64_t count() const { return args.images * channel_tiles * pixel_tiles; }
+  int64_t tile_bytes() const { return length * width * static_cast<int64_t>(sizeof(T) + sizeof(Output)); }
+
+  // Standardizes one tile: NHWC input to planar, each channel, planar to NHWC output.
+  template <bool kNonTemporal>
+  void run(int64_t tile) const {
+    const int64_t channels = args.channels, pixels = args.pixels;
     const int64_t p0 = tile % pixel_tiles * length, n = minimum(length, pixels - p0);
     const int64_t c0 = tile / pixel_tiles % channel_tiles * width, count = minimum(width, channels - c0);
     const int64_t image = tile / pixel_tiles / channel_tiles * channels * pixels;
@@ -59,14 +79,26 @@ void standardize_tiles(const Standardize& args, const Parallel& parallel) {
       planar_to_nhwc(planes_out, channels, count, n, output);
     }
     if (kNonTemporal) nontemporal_fence();
-  });
+  }
+};
+
+template <bool kNonTemporal, class T, class Output>
+void standardize_tiles(const Standardize& args, const Parallel& parallel) {
+  using Tiles = StandardizeTiles<T, Output>;
+  using Coefficient = typename Tiles::Coefficient;
+  const Workspace workspace(0, args.channels * static_cast<int64_t>(sizeof(Coefficient)));
+  auto* const coefficients = static_cast<Coefficient*>(workspace.table);
+  for (int64_t c = 0; c < args.channels; ++c) prepare(normalization_of(args, c), coefficients[c]);
+  const Tiles tiles(args, coefficients);
+  parallel(tiles.count(), (32 << 10) / tiles.tile_bytes() + 1,
+           [&](int64_t tile) { tiles.template run<kNonTemporal>(tile); });
 }
 
 template <class T, class Output>
 void standardize_as(const Standardize& args, const Parallel& parallel) {
   const int64_t bytes = args.images * args.channels * args.pixels * static_cast<int64_t>(sizeof(Output));
   const bool in_place = args.input == args.output;
-  const bool contiguous = !args.output_is_last || args.channels <= kTileChannels;  // tiles are written as
+  const bool contiguous = !args.output_is_last || args.channels <= kTileChannels;  // a tile's output
   if (kVectorBytes > 16 && bytes >= kMinNonTemporalBytes && !in_place && contiguous)
     standardize_tiles<true, T, Output>(args, parallel);
   else
@@ -99,3 +131,6 @@ inline void standardize(const Standardize& args, const Parallel& parallel) {
       return standardize_as<BFloat16, BFloat16>(args, parallel);
   }
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

@@ -1,5 +1,15 @@
-// A batch that is shared out over ranks: the moments of a share, and the statistics of all.
+// Synchronized batch norm: the moments of one rank's part of a batch, and the statistics of the whole batch.
+#pragma once
 
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/batch_norm.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
+// Writes the message of this rank: count, mean and standard deviation of each channel.
 template <class T>
 void pack_moments(const PackMoments& args, const Parallel& parallel) {
   using S = compute_t<T>;
@@ -13,6 +23,7 @@ void pack_moments(const PackMoments& args, const Parallel& parallel) {
   });
 }
 
+// Merges the messages of all ranks to the statistics of the batch and updates the running statistics.
 template <class S>
 void merge_ranks_of(const MergeRanks& args) {
   const Workspace workspace(2 * args.channels, 0);
@@ -37,3 +48,6 @@ void merge_ranks_of(const MergeRanks& args) {
 inline void merge_ranks(const MergeRanks& args) {
   args.is_double ? merge_ranks_of<double>(args) : merge_ranks_of<float>(args);
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

@@ -1,9 +1,19 @@
-// Vectors of the instruction set being compiled, NF_VECTOR_BYTES wide: loads and stores with conversion, whole or
-// partial. Arithmetic is the compiler's own on vector types.
+// SIMD vectors of NF_VECTOR_BYTES bytes: loads and stores that convert between storage and arithmetic type, of a full
+// vector or of a tail. Arithmetic uses the operators of GCC's and Clang's vector types.
+#pragma once
+
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/math.h"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
 inline constexpr int64_t kVectorBytes = NF_VECTOR_BYTES;
 
-// Calls f(0), f(1), … f(n - 1) with the indices as constants. In a plain loop over an array of vectors GCC unrolls too
-// late to keep the array in registers.
+// Calls f(0), f(1), …, f(n - 1) with the indices as compile-time constants. GCC unrolls a plain loop over an array of
+// vectors too late to hold the array in registers.
 template <int64_t... i, class F>
 NF_FN void unroll(std::integer_sequence<int64_t, i...>, const F& f) {
   (f(std::integral_constant<int64_t, i>{}), ...);
@@ -13,7 +23,7 @@ NF_FN void unroll(const F& f) {
   unroll(std::make_integer_sequence<int64_t, n>{}, f);
 }
 
-// Type of the arithmetic done on values stored as T.
+// The arithmetic type for values stored as T: double for double, else float.
 template <class T>
 struct ComputeOf {
   using type = float;
@@ -35,7 +45,7 @@ using Vec = typename VecOf<S>::type;
 template <class S>
 inline constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(S));
 
-// Where either is NaN, b.
+// If a or b is NaN, the result is b, as for the x86 instructions.
 template <class V>
 NF_FN V minimum(V a, V b) {
 #if NF_VECTOR_BYTES == 64
@@ -61,7 +71,8 @@ NF_FN Vec<lane_index_t<S>> lane_index() {
   return index;
 }
 
-// How much of a vector a load or store touches.
+// How many values a load or store accesses: all of a vector, or the first `lanes` of it, at the end of a range. A
+// parameter of either type is called `width`.
 struct FullVector {};
 struct Tail {
   int64_t lanes;
@@ -76,13 +87,13 @@ NF_FN int64_t active_lanes(Tail tail) {
   return tail.lanes;
 }
 
-// Calls body(i, FullVector or Tail) for i = 0, lanes, 2 * lanes, … up to n.
+// Calls body(i, FullVector{}) for i = 0, lanes, 2 * lanes, …, then body(i, Tail{rest}) if n is not a multiple of lanes.
 template <int64_t lanes, class Body>
 NF_FN void for_each_chunk(int64_t n, const Body& body) {
-  // By n alone, so that a loop over rows of one length computes it, and the part's masks, once.
-  const int64_t whole = n / lanes * lanes;
-  for (int64_t i = 0; i < whole; i += lanes) body(i, FullVector{});
-  if (whole < n) body(whole, Tail{n - whole});
+  // Depends on n alone: in a loop over rows of equal length, the compiler hoists it and the tail's lane mask.
+  const int64_t full = n / lanes * lanes;
+  for (int64_t i = 0; i < full; i += lanes) body(i, FullVector{});
+  if (full < n) body(full, Tail{n - full});
 }
 template <class S, class Body>
 NF_FN void for_each_vector(int64_t n, const Body& body) {
@@ -112,7 +123,7 @@ NF_FN V bit_cast(const From& from) {
 using U16 = VecOf<uint16_t, kVectorBytes / 2>::type;  // as many lanes as Vec<float>
 using U32 = Vec<uint32_t>;
 
-// GCC 12 splits a conversion between vectors of different width; these keep it one instruction.
+// GCC 12 compiles a __builtin_convertvector between vectors of different widths to several instructions.
 NF_FN U32 to_u32(U16 raw) {
 #if NF_VECTOR_BYTES == 64
   return (U32)_mm512_cvtepu16_epi32((__m256i)raw);
@@ -136,8 +147,8 @@ NF_FN Vec<float> widen(BFloat16, U16 raw) {
   return bit_cast<Vec<float>>(bits);
 }
 
-// To nearest, ties to even, in the upper half of each lane. The lower half of a NaN must be zero, as that of the
-// default NaN is and of every widened one: its carry could make the NaN a number.
+// Rounds to nearest, ties to even; the result is the upper half of each lane. Precondition: the lower half of a NaN is
+// zero, as for the default NaN and every widened NaN. Otherwise the carry could turn the NaN into a number.
 NF_FN U32 round_to_bfloat16(Vec<float> value) {
   const U32 bits = bit_cast<U32>(value);
   return bits + 0x7fff + ((bits >> 16) & 1);
@@ -151,7 +162,7 @@ NF_FN Vec<float> widen(Half, U16 raw) {
 #elif NF_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_cvtph_ps((__m128i)raw);
 #else
-  // The exponent is rebased by one multiplication, which also normalizes subnormals; infinity and NaN keep theirs.
+  // One multiplication changes the exponent bias and normalizes subnormals. Infinity and NaN are handled separately.
   const U32 h = to_u32(raw);
   const U32 magnitude = (h & 0x7fff) << 13;
   const Vec<float> scaled = bit_cast<Vec<float>>(magnitude) * 0x1p112f;
@@ -170,7 +181,7 @@ NF_FN U16 narrow(Half, Vec<float> value) {
   const U32 bits = bit_cast<U32>(value);
   const U32 magnitude = bits & 0x7fffffff;
   const Vec<float> absolute = bit_cast<Vec<float>>(magnitude);
-  // Subnormal halves: adding 0.5 aligns the last kept bit with float's last bit, and the hardware rounds to even.
+  // Subnormal halves: adding 0.5 aligns their last bit with the last bit of float, and the addition rounds to even.
   const Vec<float> aligned = absolute + 0.5f;
   const U32 subnormal = bit_cast<U32>(aligned) - 0x3f000000;
   const U32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -201,7 +212,7 @@ NF_FN Vec<S> load(const T* p, FullVector) {
   } else if constexpr (std::is_same_v<T, float>) {
     return __builtin_convertvector(load_unaligned<typename VecOf<float, kVectorBytes / 2>::type>(p), Vec<double>);
   } else {
-    // Half and bfloat16 to double, exactly, by way of float.
+    // Half and bfloat16 to double via float, which is exact.
     T buffer[kLanes<float>] = {};
     std::memcpy(buffer, p, kLanes<double> * sizeof(T));
     const Vec<float> wide = load<float>(buffer, FullVector{});
@@ -209,7 +220,7 @@ NF_FN Vec<S> load(const T* p, FullVector) {
   }
 }
 
-// The lanes beyond the part hold `fill`; memory beyond it is not touched.
+// Loads the lanes of the tail; the other lanes are those of `fill`. Memory past the tail is not accessed.
 template <class S, class T>
 NF_FN Vec<S> load(const T* p, Tail tail, Vec<S> fill = Vec<S>{}) {
 #if NF_VECTOR_BYTES == 64
@@ -218,9 +229,9 @@ NF_FN Vec<S> load(const T* p, Tail tail, Vec<S> fill = Vec<S>{}) {
   } else if constexpr (std::is_same_v<S, T>) {
     return (Vec<S>)_mm512_mask_loadu_pd((__m512d)fill, static_cast<__mmask8>((1u << tail.lanes) - 1), p);
   } else if constexpr (std::is_same_v<S, float> && sizeof(T) == 2) {
-    const auto mask = static_cast<__mmask16>((1u << tail.lanes) - 1);
-    const Vec<float> value = widen(T{}, (U16)_mm256_maskz_loadu_epi16(mask, p));
-    return (Vec<S>)_mm512_mask_blend_ps(mask, (__m512)fill, (__m512)value);
+    const auto lane_mask = static_cast<__mmask16>((1u << tail.lanes) - 1);
+    const Vec<float> value = widen(T{}, (U16)_mm256_maskz_loadu_epi16(lane_mask, p));
+    return (Vec<S>)_mm512_mask_blend_ps(lane_mask, (__m512)fill, (__m512)value);
   } else
 #endif
   {
@@ -236,7 +247,7 @@ NF_FN Vec<S> load(const T* p, FullVector, Vec<S>) {
   return load<S>(p, FullVector{});
 }
 
-// All lanes of a vector as double. Halves by way of memory would keep the accumulators they are taken from there.
+// All lanes of a vector, as one or two vectors of double.
 template <class S>
 struct DoubleVectors {
   static constexpr int64_t kVecs = sizeof(double) / sizeof(S);
@@ -244,6 +255,7 @@ struct DoubleVectors {
 };
 
 NF_FN DoubleVectors<double> widen_to_double(Vec<double> v) { return {{v}}; }
+// Intrinsics rather than a store and two loads, which would force the accumulators into memory.
 NF_FN DoubleVectors<float> widen_to_double(Vec<float> v) {
 #if NF_VECTOR_BYTES == 64
   return {{(Vec<double>)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
@@ -291,7 +303,7 @@ NF_FN void store(T* p, Vec<compute_t<T>> value, Tail tail) {
 #endif
 }
 
-// Double to storage as S, rounded once.
+// Stores doubles as S, rounded once.
 template <class S, class Width>
 NF_FN void store_double_as(S* p, Vec<double> value, Width width) {
   if constexpr (std::is_same_v<S, double>) {
@@ -302,7 +314,7 @@ NF_FN void store_double_as(S* p, Vec<double> value, Width width) {
   }
 }
 
-// Past the caches; p must be aligned to the size of the stored vector.
+// Non-temporal store. Precondition: p is aligned to sizeof(V).
 template <class V>
 NF_FN void store_nontemporal(void* p, V raw) {
 #if NF_VECTOR_BYTES == 64
@@ -315,18 +327,20 @@ NF_FN void store_nontemporal(void* p, V raw) {
   std::memcpy(p, &raw, sizeof(V));
 }
 
+// Distance from p to the next multiple of `alignment`.
 NF_FN int64_t bytes_to_alignment(const void* p, int64_t alignment) {
   return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(alignment));
 }
 
-// Makes streamed stores visible before the task ends.
+// Orders non-temporal stores before later stores. Call it before the task ends.
 NF_FN void nontemporal_fence() {
 #if NF_VECTOR_BYTES > 16
   _mm_sfence();
 #endif
 }
 
-// Short rows of one channel lie far apart, and hardware prefetchers do not cross pages: this asks for the next one.
+// Prefetches a row of up to 2048 bytes. Rows of one channel are far apart in memory, and hardware prefetchers do not
+// cross pages, so without this each short row begins with a cache miss.
 template <class T>
 NF_FN void prefetch_row(const T* row, int64_t n) {
   if (n * static_cast<int64_t>(sizeof(T)) > 2048) return;
@@ -334,3 +348,6 @@ NF_FN void prefetch_row(const T* row, int64_t n) {
   const char* const end = reinterpret_cast<const char*>(row + n);
   for (const char* line = begin; line < end; line += 64) __builtin_prefetch(line);
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA
