@@ -1,6 +1,7 @@
 // Elementary functions of vectors, for the activations and local response normalization (see math.h).
 //
-// float: polynomials, with range and error stated for each function. double: the C library's functions, lane by lane.
+// float: polynomials. The maximum errors in ulp are measured with AVX2 against the C library in double, over every
+// 211th float of the stated range. double: the C library's functions, lane by lane.
 #pragma once
 
 #ifndef NF_ISA
@@ -72,12 +73,14 @@ struct Elementary {
   static NF_INLINE V quotient(V a, V b) {
     return a / b;
   }
+  // 1.04 ulp, including subnormal results.
   static NF_INLINE Vec<float> exp(Vec<float> x) {
     x = x > 89.f ? Vec<float>{} + 89.f : (x < -104.f ? Vec<float>{} - 104.f : x);
     const ReducedExp e = reduce_exp_argument(x);
     return multiply_by_exp2(e.expm1 + 1.f, e.n);
   }
 
+  // x <= 0: 0.86 ulp.
   static NF_INLINE Vec<float> expm1(Vec<float> x) {
     x = x < -20.f ? Vec<float>{} - 20.f : x;
     const ReducedExp e = reduce_exp_argument(x);
@@ -87,7 +90,8 @@ struct Elementary {
 
   // Standard normal distribution and density. With u = |x|, the probability above u is exp(-u^2 / 2) t P(t), where
   // t = 1 / (1 + 0.35 u) and P is a minimax polynomial up to u = 14.5, with a relative error below 5e-8. Above 14.5
-  // that probability is 0 in float.
+  // that probability is 0 in float. The error of the distribution grows with u^2, because u * u is rounded: 11 ulp for
+  // x > -5, 66 ulp for x > -13.
   static NF_INLINE Normal<Vec<float>> normal(Vec<float> x) {
     const Vec<float> u = x < 0.f ? -x : x;
     const Vec<float> t = 1.f / (u * 0.35f + 1.f);
@@ -116,7 +120,8 @@ struct Elementary {
 
   // |x|^y = 2^(y e) exp(y log m) for |x| = 2^e m. exp(y log |x|) would lose digits for large |x|, so y is split into
   // high + low: high has 12 bits, e * high is exact, its integer part n is the exponent of the result, and only the
-  // fraction goes through exp.
+  // fraction goes through exp. For normal |x|: 1.4 ulp for -1 <= y <= -0.5, 2.6 ulp
+  // for |y| = 2.3.
   static NF_INLINE Vec<float> power(Vec<float> x, double y) {
     const float scaled_y = static_cast<float>(y) * 4097.f, high = scaled_y - (scaled_y - static_cast<float>(y));
     const float low = static_cast<float>(y - static_cast<double>(high));
