@@ -1,4 +1,5 @@
-// The numerics, once, for host and device: everything that is computed per channel rather than per value.
+// The formulas, for host and device: everything that is computed per channel, and the activations, which are computed
+// per element of a scalar or a vector type.
 #pragma once
 
 #include <cmath>
@@ -11,14 +12,14 @@
 #if defined(__CUDACC__)
 #define NF_FN __host__ __device__ __forceinline__
 #else
-// Internal linkage: each instruction set compiles its own copy, and the linker must never merge them.
+// Internal linkage: each instruction set compiles its own copy, which the linker must not merge.
 #define NF_FN static inline __attribute__((always_inline))
 #endif
 
 namespace normfused {
 
-// Count, mean and sum of squared deviations: the one currency of statistics, from a vector lane to a dataset. V is a
-// floating type, or a vector of one: several channels at once.
+// Count, mean and M2, the sum of squared deviations from the mean: the form of statistics at every level, from a SIMD
+// lane to a data set. V is a floating type, or a vector of several channels.
 template <class V>
 struct MomentsOf {
   int64_t count;
@@ -27,7 +28,7 @@ struct MomentsOf {
 };
 using Moments = MomentsOf<double>;
 
-// Chan, Golub and LeVeque (1983). A zero count merges to the other side.
+// Moments of the union: Chan, Golub and LeVeque (1983). If one count is 0, the result is the other side.
 template <class V>
 NF_FN MomentsOf<V> merge(const MomentsOf<V>& a, const MomentsOf<V>& b) {
   if (a.count == 0) return b;
@@ -38,22 +39,22 @@ NF_FN MomentsOf<V> merge(const MomentsOf<V>& a, const MomentsOf<V>& b) {
           a.m2 + b.m2 + delta * delta * (static_cast<double>(a.count) * share)};
 }
 
-// Moments from sums about a pivot. Exact for a constant channel whose pivot is that constant.
+// Moments from the sums of (x - pivot) and (x - pivot)^2. Exact for a constant channel whose pivot is that constant.
 template <class V>
 NF_FN MomentsOf<V> moments_about(const V& pivot, int64_t count, const V& sum, const V& sum_of_squares) {
   const V offset = sum / static_cast<double>(count);
   return {count, pivot + offset, sum_of_squares - sum * offset};
 }
 
-// What a rank sends of a channel's moments. The standard deviation, because the sum of squares of floats can leave
-// float's range. A mean rounded to float is off by no more than the values about it, which are floats too.
+// The moments of a channel that a rank sends. It sends the standard deviation, because M2 of floats can overflow float.
+// The mean in float has at most the rounding error of the values themselves, which are float too.
 template <class S>
 struct RankMoments {
   S mean, deviation;
 };
 
 NF_FN double biased_variance(const Moments& m) {
-  // Rounding can leave a tiny negative m2; a NaN passes through.
+  // Rounding can leave a tiny negative m2. A NaN passes through.
   return (m.m2 < 0 ? 0 : m.m2) / static_cast<double>(m.count);
 }
 
@@ -62,7 +63,7 @@ NF_FN RankMoments<S> packed(const Moments& m) {
   return {static_cast<S>(m.mean), static_cast<S>(std::sqrt(biased_variance(m)))};
 }
 
-// Channel c of all ranks, merged in their order.
+// The moments of channel c on all ranks, merged in rank order.
 template <class S>
 NF_FN Moments merged(const MergeRanks& args, int64_t c) {
   Moments all{};
@@ -78,7 +79,7 @@ NF_FN Moments merged(const MergeRanks& args, int64_t c) {
 
 NF_FN double invstd_of(double variance, double eps) { return 1 / std::sqrt(variance + eps); }
 
-// Share of the new value in a running average; `batches` already counts this batch. NaN momentum: cumulative average.
+// Weight of this batch in the running statistics. `batches` includes this batch. NaN momentum: cumulative average.
 NF_FN double update_factor(double momentum, int64_t batches) {
   return momentum != momentum ? 1 / static_cast<double>(batches) : momentum;
 }
@@ -87,8 +88,7 @@ NF_FN double running_average(double running, double value, double factor) {
   return (1 - factor) * running + factor * value;
 }
 
-// What running_var takes: with a correction of 1 (Bessel's) the unbiased variance, which one value does not have;
-// callers refuse that case in training.
+// The variance that updates running_var: unbiased with a correction of 1 (Bessel's). Precondition: count > correction.
 NF_FN double corrected(double variance, int64_t count, int64_t correction) {
   return variance * static_cast<double>(count) / static_cast<double>(count - correction);
 }
@@ -98,16 +98,16 @@ NF_FN bool is_finite(S value) {
   return value - value == 0;
 }
 
-// What a batch makes of one channel's statistics.
+// The statistics of one channel after a batch.
 struct FinishedStatistics {
-  double mean, invstd;               // normalize the output, finite or not
+  double mean, invstd;               // of the batch, finite or not
   double running_mean, running_var;  // the new values
-  bool nonfinite;                    // counted in args.nonfinite_batches; the running statistics keep their values
+  bool nonfinite;                    // whether the running statistics are unchanged; counted in args.nonfinite_batches
 };
 
-// `factor` is the batch's share in the running statistics (see update_factor). With args.nonfinite_batches they keep
-// their values where the batch's mean or variance is not finite. invstd does not matter for that: it is infinite for a
-// constant channel if eps is 0, and 0 for an infinite variance.
+// `factor` is the weight of the batch in the running statistics (see update_factor). With args.nonfinite_batches, they
+// are unchanged if the batch mean or variance is not finite. invstd is no criterion: it is infinite for a constant
+// channel with eps = 0, and 0 for an infinite variance.
 NF_FN FinishedStatistics finish(const Moments& m, const BatchStatistics& args, double factor, double running_mean,
                                 double running_var) {
   const double variance = biased_variance(m), new_var = corrected(variance, m.count, args.correction);
@@ -117,18 +117,18 @@ NF_FN FinishedStatistics finish(const Moments& m, const BatchStatistics& args, d
           nonfinite ? running_var : running_average(running_var, new_var, factor), nonfinite};
 }
 
-// What the values of a channel go through: z = (x - mean) * invstd * weight + bias.
+// The normalization of a channel: z = (x - mean) * invstd * weight + bias.
 struct Normalization {
   double mean, invstd, weight, bias;
 };
 
-// The normalization of z that gives the same deviations and the same gradients as that of x: backward from the output
-// is backward with these four, where x stands for z.
+// The normalization to use in backward if z is given instead of x: with these four values, the formulas for x applied
+// to z give the same deviations and gradients.
 NF_FN Normalization normalization_from_output(const Normalization& n) {
   return {n.bias, 1 / n.weight, n.weight * n.weight * n.invstd, n.bias};
 }
 
-// What backward undoes in a channel with this weight and bias.
+// The normalization that backward uses in channel c.
 NF_FN Normalization normalization_of(const BatchNormBackward& args, int64_t c, double weight, double bias) {
   const Normalization n{args.mean[c], args.invstd[c], weight, bias};
   return args.from_output ? normalization_from_output(n) : n;
@@ -138,8 +138,8 @@ NF_FN Normalization normalization_of(const Standardize& args, int64_t c) {
   return {args.mean[c] / args.scale, args.scale / args.std[c], 1, 0};
 }
 
-// output = (x - pivot) * scale + shift. The pivot is the mean rounded to S and subtracted first, because x * a + b
-// cancels where |mean| >> std; what the rounding dropped is put back through `shift`.
+// output = (x - pivot) * scale + shift. The pivot is the mean rounded to S. It is subtracted first, because x * a + b
+// cancels if |mean| >> std. `shift` compensates for the rounding of the mean.
 template <class S>
 struct ForwardCoefficients {
   S pivot, scale, shift;
@@ -157,15 +157,15 @@ NF_FN V applied(const ForwardCoefficients<S>& c, const V& x) {
   return (x - c.pivot) * c.scale + c.shift;
 }
 
-// The same for bytes, as near as if they were computed in double and rounded once (0.501 units in the last place of
-// float, where products are fused into sums; else one). The pivot is a multiple of 2^-15, so that x - pivot is exact as
-// long as the mean is within 256; what it and the scale lose by rounding is added apart. Double itself takes 1.5 times
-// as long, and a table of the 256 results, looked up one by one, four times.
+// The same for bytes, with the accuracy of a computation in double that is rounded once: 0.501 ulp of float with fused
+// multiply-add, else 1 ulp. The pivot is a multiple of 2^-15, so x - pivot is exact for |mean| <= 256. The rounding
+// errors of pivot and scale are added separately. Computing in double takes 1.5 times as long, and a lookup table of
+// the 256 results four times.
 struct ByteCoefficients {
   float pivot, scale, rest_of_scale, shift;
 };
 
-// Of values stored as T and computed in S.
+// The coefficients for values stored as T and computed in S.
 template <class T, class S>
 using StandardizeCoefficients =
     std::conditional_t<std::is_same_v<T, uint8_t>, ByteCoefficients, ForwardCoefficients<S>>;
@@ -188,20 +188,21 @@ NF_FN void prepare(const Normalization& n, ByteCoefficients& c) {
   c.shift = static_cast<float>(n.bias + (static_cast<double>(c.pivot) - n.mean) * scale);
 }
 
-// `sum_g` is the sum of grad_output, `sum_gd` that of grad_output * (x - pivot) with pivot = S(mean).
+// The gradient of the weight, from the sum of g and the sum of g * (x - pivot) with pivot = S(mean); g is the gradient
+// of z.
 template <class S>
 NF_FN double grad_weight_of(const Normalization& n, double sum_g, double sum_gd) {
   const double dropped = static_cast<double>(static_cast<S>(n.mean)) - n.mean;
   return (sum_gd + dropped * sum_g) * n.invstd;
 }
 
-// grad_input = grad_output * scale + (x - pivot) * slope + shift
+// grad_input = g * scale + (x - pivot) * slope + shift
 template <class S>
 struct BackwardCoefficients {
   S pivot, scale, slope, shift;
 };
 
-// The parameters' gradients are sums over `count` values.
+// grad_weight and grad_bias are sums over `count` values.
 template <class S>
 NF_FN BackwardCoefficients<S> backward_coefficients(const Normalization& n, int64_t count, double grad_weight,
                                                     double grad_bias) {
@@ -214,8 +215,8 @@ NF_FN BackwardCoefficients<S> backward_coefficients(const Normalization& n, int6
 }
 
 // ---- activations -------------------------------------------------------------------------------------------------
-// Of a floating type V, or a vector of one. E has its elementary functions: exp(x), expm1(x) for x <= 0, and
-// normal(x), the standard normal distribution; and quotient(a, b).
+// V is a floating type S or a vector of S. E provides the elementary functions: exp(x), expm1(x) for x <= 0,
+// quotient(a, b), and normal(x), the standard normal distribution function and density.
 
 template <class V>
 struct Normal {
@@ -232,7 +233,8 @@ NF_FN V sigmoid(const V& z) {
   return E::quotient(V{} + S(1), V(S(1) + E::exp(-z)));
 }
 
-// GELU's approximation by tanh is z * sigmoid(p): p, and its derivative. The factor is the square root of 8 / pi.
+// The tanh approximation of GELU is z * sigmoid(p), where p = sqrt(8 / pi) * (z + 0.044715 z^3). These are p and its
+// derivative.
 inline constexpr double kGeluFactor = 1.5957691216057308, kGeluCube = 0.044715;
 
 template <class S, class V>
@@ -250,8 +252,8 @@ NF_FN V within_six(const V& z) {
   return t > V{} + S(6) ? V{} + S(6) : t;
 }
 
-// Identity, ReLU, ReLU6 and leaky ReLU in one: a slope below 0, and none above the ceiling, which is NaN where there is
-// no ceiling.
+// Identity, ReLU, ReLU6 and leaky ReLU: slope `below` for negative z, slope 1 up to the ceiling, 0 above. The ceiling
+// is NaN if there is none.
 template <class S>
 struct PiecewiseLinear {
   S below, ceiling;
@@ -272,7 +274,7 @@ NF_FN PiecewiseLinear<S> piecewise_linear(const Activation& activation) {
   }
 }
 
-// a * below, and 0 of infinities too where the slope is 0.
+// a * below; 0 if the slope is 0, even for an infinite a.
 template <class S, class V>
 NF_FN V sloped(const PiecewiseLinear<S>& pieces, const V& a) {
   return pieces.below == 0 ? V{} : V(a * pieces.below);
@@ -316,13 +318,13 @@ NF_FN V activated(const Activation& activation, const V& z) {
   return z;
 }
 
-// z from what it was activated to, where that can be undone: identity and leaky ReLU with a positive slope.
+// The inverse of the activation. Precondition: it is invertible, that is, identity or leaky ReLU with a positive slope.
 template <class S, class V>
 NF_FN V deactivated(const PiecewiseLinear<S>& pieces, const V& y) {
   return y < V{} ? V(y * (1 / pieces.below)) : y;
 }
 
-// The gradient of z where `grad` is that of the activated z.
+// The gradient of z, from the gradient of activated(z).
 template <class E, class S, class V>
 NF_FN V activation_gradient(const Activation& activation, const V& z, const V& grad) {
   const S parameter = static_cast<S>(activation.parameter);
@@ -363,9 +365,9 @@ NF_FN V activation_gradient(const Activation& activation, const V& z, const V& g
 }
 
 // ---- local response normalization --------------------------------------------------------------------------------
-// With b = k + alpha / size * (sum of the squares in x's window), the output is x b^-beta, and the gradient of x
-//   g b^-beta - 2 alpha / size * beta * x * (sum of g x b^(-beta - 1) over the channels in whose windows x is).
-// S, V and E as above; E has sqrt(x) and power(x, y) besides.
+// With b = k + alpha / size * (sum of squares over the window of x), the output is x b^-beta, and the gradient of x is
+//   g b^-beta - 2 alpha / size * beta * x * (sum of g x b^(-beta - 1) over the channels whose windows contain x).
+// S, V and E as above; E also provides sqrt(x) and power(x, y).
 
 template <class S>
 struct Response {
@@ -385,7 +387,7 @@ NF_FN V response_base(const Response<S>& response, const V& sum_of_squares) {
   return sum_of_squares * response.scale + response.k;
 }
 
-// b^-beta. The betas that are in use take no logarithm: by roots it took 0.55 to 0.75 of the time (AVX-512).
+// b^-beta. The common values of beta use square roots, which take 0.55 to 0.75 of the time of power() (AVX-512).
 template <class E, class S, class V>
 NF_FN V response_factor(const Response<S>& response, const V& base) {
   if (response.beta == 0.75) {
@@ -397,7 +399,7 @@ NF_FN V response_factor(const Response<S>& response, const V& base) {
   return E::power(base, -response.beta);
 }
 
-// What channel x adds to the sum in the gradients of those about it.
+// The share of channel x: the term that it adds to the sum in the gradients of its neighbours.
 template <class V>
 NF_FN V response_share(const V& grad, const V& x, const V& base, const V& factor) {
   return grad * x * factor / base;

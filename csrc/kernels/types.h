@@ -1,11 +1,11 @@
-// What a kernel is told about its operands: pointers, extents and dtypes. No torch, no CUDA.
+// The argument structs of all kernels: pointers, extents and dtypes. Independent of torch and of CUDA.
 #pragma once
 
 #include <cstdint>
 
 namespace normfused {
 
-// Storage of the two 16-bit formats. Arithmetic is always done in float.
+// Storage of the two 16-bit formats. All arithmetic is in float.
 struct Half {
   uint16_t bits;
 };
@@ -17,8 +17,9 @@ enum class DType : uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kUInt8, kI
 
 constexpr bool is_integer(DType dtype) { return dtype >= DType::kUInt8; }
 
-// A dense tensor as (outer, channels, inner): the value (o, c, i) lies at (o * channels + c) * inner + i.
-// inner > 1 is channels first, inner == 1 is channels last; there is no third layout.
+// A dense tensor as (outer, channels, inner): element (o, c, i) is at offset (o * channels + c) * inner + i. A position
+// is a pair (o, i). inner > 1 is channels first (NCHW: outer N, inner HW); inner == 1 is channels last (NHWC: outer
+// NHW).
 struct ChannelView {
   int64_t outer;
   int64_t channels;
@@ -28,7 +29,7 @@ struct ChannelView {
   constexpr int64_t numel() const { return outer * channels * inner; }
 };
 
-// A per-channel parameter or buffer: C values of any floating dtype, or absent.
+// A per-channel parameter or buffer: (C) of any floating dtype, or absent.
 struct ChannelVector {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -36,12 +37,12 @@ struct ChannelVector {
   constexpr explicit operator bool() const { return data != nullptr; }
 };
 
-// What is applied to the normalized value, after the residual is added.
+// The activation of the normalized value, after the residual is added.
 enum class ActivationKind : uint8_t {
   kIdentity,
   kRelu,
   kRelu6,
-  kLeakyRelu,  // so far they are straight but for a pieces at 0
+  kLeakyRelu,  // the last of the piecewise linear ones
   kElu,
   kHardswish,
   kSigmoid,
@@ -57,33 +58,35 @@ struct Activation {
   constexpr bool is_piecewise_linear() const { return kind <= ActivationKind::kLeakyRelu; }
 };
 
-// One bit for each value, in the order of memory: whether what the activation took in was above zero. Then zeros:
-// kernels read up to eight bytes at once.
+// A sign mask: one bit per element, in memory order, set if the input of the activation was positive or NaN. It ends in
+// padding of zeros, because kernels read eight bytes at once.
 constexpr int64_t kMaskPadding = 8;
 constexpr int64_t mask_bytes(int64_t numel) { return (numel + 7) / 8 + kMaskPadding; }
 
-// Where the statistics of a batch go.
+// The statistics of a batch: where training writes them, and how it updates the running statistics.
 struct BatchStatistics {
-  ChannelVector running_mean, running_var;  // training: updated where present; inference: read
-  int64_t* num_batches_tracked;             // counted up where present; training only
+  ChannelVector running_mean, running_var;  // training: updated if present; inference: read
+  int64_t* num_batches_tracked;             // incremented if present; training only
   double momentum;                          // NaN: cumulative average, 1 / num_batches_tracked
   double eps;
-  double* mean;            // (C): what normalizes the output, kept for backward
-  double* invstd;          // (C)
-  int64_t correction = 1;  // running_var takes M2 / (count - correction)
-  int64_t* nonfinite_batches =
-      nullptr;  // (C), or null: how often a channel's statistics were not finite, and so not used
+  double* mean;            // (C): normalizes the output, saved for backward
+  double* invstd;          // (C): 1 / sqrt(variance + eps)
+  int64_t correction = 1;  // running_var is updated with M2 / (count - correction)
+  // (C), or null. If present, a channel whose batch statistics are not finite does not update its running statistics,
+  // and is counted here.
+  int64_t* nonfinite_batches = nullptr;
 };
 
-struct BatchNormForward : BatchStatistics {  // inference without running statistics: by mean and invstd as they are
+// Inference without running statistics normalizes with the given mean and invstd.
+struct BatchNormForward : BatchStatistics {
   ChannelView view;
   DType dtype;
   const void* input;
   void* output;
   ChannelVector weight, bias;  // absent: 1, 0
   Activation activation{};
-  const void* residual = nullptr;  // added before the activation; as the input in dtype and layout
-  uint8_t* mask = nullptr;         // (mask_bytes), or null: not wanted
+  const void* residual = nullptr;  // added before the activation; same dtype and layout as the input
+  uint8_t* mask = nullptr;         // (mask_bytes), written: the sign mask; or null
 
   constexpr bool fused() const {
     return activation.kind != ActivationKind::kIdentity || residual != nullptr || mask != nullptr;
@@ -95,24 +98,24 @@ struct BatchNormBackward {
   DType dtype;
   const void* grad_output;
   const void* input;
-  void* grad_input;  // null: not wanted
+  void* grad_input;  // null if not requested
   ChannelVector weight;
-  ChannelVector grad_weight, grad_bias;  // absent: not wanted
+  ChannelVector grad_weight, grad_bias;  // absent if not requested
   const double* mean;
   const double* invstd;
-  bool training;  // statistics came from this input, so gradients flow through them
-  // What the gradient passes before it comes to the normalization: as in forward, with the bias that this added. With a
-  // mask neither bias nor residual is read, and the input only for statistics or grad_weight.
+  bool training;  // whether the statistics are those of this input, so that gradients flow through them
+  // Activation, bias and residual of forward, to recompute the activation's input. With a mask, bias and residual are
+  // not read, and the input is read only for the gradient through the statistics and for grad_weight.
   Activation activation{};
   ChannelVector bias{};
   const void* residual = nullptr;
   const uint8_t* mask = nullptr;
-  void* grad_residual = nullptr;  // null: not wanted; written where grad_input is
-  // Whether `input` is what forward gave: x is no longer there. Only for an activation that can be undone (see
-  // deactivated() in math.h), without a residual, and for channels whose weight is not 0.
+  void* grad_residual = nullptr;  // null if not requested; written only with grad_input
+  // Whether `input` is the output of forward, which has overwritten x. Preconditions: the activation is invertible (see
+  // deactivated() in math.h), there is no residual, and no weight is 0.
   bool from_output = false;
-  // Where given, the statistics were of so many values, not of the input's alone, and grad_weight and grad_bias are
-  // read: they are sums over all of those.
+  // If not null, the statistics are those of *count values per channel on all ranks. grad_weight and grad_bias are then
+  // read: they are the sums over all ranks.
   const int64_t* count = nullptr;
 
   constexpr bool fused() const {
@@ -125,12 +128,13 @@ struct ChannelStats {
   ChannelView view;
   DType dtype;
   const void* input;
-  // (C) each, double: channel_moments mean, M2, min, max; channel_sums sum, sum of squares, min, max, int64 of integers
+  // (C) each, written. channel_moments: mean, M2, minimum, maximum, as double. channel_sums: sum, sum of squares,
+  // minimum, maximum, as double, or as int64 for integers.
   void* results[4];
 };
 
-// Moments as a rank sends them to others: a word for how many values a channel has, then RankMoments (see math.h) of
-// each channel, in float, or in double where the values are.
+// Size in words of the message with a rank's moments: one word for the number of values per channel, then RankMoments
+// (see math.h) of each channel, in double for float64 input, else in float.
 constexpr int64_t rank_words(int64_t channels, DType dtype) {
   return 1 + (dtype == DType::kFloat64 ? 2 : 1) * channels;
 }
@@ -139,41 +143,42 @@ struct PackMoments {
   ChannelView view;
   DType dtype;
   const void* input;
-  int64_t* words;  // (rank_words)
+  int64_t* words;  // (rank_words), written
 };
 
-// One batch's statistics from those of all ranks' shares of it. Without any values nothing is updated.
+// The statistics of a batch from the moments of all ranks. If the batch has no values, nothing is updated.
 struct MergeRanks : BatchStatistics {
   int64_t ranks, channels;
   bool is_double;
-  const int64_t* words;  // (ranks, rank_words), whose rows lie `stride` words apart
+  const int64_t* words;  // (ranks, rank_words), with a row stride of `stride` words
   int64_t stride;
-  int64_t* count;  // of one value: of all ranks
+  int64_t* count;  // (1), written: number of values per channel on all ranks
 };
 
-// output = (input * scale - mean) / std, of images with `pixels` values a channel.
+// output = (input * scale - mean) / std, per channel, for images with `pixels` pixels.
 struct Standardize {
   int64_t images, channels, pixels;
-  DType dtype, output_dtype;  // from uint8 or float32 to float32, float16 or bfloat16; from the others to themselves
+  DType dtype, output_dtype;  // uint8 or float32 to float32, float16 or bfloat16; other dtypes to the same dtype
   const void* input;
-  void* output;                        // may be the input, where dtype and layout are the same
-  bool input_is_last, output_is_last;  // whether a pixel's channels are neighbours, else a channel's pixels are
-  const double* mean;                  // (C), in the host's memory
-  const double* std;                   // (C), in the host's memory
+  void* output;                        // may be the input if dtype and layout are the same
+  bool input_is_last, output_is_last;  // channels last (NHWC), else planar (NCHW)
+  const double* mean;                  // (C), in host memory
+  const double* std;                   // (C), in host memory
   double scale;
 };
 
-// Each value divided by a power of the squares of the channels about it; or the gradient of that.
+// Local response normalization: x * (k + alpha / size * sum of squares over a window of channels)^-beta; or its
+// gradient.
 struct LocalResponseNorm {
   ChannelView view;
   DType dtype;
   const void* input;
   const void* grad_output;  // null: forward
-  void* output;             // with grad_output the input's gradient
+  void* output;             // the gradient of the input if grad_output is not null
   int64_t size;
   double alpha, beta, k;
 
-  // The window of channel c is c - left(), …, c + right(), of which as much counts as there are channels.
+  // The window of channel c is c - left(), …, c + right(), clipped to the existing channels.
   constexpr int64_t left() const { return size / 2 < view.channels ? size / 2 : view.channels - 1; }
   constexpr int64_t right() const { return (size - 1) / 2 < view.channels ? (size - 1) / 2 : view.channels - 1; }
 };

@@ -5,11 +5,11 @@
 
 #include "definition.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/nontemporal.h"
 #include "kernels/cpu/plan.h"
-#include "kernels/cpu/streaming.h"
 
-// In place of streaming.cpp: whatever cache this machine has, outputs are streamed that take no time to check.
-int64_t normfused::cpu::stream_bytes(int64_t) { return 256 << 10; }
+// In place of nontemporal.cpp: whatever cache this machine has, outputs are streamed that take no time to check.
+int64_t normfused::cpu::nontemporal_threshold(int64_t) { return 256 << 10; }
 
 using namespace normfused;
 using namespace normfused::testing;

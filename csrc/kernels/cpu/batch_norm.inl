@@ -1,6 +1,27 @@
-// Batch norm: what is done per value, and the drivers that put reduction, per-channel math and application together.
+// Batch normalization: the ops (what is computed per element), the finish (what is computed per channel), and the
+// kernels that combine them.
+//
+// With z = (x - mean) * invstd * weight + bias, the output is y = activation(z + residual). g is the gradient of z.
+//
+// All ops compute with pivot = mean rounded to S, and with coefficients that make up for the rounding (see math.h). The
+// coefficients of all channels are in a (kCoefficients, channels) table in the workspace. kFused: the call has an
+// activation, a residual or a mask.
+#pragma once
 
-// What takes exponentials is called: inlined, its registers would be missing from every loop.
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/apply.inl"
+#include "kernels/cpu/channel_stats.inl"
+#include "kernels/cpu/channel_vector.inl"
+#include "kernels/cpu/elementary.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
+// ---- activations -------------------------------------------------------------------------------------------------
+
+// Transcendental activations are function calls: inlined, they would take registers from every loop.
 template <class S>
 NF_NOINLINE Vec<S> transcendental(const Activation& activation, Vec<S> z) {
   return normfused::activated<Elementary, S>(activation, z);
@@ -10,7 +31,7 @@ NF_NOINLINE Vec<S> transcendental_gradient(const Activation& activation, Vec<S> 
   return activation_gradient<Elementary, S>(activation, z, grad);
 }
 
-// An activation of blocks of S.
+// The activation of a pack, and the gradient of its input.
 template <class S>
 struct Activate {
   Activation activation;
@@ -18,86 +39,107 @@ struct Activate {
   static constexpr Activation kHardswish{ActivationKind::kHardswish};
 
   template <class T>
-  NF_INLINE Block<S, T> operator()(const Block<S, T>& z) const {
-    return Block<S, T>::each([&](int64_t i) {
-      if (activation.is_piecewise_linear()) return normfused::activated<Elementary, S>(pieces, z.part[i]);
-      if (activation.kind == kHardswish.kind) return normfused::activated<Elementary, S>(kHardswish, z.part[i]);
-      return transcendental<S>(activation, z.part[i]);
+  NF_INLINE Pack<S, T> operator()(const Pack<S, T>& z) const {
+    return Pack<S, T>::generate([&](int64_t i) {
+      if (activation.is_piecewise_linear()) return normfused::activated<Elementary, S>(pieces, z.vec[i]);
+      if (activation.kind == kHardswish.kind) return normfused::activated<Elementary, S>(kHardswish, z.vec[i]);
+      return transcendental<S>(activation, z.vec[i]);
     });
   }
   template <class T>
-  NF_INLINE Block<S, T> gradient(const Block<S, T>& z, const Block<S, T>& grad) const {
-    return Block<S, T>::each([&](int64_t i) {
-      if (activation.is_piecewise_linear()) return activation_gradient<Elementary, S>(pieces, z.part[i], grad.part[i]);
+  NF_INLINE Pack<S, T> gradient(const Pack<S, T>& z, const Pack<S, T>& grad) const {
+    return Pack<S, T>::generate([&](int64_t i) {
+      if (activation.is_piecewise_linear()) return activation_gradient<Elementary, S>(pieces, z.vec[i], grad.vec[i]);
       if (activation.kind == kHardswish.kind)
-        return activation_gradient<Elementary, S>(kHardswish, z.part[i], grad.part[i]);
-      return transcendental_gradient<S>(activation, z.part[i], grad.part[i]);
+        return activation_gradient<Elementary, S>(kHardswish, z.vec[i], grad.vec[i]);
+      return transcendental_gradient<S>(activation, z.vec[i], grad.vec[i]);
     });
   }
 };
 
-// z = (x - pivot) * scale + shift. Fused: z + residual, activated; the residual may be null.
+// ---- forward op --------------------------------------------------------------------------------------------------
+
+// Rows of the coefficient table in forward.
+struct ForwardTable {
+  static constexpr int64_t kPivot = 0, kScale = 1, kShift = 2, kCoefficients = 3;
+};
+
+// z = (x - pivot) * scale + shift; fused, output = activation(z + residual). The residual and the mask may be null.
 template <class T_, bool kFused>
-struct NormalizeOp {
+struct NormalizeOp : ForwardTable {
   using T = T_;
-  using V = Block<compute_t<T>, T>;
-  static constexpr int64_t kCoefficients = 3;
+  using V = Pack<compute_t<T>, T>;
 
   const T* input;
   T* output;
   const T* residual;
   Activate<compute_t<T>> activate;
-  uint8_t* mask;
+  uint8_t* mask;  // written: the sign mask of z + residual
 
-  NF_INLINE bool outputs_are_aligned_alike() const { return true; }
+  NormalizeOp(const T* input, T* output, const T* residual, const Activation& activation, uint8_t* mask)
+      : input(input), output(output), residual(residual), activate{activation}, mask(mask) {}
 
-  template <class Width, class Put>
-  NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<NormalizeOp>& c, const Put& put) const {
-    V z = (load_block<V>(input + offset, width) - c.k[0]) * c.k[1] + c.k[2];
+  NF_INLINE bool outputs_share_alignment() const { return true; }
+
+  template <class Width, class StoreFn>
+  NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<NormalizeOp>& c,
+                            const StoreFn& store) const {
+    V z = (load_pack<V>(input + offset, width) - c.k[kPivot]) * c.k[kScale] + c.k[kShift];
     if constexpr (kFused) {
-      if (residual != nullptr) z = z + load_block<V>(residual + offset, width);
-      if (mask != nullptr) store_bits(mask, offset, positive_bits(z), values_in<V>(width));
+      if (residual != nullptr) z = z + load_pack<V>(residual + offset, width);
+      if (mask != nullptr) store_bits(mask, offset, positive_bits(z), active_values<V>(width));
       z = activate(z);
     }
-    put(output + offset, z, width);
+    store(output + offset, z, width);
   }
 };
 
-// What backward reads: x, and the gradient of z from that of the output.
+// ---- backward ops ------------------------------------------------------------------------------------------------
+
+// Rows of the coefficient table in backward. kForwardShift, the shift that forward adds, is needed to recompute z for
+// the activation's gradient. Without fusion nothing reads it; it then names an existing row.
+template <bool kFused>
+struct BackwardTable {
+  static constexpr int64_t kScale = 0, kPivot = 1, kSlope = 2, kShift = 3, kForwardShift = kFused ? 4 : 3;
+  static constexpr int64_t kRows = kForwardShift + 1;
+};
+
+// Reads x, and computes g from grad_output.
 template <class T, bool kFused>
-struct Gradient {
+struct PreActivationGradient {
   using S = compute_t<T>;
-  using V = Block<S, T>;
+  using V = Pack<S, T>;
 
   const T* grad_output;
-  const T* input;
+  const T* input;  // x, or with from_output y
   const T* residual;
   Activate<S> activate;
   const uint8_t* mask;
   bool from_output;
 
-  // From the output it is z that stands for x.
+  // x. With from_output it is z, recomputed from y: normalization_from_output() has coefficients for z.
   template <class Width>
   NF_INLINE V value(int64_t offset, Width width, const V& fill = V{}) const {
-    const V x = load_block(input + offset, width, fill);
+    const V x = load_pack(input + offset, width, fill);
     if (!kFused || !from_output) return x;
-    return V::each([&](int64_t i) { return deactivated(activate.pieces, x.part[i]); });
+    return V::generate([&](int64_t i) { return deactivated(activate.pieces, x.vec[i]); });
   }
+  // z, before the residual, from value().
   NF_INLINE V normalized(const V& x, const V& pivot, const V& scale, const V& shift) const {
     return from_output ? x : (x - pivot) * scale + shift;
   }
 
-  // normalize() is z before the residual; it is called where the activation's gradient depends on it.
+  // g. normalize() returns z; it is called only if the activation's gradient depends on it.
   template <class Width, class F>
   NF_INLINE V operator()(int64_t offset, Width width, const F& normalize) const {
-    const V grad = load_block<V>(grad_output + offset, width);
+    const V grad = load_pack<V>(grad_output + offset, width);
     if constexpr (!kFused) return grad;
     if (mask != nullptr) {
-      const V below = V::each([&](int64_t i) { return sloped(activate.pieces, grad.part[i]); });
-      return choose_by_bits(mask, offset, grad, below);
+      const V below = V::generate([&](int64_t i) { return sloped(activate.pieces, grad.vec[i]); });
+      return select_by_bits(mask, offset, grad, below);
     }
     V z = normalize();
-    if (residual != nullptr) z = z + load_block<V>(residual + offset, width);
+    if (residual != nullptr) z = z + load_pack<V>(residual + offset, width);
     return activate.gradient(z, grad);
   }
 
@@ -108,27 +150,22 @@ struct Gradient {
   }
 };
 
-// Rows of the table of coefficients in backward. The last, forward's shift, is there only where z is needed.
-struct Row {
-  static constexpr int64_t kScale = 0, kPivot = 1, kSlope = 2, kShift = 3, kForwardShift = 4;
-};
-template <bool kFused>
-inline constexpr int64_t kRows = kFused ? 5 : 4;
-
-// Sums of g and of g * (x - pivot), where g is the gradient of z and pivot is the mean rounded to S.
+// Reduction: the sums of g and of g * (x - pivot).
 template <class T, bool kFused>
 struct GradSumsOp {
   using S = compute_t<T>;
-  using V = Block<S, T>;
+  using V = Pack<S, T>;
+  using Table = BackwardTable<kFused>;
   static constexpr int64_t kSums = 2, kCoefficients = kFused ? 3 : 1;
-  static constexpr bool kSeeksPivot = false;
+  static constexpr int64_t kPivot = 0, kScale = kFused ? 1 : 0, kForwardShift = kFused ? 2 : 0;
+  static constexpr bool kEstimatesPivot = false;
 
-  Gradient<T, kFused> gradient;
+  PreActivationGradient<T, kFused> gradient;
   const double* mean;
   const S* table;
   int64_t channels;
 
-  static NF_INLINE S empty(int64_t) { return 0; }
+  static NF_INLINE S identity(int64_t) { return 0; }
   template <class V>
   static NF_INLINE V join(int64_t, V a, V b) {
     return a + b;
@@ -137,10 +174,10 @@ struct GradSumsOp {
   template <class Width>
   NF_INLINE void accumulate(Sums<GradSumsOp>& sums, int64_t offset, Width width,
                             const Coefficients<GradSumsOp>& c) const {
-    const V x = gradient.value(offset, width, c.k[0]);
-    const V deviation = x - c.k[0];
+    const V x = gradient.value(offset, width, c.k[kPivot]);
+    const V deviation = x - c.k[kPivot];
     const V grad = gradient(offset, width, [&]() __attribute__((always_inline)) {
-      return gradient.normalized(x, c.k[0], c.k[kCoefficients / 2], c.k[kCoefficients - 1]);
+      return gradient.normalized(x, c.k[kPivot], c.k[kScale], c.k[kForwardShift]);
     });
     sums.k[0] = sums.k[0] + grad;
     sums.k[1] = sums.k[1] + grad * deviation;
@@ -149,97 +186,115 @@ struct GradSumsOp {
   NF_INLINE void prefetch(int64_t offset, int64_t n) const { gradient.prefetch(offset, n); }
   NF_INLINE S coefficient(int64_t k, int64_t c, int64_t) const {
     if constexpr (!kFused) return static_cast<S>(mean[c]);
-    return table[(k == 0 ? Row::kPivot : k == 1 ? Row::kScale : Row::kForwardShift) * channels + c];
+    return table[(k == kPivot ? Table::kPivot : k == kScale ? Table::kScale : Table::kForwardShift) * channels + c];
   }
 
-  NF_INLINE Lanes<GradSumsOp> results_of(Vec<double>, int64_t, const Lanes<GradSumsOp>& sums) const { return sums; }
-  NF_INLINE Lanes<GradSumsOp> merge(int64_t, const Lanes<GradSumsOp>& a, int64_t, const Lanes<GradSumsOp>& b) const {
+  NF_INLINE ChannelResults<GradSumsOp> results_of(Vec<double>, int64_t, const ChannelResults<GradSumsOp>& sums) const {
+    return sums;
+  }
+  NF_INLINE ChannelResults<GradSumsOp> merge(int64_t, const ChannelResults<GradSumsOp>& a, int64_t,
+                                             const ChannelResults<GradSumsOp>& b) const {
     return {a.k[0] + b.k[0], a.k[1] + b.k[1]};
   }
-  NF_INLINE Vec<double> next_pivot(Vec<double> pivot, const Lanes<GradSumsOp>&) const { return pivot; }
+  NF_INLINE Vec<double> next_pivot(Vec<double> pivot, const ChannelResults<GradSumsOp>&) const { return pivot; }
 };
 
-// grad_input = g * scale + (x - pivot) * slope + shift, where g is the gradient of z; grad_residual = g
+// What the two ops that write grad_input have in common. grad_residual, null unless requested, is g.
 template <class T_, bool kFused>
-struct GradInputOp {
+struct GradInputOutputs : BackwardTable<kFused> {
   using T = T_;
-  using V = Block<compute_t<T>, T>;
-  static constexpr int64_t kCoefficients = kRows<kFused>;
+  using V = Pack<compute_t<T>, T>;
 
-  Gradient<T, kFused> gradient;
-  T* output;
+  PreActivationGradient<T, kFused> gradient;
+  T* output;  // grad_input
   T* grad_residual;
 
-  NF_INLINE bool outputs_are_aligned_alike() const {
+  GradInputOutputs(const PreActivationGradient<T, kFused>& gradient, T* grad_input, T* grad_residual)
+      : gradient(gradient), output(grad_input), grad_residual(grad_residual) {}
+
+  NF_INLINE bool outputs_share_alignment() const {
     return grad_residual == nullptr ||
            bytes_to_alignment(grad_residual, kVectorBytes) == bytes_to_alignment(output, kVectorBytes);
   }
+};
 
-  template <class Width, class Put>
-  NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<GradInputOp>& c, const Put& put) const {
+// grad_input = g * scale + (x - pivot) * slope + shift: the statistics depend on x.
+template <class T, bool kFused>
+struct GradInputOp : GradInputOutputs<T, kFused> {
+  using Base = GradInputOutputs<T, kFused>;
+  using Base::Base, Base::gradient, Base::grad_residual, Base::output;
+  using typename Base::V;
+  static constexpr int64_t kCoefficients = Base::kRows;
+
+  template <class Width, class StoreFn>
+  NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<GradInputOp>& c,
+                            const StoreFn& store) const {
     const V x = gradient.value(offset, width);
-    const V deviation = x - c.k[Row::kPivot];
+    const V deviation = x - c.k[Base::kPivot];
     const V grad = gradient(offset, width, [&]() __attribute__((always_inline)) {
-      return gradient.normalized(x, c.k[Row::kPivot], c.k[Row::kScale], c.k[kCoefficients - 1]);
+      return gradient.normalized(x, c.k[Base::kPivot], c.k[Base::kScale], c.k[Base::kForwardShift]);
     });
-    if (kFused && grad_residual != nullptr) put(grad_residual + offset, grad, width);
-    put(output + offset, grad * c.k[Row::kScale] + (deviation * c.k[Row::kSlope] + c.k[Row::kShift]), width);
+    if (kFused && grad_residual != nullptr) store(grad_residual + offset, grad, width);
+    store(output + offset, grad * c.k[Base::kScale] + (deviation * c.k[Base::kSlope] + c.k[Base::kShift]), width);
   }
 };
 
-// grad_input = g * scale: where the statistics are constants, x has no part in its gradient, be it infinite.
-template <class T_, bool kFused>
-struct ScaleOp {
-  using T = T_;
-  using V = Block<compute_t<T>, T>;
-  static constexpr int64_t kCoefficients = kFused ? kRows<kFused> : 1;
+// grad_input = g * scale: the statistics are constants (inference). x is not part of the result, even if it is
+// infinite.
+template <class T, bool kFused>
+struct FrozenGradInputOp : GradInputOutputs<T, kFused> {
+  using Base = GradInputOutputs<T, kFused>;
+  using Base::Base, Base::gradient, Base::grad_residual, Base::output;
+  using typename Base::V;
+  static constexpr int64_t kCoefficients = kFused ? Base::kRows : 1;
 
-  Gradient<T, kFused> gradient;
-  T* output;
-  T* grad_residual;
-
-  NF_INLINE bool outputs_are_aligned_alike() const {
-    return grad_residual == nullptr ||
-           bytes_to_alignment(grad_residual, kVectorBytes) == bytes_to_alignment(output, kVectorBytes);
-  }
-
-  template <class Width, class Put>
-  NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<ScaleOp>& c, const Put& put) const {
+  template <class Width, class StoreFn>
+  NF_INLINE void operator()(int64_t offset, Width width, const Coefficients<FrozenGradInputOp>& c,
+                            const StoreFn& store) const {
     const V grad = gradient(offset, width, [&]() __attribute__((always_inline)) {
-      return gradient.normalized(gradient.value(offset, width), c.k[Row::kPivot], c.k[Row::kScale],
-                                 c.k[kCoefficients - 1]);
+      return gradient.normalized(gradient.value(offset, width), c.k[Base::kPivot], c.k[Base::kScale],
+                                 c.k[Base::kForwardShift]);
     });
-    if (kFused && grad_residual != nullptr) put(grad_residual + offset, grad, width);
-    put(output + offset, grad * c.k[Row::kScale], width);
+    if (kFused && grad_residual != nullptr) store(grad_residual + offset, grad, width);
+    store(output + offset, grad * c.k[Base::kScale], width);
   }
 };
 
-// What follows is done per channel: statistics turned into coefficients, parameters' gradients and new running buffers.
-// A table of coefficients has one row for each of the Op's, of all channels.
+// ---- finish: statistics, coefficients and parameter gradients, per channel ---------------------------------------
+// Each function processes the channels [c0, c0 + n), n <= kChannelChunk, and writes their columns of the table.
 
-// NormalizeOp's, from args.mean and args.invstd.
+// Weight and bias of a chunk of channels; 1 and 0 if absent.
+struct Affine {
+  double weight[kChannelChunk], bias[kChannelChunk];
+
+  Affine(const ChannelVector& weight_, const ChannelVector& bias_, int64_t c0, int64_t n) {
+    read_channels(weight_, c0, n, 1, weight);
+    read_channels(bias_, c0, n, 0, bias);
+  }
+};
+
+// From args.mean and args.invstd to ForwardTable.
 template <class S>
-void forward_table(const BatchNormForward& args, S* table, int64_t c0, int64_t n) {
+void fill_forward_table(const BatchNormForward& args, S* table, int64_t c0, int64_t n) {
   const int64_t channels = args.view.channels;
-  double weight[kEntries], bias[kEntries];
-  read(args.weight, c0, n, 1, weight);
-  read(args.bias, c0, n, 0, bias);
+  const Affine affine(args.weight, args.bias, c0, n);
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const auto k = forward_coefficients<S>({args.mean[c0 + i], args.invstd[c0 + i], weight[i], bias[i]});
-    table[c0 + i] = k.pivot;
-    table[channels + c0 + i] = k.scale;
-    table[2 * channels + c0 + i] = k.shift;
+    const auto k = forward_coefficients<S>({args.mean[c0 + i], args.invstd[c0 + i], affine.weight[i], affine.bias[i]});
+    table[ForwardTable::kPivot * channels + c0 + i] = k.pivot;
+    table[ForwardTable::kScale * channels + c0 + i] = k.scale;
+    table[ForwardTable::kShift * channels + c0 + i] = k.shift;
   }
 }
 
-// Results are a mean and an M2 of `count` values. `factor` is the share of this batch in the running statistics.
-void finish_statistics(const BatchStatistics& args, int64_t count, const Results& results, double factor, int64_t c0,
-                       int64_t n) {
-  double running_mean[kEntries], running_var[kEntries];
-  int64_t nonfinite[kEntries];
-  read(args.running_mean, c0, n, 0, running_mean);
-  read(args.running_var, c0, n, 0, running_var);
+// Writes args.mean and args.invstd and updates the running statistics. The results are the mean and M2 of `count`
+// values; `factor` is the weight of this batch in the running statistics.
+void finish_statistics(const BatchStatistics& args, int64_t count, const ResultTable& results, double factor,
+                       int64_t c0, int64_t n) {
+  double running_mean[kChannelChunk], running_var[kChannelChunk];
+  int64_t nonfinite[kChannelChunk];
+  read_channels(args.running_mean, c0, n, 0, running_mean);
+  read_channels(args.running_var, c0, n, 0, running_var);
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
     const FinishedStatistics finished =
@@ -252,77 +307,79 @@ void finish_statistics(const BatchStatistics& args, int64_t count, const Results
   }
   if (args.nonfinite_batches != nullptr)
     for (int64_t i = 0; i < n; ++i) args.nonfinite_batches[c0 + i] += nonfinite[i];
-  write(args.running_mean, c0, n, running_mean);
-  write(args.running_var, c0, n, running_var);
+  write_channels(args.running_mean, c0, n, running_mean);
+  write_channels(args.running_var, c0, n, running_var);
 }
 
-double count_batch(const BatchStatistics& args) {
+// Counts this batch in num_batches_tracked and returns its weight in the running statistics.
+double next_update_factor(const BatchStatistics& args) {
   return update_factor(args.momentum, args.num_batches_tracked ? ++*args.num_batches_tracked : 1);
 }
 
-// What is needed before any gradient has been read: forward's coefficients.
+// The rows of BackwardTable that do not depend on any gradient: scale and, if fused, pivot and forward shift.
 template <class S, bool kFused>
-void prepare_backward(const BatchNormBackward& args, S* table, int64_t c0, int64_t n) {
+void fill_normalization_table(const BatchNormBackward& args, S* table, int64_t c0, int64_t n) {
+  using Table = BackwardTable<kFused>;
   const int64_t channels = args.view.channels;
-  double weight[kEntries], bias[kEntries];
-  read(args.weight, c0, n, 1, weight);
-  read(args.bias, c0, n, 0, bias);
+  const Affine affine(args.weight, args.bias, c0, n);
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const auto k = forward_coefficients<S>(normalization_of(args, c0 + i, weight[i], bias[i]));
-    table[Row::kScale * channels + c0 + i] = k.scale;
+    const auto k = forward_coefficients<S>(normalization_of(args, c0 + i, affine.weight[i], affine.bias[i]));
+    table[Table::kScale * channels + c0 + i] = k.scale;
     if constexpr (!kFused) continue;
-    table[Row::kPivot * channels + c0 + i] = k.pivot;
-    table[Row::kForwardShift * channels + c0 + i] = k.shift;
+    table[Table::kPivot * channels + c0 + i] = k.pivot;
+    table[Table::kForwardShift * channels + c0 + i] = k.shift;
   }
 }
 
-// Results are the sums of GradSumsOp; null: the parameters' gradients are there already, and those of `count` values.
+// Computes the parameter gradients from the sums of GradSumsOp and writes those that are requested. Without `results`
+// (null) they were reduced over all ranks before, and are read. Then fills the rest of BackwardTable; `count` is the
+// number of values per channel in the sums.
 template <class S>
-void finish_backward(const BatchNormBackward& args, const Results* results, int64_t count, S* table, int64_t c0,
+void finish_backward(const BatchNormBackward& args, const ResultTable* results, int64_t count, S* table, int64_t c0,
                      int64_t n) {
+  using Table = BackwardTable<false>;
   const int64_t channels = args.view.channels;
-  double weight[kEntries], bias[kEntries], grad_weight[kEntries], grad_bias[kEntries];
-  read(args.weight, c0, n, 1, weight);
-  read(args.bias, c0, n, 0, bias);
+  const Affine affine(args.weight, args.bias, c0, n);
+  double grad_weight[kChannelChunk], grad_bias[kChannelChunk];
   if (results == nullptr) {
-    read(args.grad_weight, c0, n, 0, grad_weight);
-    read(args.grad_bias, c0, n, 0, grad_bias);
+    read_channels(args.grad_weight, c0, n, 0, grad_weight);
+    read_channels(args.grad_bias, c0, n, 0, grad_bias);
   } else {
     NF_NO_ALIASES
     for (int64_t i = 0; i < n; ++i) {
       grad_bias[i] = (*results)(0, c0 + i);
-      grad_weight[i] =
-          grad_weight_of<S>(normalization_of(args, c0 + i, weight[i], bias[i]), grad_bias[i], (*results)(1, c0 + i));
+      grad_weight[i] = grad_weight_of<S>(normalization_of(args, c0 + i, affine.weight[i], affine.bias[i]), grad_bias[i],
+                                         (*results)(1, c0 + i));
     }
-    write(args.grad_weight, c0, n, grad_weight);
-    write(args.grad_bias, c0, n, grad_bias);
+    write_channels(args.grad_weight, c0, n, grad_weight);
+    write_channels(args.grad_bias, c0, n, grad_bias);
   }
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const auto k = backward_coefficients<S>(normalization_of(args, c0 + i, weight[i], bias[i]), count, grad_weight[i],
-                                            grad_bias[i]);
-    table[Row::kScale * channels + c0 + i] = k.scale;
-    table[Row::kPivot * channels + c0 + i] = k.pivot;
-    table[Row::kSlope * channels + c0 + i] = k.slope;
-    table[Row::kShift * channels + c0 + i] = k.shift;
+    const auto k = backward_coefficients<S>(normalization_of(args, c0 + i, affine.weight[i], affine.bias[i]), count,
+                                            grad_weight[i], grad_bias[i]);
+    table[Table::kScale * channels + c0 + i] = k.scale;
+    table[Table::kPivot * channels + c0 + i] = k.pivot;
+    table[Table::kSlope * channels + c0 + i] = k.slope;
+    table[Table::kShift * channels + c0 + i] = k.shift;
   }
 }
 
-// Calls f with the answer as a constant.
+// ---- kernels -----------------------------------------------------------------------------------------------------
+
+// Calls f with std::true_type or std::false_type.
 template <class F>
-void for_fused(bool fused, const F& f) {
+void dispatch_fused(bool fused, const F& f) {
   fused ? f(std::true_type{}) : f(std::false_type{});
 }
 
+// Clears the mask: store_bits() requires zeros.
 template <bool kFused, class T>
 NormalizeOp<T, kFused> normalize_op(const BatchNormForward& args) {
   if (args.mask != nullptr) std::memset(args.mask, 0, static_cast<size_t>(mask_bytes(args.view.numel())));
-  return {static_cast<const T*>(args.input),
-          static_cast<T*>(args.output),
-          static_cast<const T*>(args.residual),
-          {args.activation},
-          args.mask};
+  return {static_cast<const T*>(args.input), static_cast<T*>(args.output), static_cast<const T*>(args.residual),
+          args.activation, args.mask};
 }
 
 template <class T>
@@ -332,105 +389,104 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
   const ChannelView& view = args.view;
   const Reduce moments{static_cast<const T*>(args.input)};
   const Plan plan = plan_reduction(view, sizeof(T), 1);
-  const Workspace workspace(plan.position_units * Reduce::kSums * view.channels, 3 * view.channels * sizeof(S));
-  const Results results{workspace.results, view.channels};
+  const Workspace workspace(plan.position_units * Reduce::kSums * view.channels,
+                            ForwardTable::kCoefficients * view.channels * sizeof(S));
+  const ResultTable results{workspace.results, view.channels};
   S* const table = static_cast<S*>(workspace.table);
-  const double factor = count_batch(args);
+  const double factor = next_update_factor(args);
 
-  for_fused(args.fused(), [&](auto fused) {
+  dispatch_fused(args.fused(), [&](auto fused) {
     const auto normalize = normalize_op<fused(), T>(args);
-    const bool streaming = worth_streaming(normalize, view, plan, kTrainingPart);
-    sweep(
+    const bool nontemporal = use_nontemporal_stores(normalize, view, plan, kTrainingCachePart);
+    reduce_finalize_apply(
         moments, view, plan, parallel, results,
         [&](int64_t c0, int64_t c1) {
           recompute_moments(moments, view, results, c0, c1);
-          for_entries(c0, c1, [&](int64_t c, int64_t n) {
+          for_each_channel_chunk(c0, c1, [&](int64_t c, int64_t n) {
             finish_statistics(args, view.positions(), results, factor, c, n);
-            forward_table(args, table, c, n);
+            fill_forward_table(args, table, c, n);
           });
         },
-        [&](const Unit& unit) { apply(normalize, view, unit, table, streaming); });
+        [&](const Unit& unit) { apply(normalize, view, unit, table, nontemporal); });
   });
-}
-
-// A pass over the tensor without a reduction before it.
-template <class Op>
-void apply_all(const Op& op, const ChannelView& view, const Parallel& parallel, const typename Op::V::S* table,
-               int64_t cache_part) {
-  const Plan plan = plan_elementwise(view, sizeof(typename Op::T), 2);
-  const bool streaming = worth_streaming(op, view, plan, cache_part);
-  parallel(plan.units(), grain(plan),
-           [&](int64_t index) { apply(op, view, unit_of(plan, view, index), table, streaming); });
 }
 
 template <class T>
 void batch_norm_inference(const BatchNormForward& args, const Parallel& parallel) {
   using S = compute_t<T>;
   const ChannelView& view = args.view;
-  const Workspace workspace(0, 3 * view.channels * sizeof(S));
+  const Workspace workspace(0, ForwardTable::kCoefficients * view.channels * sizeof(S));
   S* const table = static_cast<S*>(workspace.table);
-  for_entries(0, view.channels, [&](int64_t c0, int64_t n) {
+  for_each_channel_chunk(0, view.channels, [&](int64_t c0, int64_t n) {
     if (args.running_mean) {
-      read(args.running_mean, c0, n, 0, args.mean + c0);
-      read(args.running_var, c0, n, 0, args.invstd + c0);
+      read_channels(args.running_mean, c0, n, 0, args.mean + c0);
+      read_channels(args.running_var, c0, n, 0, args.invstd + c0);
       for (int64_t c = c0; c < c0 + n; ++c) args.invstd[c] = invstd_of(args.invstd[c], args.eps);
     }
-    forward_table(args, table, c0, n);
+    fill_forward_table(args, table, c0, n);
   });
-  const int64_t cache_part = args.running_mean ? kInferencePart : kTrainingPart;
-  for_fused(args.fused(),
-            [&](auto fused) { apply_all(normalize_op<fused(), T>(args), view, parallel, table, cache_part); });
+  const int64_t cache_part = args.running_mean ? kInferenceCachePart : kTrainingCachePart;
+  dispatch_fused(args.fused(), [&](auto fused) {
+    apply_to_tensor(normalize_op<fused(), T>(args), view, parallel, table, cache_part);
+  });
 }
 
+// Three cases:
+//   args.count      the gradients of weight and bias are known, reduced over all ranks: apply
+//   no reduction    frozen statistics and no parameter gradients requested: apply
+//   otherwise       reduce, finish, apply
 template <class T, bool kFused>
 void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel) {
   using S = compute_t<T>;
   using Reduce = GradSumsOp<T, kFused>;
   const ChannelView& view = args.view;
-  const Gradient<T, kFused> gradient{static_cast<const T*>(args.grad_output),
-                                     static_cast<const T*>(args.input),
-                                     static_cast<const T*>(args.residual),
-                                     {args.activation},
-                                     args.mask,
-                                     args.from_output};
+  const PreActivationGradient<T, kFused> gradient{static_cast<const T*>(args.grad_output),
+                                                  static_cast<const T*>(args.input),
+                                                  static_cast<const T*>(args.residual),
+                                                  {args.activation},
+                                                  args.mask,
+                                                  args.from_output};
   T* const grad_input = static_cast<T*>(args.grad_input);
   T* const grad_residual = static_cast<T*>(args.grad_residual);
   const GradInputOp<T, kFused> through_statistics{gradient, grad_input, grad_residual};
-  const ScaleOp<T, kFused> past_statistics{gradient, grad_input, grad_residual};
+  const FrozenGradInputOp<T, kFused> frozen{gradient, grad_input, grad_residual};
 
   const bool reduces = args.count == nullptr && (args.training || args.grad_weight || args.grad_bias);
   const Plan plan = plan_reduction(view, sizeof(T), 2);
   const Workspace workspace(reduces ? plan.position_units * Reduce::kSums * view.channels : 0,
-                            kRows<kFused> * view.channels * sizeof(S));
+                            BackwardTable<kFused>::kRows * view.channels * sizeof(S));
   S* const table = static_cast<S*>(workspace.table);
+  const auto finish = [&](const ResultTable* results, int64_t count, int64_t c0, int64_t c1) {
+    for_each_channel_chunk(c0, c1, [&](int64_t c, int64_t n) { finish_backward(args, results, count, table, c, n); });
+  };
+
   if (kFused || !reduces)
-    for_entries(0, view.channels, [&](int64_t c0, int64_t n) { prepare_backward<S, kFused>(args, table, c0, n); });
+    for_each_channel_chunk(0, view.channels,
+                           [&](int64_t c0, int64_t n) { fill_normalization_table<S, kFused>(args, table, c0, n); });
   if (args.count != nullptr) {
-    for_entries(0, view.channels,
-                [&](int64_t c0, int64_t n) { finish_backward(args, nullptr, *args.count, table, c0, n); });
-    return apply_all(through_statistics, view, parallel, table, kTrainingPart);
+    finish(nullptr, *args.count, 0, view.channels);
+    return apply_to_tensor(through_statistics, view, parallel, table, kTrainingCachePart);
   }
-  if (!reduces) return apply_all(past_statistics, view, parallel, table, kTrainingPart);
+  if (!reduces) return apply_to_tensor(frozen, view, parallel, table, kTrainingCachePart);
 
   const Reduce sums{gradient, args.mean, table, view.channels};
-  const Results results{workspace.results, view.channels};
-  const bool streaming = worth_streaming(through_statistics, view, plan, kTrainingPart);
-  sweep(
-      sums, view, plan, parallel, results,
-      [&](int64_t c0, int64_t c1) {
-        for_entries(c0, c1,
-                    [&](int64_t c, int64_t n) { finish_backward(args, &results, view.positions(), table, c, n); });
-      },
+  const ResultTable results{workspace.results, view.channels};
+  const bool nontemporal = use_nontemporal_stores(through_statistics, view, plan, kTrainingCachePart);
+  reduce_finalize_apply(
+      sums, view, plan, parallel, results, [&](int64_t c0, int64_t c1) { finish(&results, view.positions(), c0, c1); },
       [&](const Unit& unit) {
         if (grad_input == nullptr) return;
         if (args.training)
-          apply(through_statistics, view, unit, table, streaming);
+          apply(through_statistics, view, unit, table, nontemporal);
         else
-          apply(past_statistics, view, unit, table, streaming);
+          apply(frozen, view, unit, table, nontemporal);
       });
 }
 
 template <class T>
 void batch_norm_backward(const BatchNormBackward& args, const Parallel& parallel) {
-  for_fused(args.fused(), [&](auto fused) { batch_norm_backward<T, fused()>(args, parallel); });
+  dispatch_fused(args.fused(), [&](auto fused) { batch_norm_backward<T, fused()>(args, parallel); });
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

@@ -1,10 +1,21 @@
-// Entries of a per-channel parameter or buffer of any floating dtype, as doubles. They are taken to and from arrays, a
-// few channels at once, so that the loops over the formulas in between are arithmetic alone, which compilers vectorize.
-inline constexpr int64_t kEntries = 64;
+// Reads and writes per-channel parameters and buffers (ChannelVector) of any floating dtype as double. They are copied
+// to and from small arrays, so that the loops over formulas in between are pure arithmetic, which compilers vectorize.
+#pragma once
 
-// Every NaN becomes the one that arithmetic makes, because round_to_bfloat16 relies on a NaN's low bits.
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/vec.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
+// Maximum number of channels that are processed together, and the length of those arrays.
+inline constexpr int64_t kChannelChunk = 64;
+
+// Every NaN becomes the default NaN: round_to_bfloat16 requires a NaN whose low bits are 0.
 template <class T>
-void read_as(const void* data, int64_t c0, int64_t n, double* entries) {
+void load_entries(const void* data, int64_t c0, int64_t n, double* entries) {
   const Vec<double> nan = broadcast(std::numeric_limits<double>::quiet_NaN());
   for_each_vector<double>(n, [&](int64_t i, auto width) {
     const Vec<double> value = load<double>(static_cast<const T*>(data) + c0 + i, width);
@@ -13,47 +24,50 @@ void read_as(const void* data, int64_t c0, int64_t n, double* entries) {
 }
 
 template <class T>
-void write_as(void* data, int64_t c0, int64_t n, const double* entries) {
+void store_entries(void* data, int64_t c0, int64_t n, const double* entries) {
   using S = compute_t<T>;
   for (int64_t i = 0; i < n; ++i)
-    store(static_cast<T*>(data) + c0 + i, broadcast<S>(static_cast<S>(entries[i])), Part{1});
+    store(static_cast<T*>(data) + c0 + i, broadcast<S>(static_cast<S>(entries[i])), Tail{1});
 }
 
-// Reads n entries from c0 on; where the vector is absent all are `absent`.
-void read(const ChannelVector& vector, int64_t c0, int64_t n, double absent, double* entries) {
+// entries[i] = vector[c0 + i] for i < n, or `absent` if the vector is absent.
+void read_channels(const ChannelVector& vector, int64_t c0, int64_t n, double absent, double* entries) {
   if (!vector) {
     for (int64_t i = 0; i < n; ++i) entries[i] = absent;
     return;
   }
   switch (vector.dtype) {
     case DType::kFloat64:
-      return read_as<double>(vector.data, c0, n, entries);
+      return load_entries<double>(vector.data, c0, n, entries);
     case DType::kFloat16:
-      return read_as<Half>(vector.data, c0, n, entries);
+      return load_entries<Half>(vector.data, c0, n, entries);
     case DType::kBFloat16:
-      return read_as<BFloat16>(vector.data, c0, n, entries);
+      return load_entries<BFloat16>(vector.data, c0, n, entries);
     default:
-      return read_as<float>(vector.data, c0, n, entries);
+      return load_entries<float>(vector.data, c0, n, entries);
   }
 }
 
-// Writes n entries from c0 on; nothing where the vector is absent.
-void write(const ChannelVector& vector, int64_t c0, int64_t n, const double* entries) {
+// vector[c0 + i] = entries[i] for i < n. Does nothing if the vector is absent.
+void write_channels(const ChannelVector& vector, int64_t c0, int64_t n, const double* entries) {
   if (!vector) return;
   switch (vector.dtype) {
     case DType::kFloat64:
-      return write_as<double>(vector.data, c0, n, entries);
+      return store_entries<double>(vector.data, c0, n, entries);
     case DType::kFloat16:
-      return write_as<Half>(vector.data, c0, n, entries);
+      return store_entries<Half>(vector.data, c0, n, entries);
     case DType::kBFloat16:
-      return write_as<BFloat16>(vector.data, c0, n, entries);
+      return store_entries<BFloat16>(vector.data, c0, n, entries);
     default:
-      return write_as<float>(vector.data, c0, n, entries);
+      return store_entries<float>(vector.data, c0, n, entries);
   }
 }
 
-// Calls f(c0, n) for ranges of channels that fit the arrays.
+// Calls f(c0, n) for consecutive chunks of the channels [c0, c1).
 template <class F>
-NF_FN void for_entries(int64_t c0, int64_t c1, const F& f) {
-  for (; c0 < c1; c0 += kEntries) f(c0, least(kEntries, c1 - c0));
+NF_FN void for_each_channel_chunk(int64_t c0, int64_t c1, const F& f) {
+  for (; c0 < c1; c0 += kChannelChunk) f(c0, minimum(kChannelChunk, c1 - c0));
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

@@ -1,39 +1,19 @@
-// All CPU kernels for one instruction set: define NF_ISA, its namespace, and NF_VECTOR_BYTES, and include this.
-#define NF_INLINE inline __attribute__((always_inline))
-#define NF_NOINLINE static __attribute__((noinline))
+// All CPU kernels of one instruction set. A file that includes this defines NF_ISA, the namespace of the instruction
+// set, and NF_VECTOR_BYTES, the size of its vectors, and includes target.h first.
+#pragma once
 
-#include "kernels/math.h"  // for these instructions too: what it is given to call is
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/batch_norm.inl"
+#include "kernels/cpu/channel_stats.inl"
+#include "kernels/cpu/integer_sums.inl"
+#include "kernels/cpu/local_response_norm.inl"
+#include "kernels/cpu/standardize.inl"
+#include "kernels/cpu/sync_moments.inl"
 
 namespace normfused::cpu::NF_ISA {
 namespace {
-
-#include "kernels/cpu/vec.inl"
-
-#include "kernels/cpu/elementary.inl"
-
-#include "kernels/cpu/block.inl"
-
-#include "kernels/cpu/lanes.inl"
-
-#include "kernels/cpu/reduce.inl"
-
-#include "kernels/cpu/channel_vector.inl"
-
-#include "kernels/cpu/apply.inl"
-
-#include "kernels/cpu/channel_stats.inl"
-
-#include "kernels/cpu/planes.inl"
-
-#include "kernels/cpu/integer_sums.inl"
-
-#include "kernels/cpu/standardize.inl"
-
-#include "kernels/cpu/batch_norm.inl"
-
-#include "kernels/cpu/sync_moments.inl"
-
-#include "kernels/cpu/local_response_norm.inl"
 
 template <class T>
 constexpr KernelsOf make_kernels() {

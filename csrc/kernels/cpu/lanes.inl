@@ -1,19 +1,27 @@
-// Where the values of a unit lie, and which of them are walked as rows of lanes: neighbours in memory whose channels
-// and places are the same in row after row, so that all that is done with a row is done with whole vectors.
+// Units of the tensor, and lane layouts: which units are walked as rows of lanes.
+//
+// A row of lanes is a contiguous run of values in which lane i belongs to the same channel in row after row. Loops over
+// it use full vectors even where a channel has only a few contiguous values.
+#pragma once
 
-// A range of channels and a range of positions.
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/vec.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
+// A range of channels [c0, c1) and a range of positions [m0, m1).
 struct Unit {
   int64_t c0, c1;
   int64_t m0, m1;
 };
 
-NF_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-NF_FN int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
-
 NF_FN Unit unit_of(const Plan& plan, const ChannelView& view, int64_t index) {
   const int64_t c0 = index % plan.channel_units * plan.channel_block;
   const int64_t m0 = index / plan.channel_units * plan.position_block;
-  return {c0, least(c0 + plan.channel_block, view.channels), m0, least(m0 + plan.position_block, view.positions())};
+  return {c0, minimum(c0 + plan.channel_block, view.channels), m0, minimum(m0 + plan.position_block, view.positions())};
 }
 
 // Offset of position m of channel c.
@@ -21,62 +29,67 @@ NF_FN int64_t offset_of(const ChannelView& view, int64_t c, int64_t m) {
   return (m / view.inner * view.channels + c) * view.inner + m % view.inner;
 }
 
-// Some positions of each of a unit's channels. Channels last, a position's channels are neighbours; channels first, a
-// channel's positions are.
-struct RowOfLanes {
+// A row of lanes: `positions` positions of each of `channels` channels. Channels last, the channels of a position are
+// contiguous; channels first, the positions of a channel are.
+struct LaneLayout {
   int64_t channels, positions;
   bool channels_last;
 
   int64_t lanes() const { return channels * positions; }
   int64_t channel_of(int64_t lane) const { return channels_last ? lane % channels : lane / positions; }
 
-  // Each channel's value, which is in the first places, to all of its lanes.
+  // Copies each of the first `channels` entries of the array to all lanes of its channel, in place.
   template <class S>
-  void spread(S* row) const {
+  void broadcast_to_lanes(S* values) const {
     if (channels_last) {
-      for (int64_t lane = channels; lane < lanes(); ++lane) row[lane] = row[lane - channels];
+      for (int64_t lane = channels; lane < lanes(); ++lane) values[lane] = values[lane - channels];
       return;
     }
     for (int64_t c = channels; c-- > 0;) {
-      const S value = row[c];
-      for (int64_t i = 0; i < positions; ++i) row[c * positions + i] = value;
+      const S value = values[c];
+      for (int64_t i = 0; i < positions; ++i) values[c * positions + i] = value;
     }
   }
-  // And back.
+  // The inverse: moves the first lane of each channel to entry c.
   template <class S>
-  void gather(S* row) const {
+  void compact_to_channels(S* values) const {
     if (channels_last) return;
-    for (int64_t c = 0; c < channels; ++c) row[c] = row[c * positions];
+    for (int64_t c = 0; c < channels; ++c) values[c] = values[c * positions];
   }
 };
 
-// Rows of a channels-last tensor that are walked as one: as many as it takes to fill four vectors, if that can be.
+// Channels last: number of positions in a row of lanes, so that a row fills at least four vectors, without a tail.
 template <class S>
-NF_FN int64_t rows_in_one(int64_t channels) {
+NF_FN int64_t positions_per_row(int64_t channels) {
   constexpr int64_t kEnough = 4 * kLanes<S>;
   if (channels >= kEnough) return 1;
   return channels % kLanes<S> == 0 ? kEnough / channels : kLanes<S> * ((kEnough / kLanes<S> + channels - 1) / channels);
 }
 
-// Channels first, rows of a few values each follow each other in memory. One by one they would end in part of a vector:
-// those of up to `longest` values are walked together, and those of the next outer index with the same lanes. It
-// takes so many rows to pay for spreading constants to lanes and joining their sums.
-inline constexpr int64_t kLeastShortRows = 8;
+// Channels first: minimum number of outer indices. Fewer rows do not amortize copying the coefficients to all lanes and
+// joining the lanes' sums.
+inline constexpr int64_t kMinShortRows = 8;
 
-// Calls f(part, row) for parts of a unit that are to be walked in rows of lanes; false where it is not.
+// Calls f(part, layout) for parts of the unit, if it is to be walked as rows of lanes. Returns whether it is:
+//   channels last    always
+//   channels first   if a channel has at most `longest` contiguous values, which would end in a tail each. The rows of
+//                    neighbouring channels are contiguous and form one row of lanes.
 template <class V, class F>
-NF_FN bool for_rows_of_lanes(const ChannelView& view, const Unit& unit, int64_t longest, const F& f) {
+NF_FN bool walk_as_lanes(const ChannelView& view, const Unit& unit, int64_t longest, const F& f) {
   const int64_t channels = unit.c1 - unit.c0;
   if (view.inner == 1) {
-    f(unit, RowOfLanes{channels, channels == view.channels ? rows_in_one<typename V::S>(channels) : 1, true});
+    f(unit, LaneLayout{channels, channels == view.channels ? positions_per_row<typename V::S>(channels) : 1, true});
     return true;
   }
-  const bool whole_rows = unit.m0 % view.inner == 0 && unit.m1 % view.inner == 0;
-  if (view.inner > longest || !whole_rows || unit.m1 - unit.m0 < kLeastShortRows * view.inner) return false;
+  const bool full_rows = unit.m0 % view.inner == 0 && unit.m1 % view.inner == 0;
+  if (view.inner > longest || !full_rows || unit.m1 - unit.m0 < kMinShortRows * view.inner) return false;
   const int64_t fitting = kMaxLanes / view.inner;
   for (int64_t c0 = unit.c0; c0 < unit.c1; c0 += fitting) {
-    const int64_t c1 = least(c0 + fitting, unit.c1);
-    f(Unit{c0, c1, unit.m0, unit.m1}, RowOfLanes{c1 - c0, view.inner, false});
+    const int64_t c1 = minimum(c0 + fitting, unit.c1);
+    f(Unit{c0, c1, unit.m0, unit.m1}, LaneLayout{c1 - c0, view.inner, false});
   }
   return true;
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

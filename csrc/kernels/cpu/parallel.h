@@ -1,4 +1,4 @@
-// How kernels use several threads without knowing whose they are: the caller lends a parallel loop.
+// The parallel loop that kernels run on. The caller provides it, so kernels do not depend on a thread pool.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,11 @@ namespace normfused::cpu {
 struct Parallel {
   using Body = void (*)(const void* context, int64_t begin, int64_t end);
 
-  // Runs body over [0, tasks) in contiguous ranges of at least `grain` tasks; returns when all are done.
+  // Runs body(context, begin, end) over [0, tasks) in contiguous ranges of at least `grain` tasks. Returns when all
+  // ranges are complete.
   void (*loop)(int64_t tasks, int64_t grain, Body body, const void* context);
 
-  // Calls f(task) for every task.
+  // Calls f(task) for each task in [0, tasks). Each thread runs its tasks in ascending order.
   template <class F>
   void operator()(int64_t tasks, int64_t grain, const F& f) const {
     const auto body = [](const void* context, int64_t begin, int64_t end) {
@@ -20,7 +21,7 @@ struct Parallel {
     loop(tasks, grain, body, &f);
   }
 
-  // The same, each thread from its last task to its first.
+  // The same in descending order: a thread starts with the task that it read last, which is still in its cache.
   template <class F>
   void backwards(int64_t tasks, int64_t grain, const F& f) const {
     const auto body = [](const void* context, int64_t begin, int64_t end) {

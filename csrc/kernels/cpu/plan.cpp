@@ -7,26 +7,26 @@ namespace normfused::cpu {
 
 namespace {
 
-// Half of a 1.25 MiB L2: what a unit reduces is then still there when it applies.
+// About half of a 1.25 MiB L2 cache: the values that a unit reduces are still in cache when it applies.
 constexpr int64_t kCacheBytes = 512 << 10;
-// Enough units to share among many threads evenly, few enough to merge cheaply.
+// Enough units to balance many threads, few enough for a cheap merge.
 constexpr int64_t kUnits = 64;
-// A unit smaller than this is dominated by its own bookkeeping.
-constexpr int64_t kLeastUnitBytes = 16 << 10;
-constexpr int64_t kLeastSplitBytes = 64 << 10;
-// Rows of channels that pay for the merge of their result.
-constexpr int64_t kLeastSplitRows = 128;
-// A cache line's worth of channels, or of rows of whatever length, in every dtype.
+// In a smaller unit, per-unit overhead dominates.
+constexpr int64_t kMinUnitBytes = 16 << 10;
+constexpr int64_t kMinSplitBytes = 64 << 10;
+// Minimum number of channels-last rows in a split: fewer do not amortize the merge of its result.
+constexpr int64_t kMinSplitRows = 128;
+// A multiple of this many channels, or of rows of any length, fills whole cache lines in every dtype.
 constexpr int64_t kMultiple = 64;
 constexpr int64_t kCacheLine = 64;
-// Positions of a row in scratch: whole vectors in every dtype, and so few that a window of ten rows stays in L1. Not a
-// power of two: there, the rows of a window would share few sets of the cache.
+// Positions of a row of scratch memory: a multiple of the vector size in every dtype. A window of ten rows of 480
+// floats fits L1. 480 is not a power of two: rows at a distance of a power of two map to few sets of the cache.
 constexpr int64_t kRowMultiple = 32, kLongestRow = 480;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Rows that fill whole cache lines, and that kernels take at once.
+// Number of rows that fill whole cache lines, and a multiple of the four rows that kernels process together.
 int64_t aligned_rows(int64_t row_bytes) { return std::max<int64_t>(4, kCacheLine / std::gcd(row_bytes, kCacheLine)); }
 
 int64_t grain_of(int64_t task_bytes) { return std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, task_bytes)); }
@@ -44,23 +44,23 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
   const int64_t channel_bytes = std::max<int64_t>(1, positions * item_bytes);
   const int64_t bytes = channel_bytes * view.channels;
   if (view.inner > 1) {
-    const int64_t splits = std::min(ceil_div(kUnits, view.channels), channel_bytes / kLeastSplitBytes);
+    const int64_t splits = std::min(ceil_div(kUnits, view.channels), channel_bytes / kMinSplitBytes);
     if (view.channels < kUnits / 2 && splits > 1) return make_plan(view, 1, ceil_div(positions, splits), item_bytes);
-    const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
+    const int64_t fair = std::max(view.channels / (kUnits / 2), kMinUnitBytes / channel_bytes);
     const int64_t block = std::min({kCacheBytes / channel_bytes, fair, kMaxChannelsFirst});
     return make_plan(view, std::clamp<int64_t>(block, 1, view.channels), positions, item_bytes);
   }
-  // Rows lie next to each other in memory, the columns of a channel range do not: 64 of 2048 channels are two cache
-  // lines in every page, and those of a power of two fall into a few sets of the cache. So rows are split where there
-  // are enough of them, in a power of two of parts, which the usual numbers of threads share evenly.
-  const int64_t most = std::min({bytes / kLeastSplitBytes, positions / kLeastSplitRows, kUnits});
+  // Channels last. A range of rows is contiguous in memory; a range of channels is not: 64 of 2048 channels are two
+  // cache lines of every page, and a stride of a power of two maps to few sets of the cache. So positions are split if
+  // there are enough of them. The number of splits is a power of two, which the usual thread counts divide evenly.
+  const int64_t most = std::min({bytes / kMinSplitBytes, positions / kMinSplitRows, kUnits});
   if (most > 1) {
     int64_t splits = kUnits;
     while (splits > most) splits /= 2;
     const int64_t block = round_up(ceil_div(positions, splits), aligned_rows(view.channels * itemsize));
     return make_plan(view, std::min(view.channels, kMaxLanes), block, item_bytes);
   }
-  const int64_t fair = std::max(view.channels / (kUnits / 2), kLeastUnitBytes / channel_bytes);
+  const int64_t fair = std::max(view.channels / (kUnits / 2), kMinUnitBytes / channel_bytes);
   const int64_t wide = std::min({kCacheBytes / channel_bytes, fair, kMaxLanes});
   const int64_t block = std::max(kMultiple, wide / kMultiple * kMultiple);
   return make_plan(view, std::min(block, view.channels), positions, item_bytes);
@@ -68,15 +68,15 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
 
 Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operands) {
   const int64_t item_bytes = itemsize * operands;
-  const auto fitting = [&](int64_t bytes) { return std::max<int64_t>(1, kLeastSplitBytes / bytes); };
+  const auto fitting = [&](int64_t bytes) { return std::max<int64_t>(1, kMinSplitBytes / bytes); };
   const int64_t row_bytes = view.inner * item_bytes;
-  // As many whole positions of the outer extent, else as many rows, else as much of a row as make a unit.
-  if (view.channels * row_bytes <= kLeastSplitBytes) {
+  // A unit is as many outer indices as fit, else as many rows of one outer index, else a part of one row.
+  if (view.channels * row_bytes <= kMinSplitBytes) {
     const int64_t outer = fitting(view.channels * row_bytes);
     return make_plan(view, view.channels, (outer < kMultiple ? outer : outer / kMultiple * kMultiple) * view.inner,
                      item_bytes);
   }
-  if (view.inner == 1 || row_bytes <= kLeastSplitBytes)
+  if (view.inner == 1 || row_bytes <= kMinSplitBytes)
     return make_plan(view, std::min(view.channels, fitting(row_bytes)), view.inner, item_bytes);
   return make_plan(view, 1, fitting(item_bytes), item_bytes);
 }
@@ -89,7 +89,7 @@ BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes) {
     plan.positions = round_up(ceil_div(view.inner, ceil_div(view.inner, most)), kRowMultiple);
     plan.blocks = view.outer * ceil_div(view.inner, plan.positions);
   } else {
-    const int64_t fair = std::max(ceil_div(view.outer, kUnits), kLeastSplitBytes / position_bytes);
+    const int64_t fair = std::max(ceil_div(view.outer, kUnits), kMinSplitBytes / position_bytes);
     plan.positions = std::clamp<int64_t>(std::min(fair, fitting), 1, view.outer);
     plan.blocks = ceil_div(view.outer, plan.positions);
   }

@@ -1,5 +1,5 @@
-// Which thread does which part of a tensor: pure functions of shape and item size, so that the order of every merge,
-// and with it every bit of the result, is the same for any number of threads.
+// How a tensor is divided into tasks. Plans are pure functions of shape and item size, never of the number of threads:
+// the order of every merge, and so every bit of the result, is the same for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -8,43 +8,45 @@
 
 namespace normfused::cpu {
 
-// Bounds of what has accumulators on the stack: a unit's channels, channels first, and lanes that are walked together,
-// of which two sums and a pivot each take 20 of 48 KiB of L1 in float.
+// Upper bounds of the accumulator arrays on the stack: channels of a unit (channels first), and lanes of a row (lane
+// layout, see lanes.inl). For 1024 lanes of float, two sums and a pivot use 20 KiB of a 48 KiB L1 cache.
 inline constexpr int64_t kMaxChannelsFirst = 64;
 inline constexpr int64_t kMaxLanes = 1024;
 
-// The tensor cut into a grid of units: `channel_units` ranges of channels by `position_units` ranges of positions.
-// With one range of positions a unit owns its channels whole: it reduces, finalizes and applies while they are still
-// in its cache. With several, all units reduce, then partial results are merged, then all units apply.
+// A grid of units: `channel_units` ranges of channels by `position_units` ranges of positions (splits).
+//
+// With one split, a unit has all values of its channels: it reduces, finalizes and applies while they are in cache.
+// With more splits, all units reduce, then the partial results of each channel are merged, then all units apply.
 struct Plan {
-  int64_t channel_block;
-  int64_t channel_units;
-  int64_t position_block;
-  int64_t position_units;
+  int64_t channel_block;   // channels of a unit
+  int64_t channel_units;   // ranges of channels
+  int64_t position_block;  // positions of a unit
+  int64_t position_units;  // ranges of positions: splits
   int64_t unit_bytes;
 
   int64_t units() const { return channel_units * position_units; }
 };
 
-// For a reduction followed by an elementwise pass over `operands` tensors of the view's shape.
+// For a reduction followed by an elementwise pass. `operands` is the number of tensors of the view's shape that both
+// read.
 Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands);
 
-// For an elementwise pass alone: units in memory order.
+// For an elementwise pass alone. Units are in memory order.
 Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operands);
 
-// Blocks of positions with all of their channels, in memory order, for a kernel that keeps a block in scratch. A task
-// is a range of blocks, between which it keeps the scratch.
+// Blocks of positions with all of their channels, in memory order, for a kernel that has one block in scratch memory.
+// A task is a range of blocks that reuse the same scratch.
 struct BlockPlan {
-  int64_t positions;  // of a block, and of a row of scratch; channels first a block has those of one outer index
+  int64_t positions;  // of a block, and of a row of scratch; channels first, a block lies within one outer index
   int64_t blocks;
   int64_t tasks;
   int64_t task_bytes;
 };
 
-// Scratch is `position_bytes` for each position.
+// `position_bytes` is the scratch memory that one position needs.
 BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes);
 
-// Tasks that one thread should take at least: below 32 KiB a thread's work is smaller than the cost of waking it.
+// Minimum number of tasks for one thread. Waking a thread costs more than 32 KiB of work.
 int64_t grain(const Plan& plan);
 int64_t grain(const BlockPlan& plan);
 

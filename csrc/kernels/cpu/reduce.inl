@@ -1,50 +1,75 @@
-// Walks a unit of the tensor and reduces it per channel. What is reduced is the Op's business; an Op has
-//   V, kSums            block it takes in at once, V::S the type of its arithmetic, and number of accumulators
-//   empty(k)            what accumulator k starts from
-//   join(k, a, b)       two partial accumulators made one
-//   kCoefficients       number of per-channel constants; the first is the pivot
-//   coefficient(k, c, offset)                    constant k of channel c, whose first value lies at the offset
-//   accumulate(sums, offset, width, coefficients)  takes in the values at an offset of the tensor
-//   results_of(pivot, count, sums)               what a tile's sums come to
-//   merge(n, a, m, b)                            results of n values and of m values made one
-//   kSeeksPivot, next_pivot(pivot, results)      whether a trial over the first values finds a better pivot; the next
-// Tiles accumulate in S about a pivot, results are double: single precision never has to hold more than a tile.
+// Reductions per channel, in phases:
+//
+//   accumulate  a segment of a unit, in S, in vector registers
+//   fold        the segment's sums into the unit's results, in double
+//   merge       the results of the splits of a channel, in a fixed order
+//   finish      the caller's finalize(c0, c1): results to statistics, coefficients, gradients
+//   apply       the caller's apply(unit): the elementwise pass
+//
+// A reduce op defines what is summed:
+//   V, kSums                   the Pack that accumulate() reads, and the number of sums (partial sums, or extremes)
+//   identity(k), join(k, a, b)    initial value of sum k, and the combination of two partial sums
+//   kCoefficients              number of per-channel constants; constant 0 is the pivot
+//   coefficient(k, c, offset)  constant k of channel c, whose first value is at `offset`
+//   prefetch(offset, n)        prefetches n values
+//   accumulate(sums, offset, width, coefficients)  adds the values at `offset`
+//   results_of(pivot, count, sums)                 results of a segment of `count` values
+//   merge(n, a, m, b)          merges the results of n values with those of m values
+//   kEstimatesPivot, next_pivot(pivot, results)    whether a sample of the first values gives a better pivot, and which
+//
+// Segments are accumulated in S relative to the pivot; results are double. So S never has to represent a sum of more
+// values than a segment has.
+#pragma once
 
-// Values behind a pivot sought by trial. An outlier among them costs precision in proportion to tile length over their
-// number.
-inline constexpr int64_t kTrial = 64;
-// Channels first: additions of S in a row before they are folded into double, in every lane of every accumulator.
-inline constexpr int64_t kChain = 64;
-// Vectors of accumulators that a row is spread over, where it is long enough: covers the latency of an addition on two
-// ports. As many neighbouring vectors are taken along together down channels-last rows.
-inline constexpr int64_t kVectors = 4;
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/cpu/lanes.inl"
+#include "kernels/cpu/pack.inl"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
+// Number of values in the sample that estimates a pivot. An outlier among them costs precision in proportion to the
+// segment's length divided by this.
+inline constexpr int64_t kPivotSample = 64;
+// Channels first: number of consecutive additions in S, in each lane of each sum, before a fold into double.
+inline constexpr int64_t kAdditionsPerFold = 64;
+// Number of vectors of sums that a long row is spread over, to hide the latency of additions on two ports. Channels
+// last, the number of neighbouring vectors that are accumulated together.
+inline constexpr int64_t kAccumulatorVectors = 4;
 template <class V>
-inline constexpr int64_t kBlocks = kVectors / V::kParts;
-// Lane by lane: S holds no more than the rows that advance together, which are as many sequential streams as hardware
-// prefetchers follow. A tile is so many times as long as the trial for its pivot.
-inline constexpr int64_t kRowsTogether = 16;
-inline constexpr int64_t kTrialsInTile = 64;
-// Rows of up to so many are reduced in lanes: for 7 x 7 float32, 196 bytes, moments took as long either way, for 5 x 5
-// half the time and for 2 x 2 a tenth.
+inline constexpr int64_t kAccumulatorPacks = kAccumulatorVectors / V::kVecs;
+// Lane layout: number of rows that are accumulated in S, in registers, before they are joined to the segment's sums in
+// double. Hardware prefetchers follow about this many sequential streams.
+inline constexpr int64_t kRowsPerStep = 16;
+// Lane layout: length of a segment relative to the pivot sample.
+inline constexpr int64_t kSamplesPerSegment = 64;
+// Rows of up to this many bytes are reduced in lanes. Measured for moments in float32: 7 x 7 (196 bytes) takes as long
+// either way, 5 x 5 half as long in lanes, 2 x 2 a tenth.
 inline constexpr int64_t kShortRowBytes = 100;
-// Channels that one task merges after a split reduction.
-inline constexpr int64_t kMergeBlock = 256;
+// Number of channels that one task merges.
+inline constexpr int64_t kChannelsPerMergeTask = 256;
 
-// Constants of the channels that a block's values belong to.
+// A row of at least this many values is accumulated in several packs of sums.
+template <class V>
+inline constexpr int64_t kLongRow = 2 * kAccumulatorPacks<V> * V::kSize;
+
+// Per-channel constants, one pack each: every value has the constant of its channel.
 template <class Op>
 struct Coefficients {
   typename Op::V k[Op::kCoefficients];
 };
 
-// kSums doubles per channel, as rows of C.
-struct Results {
+// A (kSums, channels) array of results: entry (k, c) is result k of channel c.
+struct ResultTable {
   double* data;
   int64_t channels;
 
   double& operator()(int64_t k, int64_t c) const { return data[k * channels + c]; }
 };
 
-// Accumulators in registers.
+// The sums of a pack's values, in registers.
 template <class Op>
 struct Sums {
   using V = typename Op::V;
@@ -52,17 +77,16 @@ struct Sums {
   V k[Op::kSums];
 
   NF_INLINE void clear() {
-    unroll<Op::kSums>([&](auto i) { k[i] = V::filled(Op::empty(i)); });
+    unroll<Op::kSums>([&](auto i) { k[i] = V::filled(Op::identity(i)); });
   }
   NF_INLINE void join(const Sums& other) {
-    unroll<Op::kSums>([&](auto i) {
-      k[i] = V::each([&](auto part) { return Op::join(i, k[i].part[part], other.k[i].part[part]); });
-    });
+    unroll<Op::kSums>(
+        [&](auto i) { k[i] = V::generate([&](auto v) { return Op::join(i, k[i].vec[v], other.k[i].vec[v]); }); });
   }
 };
 
-// Accumulators of one channel between its rows: a vector each, because those of all of a unit's channels share L1 with
-// the values.
+// The sums of one channel between its rows. One vector each, not one pack: those of all channels of a unit share the L1
+// cache with the values.
 template <class Op>
 struct ChannelSums {
   using S = typename Op::V::S;
@@ -70,301 +94,381 @@ struct ChannelSums {
   Vec<S> k[Op::kSums];
 
   NF_INLINE void clear() {
-    unroll<Op::kSums>([&](auto i) { k[i] = broadcast<S>(Op::empty(i)); });
+    unroll<Op::kSums>([&](auto i) { k[i] = broadcast<S>(Op::identity(i)); });
   }
   NF_INLINE void join(const Sums<Op>& row) {
     unroll<Op::kSums>(
-        [&](auto i) { unroll<Op::V::kParts>([&](auto part) { k[i] = Op::join(i, k[i], row.k[i].part[part]); }); });
+        [&](auto i) { unroll<Op::V::kVecs>([&](auto v) { k[i] = Op::join(i, k[i], row.k[i].vec[v]); }); });
   }
 };
 
-// What an Op has come to for a vector of channels.
+// The sums or results of kLanes<double> neighbouring channels, one channel in each lane.
 template <class Op>
-struct Lanes {
+struct ChannelResults {
   Vec<double> k[Op::kSums];
 
   template <class Width>
-  NF_INLINE void load_rows(const double* rows, int64_t stride, Width width) {
-    unroll<Op::kSums>([&](auto i) { k[i] = load<double>(rows + i * stride, width); });
+  NF_INLINE void load_from(const double* table, int64_t stride, Width width) {
+    unroll<Op::kSums>([&](auto i) { k[i] = load<double>(table + i * stride, width); });
   }
   template <class Width>
-  NF_INLINE void store_rows(double* rows, int64_t stride, Width width) const {
-    unroll<Op::kSums>([&](auto i) { store(rows + i * stride, k[i], width); });
+  NF_INLINE void store_to(double* table, int64_t stride, Width width) const {
+    unroll<Op::kSums>([&](auto i) { store(table + i * stride, k[i], width); });
   }
 };
 
-// Joins the lanes of accumulator k.
+// ---- contract of a reduce op -------------------------------------------------------------------------------------
+
+NF_REQUIREMENT(has_pack, std::declval<typename Op::V>().vec[Op::V::kVecs - 1]);
+NF_REQUIREMENT(has_sums, Op::kSums);
+NF_REQUIREMENT(has_identity, Op::identity(int64_t{}));
+NF_REQUIREMENT(has_join, Op::join(int64_t{}, double{}, double{}));
+NF_REQUIREMENT(has_coefficients, Op::kCoefficients);
+NF_REQUIREMENT(has_coefficient, std::declval<const Op&>().coefficient(int64_t{}, int64_t{}, int64_t{}));
+NF_REQUIREMENT(has_prefetch, std::declval<const Op&>().prefetch(int64_t{}, int64_t{}));
+NF_REQUIREMENT(has_accumulate, std::declval<const Op&>().accumulate(std::declval<Sums<Op>&>(), int64_t{}, FullVector{},
+                                                                    std::declval<const Coefficients<Op>&>()));
+NF_REQUIREMENT(has_results_of,
+               std::declval<const Op&>().results_of(Vec<double>{}, int64_t{}, std::declval<ChannelResults<Op>>()));
+NF_REQUIREMENT(has_merge, std::declval<const Op&>().merge(int64_t{}, std::declval<ChannelResults<Op>>(), int64_t{},
+                                                          std::declval<ChannelResults<Op>>()));
+NF_REQUIREMENT(has_pivot_estimate, Op::kEstimatesPivot);
+NF_REQUIREMENT(has_next_pivot,
+               std::declval<const Op&>().next_pivot(Vec<double>{}, std::declval<const ChannelResults<Op>&>()));
+
+template <class Op>
+constexpr bool check_reduce_op() {
+  static_assert(has_pack<Op>, "A reduce op must define `V`, the Pack<S, T> that accumulate() reads.");
+  static_assert(has_sums<Op>, "A reduce op must define `kSums`, the number of sums per channel.");
+  static_assert(has_identity<Op>,
+                "A reduce op must define `static S identity(int64_t k)`, the initial value of sum k.");
+  static_assert(has_join<Op>, "A reduce op must define `static V join(int64_t k, V a, V b)` for doubles and vectors.");
+  static_assert(has_coefficients<Op>, "A reduce op must define `kCoefficients`; coefficient 0 is the pivot.");
+  static_assert(has_coefficient<Op>, "A reduce op must define `S coefficient(int64_t k, int64_t c, int64_t offset)`.");
+  static_assert(has_prefetch<Op>, "A reduce op must define `void prefetch(int64_t offset, int64_t n)`.");
+  static_assert(
+      has_accumulate<Op>,
+      "A reduce op must define `void accumulate(Sums<Op>&, int64_t offset, Width, const Coefficients<Op>&)`.");
+  static_assert(has_results_of<Op>,
+                "A reduce op must define `ChannelResults<Op> results_of(Vec<double> pivot, int64_t count, sums)`.");
+  static_assert(has_merge<Op>, "A reduce op must define `ChannelResults<Op> merge(int64_t n, a, int64_t m, b)`.");
+  static_assert(has_pivot_estimate<Op>, "A reduce op must define `bool kEstimatesPivot`.");
+  static_assert(has_next_pivot<Op>, "A reduce op must define `Vec<double> next_pivot(Vec<double> pivot, results)`.");
+  return true;
+}
+
+// ---- horizontal reductions ---------------------------------------------------------------------------------------
+
+// Joins the lanes of a vector of sum k.
 template <class Op, class V>
-NF_FN double across(int64_t k, V v) {
+NF_FN double horizontal_reduce(int64_t k, V v) {
   if constexpr (sizeof(V) == 2 * sizeof(double)) {
     return Op::join(k, v[0], v[1]);
   } else {
-    using Half = typename VecOf<double, sizeof(V) / 2>::type;
+    using HalfVector = typename VecOf<double, sizeof(V) / 2>::type;
     const char* const lanes = reinterpret_cast<const char*>(&v);
-    return across<Op>(k, Op::join(k, read_as<Half>(lanes), read_as<Half>(lanes + sizeof(Half))));
+    return horizontal_reduce<Op>(
+        k, Op::join(k, load_unaligned<HalfVector>(lanes), load_unaligned<HalfVector>(lanes + sizeof(HalfVector))));
   }
 }
 
 template <class Op>
-NF_FN double total_of(int64_t k, Vec<typename Op::V::S> lanes) {
-  const auto wide = widened(lanes);
-  if constexpr (wide.kParts == 1)
-    return across<Op>(k, wide.part[0]);
+NF_FN double reduce_to_double(int64_t k, Vec<typename Op::V::S> lanes) {
+  const auto wide = widen_to_double(lanes);
+  if constexpr (wide.kVecs == 1)
+    return horizontal_reduce<Op>(k, wide.vec[0]);
   else
-    return across<Op>(k, Op::join(k, wide.part[0], wide.part[1]));
+    return horizontal_reduce<Op>(k, Op::join(k, wide.vec[0], wide.vec[1]));
 }
 
-template <class V>
-inline constexpr int64_t kLongRow = 2 * kBlocks<V> * V::kWidth;
+// ---- segments ----------------------------------------------------------------------------------------------------
 
-template <class Op>
-NF_FN void accumulate_row(const Op& op, ChannelSums<Op>& sums, int64_t offset, int64_t n,
-                          const Coefficients<Op>& coefficients) {
-  using V = typename Op::V;
-  int64_t done = 0;
-  Sums<Op> row;  // cleared only where it begins empty: held through the loop, sums in double took 1.3 times as long
-  if (n < kLongRow<V>) {
-    row.clear();
-  } else {
-    constexpr int64_t kStep = kBlocks<V> * V::kWidth;
-    done = n / kStep * kStep;
-    Sums<Op> part[kBlocks<V>];
-    unroll<kBlocks<V>>([&](auto b) { part[b].clear(); });
-    for (int64_t i = 0; i < done; i += kStep)
-      unroll<kBlocks<V>>([&](auto b) { op.accumulate(part[b], offset + i + b * V::kWidth, Whole{}, coefficients); });
-    row = part[0];
-    unroll<kBlocks<V> - 1>([&](auto b) { row.join(part[b + 1]); });
-  }
-  for_each_block<V>(n - done,
-                    [&](int64_t i, auto width) { op.accumulate(row, offset + done + i, width, coefficients); });
-  sums.join(row);
-}
-
-// The state of a unit between tiles: coefficients and a tile's sums for each of its channels, as rows of kChannels.
+// State of a unit during its reduction: the coefficients and the current segment's sums of each of its channels, as
+// (kCoefficients, kChannels) and (kSums, kChannels) arrays.
 template <class Op, int64_t kChannels>
-struct Tile {
+struct Segment {
   using V = typename Op::V;
   using S = typename V::S;
 
   const Op& op;
   const Unit& unit;
-  const Results& results;
-  alignas(64) S table[Op::kCoefficients * kChannels];  // the first row: pivots
+  const ResultTable& results;
+  alignas(64) S table[Op::kCoefficients * kChannels];  // coefficients; the first kChannels entries are the pivots
   alignas(64) double sums[Op::kSums * kChannels];
 
-  // Leaves the arrays as they are: clearing them would take longer than many a unit.
-  Tile(const Op& op, const Unit& unit, const Results& results) : op(op), unit(unit), results(results) {}
+  // Does not initialize the arrays: for a small unit, that would take longer than its reduction.
+  Segment(const Op& op, const Unit& unit, const ResultTable& results) : op(op), unit(unit), results(results) {}
 
-  // `offset` is that of the unit's first value, and those of its channels lie `stride` apart.
+  // Loads the coefficients. The first value of channel c of the unit is at offset + c * stride.
   void begin(int64_t offset, int64_t stride) {
     for (int64_t k = 0; k < Op::kCoefficients; ++k)
       for (int64_t c = 0; c < unit.c1 - unit.c0; ++c)
         table[k * kChannels + c] = op.coefficient(k, unit.c0 + c, offset + c * stride);
   }
 
-  // Takes the sums of a trial over the unit's first values for better pivots.
-  void seek_pivots(int64_t count) {
+  // Sets the pivots from the sums of a sample of `count` values.
+  void estimate_pivots(int64_t count) {
     for_each_vector<double>(unit.c1 - unit.c0, [&](int64_t i, auto width) {
-      Lanes<Op> tile;
-      tile.load_rows(sums + i, kChannels, width);
+      ChannelResults<Op> sample;
+      sample.load_from(sums + i, kChannels, width);
       const Vec<double> pivot = load<double>(table + i, width);
-      store_as(table + i, op.next_pivot(pivot, op.results_of(pivot, count, tile)), width);
+      store_double_as(table + i, op.next_pivot(pivot, op.results_of(pivot, count, sample)), width);
     });
   }
 
-  // Takes the sums into the results of the `done` positions before, and moves the pivots on.
+  // Merges the sums of a segment of `count` values into the results of the unit's first `done` values, and updates the
+  // pivots.
   void fold(int64_t done, int64_t count) {
     for_each_vector<double>(unit.c1 - unit.c0, [&](int64_t i, auto width) {
-      Lanes<Op> tile;
-      tile.load_rows(sums + i, kChannels, width);
+      ChannelResults<Op> segment;
+      segment.load_from(sums + i, kChannels, width);
       const Vec<double> pivot = load<double>(table + i, width);
-      Lanes<Op> total = op.results_of(pivot, count, tile);
-      double* const rows = &results(0, unit.c0 + i);
+      ChannelResults<Op> total = op.results_of(pivot, count, segment);
+      double* const entries = &results(0, unit.c0 + i);
       if (done > 0) {
-        Lanes<Op> before;
-        before.load_rows(rows, results.channels, width);
-        total = op.merge(done, before, count, total);
+        ChannelResults<Op> previous;
+        previous.load_from(entries, results.channels, width);
+        total = op.merge(done, previous, count, total);
       }
-      total.store_rows(rows, results.channels, width);
-      store_as(table + i, op.next_pivot(pivot, total), width);
+      total.store_to(entries, results.channels, width);
+      store_double_as(table + i, op.next_pivot(pivot, total), width);
     });
   }
 };
 
-template <class Op>
-void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& unit, const Results& results) {
-  using V = typename Op::V;
-  const int64_t channels = unit.c1 - unit.c0;
-  Tile<Op, kMaxChannelsFirst> tile(op, unit, results);
-  tile.begin(offset_of(view, unit.c0, unit.m0), view.inner);
-
-  const auto accumulate = [&](int64_t m, int64_t end) {
-    ChannelSums<Op> sums[kMaxChannelsFirst];
-    for (int64_t c = 0; c < channels; ++c) sums[c].clear();
-    for (int64_t n; m < end; m += n) {
-      n = least(view.inner - m % view.inner, end - m);
-      const int64_t offset = offset_of(view, unit.c0, m);
-      for (int64_t c = 0; c < channels; ++c) {
-        op.prefetch(offset + (view.channels + c) * view.inner, view.inner);
-        Coefficients<Op> coefficients;
-        unroll<Op::kCoefficients>(
-            [&](auto k) { coefficients.k[k] = V::filled(tile.table[k * kMaxChannelsFirst + c]); });
-        accumulate_row(op, sums[c], offset + c * view.inner, n, coefficients);
-      }
-    }
-    for (int64_t c = 0; c < channels; ++c)
-      unroll<Op::kSums>([&](auto k) { tile.sums[k * kMaxChannelsFirst + c] = total_of<Op>(k, sums[c].k[k]); });
-  };
-
-  if constexpr (Op::kSeeksPivot) {
-    const int64_t trial = least(kTrial, unit.m1 - unit.m0);
-    accumulate(unit.m0, unit.m0 + trial);
-    tile.seek_pivots(trial);
+// Reduces a unit segment by segment; accumulate(m0, m1) sums the positions [m0, m1) into the segment. `sample` and
+// `length` are numbers of positions.
+template <class Op, int64_t kChannels, class Accumulate>
+NF_FN void reduce_segments(Segment<Op, kChannels>& segment, int64_t sample, int64_t length,
+                           const Accumulate& accumulate) {
+  const Unit& unit = segment.unit;
+  if constexpr (Op::kEstimatesPivot) {
+    const int64_t count = minimum(sample, unit.m1 - unit.m0);
+    accumulate(unit.m0, unit.m0 + count);
+    segment.estimate_pivots(count);
   }
-  const int64_t full = kChain * V::kWidth * (view.inner >= kLongRow<V> ? kBlocks<V> : 1);
-  for (int64_t m = unit.m0; m < unit.m1; m += full) {
-    const int64_t count = least(full, unit.m1 - m);
+  for (int64_t m = unit.m0; m < unit.m1; m += length) {
+    const int64_t count = minimum(length, unit.m1 - m);
     accumulate(m, m + count);
-    tile.fold(m - unit.m0, count);
+    segment.fold(m - unit.m0, count);
   }
 }
 
-// A few blocks of neighbouring lanes over a few rows that lie `stride` apart: sums in registers meanwhile, then joined
-// to the tile's, which are double. What lies `ahead` will be wanted soon.
-template <int64_t blocks, class Op, class Width>
-NF_FN void accumulate_rows(const Op& op, int64_t offset, int64_t stride, int64_t rows, int64_t ahead, Width width,
-                           const typename Op::V::S* table, double* sums) {
+// ---- channels first: rows of one channel -------------------------------------------------------------------------
+
+// Adds a row of n values of one channel to its sums.
+template <class Op>
+NF_FN void accumulate_row(const Op& op, ChannelSums<Op>& sums, int64_t offset, int64_t n,
+                          const Coefficients<Op>& coefficients) {
+  using V = typename Op::V;
+  int64_t done = 0;
+  Sums<Op> row;  // cleared only for a short row: initialized before the loop, sums in double took 1.3 times as long
+  if (n < kLongRow<V>) {
+    row.clear();
+  } else {
+    constexpr int64_t kStep = kAccumulatorPacks<V> * V::kSize;
+    done = n / kStep * kStep;
+    Sums<Op> acc[kAccumulatorPacks<V>];
+    unroll<kAccumulatorPacks<V>>([&](auto b) { acc[b].clear(); });
+    for (int64_t i = 0; i < done; i += kStep)
+      unroll<kAccumulatorPacks<V>>(
+          [&](auto b) { op.accumulate(acc[b], offset + i + b * V::kSize, FullVector{}, coefficients); });
+    row = acc[0];
+    unroll<kAccumulatorPacks<V> - 1>([&](auto b) { row.join(acc[b + 1]); });
+  }
+  for_each_pack<V>(n - done,
+                   [&](int64_t i, auto width) { op.accumulate(row, offset + done + i, width, coefficients); });
+  sums.join(row);
+}
+
+// Sums positions [m, end) of the unit's channels into the segment, row by row.
+template <class Op>
+void accumulate_channels_first(const Op& op, const ChannelView& view, Segment<Op, kMaxChannelsFirst>& segment,
+                               int64_t m, int64_t end) {
+  using V = typename Op::V;
+  const Unit& unit = segment.unit;
+  const int64_t channels = unit.c1 - unit.c0;
+  ChannelSums<Op> sums[kMaxChannelsFirst];
+  for (int64_t c = 0; c < channels; ++c) sums[c].clear();
+  for (int64_t n; m < end; m += n) {
+    n = minimum(view.inner - m % view.inner, end - m);
+    const int64_t offset = offset_of(view, unit.c0, m);
+    for (int64_t c = 0; c < channels; ++c) {
+      op.prefetch(offset + (view.channels + c) * view.inner, view.inner);
+      Coefficients<Op> coefficients;
+      unroll<Op::kCoefficients>(
+          [&](auto k) { coefficients.k[k] = V::filled(segment.table[k * kMaxChannelsFirst + c]); });
+      accumulate_row(op, sums[c], offset + c * view.inner, n, coefficients);
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c)
+    unroll<Op::kSums>([&](auto k) { segment.sums[k * kMaxChannelsFirst + c] = reduce_to_double<Op>(k, sums[c].k[k]); });
+}
+
+template <class Op>
+void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& unit, const ResultTable& results) {
+  using V = typename Op::V;
+  Segment<Op, kMaxChannelsFirst> segment(op, unit, results);
+  segment.begin(offset_of(view, unit.c0, unit.m0), view.inner);
+  const int64_t length = kAdditionsPerFold * V::kSize * (view.inner >= kLongRow<V> ? kAccumulatorPacks<V> : 1);
+  reduce_segments(segment, kPivotSample, length,
+                  [&](int64_t m, int64_t end) { accumulate_channels_first(op, view, segment, m, end); });
+}
+
+// ---- lane layout: rows of lanes ----------------------------------------------------------------------------------
+
+// `count` rows of lanes, from `offset` on, `stride` apart. `ahead` is the distance at which values are prefetched.
+struct LaneRows {
+  int64_t offset, count, stride, ahead;
+};
+
+// Adds a few neighbouring packs of each row to the segment's sums: first in S, in registers, then in double.
+template <int64_t packs, class Op, class Width>
+NF_FN void accumulate_rows(const Op& op, const LaneRows rows, Width width, const typename Op::V::S* table,
+                           double* sums) {
   using V = typename Op::V;
   using S = typename V::S;
-  Sums<Op> part[blocks];
-  Coefficients<Op> coefficients[blocks];
-  unroll<blocks>([&](auto b) {
+  Sums<Op> acc[packs];
+  Coefficients<Op> coefficients[packs];
+  unroll<packs>([&](auto b) {
     unroll<Op::kCoefficients>(
-        [&](auto k) { coefficients[b].k[k] = in_block_order<V>(table + k * kMaxLanes + b * V::kWidth); });
-    part[b].clear();
+        [&](auto k) { coefficients[b].k[k] = load_in_pack_order<V>(table + k * kMaxLanes + b * V::kSize); });
+    acc[b].clear();
   });
-  for (int64_t row = 0; row < rows; ++row) {
-    op.prefetch(offset + row * stride + ahead, blocks * V::kWidth);
-    unroll<blocks>(
-        [&](auto b) { op.accumulate(part[b], offset + row * stride + b * V::kWidth, width, coefficients[b]); });
+  for (int64_t row = 0; row < rows.count; ++row) {
+    const int64_t offset = rows.offset + row * rows.stride;
+    op.prefetch(offset + rows.ahead, packs * V::kSize);
+    unroll<packs>([&](auto b) { op.accumulate(acc[b], offset + b * V::kSize, width, coefficients[b]); });
   }
-  unroll<blocks * Op::kSums>([&](auto i) {
+  unroll<packs * Op::kSums>([&](auto i) {
     constexpr int64_t b = i / Op::kSums, k = i % Op::kSums;
-    const V lanes = in_own_order(part[b].k[k]);
-    unroll<V::kParts>([&](auto v) {
-      const Wide<S> wide = widened(lanes.part[v]);
-      unroll<Wide<S>::kParts>([&](auto h) {
-        double* const sum = sums + k * kMaxLanes + b * V::kWidth + v * kLanes<S> + h * kLanes<double>;
-        store(sum, Op::join(k, load<double>(sum, Whole{}), wide.part[h]), Whole{});
+    const V lanes = to_memory_order(acc[b].k[k]);
+    unroll<V::kVecs>([&](auto v) {
+      const DoubleVectors<S> wide = widen_to_double(lanes.vec[v]);
+      unroll<DoubleVectors<S>::kVecs>([&](auto h) {
+        double* const sum = sums + k * kMaxLanes + b * V::kSize + v * kLanes<S> + h * kLanes<double>;
+        store(sum, Op::join(k, load<double>(sum, FullVector{}), wide.vec[h]), FullVector{});
       });
     });
   });
 }
 
-// Joins the lanes of each channel to one value in the first places: accumulator k.
+// Adds the first n lanes of each row to the segment's sums.
 template <class Op>
-void join_lanes(const RowOfLanes& row, int64_t k, double* sums) {
-  if (row.channels_last) {
-    for (int64_t lane = row.channels; lane < row.lanes(); ++lane)
-      sums[lane % row.channels] = Op::join(k, sums[lane % row.channels], sums[lane]);
-    return;
-  }
-  const Vec<double> none = broadcast(static_cast<double>(Op::empty(k)));
-  for (int64_t c = 0; c < row.channels; ++c) {
-    Vec<double> total = none;
-    for_each_vector<double>(row.positions, [&](int64_t i, auto width) {
-      total = Op::join(k, total, load<double>(sums + c * row.positions + i, width, none));
-    });
-    sums[c] = across<Op>(k, total);
-  }
-}
-
-template <class Op>
-void reduce_lanes(const Op& op, const ChannelView& view, const Unit& unit, const RowOfLanes& row,
-                  const Results& results) {
+void accumulate_lanes(const Op& op, bool channels_last, LaneRows rows, int64_t n, Segment<Op, kMaxLanes>& segment) {
   using V = typename Op::V;
-  using S = typename V::S;
-  const int64_t lanes = row.lanes();
-  const int64_t stride = view.channels * row.positions;
-  const int64_t padded = (lanes + V::kWidth - 1) / V::kWidth * V::kWidth;  // the last block may use all of its lanes
-  Tile<Op, kMaxLanes> tile(op, unit, results);
-  tile.begin(offset_of(view, unit.c0, unit.m0), view.inner);
-
-  const auto accumulate_block = [&](int64_t offset, int64_t rows, int64_t n) {
-    constexpr int64_t kStep = kBlocks<V> * V::kWidth;
-    // Hardware follows channels-last rows, but is late for the first; short rows are too far apart for it.
-    const int64_t ahead = row.channels_last ? rows * stride : kStep;
-    int64_t i = 0;
-    for (; i + kStep <= n; i += kStep)
-      accumulate_rows<kBlocks<V>>(op, offset + i, stride, rows, ahead, Whole{}, tile.table + i, tile.sums + i);
-    for_each_block<V>(n - i, [&](int64_t j, auto width) {
-      accumulate_rows<1>(op, offset + i + j, stride, rows, ahead, width, tile.table + i + j, tile.sums + i + j);
-    });
-  };
-  const auto accumulate = [&](int64_t m, int64_t end) {
-    for (int64_t k = 0; k < Op::kCoefficients; ++k) {
-      S* const coefficients = tile.table + k * kMaxLanes;
-      row.spread(coefficients);
-      for (int64_t lane = lanes; lane < padded; ++lane) coefficients[lane] = 0;
-    }
-    for (int64_t k = 0; k < Op::kSums; ++k)
-      for (int64_t lane = 0; lane < padded; ++lane) tile.sums[k * kMaxLanes + lane] = static_cast<double>(Op::empty(k));
-    int64_t offset = offset_of(view, unit.c0, m);
-    int64_t left = (end - m) / row.positions;
-    for (int64_t rows; left > 0; left -= rows, offset += rows * stride) {
-      rows = least(kRowsTogether, left);
-      accumulate_block(offset, rows, lanes);
-    }
-    const int64_t rest = (end - m) % row.positions;  // channels last
-    if (rest > 0) accumulate_block(offset, 1, rest * row.channels);
-    for (int64_t k = 0; k < Op::kCoefficients; ++k) row.gather(tile.table + k * kMaxLanes);
-    for (int64_t k = 0; k < Op::kSums; ++k) join_lanes<Op>(row, k, tile.sums + k * kMaxLanes);
-  };
-
-  const int64_t trial = (kRowsTogether + row.positions - 1) / row.positions * row.positions;
-  if constexpr (Op::kSeeksPivot) {
-    const int64_t count = least(trial, unit.m1 - unit.m0);
-    accumulate(unit.m0, unit.m0 + count);
-    tile.seek_pivots(count);
+  constexpr int64_t kStep = kAccumulatorPacks<V> * V::kSize;
+  const int64_t offset = rows.offset;
+  // Channels last, hardware prefetchers follow the rows once they are started, so the first access to each of the next
+  // rows is prefetched. Short rows of channels first are too far apart for them.
+  rows.ahead = channels_last ? rows.count * rows.stride : kStep;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    rows.offset = offset + i;
+    accumulate_rows<kAccumulatorPacks<V>>(op, rows, FullVector{}, segment.table + i, segment.sums + i);
   }
-  for (int64_t m = unit.m0; m < unit.m1; m += kTrialsInTile * trial) {
-    const int64_t count = least(kTrialsInTile * trial, unit.m1 - m);
-    accumulate(m, m + count);
-    tile.fold(m - unit.m0, count);
-  }
-}
-
-template <class Op>
-void reduce(const Op& op, const ChannelView& view, const Unit& unit, const Results& results) {
-  const bool in_lanes = for_rows_of_lanes<typename Op::V>(
-      view, unit, kShortRowBytes / Op::V::kItem,
-      [&](const Unit& part, const RowOfLanes& row) { reduce_lanes(op, view, part, row, results); });
-  if (!in_lanes) reduce_channels_first(op, view, unit, results);
-}
-
-// The results of all ranges of positions made one, in their order, in the place of the first. Those of range p are the
-// rows from p * kSums on.
-template <class Op>
-void merge_parts(const Op& op, const ChannelView& view, const Plan& plan, const Results& results, int64_t c0,
-                 int64_t c1) {
-  for_each_vector<double>(c1 - c0, [&](int64_t i, auto width) {
-    Lanes<Op> total;
-    total.load_rows(&results(0, c0 + i), results.channels, width);
-    for (int64_t part = 1; part < plan.position_units; ++part) {
-      Lanes<Op> other;
-      other.load_rows(&results(part * Op::kSums, c0 + i), results.channels, width);
-      const int64_t done = part * plan.position_block;
-      total = op.merge(done, total, least(plan.position_block, view.positions() - done), other);
-    }
-    total.store_rows(&results(0, c0 + i), results.channels, width);
+  for_each_pack<V>(n - i, [&](int64_t j, auto width) {
+    rows.offset = offset + i + j;
+    accumulate_rows<1>(op, rows, width, segment.table + i + j, segment.sums + i + j);
   });
 }
 
-// Reduces a whole tensor, has finalize(c0, c1) turn its results into what apply(unit) needs, and applies. A unit that
-// owns its channels goes through all three at once, in its cache.
+// Copies the coefficients to all lanes and clears the sums. The last pack may read past the last lane.
+template <class Op>
+void begin_lanes(const LaneLayout& layout, Segment<Op, kMaxLanes>& segment) {
+  using V = typename Op::V;
+  const int64_t lanes = layout.lanes(), padded = (lanes + V::kSize - 1) / V::kSize * V::kSize;
+  for (int64_t k = 0; k < Op::kCoefficients; ++k) {
+    typename V::S* const coefficients = segment.table + k * kMaxLanes;
+    layout.broadcast_to_lanes(coefficients);
+    for (int64_t lane = lanes; lane < padded; ++lane) coefficients[lane] = 0;
+  }
+  for (int64_t k = 0; k < Op::kSums; ++k)
+    for (int64_t lane = 0; lane < padded; ++lane)
+      segment.sums[k * kMaxLanes + lane] = static_cast<double>(Op::identity(k));
+}
+
+// Joins the lanes of each channel of sum k; the sum of channel c becomes entry c.
+template <class Op>
+void join_lanes(const LaneLayout& layout, int64_t k, double* sums) {
+  if (layout.channels_last) {
+    for (int64_t lane = layout.channels; lane < layout.lanes(); ++lane)
+      sums[lane % layout.channels] = Op::join(k, sums[lane % layout.channels], sums[lane]);
+    return;
+  }
+  const Vec<double> none = broadcast(static_cast<double>(Op::identity(k)));
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    Vec<double> total = none;
+    for_each_vector<double>(layout.positions, [&](int64_t i, auto width) {
+      total = Op::join(k, total, load<double>(sums + c * layout.positions + i, width, none));
+    });
+    sums[c] = horizontal_reduce<Op>(k, total);
+  }
+}
+
+// Sums positions [m, end) of the unit's channels into the segment, kRowsPerStep rows of lanes at a time.
+template <class Op>
+void accumulate_unit_lanes(const Op& op, const ChannelView& view, const LaneLayout& layout,
+                           Segment<Op, kMaxLanes>& segment, int64_t m, int64_t end) {
+  const int64_t stride = view.channels * layout.positions;
+  begin_lanes(layout, segment);
+  int64_t offset = offset_of(view, segment.unit.c0, m);
+  int64_t left = (end - m) / layout.positions;
+  for (int64_t rows; left > 0; left -= rows, offset += rows * stride) {
+    rows = minimum(kRowsPerStep, left);
+    accumulate_lanes(op, layout.channels_last, {offset, rows, stride, 0}, layout.lanes(), segment);
+  }
+  const int64_t rest = (end - m) % layout.positions;  // only channels last
+  if (rest > 0) accumulate_lanes(op, layout.channels_last, {offset, 1, stride, 0}, rest * layout.channels, segment);
+  for (int64_t k = 0; k < Op::kCoefficients; ++k) layout.compact_to_channels(segment.table + k * kMaxLanes);
+  for (int64_t k = 0; k < Op::kSums; ++k) join_lanes<Op>(layout, k, segment.sums + k * kMaxLanes);
+}
+
+template <class Op>
+void reduce_lanes(const Op& op, const ChannelView& view, const Unit& unit, const LaneLayout& layout,
+                  const ResultTable& results) {
+  Segment<Op, kMaxLanes> segment(op, unit, results);
+  segment.begin(offset_of(view, unit.c0, unit.m0), view.inner);
+  const int64_t sample = (kRowsPerStep + layout.positions - 1) / layout.positions * layout.positions;
+  reduce_segments(segment, sample, kSamplesPerSegment * sample,
+                  [&](int64_t m, int64_t end) { accumulate_unit_lanes(op, view, layout, segment, m, end); });
+}
+
+// ---- the tensor --------------------------------------------------------------------------------------------------
+
+// Reduces one unit to its results.
+template <class Op>
+void reduce(const Op& op, const ChannelView& view, const Unit& unit, const ResultTable& results) {
+  const bool in_lanes = walk_as_lanes<typename Op::V>(
+      view, unit, kShortRowBytes / Op::V::kItemBytes,
+      [&](const Unit& part, const LaneLayout& layout) { reduce_lanes(op, view, part, layout, results); });
+  if (!in_lanes) reduce_channels_first(op, view, unit, results);
+}
+
+// Merges the results of all splits of channels [c0, c1), in order, into those of split 0. The results of split s are
+// the entries from (s * kSums, 0) on.
+template <class Op>
+void merge_splits(const Op& op, const ChannelView& view, const Plan& plan, const ResultTable& results, int64_t c0,
+                  int64_t c1) {
+  for_each_vector<double>(c1 - c0, [&](int64_t i, auto width) {
+    ChannelResults<Op> total;
+    total.load_from(&results(0, c0 + i), results.channels, width);
+    for (int64_t split = 1; split < plan.position_units; ++split) {
+      ChannelResults<Op> other;
+      other.load_from(&results(split * Op::kSums, c0 + i), results.channels, width);
+      const int64_t done = split * plan.position_block;
+      total = op.merge(done, total, minimum(plan.position_block, view.positions() - done), other);
+    }
+    total.store_to(&results(0, c0 + i), results.channels, width);
+  });
+}
+
+// Reduces a tensor to `results`, calls finalize(c0, c1) for ranges that cover all channels once, and then apply(unit)
+// for all units. With one split, a unit goes through all three while it is in cache.
 template <class Op, class Finalize, class Apply>
-void sweep(const Op& op, const ChannelView& view, const Plan& plan, const Parallel& parallel, const Results& results,
-           const Finalize& finalize, const Apply& apply) {
+void reduce_finalize_apply(const Op& op, const ChannelView& view, const Plan& plan, const Parallel& parallel,
+                           const ResultTable& results, const Finalize& finalize, const Apply& apply) {
+  static_assert(check_reduce_op<Op>());
   const auto reduce_unit = [&](const Unit& unit) {
     reduce(op, view, unit, {&results(unit.m0 / plan.position_block * Op::kSums, 0), view.channels});
   };
@@ -378,10 +482,13 @@ void sweep(const Op& op, const ChannelView& view, const Plan& plan, const Parall
     return;
   }
   parallel(plan.units(), grain(plan), [&](int64_t index) { reduce_unit(unit_of(plan, view, index)); });
-  parallel((view.channels + kMergeBlock - 1) / kMergeBlock, 1, [&](int64_t block) {
-    const int64_t c0 = block * kMergeBlock, c1 = least(c0 + kMergeBlock, view.channels);
-    merge_parts(op, view, plan, results, c0, c1);
+  parallel((view.channels + kChannelsPerMergeTask - 1) / kChannelsPerMergeTask, 1, [&](int64_t task) {
+    const int64_t c0 = task * kChannelsPerMergeTask, c1 = minimum(c0 + kChannelsPerMergeTask, view.channels);
+    merge_splits(op, view, plan, results, c0, c1);
     finalize(c0, c1);
   });
   parallel.backwards(plan.units(), grain(plan), [&](int64_t index) { apply(unit_of(plan, view, index)); });
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

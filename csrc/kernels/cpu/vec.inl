@@ -1,9 +1,19 @@
-// Vectors of the instruction set being compiled, NF_VECTOR_BYTES wide: loads and stores with conversion, whole or
-// partial. Arithmetic is the compiler's own on vector types.
+// SIMD vectors of NF_VECTOR_BYTES bytes: loads and stores that convert between storage and arithmetic type, of a full
+// vector or of a tail. Arithmetic uses the operators of GCC's and Clang's vector types.
+#pragma once
+
+#ifndef NF_ISA
+#include "kernels/cpu/editor.h"
+#endif
+#include "kernels/math.h"
+
+namespace normfused::cpu::NF_ISA {
+namespace {
+
 inline constexpr int64_t kVectorBytes = NF_VECTOR_BYTES;
 
-// Calls f(0), f(1), … f(n - 1) with the indices as constants. In a plain loop over an array of vectors GCC unrolls too
-// late to keep the array in registers.
+// Calls f(0), f(1), …, f(n - 1) with the indices as compile-time constants. GCC unrolls a plain loop over an array of
+// vectors too late to hold the array in registers.
 template <int64_t... i, class F>
 NF_FN void unroll(std::integer_sequence<int64_t, i...>, const F& f) {
   (f(std::integral_constant<int64_t, i>{}), ...);
@@ -13,7 +23,7 @@ NF_FN void unroll(const F& f) {
   unroll(std::make_integer_sequence<int64_t, n>{}, f);
 }
 
-// Type of the arithmetic done on values stored as T.
+// The arithmetic type for values stored as T: double for double, else float.
 template <class T>
 struct ComputeOf {
   using type = float;
@@ -35,7 +45,7 @@ using Vec = typename VecOf<S>::type;
 template <class S>
 inline constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(S));
 
-// Where either is NaN, b.
+// If a or b is NaN, the result is b, as for the x86 instructions.
 template <class V>
 NF_FN V minimum(V a, V b) {
 #if NF_VECTOR_BYTES == 64
@@ -61,32 +71,33 @@ NF_FN Vec<lane_index_t<S>> lane_index() {
   return index;
 }
 
-// How much of a vector a load or store touches.
-struct Whole {};
-struct Part {
+// How many values a load or store accesses: all of a vector, or the first `lanes` of it, at the end of a range. A
+// parameter of either type is called `width`.
+struct FullVector {};
+struct Tail {
   int64_t lanes;
 };
 
 template <class S>
-NF_FN int64_t lanes_in(Whole) {
+NF_FN int64_t active_lanes(FullVector) {
   return kLanes<S>;
 }
 template <class S>
-NF_FN int64_t lanes_in(Part part) {
-  return part.lanes;
+NF_FN int64_t active_lanes(Tail tail) {
+  return tail.lanes;
 }
 
-// Calls body(i, Whole or Part) for i = 0, lanes, 2 * lanes, … up to n.
+// Calls body(i, FullVector{}) for i = 0, lanes, 2 * lanes, …, then body(i, Tail{rest}) if n is not a multiple of lanes.
 template <int64_t lanes, class Body>
-NF_FN void for_each_part(int64_t n, const Body& body) {
-  // By n alone, so that a loop over rows of one length computes it, and the part's masks, once.
-  const int64_t whole = n / lanes * lanes;
-  for (int64_t i = 0; i < whole; i += lanes) body(i, Whole{});
-  if (whole < n) body(whole, Part{n - whole});
+NF_FN void for_each_chunk(int64_t n, const Body& body) {
+  // Depends on n alone: in a loop over rows of equal length, the compiler hoists it and the tail's lane mask.
+  const int64_t full = n / lanes * lanes;
+  for (int64_t i = 0; i < full; i += lanes) body(i, FullVector{});
+  if (full < n) body(full, Tail{n - full});
 }
 template <class S, class Body>
 NF_FN void for_each_vector(int64_t n, const Body& body) {
-  for_each_part<kLanes<S>>(n, body);
+  for_each_chunk<kLanes<S>>(n, body);
 }
 
 template <class S>
@@ -95,10 +106,16 @@ NF_FN Vec<S> broadcast(S value) {
 }
 
 template <class V, class P>
-NF_FN V read_as(const P* p) {
+NF_FN V load_unaligned(const P* p) {
   V v;
   std::memcpy(&v, p, sizeof(V));
   return v;
+}
+
+template <class V, class From>
+NF_FN V bit_cast(const From& from) {
+  static_assert(sizeof(V) == sizeof(From));
+  return load_unaligned<V>(&from);
 }
 
 // ---- conversions of 16-bit storage -------------------------------------------------------------------------------
@@ -106,7 +123,7 @@ NF_FN V read_as(const P* p) {
 using U16 = VecOf<uint16_t, kVectorBytes / 2>::type;  // as many lanes as Vec<float>
 using U32 = Vec<uint32_t>;
 
-// GCC 12 splits a conversion between vectors of different width; these keep it one instruction.
+// GCC 12 compiles a __builtin_convertvector between vectors of different widths to several instructions.
 NF_FN U32 to_u32(U16 raw) {
 #if NF_VECTOR_BYTES == 64
   return (U32)_mm512_cvtepu16_epi32((__m256i)raw);
@@ -127,13 +144,13 @@ NF_FN U16 to_u16(U32 wide) {
 
 NF_FN Vec<float> widen(BFloat16, U16 raw) {
   const U32 bits = to_u32(raw) << 16;
-  return read_as<Vec<float>>(&bits);
+  return bit_cast<Vec<float>>(bits);
 }
 
-// To nearest, ties to even, in the upper half of each lane. The lower half of a NaN must be zero, as that of the
-// default NaN is and of every widened one: its carry could make the NaN a number.
+// Rounds to nearest, ties to even; the result is the upper half of each lane. Precondition: the lower half of a NaN is
+// zero, as for the default NaN and every widened NaN. Otherwise the carry could turn the NaN into a number.
 NF_FN U32 round_to_bfloat16(Vec<float> value) {
-  const U32 bits = read_as<U32>(&value);
+  const U32 bits = bit_cast<U32>(value);
   return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
@@ -145,13 +162,13 @@ NF_FN Vec<float> widen(Half, U16 raw) {
 #elif NF_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_cvtph_ps((__m128i)raw);
 #else
-  // The exponent is rebased by one multiplication, which also normalizes subnormals; infinity and NaN keep theirs.
+  // One multiplication changes the exponent bias and normalizes subnormals. Infinity and NaN are handled separately.
   const U32 h = to_u32(raw);
   const U32 magnitude = (h & 0x7fff) << 13;
-  const Vec<float> scaled = read_as<Vec<float>>(&magnitude) * 0x1p112f;
-  const U32 finite = read_as<U32>(&scaled);
+  const Vec<float> scaled = bit_cast<Vec<float>>(magnitude) * 0x1p112f;
+  const U32 finite = bit_cast<U32>(scaled);
   const U32 bits = (magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000) : finite) | ((h & 0x8000) << 16);
-  return read_as<Vec<float>>(&bits);
+  return bit_cast<Vec<float>>(bits);
 #endif
 }
 
@@ -161,12 +178,12 @@ NF_FN U16 narrow(Half, Vec<float> value) {
 #elif NF_VECTOR_BYTES == 32
   return (U16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
 #else
-  const U32 bits = read_as<U32>(&value);
+  const U32 bits = bit_cast<U32>(value);
   const U32 magnitude = bits & 0x7fffffff;
-  const Vec<float> absolute = read_as<Vec<float>>(&magnitude);
-  // Subnormal halves: adding 0.5 aligns the last kept bit with float's last bit, and the hardware rounds to even.
+  const Vec<float> absolute = bit_cast<Vec<float>>(magnitude);
+  // Subnormal halves: adding 0.5 aligns their last bit with the last bit of float, and the addition rounds to even.
   const Vec<float> aligned = absolute + 0.5f;
-  const U32 subnormal = read_as<U32>(&aligned) - 0x3f000000;
+  const U32 subnormal = bit_cast<U32>(aligned) - 0x3f000000;
   const U32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const U32 overflow = magnitude > 0x7f800000 ? ((magnitude >> 13) & 0x3ff) | 0x7e00 : U32{} + 0x7c00;
   const U32 half = magnitude >= 0x477ff000 ? overflow : (magnitude < 0x38800000 ? subnormal : normal);
@@ -176,69 +193,70 @@ NF_FN U16 narrow(Half, Vec<float> value) {
 
 // ---- loads -------------------------------------------------------------------------------------------------------
 
-NF_FN Vec<float> widened_bytes(const uint8_t* p) {
+NF_FN Vec<float> load_bytes_as_float(const uint8_t* p) {
 #if NF_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(read_as<__m128i>(p)));
+  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_unaligned<__m128i>(p)));
 #else
-  return __builtin_convertvector(read_as<typename VecOf<uint8_t, kLanes<float>>::type>(p), Vec<float>);
+  return __builtin_convertvector(load_unaligned<typename VecOf<uint8_t, kLanes<float>>::type>(p), Vec<float>);
 #endif
 }
 
 template <class S, class T>
-NF_FN Vec<S> load(const T* p, Whole) {
+NF_FN Vec<S> load(const T* p, FullVector) {
   if constexpr (std::is_same_v<S, T>) {
-    return read_as<Vec<S>>(p);
+    return load_unaligned<Vec<S>>(p);
   } else if constexpr (std::is_same_v<T, uint8_t>) {
-    return widened_bytes(p);
+    return load_bytes_as_float(p);
   } else if constexpr (std::is_same_v<S, float>) {
-    return widen(T{}, read_as<U16>(p));
+    return widen(T{}, load_unaligned<U16>(p));
   } else if constexpr (std::is_same_v<T, float>) {
-    return __builtin_convertvector(read_as<typename VecOf<float, kVectorBytes / 2>::type>(p), Vec<double>);
+    return __builtin_convertvector(load_unaligned<typename VecOf<float, kVectorBytes / 2>::type>(p), Vec<double>);
   } else {
-    // Half and bfloat16 to double, exactly, by way of float.
+    // Half and bfloat16 to double via float, which is exact.
     T buffer[kLanes<float>] = {};
     std::memcpy(buffer, p, kLanes<double> * sizeof(T));
-    const Vec<float> wide = load<float>(buffer, Whole{});
-    return __builtin_convertvector(read_as<typename VecOf<float, kVectorBytes / 2>::type>(&wide), Vec<double>);
+    const Vec<float> wide = load<float>(buffer, FullVector{});
+    return __builtin_convertvector(load_unaligned<typename VecOf<float, kVectorBytes / 2>::type>(&wide), Vec<double>);
   }
 }
 
-// The lanes beyond the part hold `fill`; memory beyond it is not touched.
+// Loads the lanes of the tail; the other lanes are those of `fill`. Memory past the tail is not accessed.
 template <class S, class T>
-NF_FN Vec<S> load(const T* p, Part part, Vec<S> fill = Vec<S>{}) {
+NF_FN Vec<S> load(const T* p, Tail tail, Vec<S> fill = Vec<S>{}) {
 #if NF_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<S, T> && sizeof(S) == 4) {
-    return (Vec<S>)_mm512_mask_loadu_ps((__m512)fill, static_cast<__mmask16>((1u << part.lanes) - 1), p);
+    return (Vec<S>)_mm512_mask_loadu_ps((__m512)fill, static_cast<__mmask16>((1u << tail.lanes) - 1), p);
   } else if constexpr (std::is_same_v<S, T>) {
-    return (Vec<S>)_mm512_mask_loadu_pd((__m512d)fill, static_cast<__mmask8>((1u << part.lanes) - 1), p);
+    return (Vec<S>)_mm512_mask_loadu_pd((__m512d)fill, static_cast<__mmask8>((1u << tail.lanes) - 1), p);
   } else if constexpr (std::is_same_v<S, float> && sizeof(T) == 2) {
-    const auto mask = static_cast<__mmask16>((1u << part.lanes) - 1);
-    const Vec<float> value = widen(T{}, (U16)_mm256_maskz_loadu_epi16(mask, p));
-    return (Vec<S>)_mm512_mask_blend_ps(mask, (__m512)fill, (__m512)value);
+    const auto lane_mask = static_cast<__mmask16>((1u << tail.lanes) - 1);
+    const Vec<float> value = widen(T{}, (U16)_mm256_maskz_loadu_epi16(lane_mask, p));
+    return (Vec<S>)_mm512_mask_blend_ps(lane_mask, (__m512)fill, (__m512)value);
   } else
 #endif
   {
     T buffer[kLanes<S>] = {};
-    std::memcpy(buffer, p, static_cast<size_t>(part.lanes) * sizeof(T));
-    const Vec<S> value = load<S>(static_cast<const T*>(buffer), Whole{});
-    return lane_index<S>() < static_cast<lane_index_t<S>>(part.lanes) ? value : fill;
+    std::memcpy(buffer, p, static_cast<size_t>(tail.lanes) * sizeof(T));
+    const Vec<S> value = load<S>(static_cast<const T*>(buffer), FullVector{});
+    return lane_index<S>() < static_cast<lane_index_t<S>>(tail.lanes) ? value : fill;
   }
 }
 
 template <class S, class T>
-NF_FN Vec<S> load(const T* p, Whole, Vec<S>) {
-  return load<S>(p, Whole{});
+NF_FN Vec<S> load(const T* p, FullVector, Vec<S>) {
+  return load<S>(p, FullVector{});
 }
 
-// All lanes of a vector as double. Halves by way of memory would keep the accumulators they are taken from there.
+// All lanes of a vector, as one or two vectors of double.
 template <class S>
-struct Wide {
-  static constexpr int64_t kParts = sizeof(double) / sizeof(S);
-  Vec<double> part[kParts];
+struct DoubleVectors {
+  static constexpr int64_t kVecs = sizeof(double) / sizeof(S);
+  Vec<double> vec[kVecs];
 };
 
-NF_FN Wide<double> widened(Vec<double> v) { return {{v}}; }
-NF_FN Wide<float> widened(Vec<float> v) {
+NF_FN DoubleVectors<double> widen_to_double(Vec<double> v) { return {{v}}; }
+// Intrinsics rather than a store and two loads, which would force the accumulators into memory.
+NF_FN DoubleVectors<float> widen_to_double(Vec<float> v) {
 #if NF_VECTOR_BYTES == 64
   return {{(Vec<double>)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
            (Vec<double>)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))}};
@@ -248,15 +266,15 @@ NF_FN Wide<float> widened(Vec<float> v) {
 #else
   using HalfVector = VecOf<float, kVectorBytes / 2>::type;
   const auto* const lanes = reinterpret_cast<const char*>(&v);
-  return {{__builtin_convertvector(read_as<HalfVector>(lanes), Vec<double>),
-           __builtin_convertvector(read_as<HalfVector>(lanes + kVectorBytes / 2), Vec<double>)}};
+  return {{__builtin_convertvector(load_unaligned<HalfVector>(lanes), Vec<double>),
+           __builtin_convertvector(load_unaligned<HalfVector>(lanes + kVectorBytes / 2), Vec<double>)}};
 #endif
 }
 
 // ---- stores ------------------------------------------------------------------------------------------------------
 
 template <class T>
-NF_FN auto stored(Vec<compute_t<T>> value) {
+NF_FN auto to_storage(Vec<compute_t<T>> value) {
   if constexpr (std::is_same_v<compute_t<T>, T>)
     return value;
   else
@@ -264,41 +282,41 @@ NF_FN auto stored(Vec<compute_t<T>> value) {
 }
 
 template <class T>
-NF_FN void store(T* p, Vec<compute_t<T>> value, Whole) {
-  const auto raw = stored<T>(value);
+NF_FN void store(T* p, Vec<compute_t<T>> value, FullVector) {
+  const auto raw = to_storage<T>(value);
   std::memcpy(p, &raw, sizeof(raw));
 }
 
 template <class T>
-NF_FN void store(T* p, Vec<compute_t<T>> value, Part part) {
+NF_FN void store(T* p, Vec<compute_t<T>> value, Tail tail) {
 #if NF_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << part.lanes) - 1), (__m512)value);
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << tail.lanes) - 1), (__m512)value);
   } else if constexpr (sizeof(T) == 8) {
-    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << part.lanes) - 1), (__m512d)value);
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << tail.lanes) - 1), (__m512d)value);
   } else {
-    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << part.lanes) - 1), (__m256i)stored<T>(value));
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << tail.lanes) - 1), (__m256i)to_storage<T>(value));
   }
 #else
-  const auto raw = stored<T>(value);
-  std::memcpy(p, &raw, static_cast<size_t>(part.lanes) * sizeof(T));
+  const auto raw = to_storage<T>(value);
+  std::memcpy(p, &raw, static_cast<size_t>(tail.lanes) * sizeof(T));
 #endif
 }
 
-// Double to storage as S, rounded once.
+// Stores doubles as S, rounded once.
 template <class S, class Width>
-NF_FN void store_as(S* p, Vec<double> value, Width width) {
+NF_FN void store_double_as(S* p, Vec<double> value, Width width) {
   if constexpr (std::is_same_v<S, double>) {
     store(p, value, width);
   } else {
     const auto narrow = __builtin_convertvector(value, typename VecOf<float, kVectorBytes / 2>::type);
-    std::memcpy(p, &narrow, sizeof(S) * static_cast<size_t>(lanes_in<double>(width)));
+    std::memcpy(p, &narrow, sizeof(S) * static_cast<size_t>(active_lanes<double>(width)));
   }
 }
 
-// Past the caches; p must be aligned to the size of the stored vector.
+// Non-temporal store. Precondition: p is aligned to sizeof(V).
 template <class V>
-NF_FN void stream_raw(void* p, V raw) {
+NF_FN void store_nontemporal(void* p, V raw) {
 #if NF_VECTOR_BYTES == 64
   if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)raw);
 #endif
@@ -309,18 +327,20 @@ NF_FN void stream_raw(void* p, V raw) {
   std::memcpy(p, &raw, sizeof(V));
 }
 
+// Distance from p to the next multiple of `alignment`.
 NF_FN int64_t bytes_to_alignment(const void* p, int64_t alignment) {
   return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(alignment));
 }
 
-// Makes streamed stores visible before the task ends.
-NF_FN void finish_streams() {
+// Orders non-temporal stores before later stores. Call it before the task ends.
+NF_FN void nontemporal_fence() {
 #if NF_VECTOR_BYTES > 16
   _mm_sfence();
 #endif
 }
 
-// Short rows of one channel lie far apart, and hardware prefetchers do not cross pages: this asks for the next one.
+// Prefetches a row of up to 2048 bytes. Rows of one channel are far apart in memory, and hardware prefetchers do not
+// cross pages, so without this each short row begins with a cache miss.
 template <class T>
 NF_FN void prefetch_row(const T* row, int64_t n) {
   if (n * static_cast<int64_t>(sizeof(T)) > 2048) return;
@@ -328,3 +348,6 @@ NF_FN void prefetch_row(const T* row, int64_t n) {
   const char* const end = reinterpret_cast<const char*>(row + n);
   for (const char* line = begin; line < end; line += 64) __builtin_prefetch(line);
 }
+
+}  // namespace
+}  // namespace normfused::cpu::NF_ISA

@@ -1,4 +1,4 @@
-// Scratch memory of one call.
+// Scratch memory of one kernel call.
 #pragma once
 
 #include <cstdint>
@@ -6,13 +6,14 @@
 namespace normfused::cpu {
 
 struct Workspace {
-  Workspace(int64_t results_count, int64_t table_bytes);  // throws std::bad_alloc
+  // `results_count` doubles and `table_bytes` bytes. Throws std::bad_alloc.
+  Workspace(int64_t results_count, int64_t table_bytes);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  double* results;
-  void* table;  // aligned to a cache line, like `results`; readable for two of the widest vectors past its end
+  double* results;  // aligned to a cache line
+  void* table;      // aligned to a cache line; reads of up to two 64-byte vectors past its end are valid
 };
 
 }  // namespace normfused::cpu

@@ -1,4 +1,4 @@
-#include "kernels/cpu/streaming.h"
+#include "kernels/cpu/nontemporal.h"
 
 #include <unistd.h>
 
@@ -6,13 +6,13 @@
 
 namespace normfused::cpu {
 
-int64_t stream_bytes(int64_t part) {
+int64_t nontemporal_threshold(int64_t part) {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
   static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #else
   constexpr int64_t cache = 0;
 #endif
-  return std::max(kStreamBytes, cache / part);
+  return std::max(kMinNonTemporalBytes, cache / part);
 }
 
 }  // namespace normfused::cpu
