@@ -1,7 +1,7 @@
-"""What CUDA launches the batch norms of ResNet-50 get, what they move, and how long that should take on an H100.
+"""Shows the CUDA launches of ResNet-50's batch norms, their memory traffic, and their predicted times on an H100.
 
-The plans are those of the sources, here or at another revision, compiled for the host. The times are predictions of a
-model, not measurements: they rank losses, and say what to look at first on a GPU.
+The plans come from the sources of this checkout and of another revision, compiled for the host. The times are
+predictions of a model, not measurements: they rank the losses, and so what to measure first on a GPU.
 
     python benchmarks/cuda_plans.py --against main
 """
@@ -56,7 +56,7 @@ int main() {
 
 
 class Device(NamedTuple):
-    """Bytes and bandwidths in bytes a microsecond; latencies in microseconds."""
+    """Sizes in bytes, bandwidths in bytes per microsecond, latencies in microseconds."""
 
     name: str = "H100"
     multiprocessors: int = 132
@@ -64,25 +64,25 @@ class Device(NamedTuple):
     read: float = 3.1e6
     mixed: float = 3.0e6  # reading and writing
     from_l2: float = 5.5e6
-    kept: float = 28e6  # bytes of a pass that the next one, in reverse, still finds in L2
-    latency: float = 0.7  # of a round of loads, with the arithmetic on it
+    cached: float = 28e6  # bytes of a pass that the next pass, in reverse order, finds in L2
+    latency: float = 0.7  # of one iteration of loads, including its arithmetic
 
 
 class Kernels(NamedTuple):
-    """What the machine code and the launches of a revision are like, as tests/cuda_build reads it."""
+    """Properties of a revision's machine code and launches, as tests/cuda_build reads them."""
 
-    flat_in_flight: int  # loads of a thread in apply_flat, 16-bit data
-    wide_stores: bool  # plain stores of 16 bytes are one instruction
-    predicated_rest: bool  # the rest of a thread's vectors is one round
-    finish: float  # microseconds of what follows the merge, in loads that wait for each other
-    gap: float  # microseconds between two launches that depend on each other
+    flat_in_flight: int  # loads of a thread in flight in apply_flat, 16-bit data
+    wide_stores: bool  # a plain store of 16 bytes is one instruction
+    predicated_tail: bool  # the tail of a thread's vectors is one iteration
+    finish: float  # microseconds of the dependent loads after the merge
+    gap: float  # microseconds between two dependent launches
 
 
-BEFORE = Kernels(flat_in_flight=1, wide_stores=False, predicated_rest=False, finish=3.5, gap=1.0)
-NOW = Kernels(flat_in_flight=4, wide_stores=True, predicated_rest=True, finish=2.5, gap=0.3)
-RESIDENT = 2  # blocks of a reduction on a multiprocessor, by their registers
-LAUNCH = 2.0  # start and end of a launch in a stream
-MASKED = 2.0  # how much longer rounds are whose vectors need masks
+BEFORE = Kernels(flat_in_flight=1, wide_stores=False, predicated_tail=False, finish=3.5, gap=1.0)
+NOW = Kernels(flat_in_flight=4, wide_stores=True, predicated_tail=True, finish=2.5, gap=0.3)
+RESIDENT = 2  # blocks of a reduction per multiprocessor, limited by registers
+LAUNCH = 2.0  # microseconds to start and end a launch in a stream
+MASKED = 2.0  # factor on the iterations of masked rows
 
 
 class Case(NamedTuple):
@@ -98,6 +98,7 @@ class Case(NamedTuple):
 
 
 def plans(cases: Sequence[Case], device: Device, csrc: Path) -> list[dict[str, Any]]:
+    """Compiles the planner of these sources and runs it for each case."""
     with tempfile.TemporaryDirectory() as folder:
         printer = Path(folder, "printer.cpp")
         printer.write_text(PRINTER)
@@ -114,6 +115,7 @@ def plans(cases: Sequence[Case], device: Device, csrc: Path) -> list[dict[str, A
 
 
 def sources_at(revision: str, folder: Path) -> Path:
+    """Extracts csrc of a git revision. Returns its path."""
     archive = subprocess.run(["git", "archive", revision, "csrc"], cwd=ROOT, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
@@ -121,25 +123,25 @@ def sources_at(revision: str, folder: Path) -> Path:
 
 
 def predict(case: Case, plan: dict[str, Any], kernels: Kernels, device: Device) -> float:
-    """Microseconds of an operation: the greater of bandwidth and latency in each pass, and what comes between."""
+    """Predicted microseconds: the maximum of bandwidth and latency in each pass, plus what happens in between."""
     inputs, size = (2 if case.backward else 1), case.tensor_bytes()
     in_flight = 4 // inputs if plan["by_rows"] else 8 // inputs
-    rest = plan["vectors"] % in_flight
-    rounds = plan["vectors"] // in_flight + (rest > 0 if kernels.predicated_rest else rest)
+    tail = plan["vectors"] % in_flight
+    iterations = plan["vectors"] // in_flight + (tail > 0 if kernels.predicated_tail else tail)
     if plan["masked"]:
-        rounds *= MASKED
+        iterations *= MASKED
     waves = plan["tiles"] * plan["splits"] / (device.multiprocessors * RESIDENT)
     empty = 1 - waves / math.ceil(waves) if waves > 1 else 0.0
     by_bandwidth = inputs * size / device.read * (1 + 0.2 * empty / math.ceil(waves))
-    reduction = max(by_bandwidth, rounds * device.latency * math.ceil(waves))
+    reduction = max(by_bandwidth, iterations * device.latency * math.ceil(waves))
     if plan["single"]:
-        return LAUNCH + reduction + kernels.finish + rounds * 0.1 + 0.8
+        return LAUNCH + reduction + kernels.finish + iterations * 0.1 + 0.8
     between = _merge(case, plan) + kernels.finish + kernels.gap
     return LAUNCH + reduction + between + _application(case, plan, kernels, device)
 
 
 def _merge(case: Case, plan: dict[str, Any]) -> float:
-    """A block merges what `group` splits left, the last one what groups left: from L2, 64 bytes a clock."""
+    """Predicted microseconds of the merge: of `group` splits, then of the groups, 64 bytes per clock from L2."""
     if plan["splits"] == 1:
         return 0.0
     levels = [plan["group"], math.ceil(plan["splits"] / plan["group"])]
@@ -150,7 +152,7 @@ def _merge(case: Case, plan: dict[str, Any]) -> float:
 
 def _application(case: Case, plan: dict[str, Any], kernels: Kernels, device: Device) -> float:
     inputs, size = (2 if case.backward else 1), case.tensor_bytes()
-    hit = min(device.kept, inputs * size)
+    hit = min(device.cached, inputs * size)
     narrow = plan["flat"] and case.itemsize == 2 and kernels.flat_in_flight < 4
     efficiency = (0.77 if inputs == 2 else 0.90) if narrow else 0.95
     moved = (inputs * size - hit + size) / device.mixed / efficiency + 0.3 * hit / device.from_l2
@@ -190,10 +192,10 @@ def _path(plan: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", default="main", help="revision to compare with")
+    parser.add_argument("--against", default="main", help="git revision to compare with (default: main)")
     revision = parser.parse_args().against
     device = Device()
-    print(f"Predictions of a model of the {device.name}, not measurements. T: bytes of the tensor.")
+    print(f"Predictions of a model of the {device.name}, not measurements. T: size of the tensor in bytes.")
     with tempfile.TemporaryDirectory() as folder:
         old = sources_at(revision, Path(folder))
         for batch in (256, 32):

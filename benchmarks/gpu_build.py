@@ -1,8 +1,7 @@
 """Builds normfused with CUDA from this checkout, without installing it: ``python benchmarks/gpu_build.py``.
 
-The wheel stays in build/gpu_check/, named by what it was compiled from and for, and is not built again while that is
-the same; Python files are those of the checkout. Prints the folder to put on PYTHONPATH. ``--look`` builds nothing: it
-says what would be built, and with what.
+The wheel is cached in build/gpu_check/ under a digest of the compiled sources, the torch version and the GPU; Python
+files are always those of the checkout. ``--look`` builds nothing and prints what would be built.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ STRICT = {"NORMFUSED_CUDA": "1", "NORMFUSED_STRICT": "1"}
 
 
 def digest(names: tuple[str, ...] = COMPILED, more: str = "") -> str:
-    """Of files and folders of the checkout, by path and content, without what running and rendering leave."""
+    """A digest of files and folders of the checkout, by path and content, without generated files."""
     found = hashlib.sha256(more.encode())
     for path in (ROOT / name for name in names):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -41,12 +40,12 @@ def digest(names: tuple[str, ...] = COMPILED, more: str = "") -> str:
 
 
 def sources() -> str:
-    """Tells whether two runs were of the same kernels and the same benchmarks."""
+    """A digest of everything that can change a result: kernels, package, benchmarks and tests."""
     return digest((*COMPILED, "normfused", "benchmarks", "tests"))
 
 
 def toolkit() -> Toolkit | None:
-    """The toolkit that the build would find, too."""
+    """The CUDA toolkit that the build uses; None if there is none, or torch has no CUDA."""
     import torch
 
     if torch.version.cuda is None:
@@ -56,7 +55,7 @@ def toolkit() -> Toolkit | None:
 
 
 def environment(package: Path | None = None) -> Mapping[str, str]:
-    """What the stages run with: CUDA demanded, a toolkit named where none is, the built package found."""
+    """Environment variables of the stages: CUDA is required, CUDA_HOME is set, the built package is on PYTHONPATH."""
     found = toolkit()
     home = {"CUDA_HOME": str(found.home)} if found and not os.environ.get("CUDA_HOME") else {}
     paths = [str(package or site()), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -64,7 +63,7 @@ def environment(package: Path | None = None) -> Mapping[str, str]:
 
 
 def wheel() -> Path:
-    """Where the wheel for this Python, torch and GPU is, or is to be."""
+    """The path of the wheel for this Python, torch and GPU, whether it exists or not."""
     import torch
 
     gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else ()
@@ -78,10 +77,10 @@ def site() -> Path:
 
 
 def build() -> Path:
-    """The wheel, built unless it is there."""
+    """Builds the wheel unless it exists. Returns its path."""
     target = wheel()
     if target.exists():
-        print(f"{target.name} is there")
+        print(f"{target.name} is up to date")
         return target
     folder = FOLDER / "dist"
     shutil.rmtree(folder, ignore_errors=True)
@@ -92,7 +91,7 @@ def build() -> Path:
 
 
 def unpack(packed: Path) -> Path:
-    """The package of a wheel, with the Python files of this checkout."""
+    """Unpacks a wheel and copies the Python files of this checkout over it. Returns the folder for PYTHONPATH."""
     folder = packed.with_suffix(".site")
     if not folder.exists():
         unfinished = folder.with_suffix(".part")
@@ -106,12 +105,12 @@ def unpack(packed: Path) -> Path:
 
 
 def check(folder: str = "", *, cuda: bool = False) -> int:
-    """Asserts that Python finds the package in this folder, with its extension."""
+    """Asserts that Python imports the package from this folder, with its extension."""
     import normfused
 
     info = normfused.info()
     print(*(f"{key}: {value}" for key, value in info.items()), sep="\n")
-    assert (normfused.__file__ or "").startswith(folder), f"{normfused.__file__} was imported, not that of {folder}"
+    assert (normfused.__file__ or "").startswith(folder), f"imported {normfused.__file__} instead of {folder}"
     assert info["extension"] == "loaded", info["fallback_reason"]
     assert info["cuda"] or not cuda, "normfused was built without CUDA"
     print("loaded", "with CUDA" if info["cuda"] else "without CUDA")
@@ -120,9 +119,9 @@ def check(folder: str = "", *, cuda: bool = False) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--look", action="store_true", help="build nothing: check the package that Python finds")
-    parser.add_argument("--wheel-to", type=Path, metavar="DIR", help="copy the wheel there too")
-    parser.add_argument("--check", metavar="DIR", help="build nothing: check that the package there has CUDA")
+    parser.add_argument("--look", action="store_true", help="build nothing; check the package that Python imports")
+    parser.add_argument("--wheel-to", type=Path, metavar="DIR", help="also copy the wheel to this folder")
+    parser.add_argument("--check", metavar="DIR", help="build nothing; check that the package in this folder has CUDA")
     arguments = parser.parse_args()
     if arguments.check:
         return check(arguments.check, cuda=True)
@@ -134,7 +133,7 @@ def main() -> int:
     folder = unpack(packed)
     if arguments.wheel_to:
         shutil.copy(packed, arguments.wheel_to)
-    # In a new process, as the stages that follow do.
+    # In a new process, like the stages that follow.
     command = [sys.executable, __file__, "--check", str(folder)]
     return subprocess.run(command, env={**os.environ, **environment(folder)}, cwd=FOLDER).returncode
 

@@ -1,11 +1,12 @@
-"""Proves and measures the CUDA kernels on a GPU that is at hand for minutes: ``python benchmarks/gpu_check.py run-1``.
+"""Proves and measures the CUDA kernels on a GPU within minutes: ``python benchmarks/gpu_check.py run-1``.
 
-Each STAGE has a cap on its time, at which all its processes are killed, and leaves its log and verdict as it ends; all
-of them together have ``--seconds``. What they wrote is one archive in the folder that the variable OUT names, or
-``--out``, from which ``--render`` makes tables and plots, on any machine. benchmarks/README.md has the order.
+Each STAGE has a time limit, its cap, at which all its processes are killed. Its log and verdict are saved as it ends.
+``--seconds`` limits all stages together. The results are one archive in the folder ``--out``, or in the folder that the
+environment variable OUT names. ``--render`` makes tables and plots from archives, on any machine. benchmarks/README.md
+describes the order.
 
-``--rehearse`` runs every stage without a GPU, on small tensors on the CPU, to show that commands, caps, archive and
-tables work; its figures mean nothing and are never kept.
+``--rehearse`` runs every stage on small tensors on the CPU, to check commands, caps, archive and tables without a GPU.
+Its figures mean nothing and are never published.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ import machine
 from gpu_stages import RUNS, STAGES, Context, find_sanitizer
 from stage_runner import Run
 
-PATIENCE = 5  # caps are of a GPU machine: a rehearsal may run where much else does
+PATIENCE = 5  # factor on the caps in a rehearsal, which may run on a slower or busy machine
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     if arguments.render:
-        import gpu_render  # imports normfused, which a build may have to come before
+        import gpu_render  # imports normfused, which may not be built yet
 
         return gpu_render.main(arguments.render, arguments.out)
     names = expand(arguments.stages or (STAGES if arguments.rehearse else RUNS["run-1"]))
@@ -47,12 +48,12 @@ def main() -> int:
 
 
 def expand(names: Any) -> list[str]:
-    """The stages of runs, and stages themselves, each once."""
+    """Replaces names of runs by their stages, and removes duplicates."""
     return list(dict.fromkeys(stage for name in names for stage in RUNS.get(name, (name,))))
 
 
 def why_not(names: list[str]) -> str | None:
-    """What this machine lacks. To build there need be no GPU."""
+    """Why this machine cannot run the stages, or None. Building alone needs no GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -63,7 +64,7 @@ def why_not(names: list[str]) -> str | None:
 
 
 def check(names: list[str], out: Path, seconds: float, *, rehearsal: bool) -> int:
-    """Runs the stages, and leaves one archive in `out`."""
+    """Runs the stages and writes one archive to `out`."""
     started = datetime.datetime.now(datetime.timezone.utc)
     kind = "rehearsal" if rehearsal else "gpu_check"
     folder = gpu_build.FOLDER / f"{kind}-{started:%m%d-%H%M%S}-{os.getpid()}"
@@ -90,7 +91,7 @@ def check(names: list[str], out: Path, seconds: float, *, rehearsal: bool) -> in
 
 
 def describe(rehearsal: bool) -> tuple[int, dict[str, Any]]:
-    """The GPU's memory; and of which device and sources the results are, with what stages need in the environment."""
+    """Sets the environment of the stages. Returns the GPU's bytes of memory, and the header of verdicts.json."""
     header: dict[str, Any] = {
         "rehearsal": rehearsal,
         "sources": gpu_build.sources(),
@@ -110,7 +111,7 @@ def describe(rehearsal: bool) -> tuple[int, dict[str, Any]]:
 
 
 def tell(name: str, rehearsed: Context) -> None:
-    """What a stage would run on a GPU, and for how long at most."""
+    """Prints what a stage would run on a GPU, and its cap."""
     stage = STAGES[name]
     on_gpu = Context(False, rehearsed.folder, rehearsed.out, 80 << 30, "compute-sanitizer")
     commands = stage.plan(on_gpu, stage.cap)
@@ -125,12 +126,12 @@ def _terminated(number: int, frame: Any) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = f"of {', '.join(STAGES)}; or {', '.join(RUNS)}, which are several; without any run-1, in a rehearsal all"
+    stages = f"{', '.join(STAGES)}; or a run of several: {', '.join(RUNS)} (default: run-1, in a rehearsal all stages)"
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=stages)
-    parser.add_argument("--seconds", type=float, help="for everything (540; in a rehearsal as long as it takes)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the archive goes; with --render the tables")
-    parser.add_argument("--rehearse", action="store_true", help="on small tensors, on the CPU")
-    parser.add_argument("--render", nargs="+", type=Path, metavar="ARCHIVE", help="tables and plots from archives")
+    parser.add_argument("--seconds", type=float, help="limit of all stages (default: 540, in a rehearsal none)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the archive; with --render of the tables")
+    parser.add_argument("--rehearse", action="store_true", help="run small tensors on the CPU")
+    parser.add_argument("--render", nargs="+", type=Path, metavar="ARCHIVE", help="make tables and plots from archives")
     return parser
 
 

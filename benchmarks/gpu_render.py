@@ -1,4 +1,4 @@
-"""Tables and plots from the archives of gpu_check.py, on any machine."""
+"""Renders tables and plots from the archives of gpu_check.py, on any machine."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ ALONE = ("first", "overlap", "serial", "graphs", "compile")  # stages with a tab
 
 
 def main(archives: Sequence[Path], out: Path | None) -> int:
-    """Renders archives of one device into results/<device>/, the later of two results of a stage.
+    """Renders archives of one device into results/<device>/. If a stage ran twice, its later result counts.
 
-    A rehearsal goes into `out`, or a folder beside its archive: never among results.
+    A rehearsal is rendered into `out`, or into a folder next to its archive, and never into results.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folders = [unpack(archive, Path(scratch) / str(index)) for index, archive in enumerate(archives)]
@@ -44,7 +44,7 @@ def main(archives: Sequence[Path], out: Path | None) -> int:
             name = archives[0].name.removesuffix(".tar.gz")
             target = out or archives[0].parent / f"{name}.rendered"
             if RESULTS in target.resolve().parents:
-                print(f"that is no result of a GPU: {target} is among them", file=sys.stderr)
+                print(f"{target} is for results of a GPU, and this is a rehearsal", file=sys.stderr)
                 return 1
         else:
             target = (out or RESULTS / device).resolve()
@@ -92,7 +92,7 @@ def copy(folder: Path, name: str, target: Path) -> None:
 
 
 def parts(folders: Sequence[Path], runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Report]:
-    """What stages of these names measured, in the order of the archives."""
+    """The measurements of these stages, in the order of the archives."""
     found = []
     for folder, run in zip(folders, runs, strict=True):
         for name in names:
@@ -104,19 +104,19 @@ def parts(folders: Sequence[Path], runs: Sequence[dict[str, Any]], names: Sequen
 
 
 def merge(found: Sequence[Report], target: Path) -> None:
-    """One report, its table and its plots; of a case that was measured twice the later result."""
+    """Merges reports into one and renders its table and plots. The later result of a case counts."""
     if not found:
         return
     whole = Report(found[-1].machine, dict(found[-1].settings))
     results = {result["name"]: result for part in found for result in part.results}
     failures = {failure["name"]: failure for part in found for failure in part.failures}
-    for part in found:  # a case that failed first and then did not
+    for part in found:  # a failure counts only if no report has a result
         for result in part.results:
             if all(failure["name"] != result["name"] for failure in part.failures):
                 failures.pop(result["name"], None)
     whole.results, whole.failures = list(results.values()), list(failures.values())
     whole.memory = next((part.memory for part in reversed(found) if part.memory), [])
-    # A part of the grid is as good as the whole; few rounds are not.
+    # A subset of the grid is a full result; one with few rounds is marked as partial.
     rounds = [part.settings["least_rounds"] for part in found]
     whole.settings |= {"partial": min(rounds) < 15, "least_rounds": min(rounds)}
     target.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,10 @@ def merge(found: Sequence[Report], target: Path) -> None:
 
 
 def revision(measured_on: dict[str, Any], run: dict[str, Any]) -> str:
-    """Where the checkout had no git: this one's, if its sources are the same, or else what tells them apart."""
+    """The git revision of a run.
+
+    If the measured checkout had no git, this checkout's revision if the sources are equal, otherwise their digest.
+    """
     known = measured_on.get("revision") or run["revision"]
     if not known and run["sources"] == gpu_build.sources():
         known = machine.revision()
@@ -133,7 +136,7 @@ def revision(measured_on: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def relabel(measured_on: dict[str, Any], run: dict[str, Any]) -> None:
-    """What every title has of where it was measured: the revision, and that a rehearsal is one."""
+    """Adds the revision to the description of the machine, and marks a rehearsal. Titles show both."""
     measured_on["revision"] = revision(measured_on, run)
     if run["rehearsal"] and not measured_on["cpu"].startswith(REHEARSAL):
         measured_on["cpu"] = f"{REHEARSAL}, {measured_on['cpu']}"
@@ -147,7 +150,7 @@ def relabel_file(file: Path, run: dict[str, Any]) -> None:
 
 
 def write_verdicts(runs: Sequence[dict[str, Any]], file: Path) -> None:
-    """The last verdict of each stage."""
+    """Writes the last verdict of each stage."""
     last = {v["stage"]: (run, v) for run in runs for v in run["verdicts"]}
     lines = [
         (

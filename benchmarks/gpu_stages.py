@@ -1,4 +1,4 @@
-"""The stages of gpu_check.py: what each runs, for how long at most, and what its output must show."""
+"""The stages of gpu_check.py: the commands of each, its cap in seconds, and what its output must prove."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from stage_runner import Command, NotProven, last_line
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
-# Threads of pytest-xdist; each has a CUDA context of its own.
+# Processes of pytest-xdist; each has its own CUDA context.
 WORKERS = 8
-LARGE_BYTES = 40 << 30  # what tests/test_large.py needs, with something to spare
+LARGE_BYTES = 40 << 30  # what tests/test_large.py needs, with a margin
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where a stage runs."""
+    """Where a stage runs and writes."""
 
     rehearsal: bool
-    folder: Path  # of raw results
-    out: Path | None = None  # of what else is to be copied back
+    folder: Path  # for raw results
+    out: Path | None = None  # for other files to copy back, such as the wheel
     gpu_bytes: int = 0
     sanitizer: str | None = None
 
@@ -38,7 +38,7 @@ class Context:
         return "cpu" if self.rehearsal else "cuda"
 
 
-# The commands of a stage that has this many seconds, or why it is skipped.
+# Returns the commands of a stage that has this many seconds, or the reason to skip it.
 Plan = Callable[[Context, float], Sequence[Command] | str]
 
 
@@ -80,19 +80,19 @@ FIRST = "^(training_forward|training_forward_backward|eval_forward|channel_momen
 GRAPHS = "^(training_forward|training_forward_backward|eval_forward|channel_moments)-32x"
 # Shapes whose launches are so short that the gap between two counts.
 OVERLAP = "^training_forward_backward-32x(64x56|512x28|256x14|2048x7)x"
-COMPILED = "^(training|add_relu)_forward_backward-256x(64x56|2048x7)x"  # each compiles for some ten seconds
+COMPILED = "^(training|add_relu)_forward_backward-256x(64x56|2048x7)x"  # compiling takes about ten seconds per case
 
 
 def report(
     name: str, only: str, *options: str, tiny: str, environment: Mapping[str, str] = MappingProxyType({})
 ) -> Plan:
-    """Cases of the grid by report.py; `tiny` are those of a rehearsal."""
+    """Measures the cases of the grid whose name matches `only`, by report.py; in a rehearsal those matching `tiny`."""
 
     def plan(context: Context, seconds: float) -> list[Command]:
         folder = context.folder / name
-        # In one word: some begin with a dash.
+        # As one argument: some patterns begin with a dash.
         size = ["--tiny", "--threads", "1", f"--only={tiny}"] if context.rehearsal else [f"--only={only}"]
-        least = 20 if seconds > 60 else 5  # for a case that has begun, and for Python's start
+        least = 20 if seconds > 60 else 5  # seconds to finish a case, and for Python to start
         time = ["--seconds", f"{seconds - least:.0f}"]
         where = ["--device", context.device, "--no-render", "--out", str(folder)]
 
@@ -111,7 +111,7 @@ def report(
 
 
 def tests(context: Context, seconds: float) -> list[Command]:
-    more = ["--maxfail=60", "--continue-on-collection-errors"]  # a package may be missing that few tests need
+    more = ["--maxfail=60", "--continue-on-collection-errors"]  # a package that few tests need may be missing
     if context.rehearsal:
         chosen = ["-k", "moments and float32 and contiguous", str(TESTS / "test_channel_stats.py")]
         return [pytest(context, "test", 1, *chosen)]
@@ -119,7 +119,7 @@ def tests(context: Context, seconds: float) -> list[Command]:
 
 
 def files_with_device() -> list[Path]:
-    """The files of tests that have a device: to collect the others too takes long."""
+    """The test files with a device parameter. Collecting the others too would take long."""
     return [path for path in sorted(TESTS.glob("test_*.py")) if "device: torch.device" in path.read_text()]
 
 
@@ -133,7 +133,7 @@ def large(context: Context, seconds: float) -> list[Command] | str:
 
 
 def pytest(context: Context, name: str, workers: int, *arguments: str) -> Command:
-    """Tests that pass, of which some ran on the device and none was kept from it by the machine or the build."""
+    """Runs tests. At least one must pass on the device, none may fail or be skipped for lack of CUDA."""
     record = context.folder / f"{name}.jsonl"
     argv = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "pytest_record"]
     note = ""
@@ -159,7 +159,7 @@ def pytest(context: Context, name: str, workers: int, *arguments: str) -> Comman
     settings = {
         "NORMFUSED_TEST_RECORD": str(record),
         "NORMFUSED_TEST_DEVICE": context.device,
-        "PYTEST_ADDOPTS": "",  # no option that leaves tests out
+        "PYTEST_ADDOPTS": "",  # no option of the caller may deselect tests
         # Several processes share the cores.
         "OMP_NUM_THREADS": "2",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -169,7 +169,7 @@ def pytest(context: Context, name: str, workers: int, *arguments: str) -> Comman
 
 
 def sanitize(tool: str) -> Plan:
-    """All operators under a tool of compute-sanitizer, which looks at normfused's kernels alone."""
+    """Runs all operators under a tool of compute-sanitizer, which checks normfused's kernels only."""
 
     def plan(context: Context, seconds: float) -> list[Command] | str:
         operators = python("operators.py", "--device", context.device)
@@ -179,7 +179,7 @@ def sanitize(tool: str) -> Plan:
         if context.sanitizer is None:
             return "no compute-sanitizer on the PATH or in the toolkit"
         watched = [context.sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
-        if tool != "initcheck":  # which must see what torch's kernels write
+        if tool != "initcheck":  # initcheck must see what torch's kernels write
             watched += ["--kernel-name", "kernel_substring=normfused"]
         if tool == "memcheck":
             watched += ["--report-api-errors", "no"]
@@ -193,14 +193,14 @@ def sanitize(tool: str) -> Plan:
 
 
 def caught(output: str) -> str:
-    """A planted fault was told: the tool sees normfused's kernels."""
+    """The tool must report the planted fault in a kernel of normfused."""
     if not re.search(r"Invalid __global__ read", output) or not re.search(r"normfused", output.split("Invalid", 1)[1]):
         raise NotProven(f"a read of freed memory was not told: {last_line(output)}")
     return "a planted read of freed memory was told"
 
 
 def sanitized(output: str) -> str:
-    """The tool counted its errors, which are none, and the operators came to their end."""
+    """The tool must have printed a summary without errors, and the operators must have completed."""
     summary = re.search(r"(ERROR|RACECHECK) SUMMARY: .*", output)
     if summary is None or not re.search(r"SUMMARY: 0 (errors|hazards)", summary[0]):
         raise NotProven(summary[0] if summary else f"the tool gave no summary: {last_line(output)}")
@@ -210,7 +210,7 @@ def sanitized(output: str) -> str:
 
 
 def script(name: str, *options: str, tiny: Sequence[str] = ()) -> Plan:
-    """A benchmark with a file of its own."""
+    """Runs a benchmark script."""
 
     def plan(context: Context, seconds: float) -> list[Command]:
         size = ["--tiny", *tiny] if context.rehearsal else list(options)
@@ -232,15 +232,15 @@ def memory(context: Context, seconds: float) -> list[Command]:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("build", 210, "builds a wheel of this checkout for this GPU, unless it is there", build),
-        Stage("operators", 60, "each operator against float64; the profiler says whose kernels ran", operators),
+        Stage("build", 210, "builds a wheel of this checkout for this GPU, unless it exists", build),
+        Stage("operators", 60, "compares each operator with float64; the profiler proves whose kernels ran", operators),
         Stage(
             "first",
             60,
             "20 cases of the grid, against torch and copy",
             report("first", FIRST, "--quick", tiny="^eval_forward-2x8.*float32-NCHW"),
         ),
-        Stage("test", 240, "all tests that have a device, on CUDA", tests),
+        Stage("test", 240, "all tests with a device parameter, on CUDA", tests),
         Stage(
             "n256",
             340,
@@ -270,27 +270,27 @@ STAGES = {
         Stage(
             "graphs",
             110,
-            "four operations at batch 32, as replays of CUDA graphs",
+            "four operations at batch 32, replayed from CUDA graphs",
             report("graphs", GRAPHS, "--graphs", tiny="^eval_forward-2x5x7x7-bfloat16"),
         ),
-        Stage("memcheck", 80, "accesses out of bounds, and one planted", sanitize("memcheck")),
+        Stage("memcheck", 80, "accesses out of bounds; one planted fault must be reported", sanitize("memcheck")),
         Stage("racecheck", 60, "races in shared memory", sanitize("racecheck")),
         Stage("synccheck", 30, "barriers that not all threads reach", sanitize("synccheck")),
-        Stage("initcheck", 40, "reads of what nobody wrote", sanitize("initcheck")),
+        Stage("initcheck", 40, "reads of uninitialized memory", sanitize("initcheck")),
         Stage(
             "compile",
             200,
-            "some of the grid against torch.compile and torch without cuDNN",
+            "a part of the grid against torch.compile and torch without cuDNN",
             report("compile", COMPILED, "--native", "--compile", tiny="^eval_forward-2x8x6x6-float32-NCHW"),
         ),
         Stage("large", 80, "tensors of 2^31 values", large),
-        Stage("memory", 120, "what training keeps, by mode; what 10,000 steps gain", memory),
-        Stage("activations", 60, "what each activation costs", script("activations.py", tiny=ONE_THREAD)),
+        Stage("memory", 120, "memory saved for backward, by mode; growth over 10,000 steps", memory),
+        Stage("activations", 60, "the cost of each activation", script("activations.py", tiny=ONE_THREAD)),
         Stage("images", 60, "images, statistics of data sets", script("images.py", tiny=ONE_THREAD)),
     )
 }
 
-# What fits one command of 540 s, in the order of worth: what comes last is what may be cut off.
+# Runs of at most 540 s each. The most valuable stages come first, because the last may be cut off.
 RUNS = {
     "run-1": ("build", "operators", "first", "test"),
     "run-2": ("build", "n256", "public", "overlap", "serial"),
@@ -300,7 +300,7 @@ RUNS = {
 
 
 def find_sanitizer(cuda_home: str | None) -> str | None:
-    """On the PATH, or in a toolkit."""
+    """The compute-sanitizer on the PATH or in a toolkit."""
     homes = [home for home in (cuda_home, "/usr/local/cuda") if home]
     folders = [f"{home}/{folder}" for home in homes for folder in ("bin", "compute-sanitizer")]
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))

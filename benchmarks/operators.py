@@ -1,9 +1,9 @@
-"""Runs every operator of normfused on small tensors, compares it with float64, and says whose kernels ran.
+"""Runs every operator of normfused on small tensors and compares the results with float64 on the CPU.
 
-``python benchmarks/operators.py --device cuda --profile`` proves that each operator runs kernels of normfused, and on
-which device; without ``--profile`` it is what compute-sanitizer is to watch: there is no kernel of torch's in the way,
-since tensors are made and compared on the CPU. ``--planted`` frees a tensor behind normfused's back before it is read,
-so that it can be seen whether a sanitizer would tell.
+``python benchmarks/operators.py --device cuda --profile`` also proves that each operator runs kernels of normfused,
+and on which device. Without ``--profile`` it is the program that compute-sanitizer watches: tensors are created and
+compared on the CPU, so that only normfused's kernels run. ``--planted`` frees a tensor before an operator reads it, to
+check that the sanitizer reports the fault.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import normfused
 
 ops = torch.ops.normfused
 EPS, MOMENTUM = 1e-5, 0.1
-# One block a channel; several splits of rows, whose vectors are masked; of columns; and of columns side by side.
+# Rows in one block per channel; masked rows in several splits; columns; repeated columns.
 SHAPES = ((8, 64, 8, 8), (32, 3, 65, 33), (16, 40, 9, 11), (64, 128, 7, 7))
 TINY = ((4, 6, 5, 5),)
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -34,7 +34,7 @@ Results = Sequence[Tensor]
 
 
 class Inputs:
-    """Tensors of one call, the same on each device and in each dtype up to rounding."""
+    """The tensors of one call: the same values on each device and, up to rounding, in each dtype."""
 
     def __init__(self, shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ class Inputs:
         self.batches = torch.tensor(3)
 
     def on(self, device: str, *, double: bool = False) -> Inputs:
-        """A copy, in float64 if `double`."""
+        """A copy on a device, in float64 if `double`."""
         other = object.__new__(Inputs)
         for name, tensor in vars(self).items():
             wide = tensor.double() if double and tensor.is_floating_point() else tensor
@@ -93,7 +93,7 @@ def batch_norm_by_statistics(i: Inputs) -> Results:
 
 
 def pack_moments(i: Inputs) -> Results:
-    """Words that only merging reads: here those of two ranks, one of which has as many values again."""
+    """Only merge_ranks can read the packed words; here it merges those of two equal ranks."""
     words = ops.pack_moments(i.x)
     return merge(i, torch.stack([words, words]))
 
@@ -155,7 +155,7 @@ OPERATORS: dict[str, Callable[[Inputs], Results]] = {
 
 
 def check(name: str, inputs: Inputs, device: str) -> None:
-    """Assert that an operator's results are those of the CPU in float64."""
+    """Asserts that an operator's results agree with those of the CPU in float64."""
     got = OPERATORS[name](inputs.on(device))
     exact = OPERATORS[name](inputs.on("cpu", double=True))
     for index, (a, e) in enumerate(zip(got, exact, strict=True)):
@@ -165,7 +165,7 @@ def check(name: str, inputs: Inputs, device: str) -> None:
 
 
 def run(device: str, shapes: Sequence[tuple[int, ...]], profile: bool) -> list[dict[str, Any]]:
-    """One row for each operator: on how many inputs it was right, and with `profile` whose kernels it ran."""
+    """Checks all operators. Returns one row per operator, with `profile` including the kernels that it ran."""
     variants = [(s, f, d) for s in shapes for f in FORMATS for d in TOLERANCE]
     rows = []
     with torch.no_grad():
@@ -176,7 +176,7 @@ def run(device: str, shapes: Sequence[tuple[int, ...]], profile: bool) -> list[d
                     check(name, Inputs(*variant), device)
                 row |= _kernels(name, device) if profile else {}
                 print(f"{name}: right for {len(variants)} inputs{_said(row)}", flush=True)
-            except Exception as error:  # the others may work
+            except Exception as error:  # the other operators are still checked
                 row["failure"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"{name}: {row['failure']}", flush=True)
             rows.append(row)
@@ -197,11 +197,12 @@ def _said(row: dict[str, Any]) -> str:
 
 
 def planted() -> None:
-    """Reads a tensor that was freed: run without torch's caching allocator, each tensor is an allocation of its own."""
+    """Reads a freed tensor. Needs torch's caching allocator off, so that the tensor is an allocation of its own."""
     x = torch.randn(32, 3, 65, 33).cuda()
     torch.cuda.synchronize()
+    # The runtime library that torch has loaded.
     major = (torch.version.cuda or "").partition(".")[0]
-    error = ctypes.CDLL(f"libcudart.so.{major}").cudaFree(ctypes.c_void_p(x.data_ptr()))  # as torch has loaded it
+    error = ctypes.CDLL(f"libcudart.so.{major}").cudaFree(ctypes.c_void_p(x.data_ptr()))
     print(f"freed with status {error}", flush=True)
     try:
         ops.channel_sums(x)
@@ -215,11 +216,11 @@ def planted() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--profile", action="store_true", help="say whose kernels ran; for CUDA")
+    parser.add_argument("--profile", action="store_true", help="also prove whose kernels ran; CUDA only")
     parser.add_argument("--few", action="store_true", help="two of the four shapes")
-    parser.add_argument("--tiny", action="store_true", help="one small shape, a rehearsal")
-    parser.add_argument("--planted", action="store_true", help="read freed memory; for CUDA")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the rows as JSON")
+    parser.add_argument("--tiny", action="store_true", help="one small shape, for a rehearsal")
+    parser.add_argument("--planted", action="store_true", help="only read freed memory; CUDA only")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
     arguments = parser.parse_args()
     assert normfused.info()["extension"] == "loaded", normfused.info()["fallback_reason"]
     if arguments.planted:

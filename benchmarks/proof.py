@@ -1,4 +1,4 @@
-"""Whose kernels ran, by the names that torch.profiler reports."""
+"""Proves whose kernels a call runs, by the kernel names that torch.profiler reports."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# As CUPTI's names are demangled, or not.
+# In demangled and in mangled names; CUPTI reports either.
 OURS = ("normfused::cuda::", "9normfused4cuda")
 
 
 class Kernels(NamedTuple):
-    ours: Counter[str]  # how often each ran
+    ours: Counter[str]  # normfused's kernels: name to number of launches
     others: Counter[str]
-    devices: set[int]  # where ours ran
-    busy_seconds: float  # of all of them
+    devices: set[int]  # indices of the devices that ran normfused's kernels
+    busy_seconds: float  # total time of all kernels
 
 
 def observe(call: Callable[[], Any]) -> Kernels:
-    """The kernels that a call runs, on CUDA."""
+    """Profiles the CUDA kernels that a call runs."""
     torch.cuda.synchronize()
-    for _ in range(3):  # a profiler that has just been started can miss what is over at once
+    for _ in range(3):  # a profiler that has just started can miss short kernels
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             call()
             torch.cuda.synchronize()
@@ -46,11 +46,11 @@ def is_ours(kernel: str) -> bool:
 
 
 class Unseen(AssertionError):  # noqa: N818
-    """The profiler reported no kernel at all: of whose kernels ran nothing is known."""
+    """The profiler reported no kernel at all, so nothing is known about whose kernels ran."""
 
 
 def prove(what: str, call: Callable[[], Any], *, ours: bool) -> Kernels:
-    """Assert that normfused's kernels ran, or that none of them did."""
+    """Asserts that a call runs at least one kernel of normfused, or with ``ours=False`` none."""
     kernels = observe(call)
     if not kernels.ours and not kernels.others:
         raise Unseen(f"{what}: the profiler saw no kernel")

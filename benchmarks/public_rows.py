@@ -1,7 +1,7 @@
-"""Figures that others have published, next to those of the same cases here: ``python benchmarks/public_rows.py``.
+"""Compares published figures with the same cases measured here: ``python benchmarks/public_rows.py``.
 
-Measures on a GPU the rows that are batch norm, and writes public.json to results/<device>/. ``--render`` writes
-results/public.md from every such file: the cells of what nobody has measured say "not run".
+Measures the batch norm rows on a GPU and writes public.json to results/<device>/. ``--render`` writes results/public.md
+from all such files; cells without a measurement say "not run".
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ NO_KERNEL = "no kernel yet"
 
 @dataclass(frozen=True)
 class PublicRow:
-    """A published figure. Those in GB/s are as their source gives them; the others are seconds."""
+    """A published figure: seconds, or text if the source gives GB/s."""
 
     source: str
     device: str
     what: str
-    published: dict[str, float | str]  # whose, and how long
+    published: dict[str, float | str]  # implementation to figure
     case: Case | None = None  # None: normfused has no kernel of that norm
     note: str = ""
 
@@ -53,7 +53,7 @@ def _forward(dtype: torch.dtype, *shape: int) -> Case:
 def _tileops(name: str, theirs: float, compiled: float, *shape: int) -> PublicRow:
     published: dict[str, float | str] = {"TileOPs": theirs * 1e-6, "torch.compile": compiled * 1e-6}
     what = f"batch norm, training forward, fp16 {list(shape)} ({name})"
-    note = "theirs is the time that kernels were busy, by CUPTI"
+    note = "the published time is the busy time of the kernels, by CUPTI"
     return PublicRow(TILEOPS, "H200", what, published, _forward(torch.float16, *shape), note)
 
 
@@ -104,17 +104,20 @@ ROWS = (
 
 
 def shrunk(case: Case) -> Case:
-    """The same with sides of a few values, for a rehearsal."""
+    """The case with at most six values per dimension, for a rehearsal."""
     return Case(case.operation, tuple(min(side, 6) for side in case.shape), case.dtype, case.layout)
 
 
 def busy_seconds(call: Callable[[], Any], times: int = 5) -> float:
-    """How long the kernels of a call keep the device busy, by CUPTI; the median of several calls, with a warm L2."""
+    """The time that the kernels of a call keep the device busy, by CUPTI: median of several calls, with a warm L2."""
     return statistics.median(observe(call).busy_seconds for _ in range(times))
 
 
 def measure_rows(device: str, *, tiny: bool = False, progress: Callable[[list[dict[str, Any]]], None]) -> int:
-    """Measures what there is a kernel for, tells `progress` the rows so far after each, and counts failures."""
+    """Measures the rows that normfused has a kernel for. Returns the number of failures.
+
+    `progress` receives all rows so far after each row.
+    """
     rows: list[dict[str, Any]] = []
     budget = TINY if tiny else FULL
     for row in ROWS:
@@ -123,7 +126,7 @@ def measure_rows(device: str, *, tiny: bool = False, progress: Callable[[list[di
         case = shrunk(row.case) if tiny else row.case
         try:
             found = _measure(case, device, budget, measure(case, device, budget, profile=device == "cuda"))
-        except Exception as error:  # too large for the device, say
+        except Exception as error:  # for example too large for the device
             found = {"failure": f"{type(error).__name__}: {error}".splitlines()[0]}
         rows.append({"what": row.what, "source": row.source, **found})
         progress(rows)
@@ -142,20 +145,20 @@ def _measure(case: Case, device: str, budget: Budget, measured: Measurement) -> 
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
-    """The public.json of each device below."""
+    """The public.json of every device folder."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*/public.json"))]
 
 
 def render(runs: Sequence[dict[str, Any]]) -> str:
-    """All rows, with what each run measured."""
-    busy = "kernels busy: normfused, torch"
-    header = ("source", "what", "published on", "published", "here", "normfused", "torch", busy)
+    """The page with all rows and the figures of each run."""
+    busy = "busy time: normfused, torch"
+    header = ("source", "case", "published on", "published", "measured on", "normfused", "torch", busy)
     lines = [line for row in ROWS for line in _lines(row, runs)]
     parts = [
-        "# Published figures, and the same cases here",
-        "Published figures are their sources'. Here: medians on the device, between events, with a cold L2; and the "
-        "time that kernels were busy, with a warm L2, which is what some sources publish. Figures of different devices "
-        "do not compare.",
+        "# Published figures and the same cases measured here",
+        "Published figures are copied from their sources. Figures measured here are medians of device time between two "
+        "events, with a cold L2, and the busy time of the kernels, with a warm L2, which some sources publish. Figures "
+        "of different devices cannot be compared.",
         tables.table(header, lines, text_columns=5),
         *dict.fromkeys(f"{row.source}: {row.note}." for row in ROWS if row.note),
         *(f"{run['machine']['gpu']}: {command.versions(run['machine'])}" for run in runs),
@@ -194,15 +197,15 @@ def write_table() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes: a rehearsal")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder; results/<device>")
-    parser.add_argument("--render", action="store_true", help="measure nothing: results/public.md anew")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a rehearsal")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: results/<device>)")
+    parser.add_argument("--render", action="store_true", help="measure nothing; write results/public.md")
     arguments = parser.parse_args()
     if arguments.render:
         write_table()
         return 0
     if arguments.device == "cpu" and not arguments.tiny:
-        parser.error("the rows are of GPUs: on a CPU only with --tiny")
+        parser.error("the published figures are of GPUs: --device cpu needs --tiny")
     assert normfused.info()["extension"] == "loaded", normfused.info()["fallback_reason"]
     description = machine.describe(arguments.device)
     folder: Path = arguments.out or RESULTS / machine.slug(description)

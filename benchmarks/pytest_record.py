@@ -1,7 +1,7 @@
-"""A plugin of pytest (``-p pytest_record``): runs the tests of a device, and writes each outcome as the test ends.
+"""A pytest plugin (``-p pytest_record``): selects the tests of one device and records each outcome as the test ends.
 
-The device is named by the variable NORMFUSED_TEST_DEVICE; the file, a line of JSON for each test, by
-NORMFUSED_TEST_RECORD. A run that is killed leaves what it had.
+The environment variable NORMFUSED_TEST_DEVICE names the device, NORMFUSED_TEST_RECORD the file, which receives one line
+of JSON per test. A run that is killed leaves the outcomes so far.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 
 def is_of(device: str, test: str) -> bool:
-    """Whether the device is among the parameters in a test's name."""
+    """Whether the test's parameters, as part of its name, include the device."""
     return re.search(rf"[\[-]{device}[\]-]", test) is not None
 
 
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # With pytest-xdist the workers' reports come to the process that started them too.
+    # With pytest-xdist the controlling process receives the workers' reports too, and records them.
     if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
         return
     line: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
@@ -39,7 +39,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _write(line)
 
 
-# What fixtures of tests/conftest.py say.
+# The skip reasons of the fixtures in tests/conftest.py if the machine or the build has no CUDA.
 UNFIT = ("torch sees no CUDA device", "normfused was built without CUDA", "needs the extension")
 
 
@@ -57,7 +57,7 @@ class Counts(NamedTuple):
     passed: int
     failed: int
     skipped: Counter[str]  # by reason
-    unfit: Counter[str]  # skipped because this machine or build has no CUDA
+    unfit: Counter[str]  # skipped because this machine or build has no CUDA, by reason
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{n} × {reason}" for reason, n in (self.skipped + self.unfit).most_common(4))
@@ -66,7 +66,7 @@ class Counts(NamedTuple):
 
 
 def count(record: Path, device: str) -> Counts:
-    """The tests of a device by outcome. Failures count whatever they are of."""
+    """Counts the recorded tests of a device by outcome. Failures count for any device."""
     passed, failed = 0, 0
     skipped: Counter[str] = Counter()
     unfit: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Runs commands with a cap on their time, as process groups, and keeps what they said in one archive."""
+"""Runs commands as process groups with a time limit, and saves their output and verdicts in one archive."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# What a stage needs at least, and what stays for the archive.
+# The minimum a stage needs to start, and the time reserved for writing the archive.
 LEAST_SECONDS = 15.0
 RESERVED_SECONDS = 5.0
 
 
 class NotProven(Exception):  # noqa: N818
-    """What a command did does not show what its stage is to show; says why in one line."""
+    """The output of a command does not prove what its stage must prove. The message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
     argv: list[str]
-    # From its output to one line for the verdict; raises NotProven. Not called where the command failed.
+    # Converts the output to one line for the verdict, or raises NotProven. Not called if the command failed.
     judge: Callable[[str], str] = lambda output: last_line(output)
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     accepted: tuple[int, ...] = (0,)  # exit statuses
@@ -51,7 +51,7 @@ class Verdict:
 
 
 class Run:
-    """One run of some stages: a folder with their logs and files, verdicts.json, and the archive of it all."""
+    """One run of some stages: a folder with logs, result files and verdicts.json, and an archive of that folder."""
 
     def __init__(self, folder: Path, archive: Path, seconds: float, header: Mapping[str, Any]) -> None:
         self.folder, self.archive = folder, archive
@@ -61,12 +61,13 @@ class Run:
         (folder / "logs").mkdir(parents=True)
 
     def left(self) -> float:
+        """Seconds left for stages."""
         return self._deadline - time.monotonic()
 
     def stage(self, name: str, cap: float, commands: Callable[[float], Sequence[Command] | str]) -> Verdict:
-        """Runs a stage's commands, until one fails.
+        """Runs a stage's commands in order, until one fails.
 
-        `commands` gets the seconds that there are, and may give instead a reason to skip the stage.
+        `commands` receives the seconds available to the stage. It may return a reason to skip the stage instead.
         """
         cap = min(cap, self.left())
         start = time.monotonic()
@@ -107,7 +108,7 @@ class Run:
         return command.judge(output)
 
     def _add(self, verdict: Verdict) -> Verdict:
-        """Tells and archives at once, so that a run that is cut off keeps the stages before."""
+        """Prints the verdict and updates the archive, so that a run that is cut off keeps its completed stages."""
         self.verdicts.append(verdict)
         print(verdict, flush=True)
         written = {**self.header, "verdicts": [dataclasses.asdict(v) for v in self.verdicts]}
@@ -121,9 +122,9 @@ class Run:
 
 @contextlib.contextmanager
 def group(argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that leads a process group, of which nothing is left at the end, in whatever way that comes.
+    """Starts a process as the leader of a process group, and kills the whole group at the end of the block.
 
-    A group, not a session: whoever ends the session of the caller ends this too.
+    It is a group and not a session, so that ending the caller's session ends it too.
     """
     options |= {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "preexec_fn": os.setpgrp}
     process = subprocess.Popen(list(argv), **options)
@@ -136,5 +137,6 @@ def group(argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[byte
 
 
 def last_line(output: str) -> str:
+    """The last line that is not blank."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return lines[-1] if lines else "no output"

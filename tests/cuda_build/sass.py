@@ -1,4 +1,4 @@
-"""Reads the machine code of kernels: their accesses to memory, and how many loads are on their way at once."""
+"""Reads the machine code of kernels: memory accesses, loads in flight, loops, and calls of division subroutines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Function(NamedTuple):
 
 
 def functions(cuobjdump: str, path: Path) -> Iterator[Function]:
-    """Each function of an object."""
+    """The functions of an object file."""
     sass = subprocess.run([cuobjdump, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
     for function in sass.split("Function : ")[1:]:
         found = INSTRUCTION.findall(function)
@@ -29,9 +29,9 @@ def functions(cuobjdump: str, path: Path) -> Iterator[Function]:
 
 
 def loads_in_flight(instructions: Sequence[str], how: str | None = None) -> int:
-    """How many 128-bit loads are outstanding together at most, before the first of them is used.
+    """The maximum number of 128-bit loads that are issued before the first of them is used.
 
-    In the order of the code, so of the loop or branch that does best. `how` selects loads by their cache hint.
+    Counted in the order of the code, so it is that of the best loop or branch. `how` selects loads by their cache hint.
     """
     flying: list[set[int]] = []
     most = 0
@@ -49,11 +49,12 @@ def loads_in_flight(instructions: Sequence[str], how: str | None = None) -> int:
 
 
 def stores(instructions: Sequence[str], pattern: str) -> int:
+    """The number of instructions that match a pattern."""
     return sum(re.search(pattern, text) is not None for text in instructions)
 
 
 def innermost_loops(function: Function) -> list[list[str]]:
-    """The instructions of each loop in which there is no other."""
+    """The instructions of each loop that contains no other loop."""
     code = list(zip(function.addresses, function.instructions, strict=True))
     jumps = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
     loops = [(first, last) for first, last in jumps if first < last]
@@ -65,7 +66,7 @@ def innermost_loops(function: Function) -> list[list[str]]:
 
 
 def divides_before_it_loads(function: Function) -> bool:
-    """Whether a division of 64-bit integers, which is a call, comes before the first wide load."""
+    """Whether a 64-bit integer division, which is a call, comes before the first wide load."""
     for text in function.instructions:
         if LOAD.search(text):
             return False
@@ -76,7 +77,7 @@ def divides_before_it_loads(function: Function) -> bool:
 
 
 def _divides(function: Function, target: int) -> bool:
-    """Whether a subroutine is that of integers: it begins with a reciprocal of a 64-bit integer."""
+    """Whether a subroutine divides integers: it begins with the reciprocal of a 64-bit integer."""
     for at, text in zip(function.addresses, function.instructions, strict=True):
         if at >= target and text.startswith("I2F.U64"):
             return True
@@ -86,7 +87,7 @@ def _divides(function: Function, target: int) -> bool:
 
 
 def _sources(text: str) -> set[int]:
-    """Registers that an instruction reads."""
+    """The registers that an instruction reads."""
     operation, _, operands = re.sub(r"^@!?U?P\w+ ", "", text).partition(" ")
     return _registers(operands if operation.startswith(("ST", "RED")) else operands.partition(",")[2])
 

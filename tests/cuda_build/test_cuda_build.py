@@ -1,8 +1,8 @@
-"""What nvcc makes of the CUDA sources, where there is an nvcc; no GPU is needed.
+"""Compiles the CUDA sources with nvcc and checks the machine code; no GPU is needed. Skipped without nvcc.
 
-Every kernel, for every architecture that is shipped, with torch's own macros: no warning, no spill, no stack frame. In
-the machine code for sm_90: accesses of 16 bytes where the kernel was made for them, enough of them in flight, and no
-slow division before the first. What faces torch compiles too.
+Every kernel is compiled for every shipped architecture with torch's flags: no warning, no spill, no stack frame. The
+machine code for sm_90 is disassembled: vectors are accessed with 16 bytes per instruction, enough loads are in flight,
+and no slow division comes before the first load. The sources that include torch are compiled too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
 ARCHS = ("75", "80", "90", "100", "120")
-READ = "90"  # whose machine code is read: to disassemble all would take longer than to compile them
+DISASSEMBLED = "90"  # one architecture only: disassembling all would take longer than compiling them
 
 sys.path.insert(0, str(ROOT / "build_backend"))
 from extension import NVCC_FLAGS  # noqa: E402
@@ -42,14 +42,14 @@ class Kernel(NamedTuple):
     spills: int
 
     def family(self) -> str:
-        """Its template and its operations, without their types."""
+        """The template and its operations, without data types."""
         return re.sub(
             r"\b(float|double|__half|__nv_bfloat16|unsigned char|signed char|short|int|long)\b", "T", self.name
         )
 
 
 def tool(name: str) -> str:
-    """From the toolkit, or from the wheels of the test extra."""
+    """The path of a tool of the CUDA toolkit, or of the wheels in the test extra."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", f"{sysconfig.get_path('purelib')}/nvidia/cu13"]
     for path in [shutil.which(name), *(f"{home}/bin/{name}" for home in homes if home)]:
         if path and os.access(path, os.X_OK):
@@ -60,7 +60,7 @@ def tool(name: str) -> str:
 def demangle(names: list[str]) -> dict[str, str]:
     filtered = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     plain = filtered.replace("normfused::cuda::", "").replace("(anonymous namespace)::", "")
-    # Template arguments say all; the parameters follow from them.
+    # The template arguments identify a kernel; its parameters follow from them.
     return {
         name: re.sub(r"^void |\(int\)|\(bool\)", "", text).partition(">(")[0] + ">"
         for name, text in zip(names, plain.splitlines(), strict=True)
@@ -93,7 +93,7 @@ def read_log(arch: str, log: str) -> list[Kernel]:
 
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, str]]:
-    """The object of each source for each architecture, and what the compiler said."""
+    """The object file of each source and architecture, and the compiler's output."""
     nvcc, folder = tool("nvcc"), tmp_path_factory.mktemp("cuda_build")
     strict = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
 
@@ -136,13 +136,13 @@ def test_kernels_neither_spill_nor_use_a_stack(
     for kernel in kernels:
         families[kernel.family()].append(kernel)
     archs = " ".join(f"sm_{arch}".rjust(12) for arch in ARCHS)
-    lines = [f"{'at most: registers / bytes of shared memory':90} {'kernels':>7} {archs}"]
+    lines = [f"{'maximum registers / bytes of shared memory':90} {'kernels':>7} {archs}"]
     for family, members in sorted(families.items()):
-        most = []
+        maxima = []
         for arch in ARCHS:
             of_arch = [kernel for kernel in members if kernel.arch == arch]
-            most.append(f"{max(k.registers for k in of_arch)} / {max(k.shared for k in of_arch)}")
-        lines.append(f"{family:90} {len(members) // len(ARCHS):7} {' '.join(f'{text:>12}' for text in most)}")
+            maxima.append(f"{max(k.registers for k in of_arch)} / {max(k.shared for k in of_arch)}")
+        lines.append(f"{family:90} {len(members) // len(ARCHS):7} {' '.join(f'{text:>12}' for text in maxima)}")
     lines.append(f"{len(kernels)} kernels, {sum(k.spills for k in kernels)} bytes spilled")
     record_property("table", "\n".join(lines))
     assert len(kernels) > 300
@@ -150,7 +150,7 @@ def test_kernels_neither_spill_nor_use_a_stack(
     assert [kernel for kernel in spilling if not is_known_to_spill(kernel)] == []
 
 
-# On two architectures ptxas needs a few more registers for kernels of eight doubles, or of eight wide sums, at once.
+# On two architectures ptxas spills a few registers of kernels with eight doubles, or eight wide sums, per thread.
 KNOWN_TO_SPILL = {
     "75": re.compile(r"reduce_columns<SumsOp<__half>"),
     "120": re.compile(r"apply_columns<(Normalize|Inference)Op<double, true>, 8|reduce_columns<SumsOp<short>"),
@@ -164,13 +164,17 @@ def is_known_to_spill(kernel: Kernel) -> bool:
 
 def test_every_architecture_has_every_kernel(kernels: list[Kernel]) -> None:
     of_arch = {arch: sorted(kernel.name for kernel in kernels if kernel.arch == arch) for arch in ARCHS}
-    assert all(of_arch[arch] == of_arch[READ] for arch in ARCHS)
+    assert all(of_arch[arch] == of_arch[DISASSEMBLED] for arch in ARCHS)
 
 
 @pytest.fixture(scope="session")
 def code(objects: dict[tuple[str, str], tuple[Path, str]]) -> dict[str, Function]:
-    """The machine code of every kernel whose vectors are 16 bytes at least."""
-    found = [function for source in SOURCES for function in functions(tool("cuobjdump"), objects[source.stem, READ][0])]
+    """The machine code of every kernel whose vectors have at least 16 bytes."""
+    found = [
+        function
+        for source in SOURCES
+        for function in functions(tool("cuobjdump"), objects[source.stem, DISASSEMBLED][0])
+    ]
     names = demangle([function.name for function in found])
     by_name = {names[function.name]: function for function in found}
     one_by_one = ("each_channel", "response_")
@@ -189,7 +193,7 @@ def test_vectors_are_read_by_one_instruction(code: dict[str, Function]) -> None:
 
 
 def test_vectors_are_written_by_one_instruction(code: dict[str, Function]) -> None:
-    """As many plain stores of 16 bytes as streaming ones, which CUDA's intrinsics never split."""
+    """There are as many plain 16-byte stores as streaming ones, which are intrinsics that nvcc never splits."""
     plain, streaming = r"STG\.E\.128", r"STG\.E\.EF\.128"
     writing = {name: function for name, function in code.items() if name.startswith("apply_")}
     split = {
@@ -201,8 +205,9 @@ def test_vectors_are_written_by_one_instruction(code: dict[str, Function]) -> No
     assert split == {}
 
 
-# Families, the cache hint of their loads, and how many are in flight. Doubles and three inputs share the registers.
-LEAST_IN_FLIGHT = {
+# Kernel families, the cache hint of their loads, and the minimum number in flight. Kernels of doubles or with three
+# inputs have registers for fewer.
+MIN_IN_FLIGHT = {
     r"reduce_rows<(MomentsOp|GradSumsOp<\w+, false)": ("", 4),
     r"reduce_rows<(SumsOp|GradSumsOp<\w+, true)": ("", 3),
     r"reduce_columns<(Moments|GradSums)Op<(float|__half|__nv_bfloat16|short)": ("", 6),
@@ -212,19 +217,19 @@ LEAST_IN_FLIGHT = {
 }
 
 
-@pytest.mark.parametrize("family", LEAST_IN_FLIGHT)
+@pytest.mark.parametrize("family", MIN_IN_FLIGHT)
 def test_loads_are_in_flight_together(
     code: dict[str, Function], family: str, record_property: Callable[[str, str], None]
 ) -> None:
-    how, least = LEAST_IN_FLIGHT[family]
-    flying = {name: loads_in_flight(f.instructions, how) for name, f in code.items() if re.match(family, name)}
-    record_property("table", "\n".join(f"{most} {name}" for name, most in sorted(flying.items())))
-    assert len(flying) >= 4
-    assert {name: most for name, most in flying.items() if most < least} == {}
+    how, minimum = MIN_IN_FLIGHT[family]
+    in_flight = {name: loads_in_flight(f.instructions, how) for name, f in code.items() if re.match(family, name)}
+    record_property("table", "\n".join(f"{loads} {name}" for name, loads in sorted(in_flight.items())))
+    assert len(in_flight) >= 4
+    assert {name: loads for name, loads in in_flight.items() if loads < minimum} == {}
 
 
 def test_activations_of_16_bits_call_nothing(code: dict[str, Function]) -> None:
-    """A division that rounds correctly has a subroutine for what is rare; approximations have none."""
+    """A correctly rounded division calls a subroutine for rare cases; the approximations do not."""
     pattern = re.compile(r"apply_\w+<NormalizeOp<(__half|__nv_bfloat16), true")
     fused = {name: function for name, function in code.items() if pattern.match(name)}
     assert len(fused) == 6
@@ -233,44 +238,44 @@ def test_activations_of_16_bits_call_nothing(code: dict[str, Function]) -> None:
 
 
 def test_loads_wait_for_no_division(code: dict[str, Function]) -> None:
-    """64-bit division is a call of some hundred cycles."""
+    """A 64-bit division is a call of some hundred cycles."""
     assert [name for name, function in code.items() if divides_before_it_loads(function)] == []
 
 
 def test_launches_overlap(code: dict[str, Function]) -> None:
-    """A reduction allows the next launch before it reads, an application waits before it touches memory."""
+    """A reduction allows the next launch before its first load; an application waits before its first memory access."""
     reducing = {name: function for name, function in code.items() if name.startswith("reduce_")}
     applying = {name: function for name, function in code.items() if name.startswith("apply_")}
     assert len(reducing) > 25
     assert len(applying) > 25
 
-    def comes_late(function: Function, instruction: str) -> bool:
+    def follows_an_access(function: Function, instruction: str) -> bool:
         text = function.instructions
         first = next((i for i, line in enumerate(text) if re.search(r"\b(LD|LDG|ST|STG|RED|ATOM\w*)\b", line)), 0)
         return not any(instruction in line for line in text[:first])
 
-    assert [name for name, function in reducing.items() if comes_late(function, "PREEXIT")] == []
-    assert [name for name, function in applying.items() if comes_late(function, "ACQBULK")] == []
+    assert [name for name, function in reducing.items() if follows_an_access(function, "PREEXIT")] == []
+    assert [name for name, function in applying.items() if follows_an_access(function, "ACQBULK")] == []
 
 
-def test_repairs_keep_loads_in_flight(code: dict[str, Function]) -> None:
-    """A channel that is computed again in double is read without a division for each value, which is a call."""
-    pattern = re.compile(r"reduce_\w+<MomentsOp<(float|__half|__nv_bfloat16),")  # which sum in float otherwise
-    repairing = {name: function for name, function in code.items() if pattern.match(name)}
-    assert len(repairing) >= 15
-    for name, function in repairing.items():
+def test_recomputing_keeps_loads_in_flight(code: dict[str, Function]) -> None:
+    """The loops that recompute a channel in double contain no call of a division."""
+    pattern = re.compile(r"reduce_\w+<MomentsOp<(float|__half|__nv_bfloat16),")  # their other loops sum in float
+    recomputing = {name: function for name, function in code.items() if pattern.match(name)}
+    assert len(recomputing) >= 15
+    for name, function in recomputing.items():
         loops = [
             loop
             for loop in innermost_loops(function)
             if any("LDG" in text for text in loop) and any(re.search("DADD|DFMA", text) for text in loop)
         ]
         assert not any("CALL" in text for loop in loops for text in loop), name
-        # Of the sum and of the squares; another, with as many, reads the partial results.
+        # One loop for the sum, one for the squares; a third merges the partial sums.
         assert sum(sum("LDG" in text for text in loop) >= 8 for loop in loops) >= 3, name
 
 
 def access_bytes(name: str) -> int:
-    """Bytes of a vector of the first input of a kernel, from its name."""
+    """The bytes of a vector of the kernel's first input, from the kernel's name."""
     sizes = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2, "unsigned char": 1, "signed char": 1}
     sizes |= {"short": 2, "int": 4, "long": 8}
     item = re.search(r"(?:Op|_tiles)<([a-z_0-9 ]+)[,>]", name)
@@ -280,8 +285,8 @@ def access_bytes(name: str) -> int:
     return sizes[item[1]] * int(values[1])
 
 
-def test_what_faces_torch_compiles(tmp_path: Path) -> None:
-    """With the one header that a CPU build of torch lacks."""
+def test_sources_that_include_torch_compile(tmp_path: Path) -> None:
+    """With a substitute for the one header that a CPU build of torch lacks."""
     tool("nvcc")
     generated = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
     generated.parent.mkdir(parents=True)

@@ -1,5 +1,5 @@
-// Puts the CUDA kernels, run by the simulator, where the operators expect the CPU's: so all that is tested of the
-// operators on a CPU is tested of the CUDA kernels too.
+// A drop-in for the CPU backend that runs the CUDA kernels in the simulator, so that the operators' CPU tests also test
+// the CUDA kernels.
 #include "ops/backend.h"
 
 #include "kernels/cpu/kernels.h"
@@ -9,14 +9,14 @@ namespace normfused {
 
 namespace {
 
-// A small device: tensors of some thousand values are split, and large ones are streamed.
+// A small device: tensors of a few thousand values are split, and large outputs are streamed.
 constexpr cuda::DeviceLimits kDevice{4, 1 << 20, true};
 
 template <class Args, cudaError_t (*kernel)(const Args&, cuda::Resources&)>
 void run(const Args& args, const at::Device&) {
   testing::HostResources resources(kDevice);
-  TORCH_CHECK(kernel(args, resources) == cudaSuccess, "not started");
-  TORCH_CHECK(resources.tickets_are_zero(), "a ticket is not zero at the end");
+  TORCH_CHECK(kernel(args, resources) == cudaSuccess, "the launch failed");
+  TORCH_CHECK(resources.tickets_are_zero(), "a ticket is not zero after the launch");
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Small launches that pass every barrier and fence of the kernels, for a build under ThreadSanitizer: with any of them
-// taken out, a race is reported or a result is wrong. Few kernels, so that it is built quickly, again and again.
+// Small launches that execute every barrier and fence of the kernels, for builds with ThreadSanitizer. If any barrier
+// or fence is removed from the kernels, a race is reported or a result is wrong. It instantiates few kernels, because
+// the test builds it once per barrier.
 #include "definition.h"
 #include "kernels/cuda/batch_norm.cuh"
 #include "kernels/cuda/local_response_norm.cuh"
@@ -19,7 +20,7 @@ struct Data {
   std::vector<float> x;
   std::vector<double> mean, m2;
 
-  // Channel 0 holds an infinity; the squares of channel 1 overflow in float.
+  // `extreme`: channel 0 contains an infinity, and the squares of channel 1 overflow float.
   Data(ChannelView v, bool extreme) : view(v), x(v.numel()), mean(v.channels), m2(v.channels) {
     for (int64_t i = 0; i < v.numel(); ++i) {
       const int64_t c = channel(i);
@@ -33,7 +34,7 @@ struct Data {
   int64_t channel(int64_t i) const { return i / view.inner % view.channels; }
 };
 
-// Of three splits, of which the last is idle: merged at once, or two and one first.
+// Moments from three splits, the last without work: merged at once (group 3), or as groups of two and one (group 2).
 void statistics(const ChannelView& view, bool extreme, int group) {
   current = "statistics of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
             std::to_string(view.inner);
@@ -44,7 +45,7 @@ void statistics(const ChannelView& view, bool extreme, int group) {
   HostResources resources(kDevice);
   std::vector<double> mean(view.channels), m2(view.channels);
   const cuda::MomentsOp<float, false> op{data.x.data(), view};
-  reduce(op, cuda::WriteResults<double>{{mean.data(), m2.data()}}, cuda::Nothing{}, plan, resources);
+  reduce(op, cuda::WriteResults<double>{{mean.data(), m2.data()}}, cuda::NoApply{}, plan, resources);
   cudahost::synchronize();
   for (int64_t c = 0; c < view.channels; ++c) {
     expect_near("mean", c, mean[c], data.mean[c], 1e-6 * std::abs(data.mean[c]));
@@ -52,8 +53,8 @@ void statistics(const ChannelView& view, bool extreme, int group) {
   }
 }
 
-// In one launch, or in place in two that overlap, with a cumulative average. In one, vectors that neighbouring rows
-// share are read by the one while the other writes its part of them.
+// Training in one launch, or in place in two launches that overlap, with a cumulative average. In one launch, a block
+// can read a vector that two rows share while another block writes its part of it.
 void training(const ChannelView& view, int launches) {
   current = "training of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
             std::to_string(view.inner);
@@ -79,7 +80,7 @@ void training(const ChannelView& view, int launches) {
   if (launches == 1) {
     reduce(op, finish, normalize, plan, resources);
   } else {
-    reduce(op, finish, cuda::Nothing{}, plan, resources);
+    reduce(op, finish, cuda::NoApply{}, plan, resources);
     apply(normalize, cuda::plan_apply(view, sizeof(float), sizeof(float), true, kDevice), nullptr, true);
   }
   cudahost::synchronize();
@@ -88,12 +89,12 @@ void training(const ChannelView& view, int launches) {
     expect_near("running_mean", c, running_mean[c], 8 + (data.mean[c] - 8) / 4, 1e-5);
   for (int64_t i = 0; i < view.numel(); ++i) {
     const int64_t c = data.channel(i);
-    const double invstd_wanted = 1 / std::sqrt(data.m2[c] / static_cast<double>(view.positions()) + 1e-5);
-    expect_near("output", i, output[i], (data.x[i] - data.mean[c]) * invstd_wanted, 1e-5);
+    const double expected_invstd = 1 / std::sqrt(data.m2[c] / static_cast<double>(view.positions()) + 1e-5);
+    expect_near("output", i, output[i], (data.x[i] - data.mean[c]) * expected_invstd, 1e-5);
   }
 }
 
-// Sums of gradients, whose states begin with what a block loads together.
+// Sums of gradients. Their initial states are loaded by the block together.
 void gradients(const ChannelView& view) {
   current = "gradients of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
             std::to_string(view.inner);
@@ -112,7 +113,7 @@ void gradients(const ChannelView& view) {
   args.training = true;
   const cuda::ReductionPlan plan = cut(cuda::plan_reduction(view, sizeof(float), 2, true, false, kDevice), 2, 1, 2);
   HostResources resources(kDevice);
-  reduce(cuda::GradSumsOp<float, false>{args}, cuda::FinishBackward<float, false>{args, table.data()}, cuda::Nothing{},
+  reduce(cuda::GradSumsOp<float, false>{args}, cuda::FinishBackward<float, false>{args, table.data()}, cuda::NoApply{},
          plan, resources);
   cudahost::synchronize();
   for (int64_t c = 0; c < view.channels; ++c) {
@@ -121,7 +122,7 @@ void gradients(const ChannelView& view) {
   }
 }
 
-// By coefficients that blocks prepare.
+// Inference with coefficients that each block prepares.
 void inference(const ChannelView& view) {
   current = "inference of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
             std::to_string(view.inner);
@@ -148,6 +149,7 @@ void inference(const ChannelView& view) {
   }
 }
 
+// Local response normalization with windows of three channels, forward and backward.
 void windows(const ChannelView& view) {
   current = "windows of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
             std::to_string(view.inner);
@@ -161,7 +163,7 @@ void windows(const ChannelView& view) {
            response_of<float>(args));
     cudahost::synchronize();
   };
-  // The channels before and after that of value i, of whose values f is summed with its own.
+  // The sum of f over the window of value i: its channel and one neighbour on each side.
   const auto window_sum = [&](int64_t i, const auto& f) {
     double sum = f(i);
     if (data.channel(i) > 0) sum += f(i - view.inner);
@@ -180,6 +182,7 @@ void windows(const ChannelView& view) {
   }
 }
 
+// Images that are transposed, in either direction.
 void images(bool input_is_last) {
   current = input_is_last ? "images from channels last" : "images to channels last";
   const ChannelView view{1, 3, 1500};
@@ -208,17 +211,17 @@ void images(bool input_is_last) {
 int main() {
   try {
     for (const int group : {3, 2}) {
-      statistics({3, 2, 49}, true, group);    // rows, a warp to a channel
-      statistics({1, 1, 3072}, true, group);  // rows, two warps to a channel
+      statistics({3, 2, 49}, true, group);    // rows, a warp per channel
+      statistics({1, 1, 3072}, true, group);  // rows, two warps per channel
       statistics({3, 1, 1001}, false, group);
       statistics({90, 8, 1}, true, group);  // columns
-      statistics({90, 3, 1}, true, group);  // columns, several positions side by side
-      statistics({9, 4, 7}, true, group);   // columns of all channels' rows
+      statistics({90, 3, 1}, true, group);  // columns, repeated
+      statistics({9, 4, 7}, true, group);   // columns, folded
     }
     gradients({90, 8, 1});
     training({3, 3, 49}, 1);
     training({9, 8, 7}, 1);
-    training({1, 1, 200}, 1);  // all of a block for a channel
+    training({1, 1, 200}, 1);  // a whole block per channel
     training({90, 8, 1}, 1);
     training({90, 3, 1}, 1);
     training({3, 1, 200}, 2);

@@ -1,4 +1,4 @@
-"""Fixtures of the kernels that run on the CPU."""
+"""Fixtures for the kernels in the simulator."""
 
 from pathlib import Path
 
@@ -7,6 +7,6 @@ import pytest
 
 @pytest.fixture(scope="session")
 def cache(request: pytest.FixtureRequest) -> Path:
-    """Where built programs stay from one run of the tests to the next."""
+    """The folder that keeps built programs between test runs."""
     assert request.config.cache is not None
     return request.config.cache.mkdir("host_cuda")

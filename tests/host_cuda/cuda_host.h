@@ -1,14 +1,14 @@
-// CUDA's built-ins for a plain C++ compiler: what kernels/cuda/prelude.h includes where there is no nvcc. Types and
-// conversions are from CUDA's own headers; no driver and no CUDA library is needed. A built-in is added here when a
-// kernel uses it.
+// CUDA's built-ins for a plain C++ compiler; kernels/cuda/prelude.h includes it if there is no nvcc. Types and
+// conversions come from CUDA's own headers; no driver or CUDA library is needed. Only the built-ins that kernels use
+// are defined.
 //
-// Not to be had: performance, occupancy, scheduling. Results can differ in the last bit where nvcc contracts a product
-// and a sum.
+// Performance, occupancy and scheduling are not simulated. Results can differ from a GPU's in the last bit where nvcc
+// contracts a product and a sum.
 #pragma once
 
 #include "simulator.h"
 
-// NVIDIA's headers make __shared__ nothing, and so a variable of each thread.
+// NVIDIA's headers define __shared__ as nothing, which would make a variable per thread.
 #undef __shared__
 #define __shared__ _Pragma("GCC error \"use NF_SHARED(T, name, [N])\"")
 #undef __launch_bounds__
@@ -43,7 +43,7 @@ inline void cudaTriggerProgrammaticLaunchCompletion() {}
 inline void cudaGridDependencySynchronize() { cudahost::wait_for_previous_launch(); }
 
 inline void __threadfence() { cudahost::fence(); }
-// Loops that wait for another block must call it.
+// Must be called in every loop that waits for another block: it lets other threads run.
 inline void __nanosleep(unsigned, CUDAHOST_HERE) { cudahost::wait_as(cudahost::State::kSpinning, place); }
 
 template <class T>
@@ -73,8 +73,8 @@ void __stwb(T* target, std::common_type_t<T> value) {
   *target = value;
 }
 
-// The approximations of CUDA's programming guide, as near as can be, or wrong by all of the error that it states, in
-// one direction or the other.
+// CUDA's approximate intrinsics: correctly rounded if `approximation` is 0, or off by the maximum error of the CUDA
+// programming guide, upwards (1) or downwards (-1).
 namespace cudahost {
 inline int approximation = 0;
 inline float off_by(float value, float units) {

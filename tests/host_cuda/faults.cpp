@@ -1,7 +1,7 @@
-// The simulator's own test: kernels with one fault each, and some without.
+// The simulator's own test: kernels with one fault each, and some without a fault.
 //
-//   faults              those that the simulator itself reports; prints what it said, or fails
-//   faults NAME         one that a sanitizer must report, or none must; exits with 0 where the result is right
+//   faults              runs the kernels whose faults the simulator itself must report, and prints the reports
+//   faults NAME         runs one kernel whose fault a sanitizer must report; exits with 0 if the result is correct
 #include <functional>
 #include <map>
 #include <memory>
@@ -141,7 +141,7 @@ void expect_error(const std::string& name, const std::string& part, const std::f
 }  // namespace
 
 int main(int argc, char** argv) {
-  // Exactly sized, so that AddressSanitizer guards both ends.
+  // Buffers of the exact size, so that AddressSanitizer guards both ends.
   const auto in = std::make_unique<int[]>(64), out = std::make_unique<int[]>(64);
   const auto floats = std::make_unique<float[]>(64);
   for (int i = 0; i < 64; ++i) in[i] = i + 1;

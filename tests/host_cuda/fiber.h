@@ -1,4 +1,4 @@
-// Fibers: functions with stacks of their own that take turns on one OS thread, in ways the sanitizers know of.
+// Fibers: functions with their own stacks that take turns on one OS thread. The sanitizers are told of every switch.
 #pragma once
 
 #include <sys/mman.h>
@@ -34,7 +34,7 @@
 #include <ucontext.h>
 #endif
 
-// What the simulator does for itself is not to be seen by the race detector.
+// ThreadSanitizer must not see the simulator's own accesses.
 #define CUDAHOST_HIDDEN __attribute__((no_sanitize("thread"))) inline
 
 namespace cudahost {
@@ -47,13 +47,13 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kPageBytes = 4 << 10;
 
 struct Fiber {
-  void* position;  // where it goes on: its stack pointer, or its context
+  void* position;  // where it resumes: its stack pointer, or its context
   char* stack;
   void* fake_stack;  // AddressSanitizer's
   void* tsan;        // ThreadSanitizer's
 };
 
-// The OS thread's own stack, from which fibers are resumed and to which they return.
+// The OS thread's own stack, which resumes the fibers and to which they return.
 struct Home {
   void* position;
   void* fake_stack;
@@ -72,7 +72,7 @@ CUDAHOST_HIDDEN void switch_stacks(void** from, void* to) {
 }
 
 CUDAHOST_HIDDEN void* first_position(char* stack, void (*function)()) {
-  // The context lies at the stack's far end, above the guard page.
+  // The context is stored at the lower end of the stack, above the guard page.
   auto* const context = reinterpret_cast<ucontext_t*>(stack + kPageBytes);
   getcontext(context);
   context->uc_stack.ss_sp = stack + 2 * kPageBytes;
@@ -90,15 +90,15 @@ __attribute__((naked, noinline)) inline void switch_stacks(void** /*rdi*/, void*
 }
 
 CUDAHOST_HIDDEN void* first_position(char* stack, void (*function)()) {
-  auto** position = reinterpret_cast<void**>(stack + kStackBytes) - 1;  // entered by ret: rsp is 8 beyond 16 bytes
+  auto** position = reinterpret_cast<void**>(stack + kStackBytes) - 1;  // entered by ret: rsp is then 8 modulo 16
   position[0] = nullptr;
   *--position = reinterpret_cast<void*>(function);
-  return position - 6;  // six registers that a callee saves, of any value
+  return position - 6;  // six callee-saved registers of any value
 }
 
 #endif
 
-// From home to a fiber; returns when the fiber does.
+// Switches from home to a fiber. Returns when the fiber switches back.
 CUDAHOST_HIDDEN void resume(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&home.fake_stack, fiber.stack, kStackBytes);
@@ -111,14 +111,14 @@ CUDAHOST_HIDDEN void resume(Fiber& fiber) {
 #endif
 }
 
-// The first thing that a fiber's function does.
+// Must be the first call in a fiber's function.
 CUDAHOST_HIDDEN void arrive() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &home.stack, &home.stack_bytes);
 #endif
 }
 
-// From a fiber to home; returns when the fiber is resumed.
+// Switches from a fiber to home. Returns when the fiber is resumed.
 CUDAHOST_HIDDEN void go_home(Fiber& fiber, [[maybe_unused]] bool for_good = false) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack, home.stack, home.stack_bytes);
@@ -137,11 +137,12 @@ CUDAHOST_HIDDEN char* map_memory(size_t bytes) {
   return static_cast<char*>(memory);
 }
 
-// Stacks with a guard page below each, as long as the system has maps for that.
+// Maps stacks with a guard page below each. Above 8192 stacks there are no guard pages: the system limits the mappings
+// of a process.
 CUDAHOST_HIDDEN char* map_stacks(size_t count) {
-  constexpr size_t kMostGuarded = 8192;
+  constexpr size_t kMaxGuarded = 8192;
   char* const stacks = map_memory(count * kStackBytes);
-  for (size_t i = 0; i < count && count <= kMostGuarded; ++i) mprotect(stacks + i * kStackBytes, kPageBytes, PROT_NONE);
+  for (size_t i = 0; i < count && count <= kMaxGuarded; ++i) mprotect(stacks + i * kStackBytes, kPageBytes, PROT_NONE);
   return stacks;
 }
 

@@ -19,10 +19,10 @@ ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc/kernels/cuda"
 LAUNCHERS = [*sorted(KERNELS.glob("*.cu")), KERNELS / "plan.cpp"]
 
-# Kernels reinterpret memory as vectors, which nvcc allows.
+# Kernels access memory as vectors of another type, which nvcc defines; other compilers need -fno-strict-aliasing.
 COMMON = "-std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing"
 PLAIN = "-O1"
-# Checks as calls: inlined into kernels they take minutes to compile.
+# Checks are calls of functions: inlined into kernels they take minutes to compile.
 ADDRESS = (
     "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0"
 )
@@ -30,7 +30,7 @@ THREAD = "-O1 -g1 -fsanitize=thread -DNORMFUSED_CUDA_THREADS=64"
 
 
 def cuda_headers() -> Path:
-    """The toolkit's headers, or those of the wheels in the test extra."""
+    """The headers of a CUDA toolkit, or of the wheels in the test extra."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", f"{sysconfig.get_path('purelib')}/nvidia/cu13"]
     for home in homes:
         if home and (Path(home) / "include/cuda_bf16.h").exists():
@@ -44,7 +44,7 @@ def gcc() -> str:
 
 
 def clang() -> str:
-    """A clang++ that has ThreadSanitizer: g++ takes twenty times as long for it."""
+    """A clang++ with ThreadSanitizer. g++ takes twenty times as long to compile the kernels with it."""
     for name in ("clang++", "clang++-19", "clang++-18", "clang++-17", "clang++-16"):
         compiler = shutil.which(name)
         if compiler is None:
@@ -55,6 +55,18 @@ def clang() -> str:
     pytest.skip("no clang++ with ThreadSanitizer")
 
 
+def compile_command(compiler: str, flags: str, csrc: Path = ROOT / "csrc") -> list[str]:
+    include = [csrc, HERE, ROOT / "tests/kernels"]
+    command = [compiler, *shlex.split(COMMON), *shlex.split(flags), *(f"-I{path}" for path in include)]
+    return [*command, "-isystem", str(cuda_headers())]
+
+
+def check_syntax(source: Path) -> subprocess.CompletedProcess[str]:
+    """Compiles a source without generating code."""
+    command = [*compile_command(gcc(), "-fsyntax-only"), str(source)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def build(
     cache: Path,
     compiler: str,
@@ -63,12 +75,10 @@ def build(
     csrc: Path = ROOT / "csrc",
     link: Sequence[str] = (),
 ) -> Path:
-    """The program of some sources, compiled anew where a source, a header or the command has changed."""
-    include = [csrc, HERE, ROOT / "tests/kernels"]
-    command = [compiler, *shlex.split(COMMON), *shlex.split(flags), *(f"-I{path}" for path in include)]
-    command += ["-isystem", str(cuda_headers())]
+    """Returns the program of some sources. It is built again only if a source, a header or the command has changed."""
+    command = compile_command(compiler, flags, csrc)
     digest = hashlib.sha256(" ".join(map(str, [*command, *sources])).encode())
-    for folder in include:
+    for folder in (csrc, HERE, ROOT / "tests/kernels"):
         for path in sorted(folder.rglob("*")):
             if path.suffix in {".h", ".cuh", ".cu", ".cpp"}:
                 digest.update(path.read_bytes())
@@ -92,7 +102,7 @@ def build(
 
 
 def run(program: Path, *arguments: str, order: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run it with the threads, warps and blocks in one of the orders: 0 upwards, 1 downwards, others shuffled."""
+    """Runs a program with threads, warps and blocks in an order: 0 ascending, 1 descending, others shuffled by it."""
     environment = {**os.environ, "CUDAHOST_ORDER": str(order)}
     if (symbolizer := shutil.which("addr2line")) is not None:
         environment.setdefault("TSAN_OPTIONS", f"external_symbolizer_path={symbolizer}")

@@ -1,7 +1,8 @@
-// Runs every CUDA kernel on the CPU over shapes, dtypes, alignments and devices, and compares it with the definition in
-// double. Buffers are exactly sized, so that sanitizers see every access out of bounds. Prints what it ran.
+// Runs every CUDA kernel in the simulator over shapes, dtypes, alignments and devices, and compares the results with
+// the definition in double. Buffers have their exact size, so that AddressSanitizer detects every access out of bounds.
+// Prints how many cases it ran.
 //
-//   main full | small | tiny    how much
+//   main full | small | tiny    the number of shapes
 #include <map>
 
 #include "definition.h"
@@ -21,16 +22,16 @@ struct Cuda {
 
   std::string name() const { return std::string("cuda on ") + device; }
 
-  // In `most` launches, or, where the bits of a mask are written one by one, one more, which clears them.
+  // Runs an operation and checks that it took at most this many launches and left the tickets zero.
   template <class Args>
   void start(const char* what, cudaError_t (*kernel)(const Args&, cuda::Resources&), const Args& args,
-             unsigned most) const {
+             unsigned max_launches) const {
     HostResources resources(limits);
-    const unsigned before = cudahost::launches;
+    const unsigned launches = cudahost::launches;
     try {
-      if (kernel(args, resources) != cudaSuccess) throw std::runtime_error("not started");
-      if (!resources.tickets_are_zero()) throw std::runtime_error("a ticket is not zero at the end");
-      if (cudahost::launches - before > most) throw std::runtime_error("too many launches");
+      if (kernel(args, resources) != cudaSuccess) throw std::runtime_error("the launch failed");
+      if (!resources.tickets_are_zero()) throw std::runtime_error("a ticket is not zero after the launch");
+      if (cudahost::launches - launches > max_launches) throw std::runtime_error("too many launches");
     } catch (const std::exception& error) {
       std::printf("FAILED %s: %s: %s\n", current.c_str(), what, error.what());
       std::exit(1);
@@ -38,11 +39,12 @@ struct Cuda {
     ++ran[what];
   }
 
+  // A mask whose bits are written one by one takes one more launch, which clears it.
   void batch_norm_training(const BatchNormForward& args) const {
     start("batch_norm_training", cuda::batch_norm_training, args, 2 + (args.mask != nullptr));
   }
   void batch_norm_inference(const BatchNormForward& args) const {
-    // A vector of a row for a thread makes a block meet more rows than it has threads.
+    // With short rows a block contains values of more channels than it has threads, so it cannot prepare coefficients.
     const bool prepares = args.view.inner == 1 || args.view.inner > 32;
     start("batch_norm_inference", cuda::batch_norm_inference, args, (prepares ? 1 : 2) + (args.mask != nullptr));
   }
@@ -61,7 +63,7 @@ struct Cuda {
 
 const Cuda kDevices[] = {
     {"one multiprocessor", {1, int64_t{1} << 40}},
-    {"a large device", {100000, 0}},  // as many splits as shapes allow, every store streaming
+    {"a large device", {100000, 0}},  // the maximum number of splits, every store streaming
 };
 
 std::string describe(const ChannelView& view) {
@@ -103,7 +105,7 @@ void run_integers(const Cuda& backend, DType dtype, const ChannelView& view, int
   run_integer_sums<T>(backend, dtype, view, offset, false, random);
 }
 
-// As many splits as there are units to split, and some without work.
+// The maximum number of splits, one per unit, and some without work.
 void run_fine_splits(const ChannelView& view, int64_t offset, std::mt19937& random) {
   current = "fine splits " + describe(view) + " offset " + std::to_string(offset);
   Buffer<float> input(view.numel(), offset);
@@ -117,39 +119,39 @@ void run_fine_splits(const ChannelView& view, int64_t offset, std::mt19937& rand
 
   std::vector<double> sum(view.channels), squares(view.channels), low(view.channels), high(view.channels);
   const cuda::SumsOp<float> op{input.data, view};
-  reduce(op, cuda::WriteResults<double>{{sum.data(), squares.data(), low.data(), high.data()}}, cuda::Nothing{}, plan,
+  reduce(op, cuda::WriteResults<double>{{sum.data(), squares.data(), low.data(), high.data()}}, cuda::NoApply{}, plan,
          resources);
-  std::vector<double> wanted(view.channels), wanted_squares(view.channels);
-  std::vector<float> wanted_low(view.channels, 9), wanted_high(view.channels, -9);
+  std::vector<double> expected(view.channels), expected_squares(view.channels);
+  std::vector<float> expected_low(view.channels, 9), expected_high(view.channels, -9);
   for (int64_t i = 0; i < view.numel(); ++i) {
     const int64_t c = i / view.inner % view.channels;
-    wanted[c] += input.data[i];
-    wanted_squares[c] += input.data[i] * input.data[i];
-    wanted_low[c] = std::min(wanted_low[c], input.data[i]);
-    wanted_high[c] = std::max(wanted_high[c], input.data[i]);
+    expected[c] += input.data[i];
+    expected_squares[c] += input.data[i] * input.data[i];
+    expected_low[c] = std::min(expected_low[c], input.data[i]);
+    expected_high[c] = std::max(expected_high[c], input.data[i]);
   }
   for (int64_t c = 0; c < view.channels; ++c) {
-    expect_near("sum", c, sum[c], wanted[c], 0);  // eighths: every sum is exact
-    expect_near("sum_of_squares", c, squares[c], wanted_squares[c], 0);
-    expect_near("min", c, low[c], wanted_low[c], 0);
-    expect_near("max", c, high[c], wanted_high[c], 0);
+    expect_near("sum", c, sum[c], expected[c], 0);  // multiples of 1/8: every sum is exact
+    expect_near("sum_of_squares", c, squares[c], expected_squares[c], 0);
+    expect_near("min", c, low[c], expected_low[c], 0);
+    expect_near("max", c, high[c], expected_high[c], 0);
   }
   std::vector<double> mean(view.channels), m2(view.channels);
   const cuda::MomentsOp<float, false> moments{input.data, view};
-  reduce(moments, cuda::WriteResults<double>{{mean.data(), m2.data()}}, cuda::Nothing{}, plan, resources);
+  reduce(moments, cuda::WriteResults<double>{{mean.data(), m2.data()}}, cuda::NoApply{}, plan, resources);
   for (int64_t c = 0; c < view.channels; ++c) {
     const auto count = static_cast<double>(view.positions());
-    expect_near("mean", c, mean[c], wanted[c] / count, 1e-6);
-    expect_near("m2", c, m2[c], wanted_squares[c] - wanted[c] / count * wanted[c], 1e-5 * wanted_squares[c]);
+    expect_near("mean", c, mean[c], expected[c] / count, 1e-6);
+    expect_near("m2", c, m2[c], expected_squares[c] - expected[c] / count * expected[c], 1e-5 * expected_squares[c]);
   }
   if (!resources.tickets_are_zero()) {
-    std::printf("FAILED %s: a ticket is not zero at the end\n", current.c_str());
+    std::printf("FAILED %s: a ticket is not zero after the launch\n", current.c_str());
     std::exit(1);
   }
   ++ran["fine splits"];
 }
 
-// What costs careless sums their digits, each in a channel of its own.
+// Data for which naive sums lose all digits, one kind per channel.
 void run_extremes(const Cuda& backend, const ChannelView& view) {
   enum { kConstant, kFarFromZero, kNaN, kInfinite, kHuge, kOutlierFirst, kOrdinary, kChannels };
   current = backend.name() + " extremes " + describe(view);
@@ -182,12 +184,13 @@ void run_extremes(const Cuda& backend, const ChannelView& view) {
                            input.data(),
                            {results[0].data(), results[1].data(), results[2].data(), results[3].data()}});
   for (int c = 0; c < kChannels; ++c) {
-    const double want = static_cast<double>(mean[c]), squares = static_cast<double>(m2[c]);
+    const double expected = static_cast<double>(mean[c]), squares = static_cast<double>(m2[c]);
     if (c == kConstant) {
       expect_near("mean of a constant", c, results[0][c], static_cast<double>(0.1f), 0);
       expect_near("m2 of a constant", c, results[1][c], 0, 0);
     } else {
-      expect_near("mean", c, results[0][c], want, 1e-7 * std::abs(want) + 1e-6 * std::sqrt(squares / view.positions()));
+      expect_near("mean", c, results[0][c], expected,
+                  1e-7 * std::abs(expected) + 1e-6 * std::sqrt(squares / view.positions()));
       expect_near("m2", c, results[1][c], squares, 1e-5 * squares);
     }
     const bool unordered = c == kNaN;
@@ -197,35 +200,36 @@ void run_extremes(const Cuda& backend, const ChannelView& view) {
   ++ran["extremes"];
 }
 
-// A channel is read again where an infinity or an overflow is in it, and only there: a NaN is the answer by itself.
+// Counts the blocks that recompute a channel. They must do so if it contains an infinity or overflows, and only then: a
+// NaN is a valid result.
 struct Counting : cuda::MomentsOp<float, true> {
-  int* repairs;  // of blocks
+  int* recomputes;
 
   template <class... A>
   void recompute(A&&... arguments) const {
-    if (threadIdx.x == 0) ++*repairs;
+    if (threadIdx.x == 0) ++*recomputes;
     cuda::MomentsOp<float, true>::recompute(std::forward<A>(arguments)...);
   }
 };
 
-void run_repairs() {
+void run_recomputes() {
   const cuda::DeviceLimits device{1, int64_t{1} << 40};
   for (const ChannelView& view : {ChannelView{3, 4, 500}, ChannelView{1500, 4, 1}})
     for (const bool has_infinity : {false, true}) {
-      current = "repairs " + describe(view) + (has_infinity ? " with an infinity" : " with NaN");
+      current = "recomputes " + describe(view) + (has_infinity ? " with an infinity" : " with NaN");
       std::vector<float> input(view.numel(), std::nanf(""));
       for (int64_t i = 0; i < view.numel(); ++i)
-        if (i / view.inner % view.channels == 1) input[i] = 1;  // a sound one among them
+        if (i / view.inner % view.channels == 1) input[i] = 1;  // a valid channel among them
       if (has_infinity) input[view.inner] = std::numeric_limits<float>::infinity();
-      int repairs = 0;
+      int recomputes = 0;
       std::vector<double> results[4];
       for (auto& r : results) r.resize(view.channels);
       HostResources resources(device);
       const cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, false, false, device);
-      reduce(Counting{{input.data(), view}, &repairs},
+      reduce(Counting{{input.data(), view}, &recomputes},
              cuda::WriteResults<double>{{results[0].data(), results[1].data(), results[2].data(), results[3].data()}},
-             cuda::Nothing{}, plan, resources);
-      expect_near("repairs", 0, repairs, has_infinity, 0);
+             cuda::NoApply{}, plan, resources);
+      expect_near("recomputes", 0, recomputes, has_infinity, 0);
       for (int64_t c = 0; c < view.channels; ++c)
         for (int k = 0; k < 4; ++k)
           expect_near("result", 4 * c + k, results[k][c],
@@ -236,10 +240,10 @@ void run_repairs() {
                                       : HUGE_VAL,
                       0);
     }
-  ++ran["repairs"];
+  ++ran["recomputes"];
 }
 
-// `paired`: each offset on one of the devices only.
+// `paired`: each offset runs on one of the devices only.
 void run_all(const ChannelView& view, const std::vector<int64_t>& offsets, bool paired, std::mt19937& random) {
   for (const int64_t offset : offsets) {
     for (const Cuda& device : kDevices) {
@@ -263,8 +267,8 @@ void run_all(const ChannelView& view, const std::vector<int64_t>& offsets, bool 
 int main(int argc, char** argv) {
   const std::string size = argc > 1 ? argv[1] : "full";
   std::mt19937 random(7);
-  // Every path: rows whole, masked and of single values; columns side by side, in tiles and of single values; one block
-  // and many. Counts around a vector, a warp, a block and a tile.
+  // Every path: rows that are whole, masked and of single values; columns that are repeated, in tiles and of single
+  // values; one block and many. Extents around a vector, a warp, a block and a tile.
   std::vector<ChannelView> views{{1, 1, 2}, {1, 3, 31}, {3, 5, 49}, {2, 3, 16}, {2, 3, 1}, {31, 3, 1}, {31, 8, 1}};
   if (size != "tiny") {
     const ChannelView more[] = {{1, 1, 1},  {1, 65, 1},   {31, 1, 1},   {4, 65, 49}, {2, 3, 4097}, {3, 9, 7},
@@ -277,12 +281,11 @@ int main(int argc, char** argv) {
     views.insert(views.end(), std::begin(more), std::end(more));
   }
   for (const ChannelView& view : views) {
-    // A block for every eight channels makes the simulator slow.
+    // Shapes with very many blocks are slow in the simulator.
     const bool costly = view.numel() > 100000 || (view.inner > 1 && view.channels > 1000);
     run_all(view, costly ? std::vector<int64_t>{0} : std::vector<int64_t>{0, 1}, size != "full", random);
   }
-  // Images: whole tiles and parts of them; more channels than a tile has, and than a launch. Devices make no
-  // difference.
+  // Images: whole and clipped tiles; more channels than a tile holds, and than a launch. The device does not matter.
   std::vector<ChannelView> images{{2, 3, 35}, {1, 4, 64}, {3, 1, 50}, {2, 5, 848}};
   if (size != "tiny") images.insert(images.end(), {{1, 3, 1400}, {1, 40, 70}, {1, 130, 66}});
   for (const ChannelView& view : images)
@@ -291,7 +294,7 @@ int main(int argc, char** argv) {
     run_finish(device);
     run_nonfinite(device);
   }
-  run_repairs();
+  run_recomputes();
   if (size != "tiny")
     for (const Cuda& device : kDevices)
       for (const ChannelView& view : {ChannelView{4, 7, 3001}, ChannelView{12000, 7, 1}, ChannelView{500, 7, 9}})

@@ -1,4 +1,4 @@
-// What a caller of the kernels gives them, and plans that no caller makes.
+// Resources for launches in the simulator, and plans that the planner would not choose for a shape.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace normfused::testing {
 
-// Memory as a caller gives it: scratch with anything in it, tickets that are zero before and after.
+// Scratch memory filled with NaN, and tickets that are zero before a launch and must be zero after it.
 class HostResources : public cuda::Resources {
  public:
   explicit HostResources(const cuda::DeviceLimits& limits) : Resources(limits, nullptr) {}
@@ -33,12 +33,12 @@ class HostResources : public cuda::Resources {
   std::vector<unsigned> tickets_;
 };
 
-// The plan with so many splits, and `idle` more which have nothing to do, merged in groups.
+// The plan with another number of splits, `idle` further splits that have no work, and groups of this size.
 inline cuda::ReductionPlan cut(cuda::ReductionPlan plan, int64_t splits, int idle, int group) {
-  const auto cut_units = [&](auto& part, int64_t units, int64_t together) {
+  const auto cut_units = [&](auto& rows_or_columns, int64_t units, int64_t multiple) {
     const int64_t chunk = (units + splits - 1) / splits;
-    part.chunk = (chunk + together - 1) / together * together;
-    part.splits = static_cast<int>((units + part.chunk - 1) / part.chunk) + idle;
+    rows_or_columns.chunk = (chunk + multiple - 1) / multiple * multiple;
+    rows_or_columns.splits = static_cast<int>((units + rows_or_columns.chunk - 1) / rows_or_columns.chunk) + idle;
   };
   if (plan.by_rows)
     cut_units(plan.rows, plan.rows.units(), plan.rows.lanes);
@@ -48,7 +48,7 @@ inline cuda::ReductionPlan cut(cuda::ReductionPlan plan, int64_t splits, int idl
   return plan;
 }
 
-// The plan with so many threads for a channel.
+// The plan with another number of lanes per channel.
 inline cuda::ReductionPlan with_lanes(cuda::ReductionPlan plan, int lanes) {
   cuda::RowsPlan& rows = plan.rows;
   const int64_t channels = cuda::kThreads / lanes;

@@ -1,11 +1,11 @@
-// Runs the threads of a CUDA launch on the CPU: one fiber for each, all on one OS thread, which change places only
-// where threads wait for each other. So a launch is repeatable, and what it does wrong can be told: barriers that not
-// all threads reach, shuffles from absent lanes, deadlocks, too much shared memory. Shared memory begins as NaN. Under
-// AddressSanitizer accesses out of its bounds are found; under ThreadSanitizer, to which each fiber is a thread ordered
-// by nothing but barriers, fences and atomics, races are.
+// The CUDA simulator: runs the threads of a launch on the CPU, each as a fiber, all on one OS thread. Fibers switch
+// only where CUDA threads wait for each other, so a launch is repeatable. The simulator reports barriers that not all
+// threads reach, shuffles from absent lanes, deadlocks and too much shared memory. Shared memory is initialized to NaN.
+// AddressSanitizer detects accesses out of the bounds of shared and global memory. ThreadSanitizer detects races: it
+// sees every fiber as a thread, ordered only by barriers, fences and atomics.
 //
-// The environment variable CUDAHOST_ORDER tells in which order lanes, warps and blocks run: 0 upwards, 1 downwards, any
-// other number shuffled by it.
+// The environment variable CUDAHOST_ORDER sets the order in which lanes, warps and blocks run: 0 ascending, 1
+// descending, any other number is the seed of a shuffle.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -47,10 +47,10 @@ struct Config {
   cudaStream_t stream = nullptr;
   bool cooperative = false;
   unsigned cluster = 1;   // blocks along x
-  bool overlaps = false;  // it may start before the launch before it has ended
+  bool overlaps = false;  // may start before the previous launch has ended
 };
 
-// Where in the source something was called from.
+// The source location of a call.
 struct Place {
   const char* file;
   int line;
@@ -61,13 +61,14 @@ enum class State : uint8_t { kReady, kSpinning, kAtWarp, kAtBlock, kAtCluster, k
 constexpr const char* kStateNames[] = {
     "ready", "spinning", "in a warp collective", "at __syncthreads", "at cluster sync", "at grid sync", "exited"};
 
-// Waiting together. Two rounds are told apart, because threads leave one while others arrive at the next.
+// A barrier. Votes of two successive rounds are kept apart, because threads leave one round while others arrive at the
+// next.
 struct Barrier {
   Place place;
   unsigned arrived, round, votes[2];
 };
 
-// One operation of a warp, by the lanes of one mask.
+// A warp collective of the lanes of one mask.
 struct Exchange {
   const char* kind;
   unsigned mask, arrived, round, took_part[2];
@@ -75,10 +76,10 @@ struct Exchange {
 };
 
 struct Warp {
-  static constexpr unsigned kMostMasks = 32;
-  unsigned absent, exited;  // lanes that never were, and they or lanes that are no more
+  static constexpr unsigned kMaxMasks = 32;
+  unsigned absent, exited;  // lanes that the block does not have; these and lanes that have exited
   unsigned masks;
-  Exchange exchanges[kMostMasks];
+  Exchange exchanges[kMaxMasks];
 };
 
 struct Block;
@@ -90,8 +91,8 @@ struct Thread : Fiber {
   State state;
   Place place;  // where it waits
   Exchange* exchange;
-  bool fenced, waited;  // `waited`: for the launch before
-  const void* seen;     // the last location of its atomics
+  bool fenced, waited;  // waited: for the previous launch
+  const void* seen;     // the location of its last atomic
 };
 
 struct Block {
@@ -99,16 +100,16 @@ struct Block {
   Thread* threads;
   Warp* warps;
   char* shared;
-  unsigned declared;  // bits of the shared variables it has come by
+  unsigned declared;  // a bit per shared variable that it has declared so far
   unsigned live;
   const void* seen;
   Barrier barrier, cluster_barrier;
 };
 
-// One arena of shared memory for each resident block: dynamic, then static variables with gaps between them.
-constexpr size_t kArenaBytes = 256 << 10, kMostShared = 227 << 10, kMostStatic = 48 << 10, kGap = 64;
-// The race detector's clocks lie behind it, because it is new for each block: if blocks shared one, it would order
-// them.
+// Every resident block has an arena of shared memory: dynamic memory, then static variables with gaps between them.
+constexpr size_t kArenaBytes = 256 << 10, kMaxShared = 227 << 10, kMaxStatic = 48 << 10, kGap = 64;
+// ThreadSanitizer's clocks lie at the end of the arena, which is new for each block. A clock that blocks share would
+// order them.
 constexpr size_t kClocks = 238 << 10;
 enum Clock : unsigned { kBlockClock = 0, kClusterClock = 2, kGridClock = 4, kWarpClocks = 6 };
 
@@ -119,12 +120,12 @@ struct SharedVariable {
 
 inline unsigned launches;  // since the program's start
 
-// The one launch that is running.
+// The state of the running launch; only one runs at a time.
 struct Launch {
   Config config;
   void (*call)(void*);
   void* arguments;
-  unsigned threads, warps, resident;  // of a block, of a block, blocks at once
+  unsigned threads, warps, resident;  // threads and warps per block; blocks that run at the same time
   unsigned alive;
   Block* blocks;
   Thread* current;
@@ -142,7 +143,7 @@ inline unsigned order = [] {
   return text == nullptr ? 0u : static_cast<unsigned>(std::atoi(text));
 }();
 
-// Stops the launch; the host sees an Error.
+// Stops the launch with a message; the host throws it as an Error.
 [[noreturn]] CUDAHOST_HIDDEN void fail(const char* format, ...) {
   const int n =
       std::snprintf(running.message, sizeof running.message, "block (%u,%u,%u) thread (%u,%u,%u): ", blockIdx.x,
@@ -166,7 +167,7 @@ CUDAHOST_HIDDEN void* clock_of(const Block& block, unsigned clock) { return bloc
 
 // --- barriers
 
-// All threads of `blocks` blocks. Returns how many of them voted.
+// Waits until all threads of `blocks` blocks have arrived. Returns the number of votes.
 CUDAHOST_HIDDEN int wait_at(Barrier& barrier, Block* first, unsigned blocks, State state,
                             [[maybe_unused]] unsigned clock, bool vote, Place place) {
   const unsigned round = barrier.round & 1;
@@ -185,7 +186,7 @@ CUDAHOST_HIDDEN int wait_at(Barrier& barrier, Block* first, unsigned blocks, Sta
     for (Block* block = first; block < first + blocks; ++block)
       for (unsigned i = 0; i < running.threads; ++i)
         if (block->threads[i].state == state) block->threads[i].state = State::kReady;
-    if (blocks > 1) {  // the order alone decides which block goes first
+    if (blocks > 1) {  // restart the schedule: CUDAHOST_ORDER decides which block runs first, not the last arrival
       running.restart = true;
       wait_as(State::kReady, place);
     }
@@ -206,7 +207,7 @@ CUDAHOST_HIDDEN Block* first_of_cluster() {
   return running.blocks + (running.current->block - running.blocks) / cluster * cluster;
 }
 
-// --- warps: each lane leaves eight bytes and waits for the other lanes of its mask
+// --- warps: each lane deposits eight bytes and waits for the other lanes of its mask
 
 CUDAHOST_HIDDEN void complete(const Warp& warp, Exchange& exchange, Thread* first_lane) {
   if (exchange.arrived == 0 || (exchange.arrived | warp.exited) != (exchange.mask | warp.exited)) return;
@@ -225,7 +226,7 @@ struct Exchanged {
   unsigned took_part;
 };
 
-// `syncs`: only __syncwarp orders memory, shuffles do not; and only it may name lanes that have exited.
+// `syncs`: the collective is __syncwarp. Only it orders memory, and only its mask may contain lanes that have exited.
 CUDAHOST_HIDDEN Exchanged exchange_in_warp(const char* kind, unsigned mask, uint64_t value, bool syncs, Place place) {
   Thread& thread = *running.current;
   Block& block = *thread.block;
@@ -237,7 +238,7 @@ CUDAHOST_HIDDEN Exchanged exchange_in_warp(const char* kind, unsigned mask, uint
     fail("%s at %s:%d: mask %08x names exited lanes %08x", kind, place.file, place.line, mask, gone);
   unsigned i = 0;
   while (i < warp.masks && warp.exchanges[i].mask != mask) ++i;
-  if (i == Warp::kMostMasks) fail("more than %u distinct warp masks", Warp::kMostMasks);
+  if (i == Warp::kMaxMasks) fail("more than %u distinct warp masks", Warp::kMaxMasks);
   Exchange& exchange = warp.exchanges[i];
   if (i == warp.masks) {
     ++warp.masks;
@@ -261,7 +262,7 @@ CUDAHOST_HIDDEN Exchanged exchange_in_warp(const char* kind, unsigned mask, uint
   return {exchange.values[slot], exchange.took_part[slot]};
 }
 
-// The value of the lane source(lane, first, last), which are those of the segment of `width` lanes.
+// Returns the value of lane source(lane, first, last), where [first, last] is the lane's segment of `width` lanes.
 template <class T, class Source>
 CUDAHOST_HIDDEN T shuffle(const char* kind, unsigned mask, T value, int width, Place place, const Source& source) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
@@ -287,7 +288,7 @@ CUDAHOST_HIDDEN void* shared_at(const void* tag, size_t size, size_t alignment) 
     running.shared_top = running.variables[i].offset + size;
     running.static_bytes += size;
     ++running.variable_count;
-    if (running.static_bytes > kMostStatic || running.static_bytes + running.config.shared_bytes > kMostShared)
+    if (running.static_bytes > kMaxStatic || running.static_bytes + running.config.shared_bytes > kMaxShared)
       fail("too much shared memory: %zu static + %zu dynamic", running.static_bytes, running.config.shared_bytes);
   }
   Block& block = *running.current->block;
@@ -299,7 +300,7 @@ CUDAHOST_HIDDEN void* shared_at(const void* tag, size_t size, size_t alignment) 
   return variable;
 }
 
-// The type of a lambda is another one in each place that has it: so is the tag.
+// Each declaration passes a lambda of its own type, so that it instantiates a tag of its own.
 template <class T, class Lambda>
 CUDAHOST_HIDDEN T& shared(Lambda) {
   static const char tag = 0;
@@ -308,7 +309,7 @@ CUDAHOST_HIDDEN T& shared(Lambda) {
 
 CUDAHOST_HIDDEN void* dynamic_shared() { return running.current->block->shared; }
 
-// --- atomics and fences: a fence before an atomic releases, one after it acquires
+// --- atomics and fences: a fence before an atomic is a release, one after it an acquire
 
 template <class T, class F>
 CUDAHOST_HIDDEN T atomically(T* location, F f) {
@@ -328,14 +329,14 @@ CUDAHOST_HIDDEN void fence() {
   if (thread.block->seen != nullptr) __tsan_acquire(const_cast<void*>(thread.block->seen));
 }
 
-// --- launches one after the other
+// --- the order of launches
 
-// The race detector's clock of all launches so far. The host, and with it the next launch, falls behind it where that
-// one overlaps.
+// ThreadSanitizer's clock of the end of all launches so far. The host acquires it before each launch, except before one
+// that overlaps.
 inline char ended;
 inline std::vector<std::shared_ptr<void>> arguments_in_use;
 
-// The host waits for all launches.
+// Makes the host wait for all launches.
 CUDAHOST_HIDDEN void synchronize() {
   __tsan_acquire(&ended);
   arguments_in_use.clear();
@@ -355,7 +356,7 @@ CUDAHOST_HIDDEN void run_thread() {
   Block& block = *thread.block;
   const unsigned index = thread.rank / 32, lane = thread.rank % 32;
   Warp& warp = block.warps[index];
-  if (running.config.overlaps && !thread.waited) fail("exits without having waited for the launch before");
+  if (running.config.overlaps && !thread.waited) fail("exits without having waited for the previous launch");
   thread.state = State::kExited;
   --running.alive;
   warp.exited |= 1u << lane;
@@ -365,7 +366,8 @@ CUDAHOST_HIDDEN void run_thread() {
       fail("exits while lanes %08x wait in %s with mask %08x", exchange.arrived, exchange.kind, exchange.mask);
     complete(warp, exchange, block.threads + index * 32);
   }
-  if (--block.live == 0) ASAN_POISON_MEMORY_REGION(block.shared, kArenaBytes);  // others of its cluster read too late
+  if (--block.live == 0)
+    ASAN_POISON_MEMORY_REGION(block.shared, kArenaBytes);  // a later read by another block of the cluster is an error
   go_home(thread, true);
 }
 
@@ -381,12 +383,12 @@ CUDAHOST_HIDDEN std::vector<unsigned> in_order(size_t count, uint64_t& seed) {
   return indices;
 }
 
-// Says of the first blocks how many threads are where.
+// Reports for the first blocks how many threads wait where.
 CUDAHOST_HIDDEN void report_deadlock() {
-  constexpr int kMostParts = 6;
+  constexpr int kMaxParts = 6;
   std::string text = "deadlock:";
   int parts = 0;
-  for (unsigned b = 0; b < running.resident && parts < kMostParts; ++b) {
+  for (unsigned b = 0; b < running.resident && parts < kMaxParts; ++b) {
     const Block& block = running.blocks[b];
     for (int state = 0; state <= static_cast<int>(State::kExited); ++state) {
       const Thread* first = nullptr;
@@ -409,7 +411,7 @@ CUDAHOST_HIDDEN void report_deadlock() {
   running.failed = true;
 }
 
-// Runs a warp as far as it can go. Returns whether it did more than spin.
+// Runs the threads of a warp until all of them wait. Returns whether any did more than spin.
 CUDAHOST_HIDDEN bool run_warp(Block& block, unsigned warp, const std::vector<unsigned>& lanes) {
   bool advanced = false;
   for (bool again = true; again && !running.restart;) {
@@ -431,10 +433,10 @@ CUDAHOST_HIDDEN bool run_warp(Block& block, unsigned warp, const std::vector<uns
   return advanced;
 }
 
-// Runs the resident blocks to their end.
+// Runs the resident blocks until all threads have exited.
 CUDAHOST_HIDDEN void run_resident(const std::vector<unsigned>& blocks, const std::vector<unsigned>& warps,
                                   const std::vector<unsigned>& lanes) {
-  constexpr unsigned kMostIdleRounds = 100000;  // of threads that only spin
+  constexpr unsigned kMaxIdleRounds = 100000;  // in which threads only spin
   unsigned idle = 0;
   while (running.alive > 0) {
     bool advanced = false, spinning = false;
@@ -450,12 +452,12 @@ CUDAHOST_HIDDEN void run_resident(const std::vector<unsigned>& blocks, const std
         }
     idle = advanced ? 0 : idle + 1;
     if (running.failed) return;
-    if (running.alive > 0 && ((!advanced && !spinning) || idle > kMostIdleRounds)) return report_deadlock();
+    if (running.alive > 0 && ((!advanced && !spinning) || idle > kMaxIdleRounds)) return report_deadlock();
   }
 }
 
-// Stacks and shared memory of the resident blocks. They are kept from one launch to the next; for the race detector
-// they are new for every wave of blocks, because to it memory that is used again would look like a race.
+// Stacks and shared memory of the resident blocks. They are reused by later launches. With ThreadSanitizer they are new
+// for every wave of blocks, because reused memory would look like a race.
 class Memory {
  public:
   CUDAHOST_HIDDEN Memory(size_t threads, size_t blocks) {
@@ -470,7 +472,7 @@ class Memory {
   }
   char* stack(size_t i) const { return stacks + i * kStackBytes; }
   char* arena(size_t i) const { return arenas + i * kArenaBytes; }
-  // Bytes of an arena that earlier waves of a launch can have written, or all.
+  // The bytes of an arena to initialize: what earlier waves of the launch can have written, or all of it.
   CUDAHOST_HIDDEN static size_t used([[maybe_unused]] size_t wave) {
 #if !defined(__SANITIZE_THREAD__)
     if (wave > 0) return running.shared_top;
@@ -495,7 +497,7 @@ CUDAHOST_HIDDEN void prepare(Thread& thread, Block& block, unsigned rank, char* 
   thread.rank = rank;
   thread.index = {rank % extent.x, rank / extent.x % extent.y, rank / extent.x / extent.y};
   thread.stack = stack;
-  ASAN_UNPOISON_MEMORY_REGION(stack + kPageBytes, kStackBytes - kPageBytes);  // a failed launch leaves frames behind
+  ASAN_UNPOISON_MEMORY_REGION(stack + kPageBytes, kStackBytes - kPageBytes);  // a failed launch leaves poisoned frames
   thread.position = first_position(stack, run_thread);
 #if defined(__SANITIZE_THREAD__)
   char name[64];
@@ -533,12 +535,12 @@ CUDAHOST_HIDDEN void run(const Config& config, void (*call)(void*), void* argume
   if (blocks == 0 || threads == 0 || threads > 1024 || block.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 ||
       grid.z > 65535)
     throw Error("invalid launch configuration");
-  if (config.shared_bytes > kMostShared) throw Error("too much dynamic shared memory");
+  if (config.shared_bytes > kMaxShared) throw Error("too much dynamic shared memory");
   if (config.cluster == 0 || config.cluster > 8 || grid.x % config.cluster != 0)
     throw Error("grid.x is not a multiple of the cluster size (1..8)");
 #if defined(__SANITIZE_THREAD__)
-  // ThreadSanitizer knows a thread by one of 255 slots. Threads beyond them take the slots of others, whose accesses
-  // then seem to be their own: races would go unseen.
+  // ThreadSanitizer has 255 slots for threads. Further threads would share a slot, and races between threads of one
+  // slot would not be detected.
   if (blocks * threads > 250) throw Error("too many threads for a -fsanitize=thread build (250 per launch)");
   home.tsan = __tsan_get_current_fiber();
   std::vector<void*> fibers;
@@ -580,7 +582,7 @@ CUDAHOST_HIDDEN void run(const Config& config, void (*call)(void*), void* argume
   }
 
 #if defined(__SANITIZE_THREAD__)
-  // Joined at the very end: blocks stay unordered, and no fiber takes the place of another in one launch.
+  // Fibers are joined at the very end, so that blocks stay unordered and no fiber reuses the slot of another.
   for (void* const fiber : fibers) {
     __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync);
     __tsan_release(&ended);

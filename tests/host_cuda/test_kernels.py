@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU: right in any order of their threads, within bounds, without a race."""
+"""The CUDA kernels in the simulator: correct in any order of their threads, within bounds, and free of races."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from host_build import ADDRESS, HERE, KERNELS, LAUNCHERS, PLAIN, ROOT, THREAD, build, clang, gcc, run
+from host_build import ADDRESS, HERE, KERNELS, LAUNCHERS, PLAIN, ROOT, THREAD, build, check_syntax, clang, gcc, run
 
 EVERYTHING = [HERE / "main.cpp", *LAUNCHERS]
 BARRIERS = [HERE / "barriers.cpp", KERNELS / "plan.cpp"]
@@ -42,21 +42,21 @@ def test_kernels_have_no_race(cache: Path, order: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def changed(tmp_path: Path, file: str, change: dict[str, str]) -> Path:
-    """The sources with some text replaced; each must be there once."""
+def mutate(tmp_path: Path, file: str, change: dict[str, str]) -> Path:
+    """Copies the sources and replaces some text of one kernel file. Each text must occur exactly once."""
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     path = csrc / "kernels/cuda" / file
     text = path.read_text()
     for old, new in change.items():
-        assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
+        assert text.count(old) == 1, f"{file} contains {old!r} {text.count(old)} times"
         text = text.replace(old, new)
     path.write_text(text)
     return csrc
 
 
-def sites() -> list[tuple[str, int]]:
-    """Every barrier and fence of the kernels: file and line."""
+def barrier_sites() -> list[tuple[str, int]]:
+    """Every barrier, fence and launch wait of the kernels, as file and line index."""
     return [
         (path.name, number)
         for path in sorted(KERNELS.glob("*.cuh"))
@@ -66,7 +66,7 @@ def sites() -> list[tuple[str, int]]:
 
 
 def test_every_barrier_and_fence_is_needed(cache: Path, tmp_path: Path) -> None:
-    """With any one of them removed, ThreadSanitizer, the simulator or the result tells."""
+    """Without any single one, ThreadSanitizer, the simulator or a wrong result reports an error."""
     compiler = clang()
 
     def survives(site: tuple[str, int]) -> bool:
@@ -80,12 +80,12 @@ def test_every_barrier_and_fence_is_needed(cache: Path, tmp_path: Path) -> None:
         sources = [BARRIERS[0], folder / "kernels/cuda/plan.cpp"]
         return run(build(folder, compiler, THREAD, sources, csrc=folder)).returncode == 0
 
-    found = sites()
-    assert len(found) > 10
+    sites = barrier_sites()
+    assert len(sites) > 10
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         survivors = [
             f"{file}:{number + 1}"
-            for (file, number), alive in zip(found, pool.map(survives, found), strict=True)
+            for (file, number), alive in zip(sites, pool.map(survives, sites), strict=True)
             if alive
         ]
     assert survivors == []
@@ -109,8 +109,8 @@ WAIT = "  wait_for_previous_launch();\n"
         ),
     ],
 )
-def test_waiting_late_for_the_launch_before_is_a_race(tmp_path: Path, change: dict[str, str]) -> None:
-    csrc = changed(tmp_path, "apply.cuh", change)
+def test_waiting_late_for_the_previous_launch_is_a_race(tmp_path: Path, change: dict[str, str]) -> None:
+    csrc = mutate(tmp_path, "apply.cuh", change)
     done = run(build(tmp_path, clang(), THREAD, [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
     assert done.returncode != 0
     assert "ThreadSanitizer: data race" in done.stderr, done.stdout + done.stderr
@@ -120,33 +120,57 @@ def test_waiting_late_for_the_launch_before_is_a_race(tmp_path: Path, change: di
     ("file", "change", "message"),
     [
         pytest.param(
-            "walk.cuh",
+            "iterators.cuh",
             {"(outer_ * plan_.view.channels + channel_)": "((outer_ + 1) * plan_.view.channels + channel_)"},
             r"FAILED statistics of \d+ x \d+ x \d+: \w+\[\d+\] is",
             id="off by one row",
         ),
         pytest.param(
             "reduce.cuh",
-            {"  if (walk.has(1)) take(std::false_type{});\n  return state;\n": "  return state;\n"},
+            {"  if (!it.done()) consume(std::false_type{});\n  return state;\n": "  return state;\n"},
             r"FAILED statistics of \d+ x \d+ x \d+: \w+\[\d+\] is",
             id="lost tail",
         ),
         pytest.param(
             "reduce.cuh",
             {
-                "  join_lanes<Op>(sums, plan.lanes);": "  if (threadIdx.x < 9) __syncthreads();\n"
-                "  join_lanes<Op>(sums, plan.lanes);"
+                "  merge_lanes<Op>(sums, plan.lanes);": "  if (threadIdx.x < 9) __syncthreads();\n"
+                "  merge_lanes<Op>(sums, plan.lanes);"
             },
             r"FAILED statistics of .*: .*__syncthreads \[.*reduce.cuh:\d+\]|divergent barrier: .*reduce.cuh:\d+",
             id="divergent barrier",
         ),
     ],
 )
-def test_planted_faults_are_placed(tmp_path: Path, file: str, change: dict[str, str], message: str) -> None:
-    csrc = changed(tmp_path, file, change)
+def test_the_report_of_a_fault_names_its_place(tmp_path: Path, file: str, change: dict[str, str], message: str) -> None:
+    csrc = mutate(tmp_path, file, change)
     done = run(build(tmp_path, gcc(), "-O1", [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
     assert done.returncode != 0
     assert re.search(message, done.stdout), done.stdout
+
+
+def test_a_minimal_operation_compiles() -> None:
+    done = check_syntax(HERE / "contract.cpp")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("static Sum merge", "a reduce Op needs static Sum identity(k) and static Sum merge(k, a, b)"),
+        ("void fold", "a reduce Op needs fold(state, count, channel, sums) const"),
+        ("void operator()", "a Finish needs operator()(channel, results, preloaded) const"),
+    ],
+)
+def test_a_missing_member_of_an_operation_is_named(tmp_path: Path, member: str, message: str) -> None:
+    """The minimal operation without one member fails with the message of contracts.cuh."""
+    text = (HERE / "contract.cpp").read_text()
+    assert text.count(member) == 1
+    path = tmp_path / "contract.cpp"
+    path.write_text(text.replace(member, f"{member.rpartition(' ')[0]} renamed"))
+    done = check_syntax(path)
+    assert done.returncode != 0
+    assert f"static assertion failed: {message}" in done.stderr, done.stderr
 
 
 def test_approximations_are_within_half_a_unit(cache: Path, record_property: Callable[[str, str], None]) -> None:
@@ -156,26 +180,26 @@ def test_approximations_are_within_half_a_unit(cache: Path, record_property: Cal
 
 
 @pytest.mark.parametrize("flags", [ADDRESS, THREAD])
-def test_launches_that_can_run_at_once_share_no_tickets(cache: Path, flags: str) -> None:
+def test_concurrent_launches_share_no_tickets(cache: Path, flags: str) -> None:
     done = run(build(cache, clang() if flags == THREAD else gcc(), flags, [HERE / "tickets.cpp"]))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("part", ["a.device, ", "a.stream, ", "a.thread, ", ", a.capture"])
-def test_every_part_of_the_key_of_tickets_counts(tmp_path: Path, part: str) -> None:
-    csrc = changed(tmp_path, "tickets.h", {part: "", part.replace("a.", "b."): ""})
+def test_every_part_of_a_ticket_key_is_compared(tmp_path: Path, part: str) -> None:
+    csrc = mutate(tmp_path, "tickets.h", {part: "", part.replace("a.", "b."): ""})
     done = run(build(tmp_path, gcc(), "-O1", [HERE / "tickets.cpp"], csrc=csrc))
     assert "FAILED" in done.stdout
 
 
-def test_build_is_not_repeated(cache: Path) -> None:
+def test_a_build_is_reused(cache: Path) -> None:
     first = build(cache, gcc(), PLAIN, [HERE / "faults.cpp"])
     stamp = first.stat().st_mtime_ns
     assert build(cache, gcc(), PLAIN, [HERE / "faults.cpp"]).stat().st_mtime_ns == stamp
 
 
-def test_shared_memory_is_declared_for_both_compilers(tmp_path: Path) -> None:
-    """A plain __shared__ would be a variable of each thread on the CPU; it does not compile."""
+def test_a_plain_shared_variable_does_not_compile(tmp_path: Path) -> None:
+    """A plain __shared__ would be a variable per thread on the CPU; NF_SHARED works with both compilers."""
     source = tmp_path / "plain.cpp"
     source.write_text('#include "cuda_host.h"\n__global__ void kernel() { __shared__ int s; (void)s; }\n')
     with pytest.raises(subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""The operators' own tests, with the CUDA kernels in the place of the CPU's: autograd, accuracy, layouts, errors."""
+"""The operators' CPU tests with the CUDA kernels in place of the CPU kernels: autograd, accuracy, layouts, errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SUITES = [
 
 @pytest.fixture(scope="module")
 def package(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of normfused whose extension runs the CUDA kernels."""
+    """A folder with a copy of normfused whose extension runs the CUDA kernels in the simulator."""
     include = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     flags = (
         "-O1 -fPIC -fopenmp -shared -Wno-stringop-overflow -DTORCH_EXTENSION_NAME=_C -DTORCH_API_INCLUDE_EXTENSION_H "

@@ -1,4 +1,4 @@
-// Ranges of tickets: one for each key, disjoint, zero, kept as they grow.
+// Ranges of tickets: one per key, disjoint, zero at first, and kept until they grow.
 #include "kernels/cuda/tickets.h"
 
 #include <algorithm>
@@ -31,7 +31,7 @@ void expect(bool holds, const char* what) {
   std::exit(1);
 }
 
-// Marks a range as its launch would while it runs: whoever finds a mark shares it with another.
+// Marks a range, as its launch would while it runs. A mark that is already present means that two keys share a ticket.
 void mark(unsigned* first, int64_t count) {
   for (int64_t i = 0; i < count; ++i) expect(first[i]++ == 0, "a ticket belongs to two keys, or is not zero");
 }
@@ -42,7 +42,7 @@ void keys_have_ranges_of_their_own() {
   const TicketKey keys[] = {{0, 1, 0, 0},  {0, 2, 0, 0}, {0, 1, 0, 9}, {0, 2, 0, 9},
                             {0, 1, 0, 10}, {0, 3, 1, 0}, {0, 3, 2, 0}, {1, 1, 0, 0}};
   for (const TicketKey& key : keys) mark(tickets.of(key, 100), 100);
-  expect(memory.blocks.size() == 2, "one block of memory a device");
+  expect(memory.blocks.size() == 2, "one block of memory per device");
   for (const TicketKey& key : keys) expect(tickets.of(key, 100)[0] == 1, "a key keeps its range");
   for (const TicketKey& key : keys) expect(tickets.of(key, 7) == tickets.of(key, 100), "a smaller launch shares it");
 }
@@ -54,9 +54,9 @@ void a_range_grows_into_fresh_memory() {
   for (int64_t count : {1, 64, 65, 1000, 70000, 200000})
     for (const TicketKey& key : {a, b}) {
       unsigned* const first = tickets.of(key, count);
-      if (first[0] == 0) mark(first, count);  // else it is what it was, and large enough
+      if (first[0] == 0) mark(first, count);  // otherwise the range was large enough
     }
-  expect(memory.total < 2 * 2 * 3 * 200000, "a launch that grows takes no more than twice as much in all");
+  expect(memory.total < 2 * 2 * 3 * 200000, "a growing range allocates at most twice as much in total");
 }
 
 void threads_agree() {

@@ -1,39 +1,47 @@
-// Application: values written for each value read, by coefficients of its channel. An Op has
+// Application: computes outputs per element from the inputs and from coefficients of the element's channel.
 //
-//   S, T, Output, kInputs, kOutputs, kCoefficients, kWritesBits
-//   kRequired                         how many of the inputs are always there; others may be null, and then read as 0
-//   input(k), output(k), table        the tensors, and the coefficients; outputs but the first may be null
-//   operator()(x, y, choose, offset, mask)
-//                                     the outputs y of vectors x, by coefficients choose(i) of value i; `mask` tells
-//                                     which values lie in the tensor
-//   prologue()                          what the launch does besides
-//   kPrepares, prepare(channel, first, k)
-//                                     whether blocks compute the coefficients k of their channels themselves; `first`:
-//                                     no other block is told so of the channel
+// An apply Op provides
 //
-// Coefficients lie in a table, (kCoefficients, channels), or, where blocks prepare them, in shared memory.
+//   T, Output, S                      types of the inputs, of the outputs and of the arithmetic
+//   kInputs, kOutputs, kCoefficients  how many of each
+//   kRequiredInputs                   inputs that are always present; the others may be null and then read as 0
+//   kWritesMask                       whether it writes a bit per element, so that a vector must be eight values
+//   kPrepares                         whether each block computes the coefficients of its channels itself
+//   input(k), output(k)               the tensors; outputs but the first may be null
+//   table                             the coefficients, (kCoefficients, channels); not read if kPrepares
+//   operator()(x, y, coefficients_of, offset, valid)
+//                                     computes the output vectors y at an offset from the input vectors x; value i uses
+//                                     coefficients_of(i), and lies in the tensor if bit i of `valid` is set
+//   prologue()                        what the launch does besides; called by every thread of an application before it
+//   prepare(channel, is_owner, k)     if kPrepares: computes the coefficients k of a channel; exactly one thread of the
+//                                     launch is told that it owns the channel
+//
+// check_apply_op() verifies the contract at compile time.
 #pragma once
 
+#include "kernels/cuda/contracts.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/divider.h"
-#include "kernels/cuda/walk.cuh"
+#include "kernels/cuda/iterators.cuh"
 
 namespace normfused::cuda {
 
-struct Nothing {};
+// Instead of an apply Op: the reduction applies nothing.
+struct NoApply {};
 
+// The coefficients of one channel.
 template <class Op>
 struct Coefficients {
   typename Op::S k[Op::kCoefficients];
 };
 
-// Where they lie: those of entry i at data[i], data[stride + i], …
+// Coefficient k of entry i is data[k * stride + i]. Entries are channels, or what the block prepared.
 template <class Op>
-struct Table {
+struct CoefficientTable {
   const typename Op::S* data;
   int64_t stride;
 
-  // Plain loads: in the single launch the same block has just written them.
+  // Plain loads, not through the read-only cache: in a single launch the same block has just written the table.
   NF_DEVICE Coefficients<Op> operator[](int64_t i) const {
     Coefficients<Op> coefficients;
 #pragma unroll
@@ -42,18 +50,19 @@ struct Table {
   }
 };
 
-// The table of a block. Its entries are channels, or, prepared by the block, those that come by in order: entry i of
-// `count`, a thread each, is the channel channel_of(i), which begins here if begins_here(i).
-template <class Op, class ChannelOf, class BeginsHere>
-NF_DEVICE Table<Op> table_of(const Op& op, int64_t channels, int count, const ChannelOf& channel_of,
-                             const BeginsHere& begins_here) {
+// Block-wide: the table that a block reads. If Op prepares its coefficients, thread i < count computes those of
+// channel_of(i) into shared memory, as entry i; is_owner(i) says whether the block owns that channel. Otherwise it is
+// op.table, whose entries are channels. All threads of the block must call it; with kPrepares it ends with a barrier.
+template <class Op, class ChannelOf, class IsOwner>
+NF_DEVICE CoefficientTable<Op> block_table(const Op& op, int64_t channels, int count, const ChannelOf& channel_of,
+                                           const IsOwner& is_owner) {
   if constexpr (Op::kPrepares) {
     using S = typename Op::S;
     NF_SHARED(S, prepared, [Op::kCoefficients * kThreads]);
     const int i = threadIdx.x;
     if (i < count) {
       S coefficients[Op::kCoefficients];
-      op.prepare(channel_of(i), begins_here(i), coefficients);
+      op.prepare(channel_of(i), is_owner(i), coefficients);
 #pragma unroll
       for (int k = 0; k < Op::kCoefficients; ++k) prepared[k * kThreads + i] = coefficients[k];
     }
@@ -67,290 +76,318 @@ NF_DEVICE Table<Op> table_of(const Op& op, int64_t channels, int count, const Ch
 template <class Op, int kValues>
 using Inputs = Vector<typename Op::T, kValues>[Op::kInputs];
 
-// Vectors of all inputs at an offset, of which all values lie within the tensor.
+// Loads a vector of every input at an offset. The vectors must lie wholly within the tensor.
 template <class Op, int kValues>
 NF_DEVICE void load_inputs(const Op& op, int64_t offset, Inputs<Op, kValues>& inputs) {
   using V = Vector<typename Op::T, kValues>;
 #pragma unroll
   for (int k = 0; k < Op::kInputs; ++k)
-    inputs[k] = k < Op::kRequired || op.input(k) != nullptr ? V::load_last(op.input(k) + offset) : V{};
+    inputs[k] = k < Op::kRequiredInputs || op.input(k) != nullptr ? V::load_streaming(op.input(k) + offset) : V{};
 }
 
-// The same where the tensor may end inside them.
+// The same for vectors that can reach past the end of the tensor.
 template <class Op, int kValues>
-NF_DEVICE void load_inputs(const Op& op, int64_t offset, Inputs<Op, kValues>& inputs, int64_t numel) {
+NF_DEVICE void load_inputs_clipped(const Op& op, int64_t offset, int64_t numel, Inputs<Op, kValues>& inputs) {
   using V = Vector<typename Op::T, kValues>;
 #pragma unroll
   for (int k = 0; k < Op::kInputs; ++k)
-    inputs[k] = k < Op::kRequired || op.input(k) != nullptr
-                    ? load_masked<true, typename Op::T, kValues>(op.input(k), offset, numel)
+    inputs[k] = k < Op::kRequiredInputs || op.input(k) != nullptr
+                    ? load_clipped<true, typename Op::T, kValues>(op.input(k), offset, numel)
                     : V{};
 }
 
-// Writes the masked values of vectors at an offset, of which value i goes by choose(i).
-template <class Op, int kValues, class Choose>
-NF_DEVICE void apply_vector(const Op& op, const Inputs<Op, kValues>& inputs, const Choose& choose, int64_t offset,
-                            uint32_t mask, bool streaming) {
+// Applies Op to a vector of every input and stores the valid values of its outputs.
+template <class Op, int kValues, class CoefficientsOf>
+NF_DEVICE void apply_vector(const Op& op, const Inputs<Op, kValues>& inputs, const CoefficientsOf& coefficients_of,
+                            int64_t offset, uint32_t valid, bool streaming) {
   using S = typename Op::S;
   S x[Op::kInputs][kValues], y[Op::kOutputs][kValues];
 #pragma unroll
   for (int k = 0; k < Op::kInputs; ++k)
 #pragma unroll
     for (int i = 0; i < kValues; ++i) x[k][i] = widen<S>(inputs[k].value[i]);
-  op(x, y, choose, offset, mask);
+  op(x, y, coefficients_of, offset, valid);
 #pragma unroll
   for (int k = 0; k < Op::kOutputs; ++k) {
     if (k > 0 && op.output(k) == nullptr) continue;
     Vector<typename Op::Output, kValues> output;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) output.value[i] = narrow<typename Op::Output>(y[k][i]);
-    store_masked(op.output(k), offset, output, mask, streaming);
+    store_valid(op.output(k), offset, output, valid, streaming);
   }
 }
 
-// Vectors of each input in flight together: as many as keep all inputs within so many accesses, but one at least.
+// How many vectors of each input a thread keeps in flight: as many as fit into this number of accesses, at least one.
 template <class Op, int kValues>
 constexpr int vectors_within(int accesses) {
-  const int each = Op::kInputs * Vector<typename Op::T, kValues>::kAccesses;
-  return accesses > each ? accesses / each : 1;
+  const int per_vector = Op::kInputs * Vector<typename Op::T, kValues>::kAccesses;
+  return accesses > per_vector ? accesses / per_vector : 1;
 }
 
-// All of one channel, channels first, by plan.lanes threads.
+// --- in the launch of a reduction
+
+// Applies Op to one channel, channels first. Called by the channel's plan.lanes lanes.
 template <class Op, int kValues, bool kMasked>
 NF_DEVICE void apply_row(const Op& op, const RowsPlan& plan, int64_t channel, int lane) {
-  RowIterator<kValues, kMasked> walk(plan, channel, 0, lane);
-  const Coefficients<Op> coefficients = Table<Op>{op.table, plan.view.channels}[channel];
-  while (walk.has(1)) {
-    uint32_t mask;
-    const int64_t offset = walk.next(mask);
-    if (mask == 0) continue;
+  RowIterator<kValues, kMasked> it(plan, channel, 0, lane);
+  const Coefficients<Op> coefficients = CoefficientTable<Op>{op.table, plan.view.channels}[channel];
+  while (!it.done()) {
+    uint32_t valid;
+    const int64_t offset = it.next(valid);
+    if (valid == 0) continue;
     Inputs<Op, kValues> inputs;
-    load_inputs<Op, kValues>(op, offset, inputs, plan.view.numel());
-    apply_vector<Op, kValues>(op, inputs, [&](int) { return coefficients; }, offset, mask, false);
+    load_inputs_clipped<Op, kValues>(op, offset, plan.view.numel(), inputs);
+    apply_vector<Op, kValues>(op, inputs, [&](int) { return coefficients; }, offset, valid, false);
   }
 }
 
-// Those of a thread's channels, of which the table has entries from `first` on. Where they are neighbours, a row of the
-// table gives them by few accesses.
+// --- matrices
+
+// Loads the coefficients of a thread's columns from a table whose first entry is channel `first`. If the columns are
+// consecutive channels, vector loads do.
 template <class Op, int kValues>
-NF_DEVICE void load_coefficients(const Table<Op>& table, int64_t first, const ColumnsPlan& plan,
-                                 const ColumnIterator<kValues>& walk, Coefficients<Op> (&coefficients)[kValues]) {
-  using Row = Vector<typename Op::S, kValues>;
-  if (!Op::kPrepares && sizeof(Row) <= 32 && plan.plain()) {  // doubles would be more than there are registers for
+NF_DEVICE void load_coefficients(const CoefficientTable<Op>& table, int64_t first, const ColumnsPlan& plan,
+                                 const ColumnIterator<kValues>& it, Coefficients<Op> (&coefficients)[kValues]) {
+  using V = Vector<typename Op::S, kValues>;
+  if (!Op::kPrepares && sizeof(V) <= 32 && plan.plain()) {  // more than 32 bytes exceed the registers
 #pragma unroll
     for (int k = 0; k < Op::kCoefficients; ++k) {
-      const Row row = Row::load(table.data + k * table.stride + walk.column);
+      const V vector = V::load(table.data + k * table.stride + it.column);
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) coefficients[i].k[k] = row.value[i];
+      for (int i = 0; i < kValues; ++i) coefficients[i].k[k] = vector.value[i];
     }
     return;
   }
   int64_t channels[kValues];
-  walk.channels(channels);
+  it.channels(channels);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) coefficients[i] = table[channels[i] - first];
 }
 
-// A tile's columns in one chunk of rows. A thread keeps its channels' coefficients.
+// Applies Op to one iteration of rows: the next kRows, or with kFull false those that are left. All loads come before
+// all stores. Returns the offset of a vector that reaches past the end of the tensor and is left to the caller, or
+// numel.
+template <bool kFull, int kRows, class Op, int kValues, class CoefficientsOf>
+NF_DEVICE int64_t apply_rows(const Op& op, ColumnIterator<kValues>& it, const CoefficientsOf& coefficients_of,
+                             int64_t numel, bool streaming) {
+  Inputs<Op, kValues> inputs[kRows];
+  int64_t offsets[kRows], clipped = numel;
+  bool whole[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const bool in_split = kFull || !it.done();
+    offsets[r] = it.next();
+    whole[r] = kFull || (in_split && offsets[r] + kValues <= numel);
+    if (!kFull && in_split && !whole[r] && offsets[r] < numel) clipped = offsets[r];
+    if (whole[r]) load_inputs<Op, kValues>(op, offsets[r], inputs[r]);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (whole[r]) apply_vector<Op, kValues>(op, inputs[r], coefficients_of, offsets[r], kAllValid<kValues>, streaming);
+  return clipped;
+}
+
+// Block-wide: applies Op to one tile and one chunk of rows of a matrix. A thread loads the coefficients of its columns
+// once. All threads of the block must call it.
 template <class Op, int kValues>
 NF_DEVICE void apply_tile(const Op& op, const ColumnsPlan& plan, int64_t tile, int64_t chunk, bool streaming) {
   constexpr int kRows = vectors_within<Op, kValues>(4);
-  ColumnIterator<kValues> walk(plan, tile, chunk);
+  ColumnIterator<kValues> it(plan, tile, chunk);
   const int64_t numel = plan.view.numel();
   const int64_t first = Op::kPrepares ? plan.first_channel(tile) : 0;
-  const auto table = table_of(
+  const auto table = block_table(
       op, plan.view.channels, Op::kPrepares ? plan.channels_met(tile) : 0, [&](int i) { return first + i; },
       [&](int i) { return chunk == 0 && plan.begins_in(first + i, tile); });
-  if (!walk.has(1)) return;
+  if (it.done()) return;
   Coefficients<Op> coefficients[kValues];
-  load_coefficients(table, first, plan, walk, coefficients);
-  const auto choose = [&](int i) -> const Coefficients<Op>& { return coefficients[i]; };
+  load_coefficients(table, first, plan, it, coefficients);
+  const auto coefficients_of = [&](int i) -> const Coefficients<Op>& { return coefficients[i]; };
 
-  int64_t end = numel;  // offset of the tensor's last vector, where it is short and this thread's
-  const auto round = [&](auto full) {
-    constexpr bool kFull = decltype(full)::value;
-    Inputs<Op, kValues> inputs[kRows];
-    int64_t offsets[kRows];
-    bool there[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const bool in_split = kFull || walk.has(1);
-      offsets[r] = walk.next();
-      there[r] = kFull || (in_split && offsets[r] + kValues <= numel);
-      if (!kFull && in_split && !there[r] && offsets[r] < numel) end = offsets[r];
-      if (there[r]) load_inputs<Op, kValues>(op, offsets[r], inputs[r]);
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (there[r]) apply_vector<Op, kValues>(op, inputs[r], choose, offsets[r], kWhole<kValues>, streaming);
-  };
-  while (walk.has(kRows) && (plan.repeat == 1 || walk.ahead(kRows - 1) + kValues <= numel)) round(std::true_type{});
+  int64_t clipped = numel;  // offset of the tensor's last vector, if it is this thread's and not whole
+  while (it.has_whole(kRows, numel)) apply_rows<true, kRows>(op, it, coefficients_of, numel, streaming);
   if constexpr (kRows > 1) {
-    if (walk.has(1)) round(std::false_type{});
-  } else if (walk.has(1)) {  // none is left but the last row of all, where it is short
-    end = walk.next();
+    if (!it.done()) clipped = apply_rows<false, kRows>(op, it, coefficients_of, numel, streaming);
+  } else if (!it.done()) {  // only a vector that is not whole can be left
+    clipped = it.next();
   }
-  if (end < numel) {
+  if (clipped < numel) {
     Inputs<Op, kValues> inputs;
-    load_inputs<Op, kValues>(op, end, inputs, numel);
-    apply_vector<Op, kValues>(op, inputs, choose, end, first_values<kValues>(numel - end), streaming);
+    load_inputs_clipped<Op, kValues>(op, clipped, numel, inputs);
+    apply_vector<Op, kValues>(op, inputs, coefficients_of, clipped, first_bits<kValues>(numel - clipped), streaming);
   }
 }
 
+// Kernel: a block per tile and chunk of rows, in descending order of memory.
 template <class Op, int kValues>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     apply_columns(const Op op, const ColumnsPlan plan, const bool streaming) {
   wait_for_previous_launch();
   op.prologue();
-  const unsigned block = gridDim.x - 1 - blockIdx.x;  // against the order of memory
+  const unsigned block = gridDim.x - 1 - blockIdx.x;
   const auto tiles = static_cast<unsigned>(plan.tiles);
   apply_tile<Op, kValues>(op, plan, block % tiles, block / tiles, streaming);
 }
 
-// To which channels the values of a flat tensor belong.
+// --- flat tensors
+
+// Maps offsets of a flat tensor, channels first, to rows and channels. A 64-bit division is done once per block; within
+// the block, offsets are small enough for 32 bits.
 class FlatRows {
  public:
-  static constexpr int64_t kRun = int64_t{kThreads} * kFlatVectors * kMaxValues;  // that a block has at most
+  static constexpr int64_t kMaxBlockValues = int64_t{kThreads} * kFlatVectors * kMaxValues;
 
   explicit FlatRows(const ChannelView& view)
       : inner_(view.inner), channels_(view.channels), by_inner_(inner_), by_channels_(channels_) {}
 
-  // Of the first value of a block: its place in its row, and its channel.
+  // The first value of a block: its place in its row, and its channel.
   struct Start {
-    int64_t at, channel;
+    int64_t place, channel;
   };
   NF_DEVICE Start start(int64_t offset) const {
-    const int64_t row = by_inner_.far(offset);
-    return {offset - row * inner_, row - by_channels_.far(row) * channels_};
+    const int64_t row = by_inner_.divide(offset);
+    return {offset - row * inner_, row - by_channels_.divide(row) * channels_};
   }
 
-  // Of another value of that block: its row, as counted from there, and how many values of it are left.
+  // A value `skip` values after the start: its row, counted from that of the start, and how many values of the row are
+  // left, itself included.
   struct Place {
     int64_t row, left;
   };
   NF_DEVICE Place place(const Start& start, int skip) const {
-    const int64_t at = start.at + skip, row = by_inner_.near(at);
-    return {row, (row + 1) * inner_ - at};
+    const int64_t offset = start.place + skip, row = by_inner_.divide_small(offset);
+    return {row, (row + 1) * inner_ - offset};
   }
-  // The channel of such a row.
+  // The channel of a row that is counted from that of the start.
   NF_DEVICE int64_t channel(const Start& start, int64_t row) const {
-    const int64_t from = start.channel + row;
-    return from - by_channels_.near(from) * channels_;
+    const int64_t unwrapped = start.channel + row;
+    return unwrapped - by_channels_.divide_small(unwrapped) * channels_;
   }
 
  private:
-  // i / n of any i, and, for less, of i < n + kRun.
-  struct Extent {
-    explicit Extent(int64_t extent)
-        : n(extent), of_any(static_cast<uint64_t>(n)), of_few(static_cast<uint32_t>(n < kRun ? n : kRun)) {}
-    NF_DEVICE int64_t far(int64_t i) const { return static_cast<int64_t>(of_any(static_cast<uint64_t>(i))); }
-    NF_DEVICE int64_t near(int64_t i) const { return n >= kRun ? i >= n : of_few(static_cast<uint32_t>(i)); }
+  // Divides by n: any i, or faster an i < n + kMaxBlockValues.
+  struct Divisor {
+    explicit Divisor(int64_t divisor)
+        : n(divisor),
+          any(static_cast<uint64_t>(n)),
+          small(static_cast<uint32_t>(n < kMaxBlockValues ? n : kMaxBlockValues)) {}
+    NF_DEVICE int64_t divide(int64_t i) const { return static_cast<int64_t>(any(static_cast<uint64_t>(i))); }
+    NF_DEVICE int64_t divide_small(int64_t i) const {
+      return n >= kMaxBlockValues ? i >= n : small(static_cast<uint32_t>(i));
+    }
     int64_t n;
-    Divider<uint64_t> of_any;
-    Divider<uint32_t> of_few;
+    Divider<uint64_t> any;
+    Divider<uint32_t> small;
   };
   int64_t inner_, channels_;
-  Extent by_inner_, by_channels_;
+  Divisor by_inner_, by_channels_;
 };
 
+// What a block of a flat tensor has computed before its first output.
 template <class Op>
 struct FlatBlock {
   FlatRows::Start start;
-  Table<Op> table;
+  CoefficientTable<Op> table;
 };
 
-// Some of a thread's vectors in a block of the flat tensor that begins at an offset: all loads come before all stores.
-// `prepare` is called once the loads are on their way, and gives where the block starts, and its table.
-template <class Op, int kValues, bool kAligned, int kTogether, bool kWithin, class Prepare>
+// Applies Op to kVectors of a thread's vectors, from vector `first` on, in the block of the flat tensor that begins at
+// offset `begin`. All loads come before all stores. prepare() returns the FlatBlock; it is called after the loads have
+// been issued, so that its latency overlaps with theirs. With kWithin all vectors lie wholly within the tensor; with
+// kAligned every vector lies in one row, otherwise in one or two.
+template <class Op, int kValues, bool kAligned, int kVectors, bool kWithin, class Prepare>
 NF_DEVICE void apply_flat_vectors(const Op& op, const FlatRows& rows, int64_t begin, int first, int64_t numel,
                                   bool streaming, const Prepare& prepare) {
   const auto skip_of = [&](int v) { return ((first + v) * kThreads + static_cast<int>(threadIdx.x)) * kValues; };
-  Inputs<Op, kValues> inputs[kTogether];
+  Inputs<Op, kValues> inputs[kVectors];
 #pragma unroll
-  for (int v = 0; v < kTogether; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
     if constexpr (kWithin)
       load_inputs<Op, kValues>(op, begin + skip_of(v), inputs[v]);
     else
-      load_inputs<Op, kValues>(op, begin + skip_of(v), inputs[v], numel);
+      load_inputs_clipped<Op, kValues>(op, begin + skip_of(v), numel, inputs[v]);
   }
   const FlatBlock<Op>& block = prepare();
-  const auto coefficients_of = [&](int64_t row) {
+  const auto row_coefficients = [&](int64_t row) {
     return block.table[Op::kPrepares ? row : rows.channel(block.start, row)];
   };
-  Coefficients<Op> here[kTogether], there[kTogether];  // a vector's values lie in one row, or in two
-  int64_t left[kTogether];
+  Coefficients<Op> current[kVectors], next[kVectors];  // of the vector's first row, and of the row after it
+  int64_t left[kVectors];                              // values of the first row
 #pragma unroll
-  for (int v = 0; v < kTogether; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
     const FlatRows::Place place = rows.place(block.start, skip_of(v));
     left[v] = place.left;
-    here[v] = coefficients_of(place.row);
-    if constexpr (!kAligned) there[v] = coefficients_of(place.row + 1);
+    current[v] = row_coefficients(place.row);
+    if constexpr (!kAligned) next[v] = row_coefficients(place.row + 1);
   }
 #pragma unroll
-  for (int v = 0; v < kTogether; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
     const int64_t offset = begin + skip_of(v);
-    const uint32_t mask = kWithin ? kWhole<kValues> : first_values<kValues>(numel - offset);
-    if (mask == 0) continue;
-    const auto choose = [&](int i) {
-      Coefficients<Op> chosen = here[v];
+    const uint32_t valid = kWithin ? kAllValid<kValues> : first_bits<kValues>(numel - offset);
+    if (valid == 0) continue;
+    const auto coefficients_of = [&](int i) {
+      Coefficients<Op> chosen = current[v];
       if constexpr (!kAligned)
 #pragma unroll
-        for (int k = 0; k < Op::kCoefficients; ++k) chosen.k[k] = i < left[v] ? chosen.k[k] : there[v].k[k];
+        for (int k = 0; k < Op::kCoefficients; ++k) chosen.k[k] = i < left[v] ? chosen.k[k] : next[v].k[k];
       return chosen;
     };
-    apply_vector<Op, kValues>(op, inputs[v], choose, offset, mask, streaming);
+    apply_vector<Op, kValues>(op, inputs[v], coefficients_of, offset, valid, streaming);
   }
 }
 
+// Kernel: a block per kThreads * kFlatVectors vectors of a flat tensor, in descending order of memory.
 template <class Op, int kValues, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     apply_flat(const Op op, const FlatPlan plan, const FlatRows rows, const bool streaming) {
-  constexpr int kMost = vectors_within<Op, kValues>(8);
-  constexpr int kTogether = kMost < kFlatVectors ? kMost : kFlatVectors;
-  static_assert(kFlatVectors % kTogether == 0);
+  constexpr int kFitting = vectors_within<Op, kValues>(8);
+  constexpr int kVectors = kFitting < kFlatVectors ? kFitting : kFlatVectors;  // in flight together
+  static_assert(kFlatVectors % kVectors == 0);
   wait_for_previous_launch();
   op.prologue();
   const int64_t numel = plan.view.numel(), inner = plan.view.inner, channels = plan.view.channels;
-  const int64_t block = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);  // against the order of memory
-  constexpr int64_t kRun = int64_t{kThreads} * kFlatVectors * kValues;
-  const int64_t begin = block * kRun;
-  FlatBlock<Op> here;
+  const int64_t index = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);
+  constexpr int64_t kBlockValues = int64_t{kThreads} * kFlatVectors * kValues;
+  const int64_t begin = index * kBlockValues;
+  FlatBlock<Op> block;
   const auto prepare = [&] {
-    here.start = rows.start(begin);
-    const auto begins_here = [&](int row) {
-      const int64_t from = begin - here.start.at + row * inner;
-      return from >= begin && from < begin + kRun && from < channels * inner;
+    block.start = rows.start(begin);
+    // The block in which a channel's first row of all begins owns it.
+    const auto is_owner = [&](int row) {
+      const int64_t offset = begin - block.start.place + row * inner;
+      return offset >= begin && offset < begin + kBlockValues && offset < channels * inner;
     };
-    here.table = table_of(
-        op, channels, Op::kPrepares ? plan.rows_met() : 0, [&](int row) { return rows.channel(here.start, row); },
-        begins_here);
+    block.table = block_table(
+        op, channels, Op::kPrepares ? plan.rows_met() : 0, [&](int row) { return rows.channel(block.start, row); },
+        is_owner);
   };
-  if (begin + kRun <= numel) {
-    for (int v = 0; v < kFlatVectors; v += kTogether)
-      apply_flat_vectors<Op, kValues, kAligned, kTogether, true>(op, rows, begin, v, numel, streaming,
-                                                                 [&]() -> const FlatBlock<Op>& {
-                                                                   if (v == 0) prepare();
-                                                                   return here;
-                                                                 });
-  } else {  // the last block of all
+  if (begin + kBlockValues <= numel) {
+    for (int v = 0; v < kFlatVectors; v += kVectors)
+      apply_flat_vectors<Op, kValues, kAligned, kVectors, true>(op, rows, begin, v, numel, streaming,
+                                                                [&]() -> const FlatBlock<Op>& {
+                                                                  if (v == 0) prepare();
+                                                                  return block;
+                                                                });
+  } else {  // the block with the end of the tensor
     prepare();
     for (int v = 0; v < kFlatVectors; ++v)
       apply_flat_vectors<Op, kValues, kAligned, 1, false>(op, rows, begin, v, numel, streaming,
-                                                          [&]() -> const FlatBlock<Op>& { return here; });
+                                                          [&]() -> const FlatBlock<Op>& { return block; });
   }
 }
 
-// Size of the items that a launch is planned for: that of the widest operand. Who writes a mask of bits takes eight
-// values, so that a thread has a byte of it for itself.
+// --- host
+
+// The item size that a launch is planned for: the widest operand's. An Op that writes a mask processes eight values per
+// vector, so that a thread writes whole bytes of the mask.
 template <class Op>
 constexpr int planned_itemsize() {
-  if (Op::kWritesBits) return kAccessBytes / kMaxValues;
+  if (Op::kWritesMask) return kAccessBytes / kMaxValues;
   return sizeof(typename Op::T) > sizeof(typename Op::Output) ? sizeof(typename Op::T) : sizeof(typename Op::Output);
 }
 
-// Starts the kernel that a plan asks for. `overlaps`: it may start before the launch before it has ended.
+// Starts the kernel that the plan chooses. `overlaps`: it may start before the previous launch has ended.
 template <class Op>
 cudaError_t apply(const Op& op, const ApplyPlan& plan, cudaStream_t stream, bool overlaps) {
+  static_assert(check_apply_op<Op>());
   constexpr int kValues = values_per_access(planned_itemsize<Op>());
   const auto config = [&](int64_t blocks) {
     return LaunchConfig{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, overlaps};

@@ -1,4 +1,5 @@
-// Batch norm for one dtype of the data. Each function is compiled in a file of its own for each dtype, all in parallel.
+// Batch norm for one dtype of the data. Every function and dtype has a source file of its own, so that they compile in
+// parallel.
 #pragma once
 
 #include "kernels/cuda/kernels.h"

@@ -7,7 +7,7 @@
 
 namespace normfused::cuda {
 
-// f(whether anything follows the normalization), known to the compiler.
+// Calls f with a std::bool_constant: whether a residual or an activation follows the normalization.
 template <class Args, class F>
 cudaError_t for_variant(const Args& args, const F& f) {
   return args.fused() ? f(std::true_type{}) : f(std::false_type{});
@@ -18,7 +18,7 @@ ApplyPlan apply_plan(const ChannelView& view, bool aligned, const Resources& res
   return plan_apply(view, planned_itemsize<Op>(), sizeof(typename Op::Output), aligned, resources.limits);
 }
 
-// By the coefficients that the launch before computes.
+// Applies an Op whose coefficients the previous launch computes.
 template <class Op>
 cudaError_t apply_next(const Op& op, const ApplyPlan& plan, const Resources& resources) {
   return apply(op, plan, resources.stream, resources.limits.overlap);
@@ -28,8 +28,8 @@ cudaError_t apply_next(const Op& op, const ChannelView& view, bool aligned, cons
   return apply_next(op, apply_plan<Op>(view, aligned, resources), resources);
 }
 
-// NormalizeOp, with its mask as it must be before. Nobody but the owner of a byte writes it, unless values go one by
-// one.
+// Sets up a NormalizeOp. If it will write the mask bit by bit, which happens with vectors of one value, a launch clears
+// the mask first; otherwise every byte is written by one thread, and only the padding needs clearing.
 template <class Normalize>
 cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_t* counter,
                               typename Normalize::S* table, const Resources& resources, Normalize& normalize) {
@@ -45,8 +45,8 @@ cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_
   const int64_t bytes = mask_bytes(args.view.numel());
   const ApplyPlan plan = apply_plan<Normalize>(args.view, aligned, resources);
   if ((plan.by_rows ? plan.flat.values : plan.columns.values) == 1)
-    return for_each_channel(ClearBits{args.mask}, bytes, resources.stream);
-  normalize.padding = args.mask + bytes - kMaskPadding;
+    return for_each_channel(ClearMask{args.mask}, bytes, resources.stream);
+  normalize.mask_padding = args.mask + bytes - kMaskPadding;
   return cudaSuccess;
 }
 
@@ -62,12 +62,12 @@ cudaError_t BatchNormOf<T>::training(const BatchNormForward& args, Resources& re
     cudaError_t error = prepare_normalize(args, aligned, args.num_batches_tracked, table, resources, normalize);
     if (error != cudaSuccess) return error;
     const FinishTraining<S> finish{args, table};
-    // A cumulative average reads the counter, which the apply counts up: in one launch, blocks would race.
-    const bool may_finish = args.momentum == args.momentum && !fused();
-    const ReductionPlan plan = plan_for(moments, finish, 1, aligned, may_finish, resources);
+    // A cumulative average reads the counter that the application increments. In one launch the blocks would race.
+    const bool may_apply = args.momentum == args.momentum && !fused();
+    const ReductionPlan plan = plan_for(moments, finish, 1, aligned, may_apply, resources);
     if constexpr (!fused())
       if (plan.single()) return reduce(moments, finish, normalize, plan, resources);
-    error = reduce(moments, finish, Nothing{}, plan, resources);
+    error = reduce(moments, finish, NoApply{}, plan, resources);
     return error != cudaSuccess ? error : apply_next(normalize, args.view, aligned, resources);
   });
 }
@@ -102,14 +102,14 @@ cudaError_t BatchNormOf<T>::backward(const BatchNormBackward& args, Resources& r
     T* const grad_input = static_cast<T*>(args.grad_input);
     T* const grad_residual = static_cast<T*>(args.grad_residual);
     S* const table = table_for<GradInput>(args.view, resources);
-    const GradInput through{grad_output,   input,           grad_input, table,         residual,
-                            grad_residual, args.activation, args.mask,  args.training, args.from_output};
-    const ScaleOp<T> past{grad_output, grad_input, table + Row::kScale * args.view.channels};
+    const GradInput with_statistics{grad_output,   input,           grad_input, table,         residual,
+                                    grad_residual, args.activation, args.mask,  args.training, args.from_output};
+    const ScaleOp<T> scale_only{grad_output, grad_input, table + GradCoefficient::kScale * args.view.channels};
     const bool aligned = all_aligned(grad_output, input, residual, grad_input, grad_residual);
     const auto apply_last = [&] {
       if (grad_input == nullptr) return cudaSuccess;
-      return args.training || fused() ? apply_next(through, args.view, aligned, resources)
-                                      : apply_next(past, args.view, aligned, resources);
+      return args.training || fused() ? apply_next(with_statistics, args.view, aligned, resources)
+                                      : apply_next(scale_only, args.view, aligned, resources);
     };
 
     const FinishBackward<S, fused()> finish{args, table};
@@ -118,11 +118,11 @@ cudaError_t BatchNormOf<T>::backward(const BatchNormBackward& args, Resources& r
       return error != cudaSuccess ? error : apply_last();
     }
     const GradSumsOp<T, fused()> sums{args};
-    const bool may_finish = args.training && grad_input != nullptr && !fused();
-    const ReductionPlan plan = plan_for(sums, finish, residual == nullptr ? 2 : 3, aligned, may_finish, resources);
+    const bool may_apply = args.training && grad_input != nullptr && !fused();
+    const ReductionPlan plan = plan_for(sums, finish, residual == nullptr ? 2 : 3, aligned, may_apply, resources);
     if constexpr (!fused())
-      if (plan.single()) return reduce(sums, finish, through, plan, resources);
-    const cudaError_t error = reduce(sums, finish, Nothing{}, plan, resources);
+      if (plan.single()) return reduce(sums, finish, with_statistics, plan, resources);
+    const cudaError_t error = reduce(sums, finish, NoApply{}, plan, resources);
     return error != cudaSuccess ? error : apply_last();
   });
 }

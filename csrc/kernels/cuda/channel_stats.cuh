@@ -1,4 +1,5 @@
-// What is summed for the statistics of a channel.
+// Reduce operations for the statistics of a channel (see reduce.cuh for their contract), and a Finish that writes their
+// results.
 #pragma once
 
 #include "kernels/cuda/channel_vector.cuh"
@@ -7,17 +8,18 @@
 
 namespace normfused::cuda {
 
-// Mean and sum of squared deviations; with kExtremes also the least and the greatest value.
+// Mean and M2, the sum of squared deviations from the mean; with kExtremes also minimum and maximum.
 //
-// A thread sums deviations from the mean of the first values it sees, rounded to S: near enough to the mean that
-// neither an outlier nor an offset costs digits, and exact where a channel is constant. From there on sums are double,
-// about the channel's first value, which all threads know: so they are joined by addition alone.
+// A thread sums deviations from a pivot, the mean of the first values it reads, rounded to S. The pivot is near enough
+// to the mean that neither an outlier nor an offset costs digits, and a constant channel gives exact results. fold()
+// converts the sums to double and shifts them to the channel's first value, the origin, which all threads know. Partial
+// sums about the same origin are merged by addition alone.
 template <class T_, bool kExtremes>
 struct MomentsOp {
   using T = T_;
   using S = compute_t<T>;
   using Sum = double;
-  static constexpr int kInputs = 1, kRequired = 1, kSums = kExtremes ? 4 : 2;
+  static constexpr int kInputs = 1, kRequiredInputs = 1, kSums = kExtremes ? 4 : 2;
   static constexpr bool kRecomputes = true, kStartsFromMemory = false;
 
   struct State {
@@ -30,7 +32,7 @@ struct MomentsOp {
 
   NF_DEVICE const T* input(int) const { return tensor; }
   template <int>
-  NF_DEVICE uint32_t bits(int64_t) const {
+  NF_DEVICE uint32_t mask_bits(int64_t) const {
     return 0;
   }
   NF_DEVICE double origin(int64_t channel) const {
@@ -38,9 +40,9 @@ struct MomentsOp {
     return is_finite(first) ? first : 0;
   }
 
-  static NF_DEVICE double empty(int k) { return k == 2 ? infinity() : k == 3 ? -infinity() : 0; }
-  // A NaN among the extremes is lost; the sum of squares tells of it.
-  static NF_DEVICE double join(int k, double a, double b) {
+  static NF_DEVICE double identity(int k) { return k == 2 ? infinity() : k == 3 ? -infinity() : 0; }
+  // Minimum and maximum ignore a NaN; the sum of squares carries it.
+  static NF_DEVICE double merge(int k, double a, double b) {
     return k == 2 ? (b < a ? b : a) : k == 3 ? (b > a ? b : a) : a + b;
   }
 
@@ -54,31 +56,31 @@ struct MomentsOp {
   }
 
   template <int n, bool kMasked>
-  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t mask, uint32_t, bool first) const {
-    const auto counts = [&](int i) { return !kMasked || (mask >> i & 1); };
+  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t valid, uint32_t, bool first) const {
+    const auto is_valid_value = [&](int i) { return !kMasked || (valid >> i & 1); };
     const S(&x)[n] = values[0];
     if (first) {
       S base = x[n - 1], sum = 0;
 #pragma unroll
       for (int i = n - 1; i >= 0; --i)
-        if (counts(i)) base = x[i];
+        if (is_valid_value(i)) base = x[i];
 #pragma unroll
-      for (int i = 0; i < n; ++i) sum += counts(i) ? x[i] - base : 0;
-      state.pivot = base + sum / static_cast<S>(kMasked ? __popc(mask) : n);
-      // With a finite pivot a deviation is NaN only where the value is, and the sum of squares only if a value is.
+      for (int i = 0; i < n; ++i) sum += is_valid_value(i) ? x[i] - base : 0;
+      state.pivot = base + sum / static_cast<S>(kMasked ? __popc(valid) : n);
+      // With a finite pivot a deviation is NaN only if its value is, and so is the sum of squares.
       if (!is_finite(state.pivot)) state.pivot = 0;
     }
-    // Four chains of additions, because one would wait for itself.
+    // Four independent chains of additions hide their latency.
     constexpr int kChains = n < 4 ? n : 4;
     S sum[kChains]{}, square[kChains]{};
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const S deviation = counts(i) ? x[i] - state.pivot : 0;
+      const S deviation = is_valid_value(i) ? x[i] - state.pivot : 0;
       sum[i % kChains] += deviation;
       square[i % kChains] += deviation * deviation;
       if constexpr (kExtremes) {
-        if (counts(i) && x[i] < state.extreme[0]) state.extreme[0] = x[i];
-        if (counts(i) && x[i] > state.extreme[1]) state.extreme[1] = x[i];
+        if (is_valid_value(i) && x[i] < state.extreme[0]) state.extreme[0] = x[i];
+        if (is_valid_value(i) && x[i] > state.extreme[1]) state.extreme[1] = x[i];
       }
     }
 #pragma unroll
@@ -90,12 +92,12 @@ struct MomentsOp {
     state.square += square[0];
   }
 
-  NF_DEVICE void sums(const State& state, int64_t count, int64_t channel, Sum (&sums)[kSums]) const {
+  NF_DEVICE void fold(const State& state, int64_t count, int64_t channel, Sum (&sums)[kSums]) const {
     const double shift = static_cast<double>(state.pivot) - origin(channel);
     const double sum = static_cast<double>(state.sum), shifted = static_cast<double>(count) * shift;
     sums[0] = sum + shifted;
     const double squares = static_cast<double>(state.square) + (2 * sum + shifted) * shift;
-    // Infinite where an infinite value or an overflow is among the squares, NaN where a NaN is.
+    // Infinite if a value is infinite or a square overflowed S, NaN if a value is NaN.
     sums[1] = is_finite(squares) ? squares : state.square == state.square ? infinity() : nan_double();
     if constexpr (kExtremes) {
       sums[2] = static_cast<double>(state.extreme[0]);
@@ -103,8 +105,8 @@ struct MomentsOp {
     }
   }
 
-  // Mean and M2 in place of the sums.
-  NF_DEVICE void results(int64_t channel, Sum (&sums)[kSums]) const {
+  // Replaces the sums by mean and M2. A channel with a NaN has NaN for every result.
+  NF_DEVICE void finalize(int64_t channel, Sum (&sums)[kSums]) const {
     if (is_finite(sums[1])) {
       const Moments moments = moments_about(origin(channel), view.positions(), sums[0], sums[1]);
       sums[0] = moments.mean;
@@ -114,51 +116,53 @@ struct MomentsOp {
     }
   }
 
-  // Infinite values and what overflows S are computed again, in double. A NaN needs no second look.
+  // A channel with an infinite value, or whose squares overflow S, is recomputed in double. A NaN is a valid result.
   static NF_DEVICE bool is_valid(const Sum (&results)[kSums]) { return results[1] != infinity(); }
 
-  // Computes those of the channels [begin, begin + channels) again that are not sound, all of them at once. The thread
-  // that `leads` has the results of channel begin + group. All threads of the block take part.
-  NF_DEVICE void recompute(int64_t begin, int channels, int group, bool leads, Sum (&results)[kSums]) const {
-    NF_SHARED(bool, broken, [kThreads]);
-    NF_SHARED(double, parts, [kThreads]);
-    const bool mends = leads && !is_valid(results);
-    if (leads) broken[group] = mends;
+  // Block-wide: recomputes mean and M2 of the invalid channels among [first, first + channels), all of them at once, in
+  // two passes over the tensor: one for the mean, one for the squared deviations. The leader of a channel, the thread
+  // with `is_leader`, holds its results; `slot` is the channel's index. All threads of the block must call it; it
+  // begins and ends without a barrier.
+  NF_DEVICE void recompute(int64_t first, int channels, int slot, bool is_leader, Sum (&results)[kSums]) const {
+    NF_SHARED(bool, invalid, [kThreads]);
+    NF_SHARED(double, thread_sums, [kThreads]);
+    const bool replaces = is_leader && !is_valid(results);
+    if (is_leader) invalid[slot] = replaces;
     __syncthreads();
     int lanes = kThreads;
     while (lanes * channels > kThreads) lanes /= 2;
-    // Neighbouring threads read neighbours in memory.
+    // Neighbouring threads read neighbours in memory: positions of a channel, or channels of a position.
     const int thread = static_cast<int>(threadIdx.x), slots = kThreads / lanes;
-    const int own = view.inner == 1 ? thread % slots : thread / lanes;
+    const int read_slot = view.inner == 1 ? thread % slots : thread / lanes;
     const int lane = view.inner == 1 ? thread / slots : thread % lanes;
-    const bool works = own < channels && broken[own];
+    const bool reads = read_slot < channels && invalid[read_slot];
     const auto total = [&](int channel) {
       double sum = 0;
-      for (int i = 0; i < lanes; ++i) sum += parts[channel * lanes + i];
+      for (int i = 0; i < lanes; ++i) sum += thread_sums[channel * lanes + i];
       return sum;
     };
-    double& part = parts[own * lanes + lane];
+    double& thread_sum = thread_sums[read_slot * lanes + lane];
 
     const auto count = static_cast<double>(view.positions());
-    part = works ? sum_over(begin + own, lane, lanes, [](double value) { return value; }) : 0;
+    thread_sum = reads ? sum_over(first + read_slot, lane, lanes, [](double value) { return value; }) : 0;
     __syncthreads();
-    const double mean = works ? total(own) / count : 0;
-    if (mends) results[0] = total(group) / count;
+    const double mean = reads ? total(read_slot) / count : 0;
+    if (replaces) results[0] = total(slot) / count;
     __syncthreads();
-    // Only of double values can the sum overflow. Of others a mean that is not finite is that of infinite values.
+    // The sum can overflow only for double data. For other data a mean that is not finite means an infinite value.
     const bool has_infinity = sizeof(T) < sizeof(double) && !is_finite(mean);
     const auto square = [&](double value) { return (value - mean) * (value - mean); };
-    part = !works ? 0 : has_infinity ? nan_double() : sum_over(begin + own, lane, lanes, square);
+    thread_sum = !reads ? 0 : has_infinity ? nan_double() : sum_over(first + read_slot, lane, lanes, square);
     __syncthreads();
-    if (mends) results[1] = total(group);
+    if (replaces) results[1] = total(slot);
   }
 
  private:
   static NF_DEVICE double infinity() { return HUGE_VAL; }
   static NF_DEVICE double nan_double() { return infinity() - infinity(); }
 
-  // The sum of f over every lanes-th value of a channel. Row and place in it are carried along: a division for each
-  // value would take longer than all the rest.
+  // The sum of f over every lanes-th value of a channel, from the lane's own on. The offset and the place in the row
+  // are updated by additions: a 64-bit division per value would take longer than everything else.
   template <class F>
   NF_DEVICE double sum_over(int64_t channel, int lane, int lanes, const F& f) const {
     const int64_t positions = view.positions(), inner = view.inner;
@@ -167,7 +171,7 @@ struct MomentsOp {
     int64_t place = lane % inner, offset = (lane / inner * view.channels + channel) * inner + place;
     double sum = 0;
 #pragma unroll 8
-    for (int64_t m = lane; m < positions; m += lanes) {
+    for (int64_t position = lane; position < positions; position += lanes) {
       sum += f(widen<double>(tensor[offset]));
       offset += step;
       place += place_step;
@@ -180,17 +184,18 @@ struct MomentsOp {
   }
 };
 
-// Sum, sum of squares, least and greatest value: in double for floating types, exactly in int64 for integers.
+// Sum, sum of squares, minimum and maximum: in double for floating dtypes, exact in int64 for integers.
 template <class T_>
 struct SumsOp {
   using T = T_;
   using S = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
   using Sum = S;
-  static constexpr int kInputs = 1, kRequired = 1, kSums = 4;
+  static constexpr int kInputs = 1, kRequiredInputs = 1, kSums = 4;
   static constexpr bool kRecomputes = false, kStartsFromMemory = false;
 
-  // Packed: 20 bytes of a narrow T, with which the columns' states of a block stay within 48 KiB; 24 would not.
-  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, T>;  // CUDA's half precision is not to be packed
+  // Packed to 20 bytes for a 16-bit T: the states of a block then fit into 48 KiB of shared memory, with 24 they would
+  // not. CUDA's 16-bit types cannot be members of a packed struct, so their bits are stored.
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
   struct __attribute__((packed, aligned(4))) State {
     S sum, square;
     Bits extreme[2];
@@ -201,38 +206,40 @@ struct SumsOp {
 
   NF_DEVICE const T* input(int) const { return tensor; }
   template <int>
-  NF_DEVICE uint32_t bits(int64_t) const {
+  NF_DEVICE uint32_t mask_bits(int64_t) const {
     return 0;
   }
-  static NF_DEVICE Sum empty(int k) { return k == 2 ? greatest() : k == 3 ? least() : 0; }
-  // A NaN is lost among the extremes; the sums tell of it.
-  static NF_DEVICE Sum join(int k, Sum a, Sum b) { return k == 2 ? (b < a ? b : a) : k == 3 ? (b > a ? b : a) : a + b; }
-  // The first vector's own values begin the extremes: T's limits need not be known.
+  static NF_DEVICE Sum identity(int k) { return k == 2 ? maximum() : k == 3 ? minimum() : 0; }
+  // Minimum and maximum ignore a NaN; the sums carry it.
+  static NF_DEVICE Sum merge(int k, Sum a, Sum b) {
+    return k == 2 ? (b < a ? b : a) : k == 3 ? (b > a ? b : a) : a + b;
+  }
+  // accumulate() initializes the extremes with its first values, so T's limits are not needed.
   NF_DEVICE State start(int64_t) const { return {}; }
 
   template <int n, bool kMasked>
-  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t mask, uint32_t, bool first) const {
-    Sum low = first ? empty(2) : value_of(state.extreme[0]), high = first ? empty(3) : value_of(state.extreme[1]);
+  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t valid, uint32_t, bool first) const {
+    Sum low = first ? identity(2) : value_of(state.extreme[0]), high = first ? identity(3) : value_of(state.extreme[1]);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      if (kMasked && !(mask >> i & 1)) continue;
+      if (kMasked && !(valid >> i & 1)) continue;
       const S value = values[0][i];
       state.sum += value;
       state.square += value * value;
-      low = join(2, low, value);
-      high = join(3, high, value);
+      low = merge(2, low, value);
+      high = merge(3, high, value);
     }
     state.extreme[0] = bits_of(low);
     state.extreme[1] = bits_of(high);
   }
 
-  NF_DEVICE void sums(const State& state, int64_t, int64_t, Sum (&sums)[4]) const {
+  NF_DEVICE void fold(const State& state, int64_t, int64_t, Sum (&sums)[4]) const {
     sums[0] = state.sum;
     sums[1] = state.square;
     sums[2] = value_of(state.extreme[0]);
     sums[3] = value_of(state.extreme[1]);
   }
-  NF_DEVICE void results(int64_t, Sum (&sums)[4]) const {
+  NF_DEVICE void finalize(int64_t, Sum (&sums)[4]) const {
     if (sums[1] != sums[1]) sums[2] = sums[3] = sums[1];
   }
 
@@ -248,13 +255,13 @@ struct SumsOp {
     memcpy(&bits, &value, sizeof bits);
     return bits;
   }
-  static NF_DEVICE Sum greatest() {
+  static NF_DEVICE Sum maximum() {
     if constexpr (std::is_integral_v<T>)
       return INT64_MAX;
     else
       return HUGE_VAL;
   }
-  static NF_DEVICE Sum least() {
+  static NF_DEVICE Sum minimum() {
     if constexpr (std::is_integral_v<T>)
       return INT64_MIN;
     else
@@ -262,16 +269,16 @@ struct SumsOp {
   }
 };
 
-// Writes row k of the results to its place.
+// A Finish that writes result k of a channel to results[k][channel].
 template <class Sum>
 struct WriteResults {
   Sum* results[4];
 
-  using Known = Nothing;
-  NF_DEVICE Known load(int64_t) const { return {}; }
+  using Preloaded = NoPreload;
+  NF_DEVICE Preloaded preload(int64_t) const { return {}; }
   NF_DEVICE void prefetch(int64_t) const {}
   template <int n>
-  NF_DEVICE void operator()(int64_t channel, const Sum (&sums)[n], const Known&) const {
+  NF_DEVICE void operator()(int64_t channel, const Sum (&sums)[n], const Preloaded&) const {
 #pragma unroll
     for (int k = 0; k < n; ++k) results[k][channel] = sums[k];
   }

@@ -1,4 +1,4 @@
-// The launch behind channel_moments and channel_sums, which are compiled in a file each, in parallel.
+// The launch of channel_moments and channel_sums. Each has a source file of its own, so that they compile in parallel.
 #pragma once
 
 #include "kernels/cuda/channel_stats.cuh"
@@ -14,7 +14,7 @@ cudaError_t channel_stats(const ChannelStats& args, Resources& resources) {
   WriteResults<Sum> write{};
   for (int k = 0; k < Op::kSums; ++k) write.results[k] = static_cast<Sum*>(args.results[k]);
   const ReductionPlan plan = plan_for(op, write, 1, all_aligned(args.input), false, resources);
-  return reduce(op, write, Nothing{}, plan, resources);
+  return reduce(op, write, NoApply{}, plan, resources);
 }
 
 }  // namespace normfused::cuda

@@ -1,4 +1,4 @@
-// Per-channel parameters and buffers of any floating dtype.
+// Access to per-channel parameters and buffers, whose dtype can differ from the data's and is known only at run time.
 #pragma once
 
 #include "kernels/cuda/vector.cuh"
@@ -6,6 +6,7 @@
 
 namespace normfused::cuda {
 
+// The channel's entry, or `absent` if there is no vector.
 NF_DEVICE double read(const ChannelVector& vector, int64_t channel, double absent) {
   if (!vector) return absent;
   switch (vector.dtype) {
@@ -20,12 +21,13 @@ NF_DEVICE double read(const ChannelVector& vector, int64_t channel, double absen
   }
 }
 
+// Starts to fetch the channel's entry into the L2 cache, if the vector is present.
 NF_DEVICE void prefetch_entry(const ChannelVector& vector, int64_t channel) {
   const int size = vector.dtype == DType::kFloat64 ? 8 : vector.dtype == DType::kFloat32 ? 4 : 2;
   if (vector) prefetch_address(static_cast<const char*>(vector.data) + channel * size);
 }
 
-// Rounded once, from double. Nothing where the vector is absent.
+// Writes the channel's entry, rounded once from double. Does nothing if the vector is absent.
 NF_DEVICE void write(const ChannelVector& vector, int64_t channel, double value) {
   if (!vector) return;
   switch (vector.dtype) {

@@ -1,4 +1,6 @@
-// What threads do together: joining sums over a warp, and telling which block is last.
+// Primitives for threads that work together: merging sums across lanes, finding the last block to arrive, overlapping
+// launches. "Lanes" are neighbouring threads of a block that share one channel; their number is a power of two and can
+// exceed a warp.
 #pragma once
 
 #include "kernels/cuda/plan.h"
@@ -9,58 +11,65 @@ namespace normfused::cuda {
 inline constexpr int kWarps = kThreads / kWarp;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Launches that overlap, by programmatic dependent launch. The next launch in the stream may start once every block of
-// this one has called allow_next_launch() or has ended.
+// Programmatic dependent launch, first half: the next launch of the stream may start once every block of this launch
+// has called this function or has ended. Called by every thread.
 NF_DEVICE void allow_next_launch() {
 #if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
-// Waits until the launch before this one has ended and what it wrote is visible. It must never itself allow the next
-// launch earlier: that one relies on all launches before this one having ended.
+// Second half: waits until the previous launch has ended and its writes are visible. Called by every thread of a kernel
+// that is launched with `overlaps`, before its first memory access. Such a kernel must not call allow_next_launch()
+// before this function: the next launch relies on all earlier launches having ended.
 NF_DEVICE void wait_for_previous_launch() {
 #if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
   cudaGridDependencySynchronize();
 #endif
 }
 
-// How many neighbouring threads of a block there are for each of `count` things: a power of two.
-NF_DEVICE int lanes_for(int64_t count) {
+// Lanes per channel for a block that processes `channels` channels at once: the largest power of two with
+// channels * lanes <= kThreads, and at least 1.
+NF_DEVICE int lanes_for(int64_t channels) {
   int lanes = kThreads;
-  while (lanes > 1 && count * lanes > kThreads) lanes /= 2;
+  while (lanes > 1 && channels * lanes > kThreads) lanes /= 2;
   return lanes;
 }
 
-// Joins the sums of each `lanes` neighbouring threads, a power of two, in an order that `lanes` alone decides; the
-// result is the first one's. All threads of the block take part, and between two calls with more lanes than a warp has,
-// they wait for each other.
+// Block-wide: merges the sums of every `lanes` neighbouring threads, in an order that depends on `lanes` only, and
+// returns the result in `sums` of the first of them; the other threads' sums are undefined afterwards.
+//
+// All threads of the block must call it, with the same `lanes`. With more lanes than a warp it uses shared memory:
+// a barrier must separate two such calls.
 template <class Op>
-NF_DEVICE void join_lanes(typename Op::Sum (&sums)[Op::kSums], int lanes) {
+NF_DEVICE void merge_lanes(typename Op::Sum (&sums)[Op::kSums], int lanes) {
   using Sum = typename Op::Sum;
-  NF_SHARED(Sum, of_warps, [kWarps * Op::kSums]);
+  NF_SHARED(Sum, warp_sums, [kWarps * Op::kSums]);
   for (int step = (lanes < kWarp ? lanes : kWarp) / 2; step > 0; step /= 2)
-    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], __shfl_down_sync(kAllLanes, sums[k], step));
+    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::merge(k, sums[k], __shfl_down_sync(kAllLanes, sums[k], step));
   if (lanes <= kWarp) return;
   const int warp = threadIdx.x / kWarp;
   if (threadIdx.x % kWarp == 0)
-    for (int k = 0; k < Op::kSums; ++k) of_warps[warp * Op::kSums + k] = sums[k];
+    for (int k = 0; k < Op::kSums; ++k) warp_sums[warp * Op::kSums + k] = sums[k];
   __syncthreads();
   if (threadIdx.x % lanes == 0)
     for (int w = 1; w < lanes / kWarp; ++w)
-      for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], of_warps[(warp + w) * Op::kSums + k]);
+      for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::merge(k, sums[k], warp_sums[(warp + w) * Op::kSums + k]);
 }
 
-// Whether this block is the last of `expected` to arrive at the ticket; then it sees what all others wrote before they
-// arrived. Tickets are zero before the launch, and the last block leaves them so. One thread fences for all: the
-// barriers about it order their accesses before and after its own, and a fence is for all that is ordered so.
+// Grid-wide: whether this block is the last of `expected` blocks to arrive at the ticket. If it is, it sees everything
+// the other blocks wrote before they arrived. All threads of the block must call it and get the same answer; it begins
+// and ends with a barrier. The ticket must be zero before the launch; the last block resets it to zero.
+//
+// One thread fences for the whole block: the barriers order the other threads' accesses with its own, and a fence
+// applies to everything that is ordered in this way.
 NF_DEVICE bool last_to_arrive(unsigned* ticket, unsigned expected) {
   NF_SHARED(bool, last);
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // the block's writes come before the arrival
+    __threadfence();  // release: the block's writes become visible before its arrival
     last = atomicAdd(ticket, 1u) == expected - 1;
-    __threadfence();  // and the others' before what follows
+    __threadfence();  // acquire: the other blocks' writes are visible to all that follows
     if (last) *ticket = 0;
   }
   __syncthreads();

@@ -1,4 +1,4 @@
-// Division by a number that the host knows.
+// Integer division by a divisor that the host knows before the launch.
 #pragma once
 
 #include <cstdint>
@@ -6,14 +6,15 @@
 
 namespace normfused::cuda {
 
-// n / by for n below half of Word's range: a multiplication and a shift (Granlund and Montgomery, 1994).
+// Computes n / divisor as a multiplication and a shift (Granlund and Montgomery, 1994), for n below half of Word's
+// range. On a GPU a 64-bit division is a call of some hundred cycles.
 template <class Word>
 class Divider {
  public:
   constexpr Divider() = default;
-  constexpr explicit Divider(Word by) {
-    while ((Word{1} << shift_) < by) ++shift_;
-    multiplier_ = static_cast<Word>((Wide{1} << kBits) * ((Wide{1} << shift_) - by) / by + 1);
+  constexpr explicit Divider(Word divisor) {
+    while ((Word{1} << shift_) < divisor) ++shift_;
+    multiplier_ = static_cast<Word>((Wide{1} << kBits) * ((Wide{1} << shift_) - divisor) / divisor + 1);
   }
   constexpr Word operator()(Word n) const {
     return (static_cast<Word>((Wide{n} * multiplier_) >> kBits) + n) >> shift_;

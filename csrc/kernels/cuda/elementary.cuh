@@ -1,4 +1,5 @@
-// Elementary functions of what a thread has in registers.
+// Elementary functions of one value, for the activations of math.h (its parameter E): exact to a few units in the last
+// place, or approximate for 16-bit data.
 #pragma once
 
 #include "kernels/cuda/prelude.h"
@@ -6,6 +7,7 @@
 
 namespace normfused::cuda {
 
+// The functions of CUDA's math library, for float and double.
 struct Elementary {
   static NF_DEVICE float exp(float x) { return ::expf(x); }
   static NF_DEVICE double exp(double x) { return ::exp(x); }
@@ -27,21 +29,23 @@ struct Elementary {
   static NF_DEVICE double power(double x, double y) { return ::pow(x, y); }
 };
 
-// For activations of 16-bit data: a third to a tenth of the instructions, and errors far below half a unit of the data,
-// in which the result is rounded in any case. Tested over all of them by tests/host_cuda/approximations.cpp.
+// For activations of 16-bit data: a third to a tenth of the instructions of Elementary. The errors are far below half a
+// unit in the last place of the 16-bit result. tests/host_cuda/approximations.cpp checks every 16-bit value.
 struct Approximate {
   static NF_DEVICE float exp(float x) { return __expf(x); }
-  // With one of Newton's steps, after which 1 / 1 is 1: slopes take differences from it. 0 where b is 2^126 or more.
+  // One Newton step makes 1 / 1 exact, because the slopes of activations subtract the quotient from 1. __fdividef
+  // returns 0 for b >= 2^126, and so does this function.
   static NF_DEVICE float quotient(float a, float b) {
     const float r = __fdividef(1, b);
     return a * (r == 0 ? r : fmaf(r, fmaf(-b, r, 1), r));
   }
   static NF_DEVICE float expm1(float x) {
-    // Taylor's series where the difference would cancel.
+    // Taylor series for small |x|, for which exp(x) - 1 would cancel.
     const float series = x * (1 + x * (1.f / 2 + x * (1.f / 6 + x * (1.f / 24 + x * (1.f / 120)))));
     return x > -0.25f ? series : __expf(x) - 1;
   }
-  // erfc(a) = t exp(-a^2 + p(t)), t = 1 / (1 + a / 2), to 1.2e-7 of itself (Press et al., Numerical Recipes, 6.2).
+  // erfc(a) = t exp(-a^2 + p(t)) with t = 1 / (1 + a / 2), relative error 1.2e-7 (Press et al., Numerical
+  // Recipes, 6.2).
   static NF_DEVICE Normal<float> normal(float x) {
     const float a = fabsf(x) * 0.70710678f, t = __fdividef(1, 1 + 0.5f * a);
     float p = 0.17087277f;
@@ -59,6 +63,7 @@ struct Approximate {
   }
 };
 
+// The functions for data of type T.
 template <class T>
 using elementary_t = std::conditional_t<sizeof(T) == 2, Approximate, Elementary>;
 

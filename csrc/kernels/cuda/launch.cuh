@@ -1,4 +1,4 @@
-// What the launchers share: from dtype tags to types, and from plans to memory.
+// Shared by the launchers: dispatch on dtypes, and the device memory that plans need.
 #pragma once
 
 #include "kernels/cuda/kernels.h"
@@ -11,7 +11,7 @@ struct Type {
   using type = T;
 };
 
-// f(Type<T>) for the floating type of a tag.
+// Calls f(Type<T>) with the floating type of a dtype.
 template <class F>
 cudaError_t for_floating(DType dtype, const F& f) {
   switch (dtype) {
@@ -28,7 +28,7 @@ cudaError_t for_floating(DType dtype, const F& f) {
   }
 }
 
-// The same for integers too.
+// The same for floating and integer dtypes.
 template <class F>
 cudaError_t for_any(DType dtype, const F& f) {
   switch (dtype) {
@@ -47,31 +47,34 @@ cudaError_t for_any(DType dtype, const F& f) {
   }
 }
 
+// Whether every pointer is aligned for vector accesses; a null pointer is.
 template <class... P>
 bool all_aligned(const P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % kAccessBytes == 0) && ...);
 }
 
-// How many blocks of a reduction's kernels are resident. The driver is asked once: devices of one process are seldom of
-// several kinds, and a plan for another one is no less right.
+// How many blocks of a reduction's kernels a multiprocessor holds at once. The driver is asked once per process: mixed
+// devices are rare, and a plan made for another device is correct, only less balanced.
 template <class Op, class Finish>
 const Residency& residency_of() {
   constexpr int kValues = values_per_access(sizeof(typename Op::T));
   static const Residency residency{
-      resident_blocks(reduce_rows<Op, Finish, Nothing, kValues, false>, kThreads, kMinBlocks),
-      resident_blocks(reduce_rows<Op, Finish, Nothing, kValues, true>, kThreads, kMinBlocks),
-      resident_blocks(reduce_columns<Op, Finish, Nothing, kValues>, kThreads, kMinBlocks)};
+      resident_blocks(reduce_rows<Op, Finish, NoApply, kValues, false>, kThreads, kMinBlocks),
+      resident_blocks(reduce_rows<Op, Finish, NoApply, kValues, true>, kThreads, kMinBlocks),
+      resident_blocks(reduce_columns<Op, Finish, NoApply, kValues>, kThreads, kMinBlocks)};
   return residency;
 }
 
-// `inputs` of Op's are there. `may_finish`: what is reduced may be applied in the same launch.
+// The plan of a reduction that reads `inputs` tensors; an optional input may be absent. `may_apply`: the results may be
+// applied in the same launch.
 template <class Op, class Finish>
-ReductionPlan plan_for(const Op& op, const Finish&, int inputs, bool aligned, bool may_finish,
+ReductionPlan plan_for(const Op& op, const Finish&, int inputs, bool aligned, bool may_apply,
                        const Resources& resources) {
-  return plan_reduction(op.view, sizeof(typename Op::T), inputs, aligned, may_finish, resources.limits,
+  return plan_reduction(op.view, sizeof(typename Op::T), inputs, aligned, may_apply, resources.limits,
                         residency_of<Op, Finish>());
 }
 
+// Allocates the partial sums and tickets of a reduction and starts it.
 template <class Op, class Finish, class Apply>
 cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const ReductionPlan& plan,
                    Resources& resources) {
@@ -84,11 +87,11 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
   partials.group = plan.group;
   partials.groups = plan.groups();
   if (plan.splits() > 1)
-    partials.tickets = resources.tickets(plan.tiles() * Partials<Sum>::tickets_each(plan.groups()));
+    partials.tickets = resources.tickets(plan.tiles() * Partials<Sum>::tickets_per_tile(plan.groups()));
   return reduce(op, finish, apply, plan, partials, resources.stream);
 }
 
-// A table of coefficients.
+// Allocates a table of coefficients for an apply Op.
 template <class Op>
 typename Op::S* table_for(const ChannelView& view, Resources& resources) {
   using S = typename Op::S;

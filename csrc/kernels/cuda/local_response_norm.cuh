@@ -1,5 +1,6 @@
-// Local response normalization. A block has a tile of positions and channels in shared memory, where it sums over
-// windows: squares, and for backward what each channel has a share of. It writes those channels whose sums are whole.
+// Local response normalization. A block loads a tile of positions and channels into shared memory and sums over windows
+// of channels there: squares in forward, and in backward also the channels' shares of the gradient. It writes the
+// channels whose whole window lies in the tile.
 #pragma once
 
 #include "kernels/cuda/device.cuh"
@@ -8,18 +9,18 @@
 
 namespace normfused::cuda {
 
-// Channels from begin to end.
+// The channels [begin, end).
 struct Channels {
   int64_t begin, end;
 
-  // With those about them, as far as there are.
+  // Extended by up to `left` and `right` neighbouring channels.
   NF_DEVICE Channels with(int64_t left, int64_t right, int64_t channels) const {
     return {begin > left ? begin - left : 0, end + right < channels ? end + right : channels};
   }
 };
 
-// kWarp positions by the channels from `first` on. Neighbours in a warp are neighbours in memory: channels first they
-// are positions, channels last channels.
+// A tile of kWarp positions by the channels from `first` on. The threads of a warp access consecutive memory: positions
+// if the layout is channels first, channels if it is channels last (kLast).
 template <class T, bool kLast>
 class Tile {
  public:
@@ -29,7 +30,8 @@ class Tile {
   NF_DEVICE Tile(const ChannelView& view, int64_t position, int64_t first)
       : view_(view), position_(position), first_(first) {}
 
-  // Calls f(channel, place in shared memory, offset in the tensor) for channels at all positions, a value a thread.
+  // Block-wide: calls f(channel, place in shared memory, offset in the tensor) for every position of the tile and every
+  // one of the channels, each call in one thread.
   template <class F>
   NF_DEVICE void for_each(const Channels& channels, const F& f) const {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -48,7 +50,8 @@ class Tile {
     }
   }
 
-  // The sum of `before` channels before one of them, itself, and `after` after it, as far as they are among `channels`.
+  // The sum over the window of channel c, at `place`: `left` channels, itself and `right` channels, clipped to
+  // `channels`.
   static NF_DEVICE S window_sum(const S* values, const Channels& channels, int64_t c, int place, int64_t left,
                                 int64_t right) {
     constexpr int kStep = kLast ? 1 : kWarp;
@@ -65,12 +68,13 @@ class Tile {
   int64_t position_, first_;
 };
 
-// The channels that a block writes.
+// The channels that this block writes.
 NF_DEVICE Channels chunk_of(const WindowPlan& plan, int64_t channels) {
   const int64_t begin = blockIdx.x % plan.chunks * plan.chunk;
   return {begin, begin + plan.chunk < channels ? begin + plan.chunk : channels};
 }
 
+// Kernel: output = input * (k + scale * sum of squares)^-beta. A block per tile of positions and chunk of channels.
 template <class T, bool kLast>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     response_forward(const LocalResponseNorm args, const WindowPlan plan, const Response<compute_t<T>> response) {
@@ -94,6 +98,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   });
 }
 
+// Kernel: the gradient of the input, by the formula in math.h. The two barriers separate the phases: squares, then
+// shares (sums of squares), then gradients (sums of shares).
 template <class T, bool kLast>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     response_backward(const LocalResponseNorm args, const WindowPlan plan, const Response<compute_t<T>> response) {
@@ -106,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   T* const grad_input = static_cast<T*>(args.output);
   const int64_t left = args.left(), right = args.right();
   const Channels written = chunk_of(plan, args.view.channels);
-  const Channels sharing = written.with(right, left, args.view.channels);  // whose windows hold one that is written
+  const Channels sharing = written.with(right, left, args.view.channels);  // their windows contain a written channel
   const Channels read = sharing.with(left, right, args.view.channels);
   const Tile<T, kLast> tile(args.view, blockIdx.x / plan.chunks * kWarp, read.begin);
 

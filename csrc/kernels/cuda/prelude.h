@@ -1,7 +1,7 @@
-// The one header through which a kernel meets its compiler. nvcc takes it, and so does a plain C++ compiler that has
-// tests/host_cuda on its path: there a kernel runs on the CPU, one fiber for each of its threads. What makes that
-// possible are three rules: shared memory is declared by NF_SHARED, kernels are started by launch(), and a kernel file
-// includes nothing of CUDA by itself.
+// The only header through which kernels see their compiler. nvcc compiles them for a GPU. A plain C++ compiler with
+// tests/host_cuda on its include path compiles them for the simulator, which runs every CUDA thread as a fiber on the
+// CPU. Three rules make that possible: shared memory is declared with NF_SHARED, kernels are started with launch(), and
+// kernel files include no CUDA header themselves.
 #pragma once
 
 #include <utility>
@@ -14,7 +14,7 @@
 
 #define NF_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 #define NF_DEVICE __device__ __forceinline__
-#define NF_COMPILER_FENCE() asm volatile("" ::: "memory")  // no access to memory is moved across it
+#define NF_COMPILER_FENCE() asm volatile("" ::: "memory")  // the compiler moves no memory access across it
 
 #else
 
@@ -27,11 +27,12 @@ namespace normfused::cuda {
 struct LaunchConfig {
   dim3 grid, block;
   cudaStream_t stream;
-  // The launch may start before the one before it in the stream has ended, where the device can (may_overlap()): its
-  // kernel calls wait_for_previous_launch() before it touches memory.
+  // Programmatic dependent launch: the kernel may start before the previous launch of the stream has ended, if the
+  // device supports it (see may_overlap()). It must call wait_for_previous_launch() before it accesses memory.
   bool overlaps = false;
 };
 
+// Starts a kernel. Returns the error of the launch, not of the kernel.
 template <class... P, class... A>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... args) {
 #if defined(__CUDACC__)
@@ -52,24 +53,25 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... args
 #endif
 }
 
-// Blocks of so many threads that a multiprocessor of the current device holds at once; on the CPU it is for the caller
-// to say.
+// Blocks of `threads` threads that a multiprocessor of the current device holds at once. Returns `fallback` if the
+// driver does not tell, and in the simulator.
 template <class Kernel>
-int resident_blocks(Kernel kernel, int threads, int otherwise) {
+int resident_blocks(Kernel kernel, int threads, int fallback) {
 #if defined(__CUDACC__)
   int blocks = 0;
   if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0) == cudaSuccess && blocks > 0)
     return blocks;
-  (void)cudaGetLastError();  // the launch itself will tell
+  (void)cudaGetLastError();  // the launch itself reports the error
 #else
   (void)kernel, (void)threads;
 #endif
-  return otherwise;
+  return fallback;
 }
 
-// Whether launches of this kernel, and of all that are compiled for the same architectures, may overlap on the current
-// device. The instruction that waits exists since compute capability 9.0. A newer device can run code compiled for an
-// older one, without it: so the code is asked, not the device. Stream capture records overlap since CUDA 12.3.
+// Whether launches of this kernel, and of all kernels compiled for the same architectures, may overlap on the current
+// device. The wait instruction needs compute capability 9.0. A newer device can also run code compiled for an older
+// one, which lacks the instruction, so the function checks the code and not the device. Stream capture supports overlap
+// since CUDA 12.3.
 template <class Kernel>
 bool may_overlap(Kernel kernel) {
 #if defined(__CUDACC__)
@@ -78,7 +80,7 @@ bool may_overlap(Kernel kernel) {
   if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess && cudaRuntimeGetVersion(&runtime) == cudaSuccess &&
       cudaDriverGetVersion(&driver) == cudaSuccess)
     return code.ptxVersion >= 90 && runtime >= 12030 && driver >= 12030;
-  (void)cudaGetLastError();  // the launch itself will tell
+  (void)cudaGetLastError();  // the launch itself reports the error
   return false;
 #else
   (void)kernel;

@@ -1,342 +1,443 @@
-// Reductions of every channel to a few sums, and what is done with them, in one launch. An Op says what is summed:
+// Reduction: reduces every channel to a few sums and finishes it, in one launch. The phases of a block are
 //
-//   S, Sum, kInputs, kSums       types of the arithmetic and of the sums; how many tensors are read, and how many sums
-//   input(k), kRequired          the tensors, and how many are always there; others may be null, and then read as 0
-//   bits<n>(offset)              what else is read with n values at an offset: a bit for each
-//   State, start(channel)        what a thread keeps for a channel while it reads, and an empty one
-//   kStartsFromMemory            whether that depends on the channel
-//   accumulate<n, masked>(state, values, mask, bits, first)
-//                                takes in n values of each input
-//   sums(state, count, channel, sums)
-//                                a state as sums that can be joined with those of any other thread
-//   join(k, a, b), empty(k)
-//   results(channel, sums)       turns the joined sums into what was asked for
-//   kRecomputes, is_valid(sums), recompute(begin, channels, group, leads, sums)
-//                                whether that can fail, whether it did, and the slow way, for all channels that a block
-//                                finishes at once
+//   accumulate   each thread reads its vectors and updates a state in registers
+//   fold         the states become sums, which are merged across the channel's lanes: the split's partial sums
+//   merge        the last block to arrive merges the partial sums of all splits
+//   finish       that block turns the sums into results and hands them to Finish
+//   apply        optional: the block applies the results to its channels (see apply.cuh)
 //
-// A Finish says what becomes of a channel's results; it is called once for each channel, with what it load()ed before
-// these were there: prefetch() comes first of all. An Apply, where there is one, is done by the block itself.
+// A reduce Op provides
+//
+//   T, S, Sum                        types of the inputs, of the arithmetic, and of the sums
+//   kInputs, kSums                   how many inputs are read together, and how many sums a channel has
+//   kRequiredInputs                  inputs that are always present; the others may be null and then read as 0
+//   input(k)                         the tensors
+//   mask_bits<n>(offset)             bits that belong to n values at an offset: those of an activation mask, or 0
+//   State, start(channel)            what a thread accumulates for a channel, and its initial state
+//   kStartsFromMemory                whether start() reads memory and so depends on the channel
+//   accumulate<n, kMasked>(state, values, valid, mask_bits, first)
+//                                    adds n values of each input to the state; with kMasked only those whose bit in
+//                                    `valid` is set, at least one; `first`: the state is empty
+//   fold(state, count, channel, sums)
+//                                    converts the state of `count` values to sums that can be merged
+//   merge(k, a, b), identity(k)      merges two values of sum k; the value that changes nothing
+//   finalize(channel, sums)          converts the merged sums to results, in place
+//   kRecomputes, is_valid(results), recompute(first, channels, slot, is_leader, results)
+//                                    whether results can be invalid, whether they are, and the slow way to compute
+//                                    them, for all channels that the block finishes together
+//
+// A Finish consumes the results of a channel:
+//
+//   prefetch(channel)                starts to fetch what it will read; called first of all
+//   Preloaded, preload(channel)      loads what it needs besides the results, before these are merged
+//   operator()(channel, results, preloaded)
+//                                    called by one thread, once per channel
+//
+// check_reduce_op() verifies both contracts at compile time.
 #pragma once
 
 #include "kernels/cuda/apply.cuh"
+#include "kernels/cuda/contracts.cuh"
 #include "kernels/cuda/device.cuh"
-#include "kernels/cuda/walk.cuh"
+#include "kernels/cuda/iterators.cuh"
 
 namespace normfused::cuda {
 
-// Memory of a launch: results of each split before they are merged, and tickets for each tile: one for each group of
-// splits, and one for the groups where there are several.
+// The Preloaded of a Finish that needs nothing besides the results.
+struct NoPreload {};
+
+// Device memory of a reduction: the partial sums of every split, and tickets. A tile has a ticket for each group of
+// splits, and one more for the groups if there are several.
 template <class Sum>
 struct Partials {
   Sum* data;  // (splits, sums, channels)
   unsigned* tickets;
   int64_t channels;
-  int splits, group, groups;
+  int splits, group, groups;  // group: splits that are merged together
 
-  static constexpr int tickets_each(int groups) { return groups > 1 ? groups + 1 : 1; }
+  static constexpr int tickets_per_tile(int groups) { return groups > 1 ? groups + 1 : 1; }
 
   NF_DEVICE Sum& at(int64_t split, int sums, int k, int64_t channel) const {
     return data[(split * sums + k) * channels + channel];
   }
 };
 
-template <class Op, int kValues, bool kMasked>
-NF_DEVICE typename Op::State reduce_row(const Op& op, const RowsPlan& plan, int64_t channel, int64_t split, int lane,
-                                        int64_t& count) {
+// The channels [first, last) that a block reduces.
+struct ChannelRange {
+  int64_t first, last;
+};
+
+template <class Op>
+NF_DEVICE void set_identity(typename Op::Sum (&sums)[Op::kSums]) {
+  for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::identity(k);
+}
+
+template <class Op>
+NF_DEVICE void store_partial(const Partials<typename Op::Sum>& partials, int64_t split, int64_t channel,
+                             const typename Op::Sum (&sums)[Op::kSums]) {
+  for (int k = 0; k < Op::kSums; ++k) partials.at(split, Op::kSums, k, channel) = sums[k];
+}
+
+// --- accumulate, channels first
+
+// The vectors that a thread has in flight together. Bit v * kValues + i of the bitmasks stands for value i of vector v.
+template <int kValues, int kVectors>
+struct RowVectors {
+  int64_t offsets[kVectors];
+  uint32_t valid = 0, mask_bits = 0;
+  bool within = true;  // all vectors lie wholly within the tensor
+};
+
+// Advances the iterator by kVectors vectors, or with kFull false by those that are left.
+template <bool kFull, int kVectors, class Op, int kValues, bool kMasked>
+NF_DEVICE RowVectors<kValues, kVectors> next_vectors(const Op& op, RowIterator<kValues, kMasked>& it, int64_t numel) {
+  RowVectors<kValues, kVectors> vectors;
+  vectors.within = kFull;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const bool present = kFull || !it.done();
+    uint32_t valid;
+    vectors.offsets[v] = it.next(valid);
+    if (kMasked) vectors.within = vectors.within && vectors.offsets[v] + kValues <= numel;
+    if (!present) continue;
+    vectors.valid |= valid << (v * kValues);
+    vectors.mask_bits |= op.template mask_bits<kValues>(vectors.offsets[v]) << (v * kValues);
+  }
+  return vectors;
+}
+
+// Loads these vectors of every input. All loads are independent of each other.
+template <class Op, int kValues, int kVectors>
+NF_DEVICE void load_vectors(const Op& op, const RowVectors<kValues, kVectors>& vectors, int64_t numel,
+                            Vector<typename Op::T, kValues> (&loaded)[Op::kInputs][kVectors]) {
   using T = typename Op::T;
+  using V = Vector<T, kValues>;
+  const auto load_with = [&](const auto& load) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+      for (int k = 0; k < Op::kInputs; ++k)
+        loaded[k][v] = k < Op::kRequiredInputs || op.input(k) != nullptr ? load(op.input(k), v) : V{};
+  };
+  if (vectors.within)
+    load_with([&](const T* tensor, int v) { return V::load(tensor + vectors.offsets[v]); });
+  else
+    load_with([&](const T* tensor, int v) {
+      if ((vectors.valid >> (v * kValues) & kAllValid<kValues>) == 0) return V{};
+      return load_clipped<false, T, kValues>(tensor, vectors.offsets[v], numel);
+    });
+}
+
+// Accumulates a lane's values of one channel and split. Returns the state, and in `count` the number of values.
+template <class Op, int kValues, bool kMasked>
+NF_DEVICE typename Op::State accumulate_row(const Op& op, const RowsPlan& plan, int64_t channel, int64_t split,
+                                            int lane, int64_t& count) {
   using S = typename Op::S;
-  RowIterator<kValues, kMasked> walk(plan, channel, split, lane);
+  constexpr int kVectors = row_vectors_in_flight(Op::kInputs), kCount = kVectors * kValues;
+  RowIterator<kValues, kMasked> it(plan, channel, split, lane);
   const int64_t numel = plan.view.numel();
   typename Op::State state = op.start(channel);
 
-  // A round: as many vectors as are in flight together, or, where it is not full, what is left of them.
-  constexpr int kVectors = row_vectors_in_flight(Op::kInputs), kCount = kVectors * kValues;
-  const auto take = [&](auto full) {
-    constexpr bool kFull = decltype(full)::value, kCounts = kMasked || !kFull;
-    Vector<T, kValues> loaded[Op::kInputs][kVectors];
-    int64_t offsets[kVectors];
-    uint32_t mask = 0, bits = 0;
-    bool within = kFull;  // the tensor, all of all vectors
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const bool there = kFull || walk.has(1);
-      uint32_t counts;
-      offsets[v] = walk.next(counts);
-      if (kMasked) within = within && offsets[v] + kValues <= numel;
-      if (!there) continue;
-      mask |= counts << (v * kValues);
-      bits |= op.template bits<kValues>(offsets[v]) << (v * kValues);
-    }
-    const auto load = [&](const auto& load_one) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v)
-#pragma unroll
-        for (int k = 0; k < Op::kInputs; ++k)
-          loaded[k][v] = k < Op::kRequired || op.input(k) != nullptr ? load_one(op.input(k), v) : Vector<T, kValues>{};
-    };
-    if (within)
-      load([&](const T* tensor, int v) { return Vector<T, kValues>::load(tensor + offsets[v]); });
-    else
-      load([&](const T* tensor, int v) {
-        if ((mask >> (v * kValues) & kWhole<kValues>) == 0) return Vector<T, kValues>{};
-        return load_masked<false, T, kValues>(tensor, offsets[v], numel);
-      });
-    if (kCounts && mask == 0) return;
+  const auto consume = [&](auto full) {
+    constexpr bool kFull = decltype(full)::value, kSomeInvalid = kMasked || !kFull;
+    const auto vectors = next_vectors<kFull, kVectors>(op, it, numel);
+    Vector<typename Op::T, kValues> loaded[Op::kInputs][kVectors];
+    load_vectors(op, vectors, numel, loaded);
+    if (kSomeInvalid && vectors.valid == 0) return;
     S values[Op::kInputs][kCount];
 #pragma unroll
     for (int k = 0; k < Op::kInputs; ++k)
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[k][i] = widen<S>(loaded[k][i / kValues].value[i % kValues]);
-    op.template accumulate<kCount, kCounts>(state, values, mask, bits, count == 0);
-    count += kCounts ? __popc(mask) : kCount;
+    op.template accumulate<kCount, kSomeInvalid>(state, values, vectors.valid, vectors.mask_bits, count == 0);
+    count += kSomeInvalid ? __popc(vectors.valid) : kCount;
   };
-  while (walk.has(kVectors)) take(std::true_type{});
-  if (walk.has(1)) take(std::false_type{});
+  while (it.has(kVectors)) consume(std::true_type{});
+  if (!it.done()) consume(std::false_type{});
   return state;
 }
 
-// Joins what every step-th of the splits from first to last left for a channel, of which each lane takes some.
-template <class Op>
-NF_DEVICE void join_splits(const Partials<typename Op::Sum>& partials, int64_t channel, int first, int last, int step,
-                           int lane, int lanes, typename Op::Sum (&sums)[Op::kSums]) {
-#pragma unroll 4
-  for (int split = first + lane * step; split < last; split += lanes * step)
-#pragma unroll
-    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], partials.at(split, Op::kSums, k, channel));
-}
+// --- accumulate, matrices
 
-// Whether this block is to finish channels [first, last): it is if it is the last of all splits to arrive. The last of
-// a group of them merges these first, in the place of its first one. All threads of the block take part.
-template <class Op>
-NF_DEVICE bool arrive(const Partials<typename Op::Sum>& partials, int64_t first, int64_t last) {
-  using Sum = typename Op::Sum;
-  if (partials.splits == 1) {
-    __syncthreads();
-    return true;
-  }
-  unsigned* const tickets = partials.tickets + blockIdx.x * Partials<Sum>::tickets_each(partials.groups);
-  const int group = static_cast<int>(blockIdx.y) / partials.group, begin = group * partials.group;
-  const int end = begin + partials.group < partials.splits ? begin + partials.group : partials.splits;
-  if (!last_to_arrive(tickets + group, end - begin)) return false;
-  if (partials.groups == 1) return true;
-  const int lanes = lanes_for(last - first), lane = threadIdx.x % lanes;
-  for (int64_t from = first; from < last; from += kThreads / lanes) {
-    const int64_t channel = from + threadIdx.x / lanes;
-    Sum sums[Op::kSums];
-    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::empty(k);
-    if (channel < last) join_splits<Op>(partials, channel, begin, end, 1, lane, lanes, sums);
-    join_lanes<Op>(sums, lanes);
-    if (lane == 0 && channel < last)
-      for (int k = 0; k < Op::kSums; ++k) partials.at(begin, Op::kSums, k, channel) = sums[k];
-  }
-  return last_to_arrive(tickets + partials.groups, partials.groups);
-}
-
-// Merges what all groups of splits left for channels [first, last) and finishes them. All threads of the block take
-// part.
-template <class Op, class Finish>
-NF_DEVICE void finish_channels(const Op& op, const Finish& finish, const Partials<typename Op::Sum>& partials,
-                               int64_t first, int64_t last) {
-  using Sum = typename Op::Sum;
-  const int lanes = lanes_for(last - first);
-  const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes, groups = kThreads / lanes;
-  for (int64_t begin = first; begin < last; begin += groups) {
-    const int64_t channel = begin + group;
-    typename Finish::Known known{};
-    if (lane == 0 && channel < last) known = finish.load(channel);
-    Sum sums[Op::kSums];
-    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::empty(k);
-    const int step = partials.groups > 1 ? partials.group : 1;
-    if (channel < last) join_splits<Op>(partials, channel, 0, partials.splits, step, lane, lanes, sums);
-    join_lanes<Op>(sums, lanes);
-    const bool leads = lane == 0 && channel < last;
-    if (leads) op.results(channel, sums);
-    if constexpr (Op::kRecomputes)
-      if (__syncthreads_or(leads && !op.is_valid(sums))) {
-        const int64_t left = last - begin;
-        op.recompute(begin, left < groups ? static_cast<int>(left) : groups, group, leads, sums);
-      }
-    if (leads) finish(channel, sums, known);
-  }
-}
-
-template <class Op, class Finish, class Apply, int kValues, bool kMasked>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    reduce_rows(const Op op, const Finish finish, const Apply apply, const RowsPlan plan,
-                const Partials<typename Op::Sum> partials) {
-  using Sum = typename Op::Sum;
-  allow_next_launch();
-  const int lane = threadIdx.x % plan.lanes, groups = kThreads / plan.lanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * groups, channel = first + threadIdx.x / plan.lanes;
-  const int64_t last = first + groups < plan.view.channels ? first + groups : plan.view.channels;
-
-  if (channel < last && lane == 0) finish.prefetch(channel);
-  Sum sums[Op::kSums];
-  for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::empty(k);
-  if (channel < last) {
-    int64_t count = 0;
-    const auto state =
-        reduce_row<Op, kValues, kMasked>(op, plan, channel, static_cast<int64_t>(blockIdx.y), lane, count);
-    if (count > 0) op.sums(state, count, channel, sums);
-  }
-  join_lanes<Op>(sums, plan.lanes);
-  if (channel < last && lane == 0)
-    for (int k = 0; k < Op::kSums; ++k) partials.at(blockIdx.y, Op::kSums, k, channel) = sums[k];
-  if (!arrive<Op>(partials, first, last)) return;
-  finish_channels(op, finish, partials, first, last);
-
-  if constexpr (!std::is_same_v<Apply, Nothing>) {
-    __syncthreads();  // the coefficients are there
-    apply.prologue();
-    if (channel < last) apply_row<Apply, kValues, kMasked>(apply, plan, channel, lane);
-  }
-}
-
-// The states that a thread begins with. What a channel's is made from is loaded and computed once for the block.
+// Block-wide: the initial states of a thread's columns. If they come from memory, the block loads and computes each
+// channel's state once, in `shared_states`, one per channel of the range. All threads of the block must call it; in
+// that case it ends with a barrier, after which `shared_states` may be overwritten.
 template <class Op, int kValues>
-NF_DEVICE void start_columns(const Op& op, const ColumnIterator<kValues>& walk, int64_t first, int64_t last,
-                             typename Op::State* of_channels, typename Op::State (&state)[kValues]) {
+NF_DEVICE void start_columns(const Op& op, const ColumnIterator<kValues>& it, const ChannelRange& range,
+                             typename Op::State* shared_states, typename Op::State (&state)[kValues]) {
   if constexpr (Op::kStartsFromMemory) {
-    for (int64_t c = first + threadIdx.x; c < last; c += kThreads) of_channels[c - first] = op.start(c);
+    for (int64_t c = range.first + threadIdx.x; c < range.last; c += kThreads)
+      shared_states[c - range.first] = op.start(c);
     __syncthreads();
     int64_t channels[kValues];
-    walk.channels(channels);
+    it.channels(channels);
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) state[i] = of_channels[channels[i] < last ? channels[i] - first : 0];
-    __syncthreads();  // the block's states come to the same place
+    for (int i = 0; i < kValues; ++i)
+      state[i] = shared_states[channels[i] < range.last ? channels[i] - range.first : 0];
+    __syncthreads();
   } else {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) state[i] = op.start(0);
   }
 }
 
-// The values of a thread's columns in one split, each with a state of its own.
-template <class Op, int kValues>
-NF_DEVICE void accumulate_columns(const Op& op, const ColumnsPlan& plan, ColumnIterator<kValues>& walk,
+// Accumulates one iteration of a thread's rows: the next kRows, or with kFull false those that are left. Returns the
+// offset of a vector that reaches past the end of the tensor and is left to accumulate_clipped(), or numel.
+template <bool kFull, int kRows, class Op, int kValues>
+NF_DEVICE int64_t accumulate_rows(const Op& op, ColumnIterator<kValues>& it, int64_t numel, bool& first,
                                   typename Op::State (&state)[kValues]) {
-  using T = typename Op::T;
   using S = typename Op::S;
-  constexpr int kRows = column_vectors_in_flight(Op::kInputs, sizeof(S) > sizeof(float));
-  const int64_t numel = plan.view.numel();
-  bool first = true;
-  int64_t end = numel;  // offset of the tensor's last vector, where it is short and this thread's
-  // A round: as many rows as are in flight together, or, where it is not full, what is left of them.
-  const auto take = [&](auto full) {
-    constexpr bool kFull = decltype(full)::value;
-    Vector<T, kValues> loaded[Op::kInputs][kRows];
-    uint32_t bits[kRows], mask = 0;
+  Vector<typename Op::T, kValues> loaded[Op::kInputs][kRows];
+  uint32_t mask_bits[kRows], valid = 0;  // valid: a bit per row
+  int64_t clipped = numel;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const bool in_split = kFull || walk.has(1);
-      const int64_t offset = walk.next();
-      const bool there = kFull || (in_split && offset + kValues <= numel);
-      if (!kFull && in_split && !there && offset < numel) end = offset;
-      mask |= static_cast<uint32_t>(there) << r;
-      bits[r] = there ? op.template bits<kValues>(offset) : 0;
+  for (int r = 0; r < kRows; ++r) {
+    const bool in_split = kFull || !it.done();
+    const int64_t offset = it.next();
+    const bool whole = kFull || (in_split && offset + kValues <= numel);
+    if (!kFull && in_split && !whole && offset < numel) clipped = offset;
+    valid |= static_cast<uint32_t>(whole) << r;
+    mask_bits[r] = whole ? op.template mask_bits<kValues>(offset) : 0;
 #pragma unroll
-      for (int k = 0; k < Op::kInputs; ++k)
-        loaded[k][r] = there && (k < Op::kRequired || op.input(k) != nullptr)
-                           ? Vector<T, kValues>::load(op.input(k) + offset)
-                           : Vector<T, kValues>{};
-    }
-    if (!kFull && mask == 0) return;
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      S values[Op::kInputs][kRows];
-      uint32_t own = 0;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        own |= (bits[r] >> i & 1) << r;
-#pragma unroll
-        for (int k = 0; k < Op::kInputs; ++k) values[k][r] = widen<S>(loaded[k][r].value[i]);
-      }
-      op.template accumulate<kRows, !kFull>(state[i], values, mask, own, first);
-    }
-    first = false;
-  };
-  while (walk.has(kRows) && (plan.repeat == 1 || walk.ahead(kRows - 1) + kValues <= numel)) take(std::true_type{});
-  if (walk.has(1)) take(std::false_type{});
-  if (end == numel) return;
-  const uint32_t bits = op.template bits<kValues>(end);
+    for (int k = 0; k < Op::kInputs; ++k)
+      loaded[k][r] = whole && (k < Op::kRequiredInputs || op.input(k) != nullptr)
+                         ? Vector<typename Op::T, kValues>::load(op.input(k) + offset)
+                         : Vector<typename Op::T, kValues>{};
+  }
+  if (!kFull && valid == 0) return clipped;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    if (end + i >= numel) break;
+    S values[Op::kInputs][kRows];
+    uint32_t column_bits = 0;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      column_bits |= (mask_bits[r] >> i & 1) << r;
+#pragma unroll
+      for (int k = 0; k < Op::kInputs; ++k) values[k][r] = widen<S>(loaded[k][r].value[i]);
+    }
+    op.template accumulate<kRows, !kFull>(state[i], values, valid, column_bits, first);
+  }
+  first = false;
+  return clipped;
+}
+
+// Accumulates the values before the end of the tensor of a vector that reaches past it.
+template <class Op, int kValues>
+NF_DEVICE void accumulate_clipped(const Op& op, int64_t offset, int64_t numel, bool first,
+                                  typename Op::State (&state)[kValues]) {
+  using S = typename Op::S;
+  const uint32_t mask_bits = op.template mask_bits<kValues>(offset);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    if (offset + i >= numel) break;
     S values[Op::kInputs][1];
 #pragma unroll
     for (int k = 0; k < Op::kInputs; ++k)
-      values[k][0] = k < Op::kRequired || op.input(k) != nullptr ? widen<S>(op.input(k)[end + i]) : S{};
-    op.template accumulate<1, false>(state[i], values, 0, bits >> i & 1, first);
+      values[k][0] = k < Op::kRequiredInputs || op.input(k) != nullptr ? widen<S>(op.input(k)[offset + i]) : S{};
+    op.template accumulate<1, false>(state[i], values, 0, mask_bits >> i & 1, first);
   }
 }
 
-// Joins the states of all threads for one of the channels of a tile that begins with channel `first`, of which each
-// lane takes some.
+// Accumulates a thread's columns in one split, each in a state of its own.
 template <class Op, int kValues>
-NF_DEVICE void join_states(const Op& op, const ColumnsPlan& plan, const ColumnIterator<kValues>& walk,
-                           const typename Op::State* states, int64_t first, int channel, int lane, int lanes,
-                           typename Op::Sum (&sums)[Op::kSums]) {
-  const int across = plan.width * kValues;
-  const int64_t each = walk.rows() / plan.height;
-  const int rest = static_cast<int>(walk.rows() - each * plan.height);  // threads that have a row more
-  const int last = (rest > 0 ? rest : plan.height) - 1;                 // the one that has the last row
-  for (int i = lane; i < plan.columns_each() * plan.height; i += lanes) {
-    const int x = plan.tile_column(channel, i / plan.height), y = i % plan.height;
-    const bool lacks_one = y == last && walk.ends_before(blockIdx.x * static_cast<int64_t>(across) + x);
-    const int64_t count = each + (y < rest) - lacks_one;
-    if (count <= 0) continue;
-    typename Op::Sum more[Op::kSums];
-    op.sums(states[y * across + x], count, first + channel, more);
+NF_DEVICE void accumulate_columns(const Op& op, const ColumnsPlan& plan, ColumnIterator<kValues>& it,
+                                  typename Op::State (&state)[kValues]) {
+  constexpr int kRows = column_vectors_in_flight(Op::kInputs, sizeof(typename Op::S) > sizeof(float));
+  const int64_t numel = plan.view.numel();
+  bool first = true;
+  int64_t clipped = numel;
+  while (it.has_whole(kRows, numel)) accumulate_rows<true, kRows>(op, it, numel, first, state);
+  if (!it.done()) clipped = accumulate_rows<false, kRows>(op, it, numel, first, state);
+  if (clipped < numel) accumulate_clipped(op, clipped, numel, first, state);
+}
+
+// --- fold, matrices
+
+// The states of a block's threads, in shared memory: (plan.height, columns of the tile).
+template <class Op, int kValues>
+struct ColumnStates {
+  const ColumnsPlan& plan;
+  const ColumnIterator<kValues>& it;
+  const typename Op::State* data;
+
+  // Folds the states of one channel of the tile and merges their sums. Each of `lanes` lanes takes every lanes-th
+  // state. `first` is the tile's first channel.
+  NF_DEVICE void fold(const Op& op, int64_t first, int channel, int lane, int lanes,
+                      typename Op::Sum (&sums)[Op::kSums]) const {
+    const int tile_columns = plan.width * kValues;
+    // Thread row y of the block read `each` rows of the split, or one more if y < more. The last row of the split was
+    // read by `last_reader`, and may end before some columns.
+    const int64_t each = it.rows() / plan.height;
+    const int more = static_cast<int>(it.rows() - each * plan.height);
+    const int last_reader = (more > 0 ? more : plan.height) - 1;
+    for (int i = lane; i < plan.columns_each() * plan.height; i += lanes) {
+      const int x = plan.tile_column(channel, i / plan.height), y = i % plan.height;
+      const bool lacks_one = y == last_reader && it.ends_before(blockIdx.x * static_cast<int64_t>(tile_columns) + x);
+      const int64_t count = each + (y < more) - lacks_one;
+      if (count <= 0) continue;
+      typename Op::Sum folded[Op::kSums];
+      op.fold(data[y * tile_columns + x], count, first + channel, folded);
 #pragma unroll
-    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::join(k, sums[k], more[k]);
+      for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::merge(k, sums[k], folded[k]);
+    }
+  }
+};
+
+// --- merge and finish
+
+// Every step-th split in [begin, end).
+struct SplitRange {
+  int begin, end, step;
+};
+
+// Merges the partial sums of these splits for a channel. Each of `lanes` lanes takes every lanes-th of the splits.
+template <class Op>
+NF_DEVICE void merge_splits(const Partials<typename Op::Sum>& partials, int64_t channel, const SplitRange& range,
+                            int lane, int lanes, typename Op::Sum (&sums)[Op::kSums]) {
+#pragma unroll 4
+  for (int split = range.begin + lane * range.step; split < range.end; split += lanes * range.step)
+#pragma unroll
+    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::merge(k, sums[k], partials.at(split, Op::kSums, k, channel));
+}
+
+// Grid-wide: whether this block is the one to finish its channels, because it is the last of all splits to arrive. The
+// last block of a group of splits first merges that group's partial sums, in place of those of its first split. All
+// threads of the block must call it, after they stored the block's partial sums; it begins with a barrier.
+template <class Op>
+NF_DEVICE bool arrive(const Partials<typename Op::Sum>& partials, const ChannelRange& range) {
+  using Sum = typename Op::Sum;
+  if (partials.splits == 1) {
+    __syncthreads();
+    return true;
+  }
+  unsigned* const tickets = partials.tickets + blockIdx.x * Partials<Sum>::tickets_per_tile(partials.groups);
+  const int group = static_cast<int>(blockIdx.y) / partials.group, begin = group * partials.group;
+  const int end = begin + partials.group < partials.splits ? begin + partials.group : partials.splits;
+  if (!last_to_arrive(tickets + group, end - begin)) return false;
+  if (partials.groups == 1) return true;
+  const int lanes = lanes_for(range.last - range.first), lane = threadIdx.x % lanes;
+  for (int64_t first = range.first; first < range.last; first += kThreads / lanes) {
+    const int64_t channel = first + threadIdx.x / lanes;
+    Sum sums[Op::kSums];
+    set_identity<Op>(sums);
+    if (channel < range.last) merge_splits<Op>(partials, channel, {begin, end, 1}, lane, lanes, sums);
+    merge_lanes<Op>(sums, lanes);
+    if (lane == 0 && channel < range.last) store_partial<Op>(partials, begin, channel, sums);
+  }
+  return last_to_arrive(tickets + partials.groups, partials.groups);
+}
+
+// Block-wide: merges the partial sums of all groups and finishes the block's channels, as many at once as lanes allow.
+// All threads of the block must call it, after arrive() returned true.
+template <class Op, class Finish>
+NF_DEVICE void finish_channels(const Op& op, const Finish& finish, const Partials<typename Op::Sum>& partials,
+                               const ChannelRange& range) {
+  using Sum = typename Op::Sum;
+  const int lanes = lanes_for(range.last - range.first), slots = kThreads / lanes;
+  const int slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  for (int64_t first = range.first; first < range.last; first += slots) {
+    const int64_t channel = first + slot;
+    const bool is_leader = lane == 0 && channel < range.last;
+    typename Finish::Preloaded preloaded{};
+    if (is_leader) preloaded = finish.preload(channel);
+    Sum sums[Op::kSums];
+    set_identity<Op>(sums);
+    const int step = partials.groups > 1 ? partials.group : 1;
+    if (channel < range.last) merge_splits<Op>(partials, channel, {0, partials.splits, step}, lane, lanes, sums);
+    merge_lanes<Op>(sums, lanes);
+    if (is_leader) op.finalize(channel, sums);
+    if constexpr (Op::kRecomputes)
+      if (__syncthreads_or(is_leader && !op.is_valid(sums))) {
+        const int64_t left = range.last - first;
+        op.recompute(first, left < slots ? static_cast<int>(left) : slots, slot, is_leader, sums);
+      }
+    if (is_leader) finish(channel, sums, preloaded);
   }
 }
 
+// --- kernels
+
+// Channels first: plan.lanes threads per channel. A block per tile of kThreads / plan.lanes channels (blockIdx.x) and
+// split (blockIdx.y).
+template <class Op, class Finish, class Apply, int kValues, bool kMasked>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    reduce_rows(const Op op, const Finish finish, const Apply apply, const RowsPlan plan,
+                const Partials<typename Op::Sum> partials) {
+  allow_next_launch();
+  const int lane = threadIdx.x % plan.lanes, slots = kThreads / plan.lanes;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * slots, channel = first + threadIdx.x / plan.lanes;
+  const ChannelRange range{first, first + slots < plan.view.channels ? first + slots : plan.view.channels};
+
+  if (channel < range.last && lane == 0) finish.prefetch(channel);
+  typename Op::Sum sums[Op::kSums];
+  set_identity<Op>(sums);
+  if (channel < range.last) {
+    int64_t count = 0;
+    const auto state =
+        accumulate_row<Op, kValues, kMasked>(op, plan, channel, static_cast<int64_t>(blockIdx.y), lane, count);
+    if (count > 0) op.fold(state, count, channel, sums);
+  }
+  merge_lanes<Op>(sums, plan.lanes);
+  if (channel < range.last && lane == 0) store_partial<Op>(partials, blockIdx.y, channel, sums);
+  if (!arrive<Op>(partials, range)) return;
+  finish_channels(op, finish, partials, range);
+
+  if constexpr (!std::is_same_v<Apply, NoApply>) {
+    __syncthreads();  // the coefficients are written
+    apply.prologue();
+    if (channel < range.last) apply_row<Apply, kValues, kMasked>(apply, plan, channel, lane);
+  }
+}
+
+// Matrices: a thread per vector of columns and row. A block per tile of columns (blockIdx.x) and split (blockIdx.y).
 template <class Op, class Finish, class Apply, int kValues>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_columns(const Op op, const Finish finish, const Apply apply, const ColumnsPlan plan,
                    const Partials<typename Op::Sum> partials) {
-  using Sum = typename Op::Sum;
   allow_next_launch();
   NF_SHARED(typename Op::State, states, [kThreads * kValues]);
-  ColumnIterator<kValues> walk(plan, blockIdx.x, blockIdx.y);
-  const int count = plan.tile_channels(), across = plan.width * kValues;
-  const int64_t first = blockIdx.x * static_cast<int64_t>(count);
-  const int64_t last = first + count < plan.view.channels ? first + count : plan.view.channels;
-  if (first + threadIdx.x < last) finish.prefetch(first + threadIdx.x);
+  ColumnIterator<kValues> it(plan, blockIdx.x, blockIdx.y);
+  const int channels = plan.tile_channels(), tile_columns = plan.width * kValues;
+  const int64_t first = blockIdx.x * static_cast<int64_t>(channels);
+  const ChannelRange range{first, first + channels < plan.view.channels ? first + channels : plan.view.channels};
+
+  if (first + threadIdx.x < range.last) finish.prefetch(first + threadIdx.x);
   typename Op::State state[kValues];
-  start_columns(op, walk, first, last, states, state);
-  accumulate_columns(op, plan, walk, state);
+  start_columns(op, it, range, states, state);
+  accumulate_columns(op, plan, it, state);
 
-  // A column's threads stand above one another.
-  if (walk.y < plan.height)
+  if (it.y < plan.height)
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) states[walk.y * across + walk.x * kValues + i] = state[i];
+    for (int i = 0; i < kValues; ++i) states[it.y * tile_columns + it.x * kValues + i] = state[i];
   __syncthreads();
-  const int lanes = lanes_for(count), lane = threadIdx.x % lanes;
-  for (int from = 0; from < count; from += kThreads / lanes) {
-    const int c = from + static_cast<int>(threadIdx.x) / lanes;
-    Sum sums[Op::kSums];
-    for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::empty(k);
-    if (first + c < last) join_states(op, plan, walk, states, first, c, lane, lanes, sums);
-    join_lanes<Op>(sums, lanes);
-    if (lane == 0 && first + c < last)
-      for (int k = 0; k < Op::kSums; ++k) partials.at(blockIdx.y, Op::kSums, k, first + c) = sums[k];
+  const ColumnStates<Op, kValues> column_states{plan, it, states};
+  const int lanes = lanes_for(channels), lane = threadIdx.x % lanes;
+  for (int c0 = 0; c0 < channels; c0 += kThreads / lanes) {
+    const int c = c0 + static_cast<int>(threadIdx.x) / lanes;
+    typename Op::Sum sums[Op::kSums];
+    set_identity<Op>(sums);
+    if (first + c < range.last) column_states.fold(op, first, c, lane, lanes, sums);
+    merge_lanes<Op>(sums, lanes);
+    if (lane == 0 && first + c < range.last) store_partial<Op>(partials, blockIdx.y, first + c, sums);
   }
-  if (!arrive<Op>(partials, first, last)) return;
-  finish_channels(op, finish, partials, first, last);
+  if (!arrive<Op>(partials, range)) return;
+  finish_channels(op, finish, partials, range);
 
-  if constexpr (!std::is_same_v<Apply, Nothing>) {
-    __syncthreads();  // the coefficients are there
+  if constexpr (!std::is_same_v<Apply, NoApply>) {
+    __syncthreads();  // the coefficients are written
     apply.prologue();
     apply_tile<Apply, kValues>(apply, plan, blockIdx.x, 0, false);
   }
 }
 
-// Starts the kernel that a plan asks for.
+// --- host
+
+// Starts the kernel that the plan chooses.
 template <class Op, class Finish, class Apply>
 cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const ReductionPlan& plan,
                    const Partials<typename Op::Sum>& partials, cudaStream_t stream) {
+  static_assert(check_reduce_op<Op, Finish>());
+  if constexpr (!std::is_same_v<Apply, NoApply>) static_assert(check_apply_op<Apply>());
   constexpr int kValues = values_per_access(sizeof(typename Op::T));
   const LaunchConfig config{dim3(static_cast<unsigned>(plan.tiles()), static_cast<unsigned>(plan.splits())),
                             dim3(kThreads), stream};

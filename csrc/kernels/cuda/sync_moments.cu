@@ -10,7 +10,7 @@ cudaError_t pack_moments(const PackMoments& args, Resources& resources) {
     const MomentsOp<T, false> moments{static_cast<const T*>(args.input), args.view};
     const WriteMoments<compute_t<T>> write{args};
     const ReductionPlan plan = plan_for(moments, write, 1, all_aligned(args.input), false, resources);
-    return reduce(moments, write, Nothing{}, plan, resources);
+    return reduce(moments, write, NoApply{}, plan, resources);
   });
 }
 

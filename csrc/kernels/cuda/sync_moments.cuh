@@ -1,25 +1,28 @@
-// A batch that is shared out over ranks: the moments of a share, and the statistics of all.
+// Synchronized batch norm: each rank packs the moments of its share of the batch, and all ranks merge the packed
+// moments to the statistics of the whole batch.
 #pragma once
 
 #include "kernels/cuda/batch_norm.cuh"
 
 namespace normfused::cuda {
 
-// Results are a mean and an M2.
+// A Finish that packs mean and M2 into words for the other ranks (see rank_words() in types.h).
 template <class S>
 struct WriteMoments {
   PackMoments args;
 
-  using Known = Nothing;
-  NF_DEVICE Known load(int64_t) const { return {}; }
+  using Preloaded = NoPreload;
+  NF_DEVICE Preloaded preload(int64_t) const { return {}; }
   NF_DEVICE void prefetch(int64_t) const {}
-  NF_DEVICE void operator()(int64_t c, const double (&results)[2], const Known&) const {
+  NF_DEVICE void operator()(int64_t c, const double (&results)[2], const Preloaded&) const {
     const Moments moments{args.view.positions(), results[0], results[1]};
     reinterpret_cast<RankMoments<S>*>(args.words + 1)[c] = packed<S>(moments);
     if (c == 0) args.words[0] = moments.count;
   }
 };
 
+// Merges a channel's moments of all ranks, in the order of the ranks, and finishes its statistics. Without any values
+// the running statistics keep their values.
 template <class S>
 struct MergeChannel {
   MergeRanks args;
@@ -34,7 +37,7 @@ struct MergeChannel {
   }
 };
 
-// After all channels have read the counter.
+// Increments the counter of batches, in a launch of its own after every channel has read the counter.
 struct CountBatch {
   int64_t* num_batches_tracked;
   const int64_t* count;

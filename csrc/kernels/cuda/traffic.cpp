@@ -9,7 +9,7 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, cons
   const bool reduces = operation != Operation::kInference;
   const bool applies = operation != Operation::kMoments && operation != Operation::kSums;
   const bool backward = operation == Operation::kBackward || operation == Operation::kInferenceBackward;
-  const bool may_finish = operation == Operation::kTraining || operation == Operation::kBackward;
+  const bool may_apply = operation == Operation::kTraining || operation == Operation::kBackward;
   const int sums = applies ? 2 : 4;
   const int inputs = backward ? 2 : 1;
   const int applied_inputs = operation == Operation::kBackward ? 2 : 1;
@@ -17,7 +17,7 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, cons
 
   Traffic result{};
   if (reduces) {
-    result.reduction = plan_reduction(view, itemsize, inputs, true, may_finish, limits, resident);
+    result.reduction = plan_reduction(view, itemsize, inputs, true, may_apply, limits, resident);
     result.single = result.reduction.single();
     const int64_t partials = result.reduction.splits() * sums * view.channels * int64_t{sizeof(double)};
     result.merged = std::max(std::min(result.reduction.group, result.reduction.splits()), result.reduction.groups());
@@ -27,7 +27,7 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, cons
   }
   if (applies) {
     result.apply = plan_apply(view, itemsize, itemsize, true, limits);
-    // What a single launch applies to comes from L1. Inference can need a launch that prepares its coefficients.
+    // A single launch reads the tensor again from L1. Inference can need another launch that prepares coefficients.
     if (!result.single) {
       result.launches += reduces || result.apply.may_prepare() ? 1 : 2;
       result.read += applied_inputs * bytes;

@@ -1,4 +1,4 @@
-// What an operator's launches move through device memory, counted from their plans.
+// The bytes that an operation's launches move through device memory, counted from their plans.
 #pragma once
 
 #include "kernels/cuda/plan.h"
@@ -8,15 +8,15 @@ namespace normfused::cuda {
 enum class Operation { kTraining, kInference, kBackward, kInferenceBackward, kMoments, kSums };
 
 struct Traffic {
-  bool single;  // one launch has the tensors on chip between statistics and application
+  bool single;  // one launch reduces and applies, with the tensor on chip in between
   int launches;
-  int merged;             // partial results of a channel that one block merges, at most
-  int64_t read, written;  // bytes; vectors of one value for each channel are not counted
+  int merged;             // the maximum number of a channel's partial sums that one block merges
+  int64_t read, written;  // bytes, without the vectors of one entry per channel
   ReductionPlan reduction;
   ApplyPlan apply;
 };
 
-// Of a tensor of `itemsize` bytes a value, in the usual case: aligned, a momentum, all gradients asked for.
+// For a tensor of `itemsize` bytes per value, in the usual case: aligned, with a momentum, all gradients requested.
 Traffic traffic(Operation operation, const ChannelView& view, int itemsize, const DeviceLimits& limits,
                 const Residency& resident = {});
 

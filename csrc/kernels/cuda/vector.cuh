@@ -1,4 +1,4 @@
-// Values on their way between memory and registers.
+// Values on their way between memory and registers: conversions, and vectors of up to 16 bytes per access.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,12 @@
 
 namespace normfused::cuda {
 
-// What a value is computed in: float, or double for what float does not hold.
+// The type of the arithmetic on values of type T: float, or double for types that float does not represent exactly.
 template <class T>
 using compute_t =
     std::conditional_t<std::is_same_v<T, double> || (std::is_integral_v<T> && sizeof(T) >= 4), double, float>;
 
+// Converts a stored value to the type of the arithmetic.
 template <class S, class T>
 NF_DEVICE S widen(T value) {
   if constexpr (std::is_same_v<T, __half>)
@@ -24,7 +25,7 @@ NF_DEVICE S widen(T value) {
     return static_cast<S>(value);
 }
 
-// Rounds to nearest even.
+// Converts a result to the stored type; rounds to nearest even.
 template <class T, class S>
 NF_DEVICE T narrow(S value) {
   if constexpr (std::is_same_v<T, __half>)
@@ -35,7 +36,7 @@ NF_DEVICE T narrow(S value) {
     return static_cast<T>(value);
 }
 
-// The register type of one memory access.
+// The register type of one memory access of this many bytes.
 template <int bytes>
 struct Word;
 template <>
@@ -59,22 +60,25 @@ struct Word<1> {
   using type = uint8_t;
 };
 
-// One access each. CUDA's own __ldcs is volatile assembly that says nothing of memory, so that the compiler may move it
-// across stores: fenced, it stays where it is among all other accesses.
+// Loads a word that is not read again: the caches evict it first. CUDA's __ldcs is volatile assembly without a memory
+// clobber, which the compiler may move across stores; the fences keep its place among all other accesses.
 template <class W>
-NF_DEVICE W load_word_last(const W* source) {
+NF_DEVICE W load_word_streaming(const W* source) {
   NF_COMPILER_FENCE();
   const W word = __ldcs(source);
   NF_COMPILER_FENCE();
   return word;
 }
-// Brings it to the L2 cache.
+
+// Starts to fetch an address into the L2 cache.
 NF_DEVICE void prefetch_address([[maybe_unused]] const void* address) {
 #if defined(__CUDACC__)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
-// As one instruction: a plain store of four words becomes four, where the compiler sees what each of them is made of.
+
+// Stores a word with one instruction. The intrinsics matter: nvcc splits a plain store of 16 bytes into four if it sees
+// how each part was computed.
 template <class W>
 NF_DEVICE void store_word(W* target, W word, bool streaming) {
   if (streaming)
@@ -83,8 +87,8 @@ NF_DEVICE void store_word(W* target, W word, bool streaming) {
     __stwb(target, word);
 }
 
-// kValues neighbours in memory, read and written by one instruction, or by as many as it takes at 16 bytes each. They
-// must lie on a multiple of that.
+// kValues consecutive values in registers. They are read and written by one instruction, or by one for every 16 bytes.
+// The address must be a multiple of the access size.
 template <class T, int kValues>
 struct Vector {
   static constexpr int kBytes = kValues * static_cast<int>(sizeof(T));
@@ -93,27 +97,15 @@ struct Vector {
 
   T value[kValues];
 
-  NF_DEVICE char* part(int i) { return reinterpret_cast<char*>(value) + i * sizeof(Access); }
   static NF_DEVICE Vector load(const T* source) {
-    Vector vector;
-#pragma unroll
-    for (int i = 0; i < kAccesses; ++i) {
-      const Access word = reinterpret_cast<const Access*>(source)[i];
-      memcpy(vector.part(i), &word, sizeof word);
-    }
-    return vector;
+    return load_with(source, [](const Access* word) { return *word; });
   }
-  // For what is not read again: first to leave the caches.
-  static NF_DEVICE Vector load_last(const T* source) {
-    Vector vector;
-#pragma unroll
-    for (int i = 0; i < kAccesses; ++i) {
-      const Access word = load_word_last(reinterpret_cast<const Access*>(source) + i);
-      memcpy(vector.part(i), &word, sizeof word);
-    }
-    return vector;
+  // For data that is not read again: the caches evict it first.
+  static NF_DEVICE Vector load_streaming(const T* source) {
+    return load_with(source, [](const Access* word) { return load_word_streaming(word); });
   }
 
+  // `streaming`: the data is not read soon; the caches evict it first.
   NF_DEVICE void store(T* target, bool streaming) const {
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
@@ -121,6 +113,18 @@ struct Vector {
       memcpy(&word, reinterpret_cast<const char*>(value) + i * sizeof(Access), sizeof word);
       store_word(reinterpret_cast<Access*>(target) + i, word, streaming);
     }
+  }
+
+ private:
+  template <class Load>
+  static NF_DEVICE Vector load_with(const T* source, const Load& load) {
+    Vector vector;
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      const Access word = load(reinterpret_cast<const Access*>(source) + i);
+      memcpy(reinterpret_cast<char*>(vector.value) + i * sizeof(Access), &word, sizeof word);
+    }
+    return vector;
   }
 };
 

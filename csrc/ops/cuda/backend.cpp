@@ -21,13 +21,13 @@ namespace normfused::ops {
 
 namespace {
 
-// NORMFUSED_CUDA_OVERLAP=0 starts each launch after the one before it has ended, to measure what overlap gains.
-bool overlap_wanted() {
+// NORMFUSED_CUDA_OVERLAP=0 makes every launch wait for the previous one, to measure what overlap gains.
+bool overlap_requested() {
   const char* const text = std::getenv("NORMFUSED_CUDA_OVERLAP");
   return text == nullptr || std::strcmp(text, "0") != 0;
 }
 
-// Asked of the driver once for each device.
+// The limits of a device, queried from the driver once per process.
 const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
   static const std::vector<cuda::DeviceLimits> limits = [] {
     std::vector<cuda::DeviceLimits> all(static_cast<size_t>(c10::cuda::device_count()));
@@ -38,28 +38,29 @@ const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
       C10_CUDA_CHECK(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, static_cast<int>(i)));
       all[i].l2_bytes = l2_bytes;
       const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(i));
-      all[i].overlap = overlap_wanted() && cuda::launches_overlap();
+      all[i].overlap = overlap_requested() && cuda::launches_overlap();
     }
     return all;
   }();
   return limits.at(static_cast<size_t>(device));
 }
 
-// Device memory that is zero and that no allocator owns. torch's would place it in the private pool of a graph that is
-// warmed up or captured, and the graph would hold its zeroing.
+// Allocates zeroed device memory, not from torch's caching allocator: during the warm-up or capture of a graph that
+// would place it in the graph's private pool, and the graph would record the memset. The memory is never freed.
 unsigned* zeros(int device, int64_t count) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);  // allows cudaMalloc in a capture
+  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(
+      cudaStreamCaptureModeRelaxed);  // allows cudaMalloc during a capture
   const size_t bytes = static_cast<size_t>(count) * sizeof(unsigned);
   void* memory = nullptr;
   cudaError_t error = cudaMalloc(&memory, bytes);
-  if (error == cudaErrorMemoryAllocation) {  // torch may keep memory that it does not use
+  if (error == cudaErrorMemoryAllocation) {  // torch's allocator may cache unused memory
     (void)cudaGetLastError();
     c10::cuda::CUDACachingAllocator::emptyCache();
     error = cudaMalloc(&memory, bytes);
   }
   C10_CUDA_CHECK(error);
-  // Not on the legacy stream: it waits for streams that may be capturing.
+  // Not on the legacy default stream, which would wait for streams that may be capturing.
   cudaStream_t stream = nullptr;
   C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
@@ -68,12 +69,14 @@ unsigned* zeros(int device, int64_t count) {
   return static_cast<unsigned*>(memory);
 }
 
+// A number for the calling thread, unique in the process.
 uint64_t this_thread() {
   static std::atomic<uint64_t> threads{0};
   thread_local const uint64_t thread = ++threads;
   return thread;
 }
 
+// Identifies the launches that share tickets; see kernels/cuda/tickets.h.
 cuda::TicketKey ticket_key(c10::DeviceIndex device, cudaStream_t stream) {
   unsigned long long id = 0, capture = 0;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -83,20 +86,20 @@ cuda::TicketKey ticket_key(c10::DeviceIndex device, cudaStream_t stream) {
   return {device, id, stream == cudaStreamPerThread ? this_thread() : 0, capture};
 }
 
-// Scratch from torch's allocator, of the current device and stream.
+// Scratch memory comes from torch's allocator, for the current stream of the device.
 class TorchResources : public cuda::Resources {
  public:
   explicit TorchResources(const at::Device& device)
       : Resources(limits_of(device.index()), c10::cuda::getCurrentCUDAStream(device.index())), device_(device) {}
 
-  // Given back when the operator returns: the allocator hands it on to later work of this stream only.
+  // Freed when the operator returns. That is safe: the allocator reuses it only for later work of the same stream.
   void* scratch(int64_t bytes) override {
     memory_.push_back(at::empty({bytes}, at::TensorOptions(at::kByte).device(device_)));
     return memory_.back().mutable_data_ptr();
   }
 
   unsigned* tickets(int64_t count) override {
-    static auto* const tickets = new cuda::Tickets(zeros);  // never destroyed: at exit threads may still launch
+    static auto* const tickets = new cuda::Tickets(zeros);  // never destroyed: other threads may still launch at exit
     return tickets->of(ticket_key(device_.index(), stream), count);
   }
 
@@ -105,6 +108,7 @@ class TorchResources : public cuda::Resources {
   std::vector<at::Tensor> memory_;
 };
 
+// The extents of the operands, for error messages.
 template <class Args>
 std::string extents(const Args& args) {
   const ChannelView& view = args.view;
@@ -115,6 +119,7 @@ std::string extents(const Standardize& args) {
 }
 std::string extents(const MergeRanks& args) { return c10::str(args.ranks, " ranks of ", args.channels, " channels"); }
 
+// Runs the launches of a kernel on the current stream of a device, and throws if one could not be started.
 template <class Args>
 void run(const char* name, cudaError_t (*kernel)(const Args&, cuda::Resources&), const Args& args,
          const at::Device& device) {
@@ -122,7 +127,7 @@ void run(const char* name, cudaError_t (*kernel)(const Args&, cuda::Resources&),
   TorchResources resources(device);
   const cudaError_t error = kernel(args, resources);
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // it is told here, and should not be told again by what comes next
+  (void)cudaGetLastError();  // reported here, so that the next CUDA call does not report it again
   TORCH_CHECK(false, "normfused::", name, " on ", device, ", ", extents(args), ": ", cudaGetErrorString(error));
 }
 
