@@ -109,10 +109,8 @@ def batch(device: str) -> Case:
     values = torch.randn(images.numel() * 5 // 8, device=device)  # a byte read and four written for each, 5/8 of 8
     buffer = values.clone()
     calls: Calls = {
-        "normfused": lambda: normfused.standardize(images, *IMAGENET, out=out),
-        "the same, a new output": lambda: normfused.standardize(
-            images, *IMAGENET, memory_format=torch.contiguous_format
-        ),
+        "normfused": lambda: normfused.normalize(images, *IMAGENET, out=out),
+        "the same, a new output": lambda: normfused.normalize(images, *IMAGENET, memory_format=torch.contiguous_format),
         "copy of as many bytes": lambda: buffer.copy_(values),
     }
     what = "batch, uint8 HWC to normalized float32 CHW"
@@ -130,7 +128,7 @@ def data_set(name: str, shape: tuple[int, ...], layout: str, device: str) -> Cas
 
     def ours() -> tuple[Tensor, Tensor]:
         stats = normfused.ChannelStats().update(x)
-        return stats.mean, stats.std()
+        return stats.mean, stats.std
 
     calls: Calls = {"normfused": ours, "float().mean, std": recipe}
     return Case(

@@ -19,8 +19,8 @@ from normfused.functional import (
     ChannelSums,
     channel_moments,
     channel_sums,
-    standardize,
-    standardize_,
+    normalize,
+    normalize_,
 )
 from normfused.modules import (
     BatchNorm1d,
@@ -65,12 +65,12 @@ __all__ = [
     "functional",
     "info",
     "no_stats_update",
+    "normalize",
+    "normalize_",
     "quantization",
     "reference",
     "register_conversion",
     "revert",
-    "standardize",
-    "standardize_",
     "sync_running_stats",
     "transforms",
 ]

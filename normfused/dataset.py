@@ -35,7 +35,7 @@ def dataset_stats(
     batch_size: int = 64,
     num_workers: int = 0,
     progress: bool | None = None,
-    group: Any = None,
+    process_group: Any = None,
 ) -> ChannelStats:
     """The statistics of a whole data set.
 
@@ -55,15 +55,15 @@ def dataset_stats(
             any ``DataLoader``. The result is the same to the bit; of an iterable dataset's floating values, to
             rounding.
         progress: whether to show a progress bar, which needs ``tqdm``. Default: where stderr is a terminal.
-        group: a process group of :mod:`torch.distributed`, such as ``torch.distributed.group.WORLD``, whose ranks share
-            the data out: each reads a part of its own, and all get the same result. Of what cannot be indexed, each
-            rank is to give its own part. Default: this process reads all.
+        process_group: a process group of :mod:`torch.distributed`, such as ``torch.distributed.group.WORLD``. Each of
+            its ranks reads a part of the data, and all get the same result. If ``data`` cannot be indexed, each rank
+            passes its own part. Default: this process reads all of ``data``.
 
     Raises:
         ValueError: no images; an item that cannot be used, whose number the text gives; ``num_workers`` for data that
             cannot be shared out.
         TypeError: an item of a type that is not supported.
-        RuntimeError: an item that the dataset fails to give; an error of another rank of ``group``.
+        RuntimeError: an item that the dataset fails to give; an error of another rank of ``process_group``.
 
     Warns:
         RuntimeWarning: NaN or infinity in the images; Ctrl-C.
@@ -72,9 +72,9 @@ def dataset_stats(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     is_indexed = not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
     items = range(len(data)) if is_indexed else None
-    if group is not None:
-        check_group("dataset_stats", group)
-        rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
+    if process_group is not None:
+        check_group("dataset_stats", process_group)
+        rank, ranks = distributed.get_rank(process_group), distributed.get_world_size(process_group)
         progress = progress if rank == 0 else False
         if items is not None:
             items = items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
@@ -89,7 +89,7 @@ def dataset_stats(
             parts = _dataset_parts(data, _Reader(layout, scale, key), items, batch_size, num_workers)
         return collect(parts, scale, own, progress)
 
-    stats = read() if group is None else _of_all_ranks(read, group)
+    stats = read() if process_group is None else _of_all_ranks(read, process_group)
     if stats.images and stats.nonfinite.any():
         warnings.warn(NONFINITE, RuntimeWarning, stacklevel=2)
     if not stats.complete:
@@ -100,7 +100,7 @@ def dataset_stats(
     return stats
 
 
-def _of_all_ranks(read: Callable[[], ChannelStats], group: Any) -> ChannelStats:
+def _of_all_ranks(read: Callable[[], ChannelStats], process_group: Any) -> ChannelStats:
     """What all ranks read. The error of one is an error of all, because all wait for it."""
     failure = None
     own: ChannelStats | str
@@ -108,8 +108,8 @@ def _of_all_ranks(read: Callable[[], ChannelStats], group: Any) -> ChannelStats:
         own = read()
     except Exception as error:
         own, failure = repr(error), error
-    outcomes: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(outcomes, own, group=group)
+    outcomes: list[Any] = [None] * distributed.get_world_size(process_group)
+    distributed.all_gather_object(outcomes, own, group=process_group)
     if failure is not None:
         raise failure
     stats = ChannelStats(outcomes[0].scale if isinstance(outcomes[0], ChannelStats) else None)

@@ -28,7 +28,7 @@ __all__ = ["SyncBatchNorm", "SyncBatchNormAct", "sync_running_stats"]
 class _Synchronized(_OfSequences):
     """What :class:`SyncBatchNorm` and :class:`SyncBatchNormAct` have in common."""
 
-    _ranks = (2, 3, 4, 5)
+    _input_dims = (2, 3, 4, 5)
     path = ""  # in the model, where it is known
     converted_from: type[nn.Module] | None = None  # by convert_sync_batchnorm()
     process_group: Any
@@ -73,7 +73,7 @@ class _Synchronized(_OfSequences):
         return _batch_norms([(self, Call(*arguments))])[0]
 
     @staticmethod
-    def together(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    def forward_many(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
         """The outputs of several layers of one process group, by one collective each way instead of one for each.
 
         For layers of which none waits for another, such as those of a residual block's two branches.

@@ -30,7 +30,7 @@ from normfused.checks import (
 from normfused.masks import check_mask, masked_rows, masked_zeros, some_positions_of, unmasked
 from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 from normfused.residuals import split_residual
-from normfused.standardization import standardize, standardize_
+from normfused.standardization import normalize, normalize_
 
 __all__ = [
     "ChannelMoments",
@@ -39,8 +39,8 @@ __all__ = [
     "channel_moments",
     "channel_sums",
     "local_response_norm",
-    "standardize",
-    "standardize_",
+    "normalize",
+    "normalize_",
 ]
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -59,7 +59,7 @@ class _BatchNorm(_Base):
     """The forward pass and what we add; parameters, buffers and state are those of the torch.nn class mixed in."""
 
     # Numbers of dimensions that an input may have; None: a subclass has a _check_input_dim() of its own.
-    _ranks: ClassVar[tuple[int, ...] | None]
+    _input_dims: ClassVar[tuple[int, ...] | None]
 
     # Defaults at the class, so that a torch.nn layer can become one of ours by its class alone.
     activation: str | None = None  # only layers that torch's tools cannot mistake for theirs have one
@@ -74,10 +74,10 @@ class _BatchNorm(_Base):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__:
-            if "_ranks" in vars(base):
+            if "_input_dims" in vars(base):
                 break
             if "_check_input_dim" in vars(base):
-                cls._ranks = None
+                cls._input_dims = None
                 break
 
     def __init__(
@@ -177,7 +177,7 @@ class _BatchNorm(_Base):
         inplace: bool,
     ) -> tuple[Any, ...]:
         """Those of :func:`named_batch_norm`, for a call with an activation and a place other than the layer's own."""
-        if self._ranks is None:
+        if self._input_dims is None:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.
         running_mean, running_var = self.running_mean, self.running_var  # once: nn.Module takes 0.7 us to find each
@@ -189,7 +189,7 @@ class _BatchNorm(_Base):
         counter = self.num_batches_tracked if updates else None
         return (
             type(self).__name__,
-            self._ranks,
+            self._input_dims,
             input,
             running_mean if buffered else None,
             running_var if buffered else None,
@@ -486,7 +486,7 @@ class BatchNorm1d(_OfSequences, nn.BatchNorm1d):
     https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html
     """
 
-    _ranks = (2, 3)
+    _input_dims = (2, 3)
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
@@ -496,7 +496,7 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     :class:`BatchNorm1d`.
     """
 
-    _ranks = (4,)
+    _input_dims = (4,)
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
@@ -506,7 +506,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     :class:`BatchNorm1d`.
     """
 
-    _ranks = (5,)
+    _input_dims = (5,)
 
 
 class BatchNormAct1d(_WithActivation, _OfSequences, nn.modules.batchnorm._BatchNorm):
@@ -528,7 +528,7 @@ class BatchNormAct1d(_WithActivation, _OfSequences, nn.modules.batchnorm._BatchN
         ValueError: an unknown activation, or a parameter that it does not have.
     """
 
-    _ranks = (2, 3)
+    _input_dims = (2, 3)
     _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
@@ -538,7 +538,7 @@ class BatchNormAct2d(_WithActivation, nn.modules.batchnorm._BatchNorm):
     Called with ``(input, residual=None, mask=None)``. Otherwise as :class:`BatchNormAct1d`.
     """
 
-    _ranks = (4,)
+    _input_dims = (4,)
     _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
@@ -548,7 +548,7 @@ class BatchNormAct3d(_WithActivation, nn.modules.batchnorm._BatchNorm):
     Called with ``(input, residual=None, mask=None)``. Otherwise as :class:`BatchNormAct1d`.
     """
 
-    _ranks = (5,)
+    _input_dims = (5,)
     _check_input_dim = nn.BatchNorm3d._check_input_dim
 
 
@@ -558,7 +558,7 @@ class LazyBatchNorm1d(_Lazy, _OfSequences, nn.LazyBatchNorm1d):
     Drop-in for :class:`torch.nn.LazyBatchNorm1d`. Arguments: those of :class:`BatchNorm1d` without ``num_features``.
     """
 
-    _ranks = BatchNorm1d._ranks
+    _input_dims = BatchNorm1d._input_dims
     cls_to_become = BatchNorm1d
 
 
@@ -568,7 +568,7 @@ class LazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d):
     Drop-in for :class:`torch.nn.LazyBatchNorm2d`. Arguments: those of :class:`BatchNorm2d` without ``num_features``.
     """
 
-    _ranks = BatchNorm2d._ranks
+    _input_dims = BatchNorm2d._input_dims
     cls_to_become = BatchNorm2d
 
 
@@ -578,7 +578,7 @@ class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d):
     Drop-in for :class:`torch.nn.LazyBatchNorm3d`. Arguments: those of :class:`BatchNorm3d` without ``num_features``.
     """
 
-    _ranks = BatchNorm3d._ranks
+    _input_dims = BatchNorm3d._input_dims
     cls_to_become = BatchNorm3d
 
 

@@ -288,7 +288,7 @@ def channel_moments(input: Tensor) -> ChannelMoments:
     return ChannelMoments(count, mean[:, 0], deviations.square().sum(1), rows.amin(1), rows.amax(1))
 
 
-def standardize(
+def normalize(
     input: Tensor,
     mean: list[float],
     std: list[float],
@@ -296,9 +296,9 @@ def standardize(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> Tensor:
-    """:func:`normfused.functional.standardize` in plain torch, of shape ``(N, C, H, W)`` or ``(C, H, W)``."""
+    """:func:`normfused.functional.normalize` in plain torch, of shape ``(N, C, H, W)`` or ``(C, H, W)``."""
     if input.dim() == 3:
-        return standardize(input.unsqueeze(0), mean, std, scale, dtype, memory_format).squeeze(0)
+        return normalize(input.unsqueeze(0), mean, std, scale, dtype, memory_format).squeeze(0)
     centre, deviation = (input.new_tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
     output = (input.double() * scale - centre) / deviation
     if memory_format == torch.preserve_format:

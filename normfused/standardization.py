@@ -13,7 +13,7 @@ from normfused import _extension, decompositions, dtensor, reference
 from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed, needs_torchs_operators
 
 
-def standardize(
+def normalize(
     input: Tensor,
     mean: float | Sequence[float] | Tensor,
     std: float | Sequence[float] | Tensor,
@@ -49,15 +49,15 @@ def standardize(
 
     Source: https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.Normalize.html
     """
-    constants = ImageConstants("standardize", mean, std, scale, eps)
+    constants = ImageConstants("normalize", mean, std, scale, eps)
     if out is None:
-        return constants.standardize(input, dtype, memory_format)
+        return constants.normalize(input, dtype, memory_format)
     if dtype is not None or memory_format != torch.preserve_format:
-        raise ValueError("standardize: out has a dtype and a memory format of its own")
-    return constants.standardize_into(out, input)
+        raise ValueError("normalize: out has a dtype and a memory format of its own")
+    return constants.normalize_into(out, input)
 
 
-def standardize_(
+def normalize_(
     input: Tensor,
     mean: float | Sequence[float] | Tensor,
     std: float | Sequence[float] | Tensor,
@@ -65,19 +65,19 @@ def standardize_(
     scale: float = 1.0,
     eps: float = 0.0,
 ) -> Tensor:
-    """:func:`standardize` over the floating ``input`` itself, which is written and returned.
+    """:func:`normalize` over the floating ``input`` itself, which is written and returned.
 
     Raises:
-        As :func:`standardize`; TypeError: integer input. RuntimeError: input that cannot be overwritten: a leaf that
+        As :func:`normalize`; TypeError: integer input. RuntimeError: input that cannot be overwritten: a leaf that
         requires grad, overlapping memory.
     """
-    return ImageConstants("standardize_", mean, std, scale, eps).standardize_(input)
+    return ImageConstants("normalize_", mean, std, scale, eps).normalize_(input)
 
 
 class ImageConstants:
-    """Mean, standard deviation and scale of images, checked; what :func:`standardize` does with them.
+    """Mean, standard deviation and scale of images, checked; what :func:`normalize` does with them.
 
-    ``name`` is whose arguments they are. Raises as :func:`standardize` does.
+    ``name`` is whose arguments they are. Raises as :func:`normalize` does.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ImageConstants:
         if len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
             raise ValueError(f"{name}: {len(self.mean)} means, but {len(self.std)} stds")
 
-    def standardize(
+    def normalize(
         self,
         input: Tensor,
         dtype: torch.dtype | None = None,
@@ -130,15 +130,15 @@ class ImageConstants:
         if needs_torchs_operators(compiling):
             output = decompositions.standardize(*arguments)
         elif _extension.C is None:
-            output = reference.standardize(*arguments)
+            output = reference.normalize(*arguments)
         else:
             operators = torch.ops.normfused if compiling else _extension.C
             output = operators.standardize(*arguments)
         output = output.view(input.shape) if input.dim() > 4 else output
         return output if direct else output.to(dtype)
 
-    def standardize_into(self, out: Tensor, input: Tensor) -> Tensor:
-        """:func:`standardize` with ``out``."""
+    def normalize_into(self, out: Tensor, input: Tensor) -> Tensor:
+        """:func:`normalize` with ``out``."""
         check_image(self.name, input)
         check_image(f"{self.name}: out", out, DTYPES)
         if out.shape != input.shape or out.device != input.device:
@@ -149,23 +149,23 @@ class ImageConstants:
         if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
             raise RuntimeError(f"{self.name}: out is not for tensors that require grad")
         if input.dim() > 4 or not _has_kernel(input.dtype, out.dtype) or _extension.C is None or is_transformed():
-            return out.copy_(self.standardize(input, out.dtype))
+            return out.copy_(self.normalize(input, out.dtype))
         mean, std = self._for_channels_of(input)
         operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
         operators.standardize_out(input, mean, std, self._scale_of(input), out)
         return out
 
-    def standardize_(self, input: Tensor) -> Tensor:
+    def normalize_(self, input: Tensor) -> Tensor:
         """As the function of that name."""
         check_image(self.name, input, DTYPES)
         check_can_be_overwritten(self.name, input)
         mean, std = self._for_channels_of(input)
         if input.dim() > 4:
             for part in input:
-                self.standardize_(part)
+                self.normalize_(part)
             return input
         if _extension.C is None or is_transformed():
-            return input.copy_(reference.standardize(input.clone(), mean, std, self._scale_of(input)))
+            return input.copy_(reference.normalize(input.clone(), mean, std, self._scale_of(input)))
         operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
         operators.standardize_(input, mean, std, self._scale_of(input))
         return input

@@ -161,18 +161,18 @@ class ChannelStats:
         )
         return self
 
-    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> ChannelStats:
-        """Replaces this by the merge over all processes of ``group``, equal on each, and returns it.
+    def all_reduce(self, process_group: distributed.ProcessGroup | None = None) -> ChannelStats:
+        """Replaces this by the merge over all processes of ``process_group``, equal on each, and returns it.
 
-        The ranks' figures are merged in the ranks' order. ``group=None``: all processes.
+        The ranks' figures are merged in the ranks' order. ``process_group=None``: all processes.
 
         Raises:
             RuntimeError: ``torch.distributed`` is not initialized, or this process is not in the group.
             ValueError: the ranks' channels or scales differ; it raises on each rank.
         """
-        check_group("all_reduce", group)
-        ranks: list[Any] = [None] * distributed.get_world_size(group)
-        distributed.all_gather_object(ranks, self, group=group)
+        check_group("all_reduce", process_group)
+        ranks: list[Any] = [None] * distributed.get_world_size(process_group)
+        distributed.all_gather_object(ranks, self, group=process_group)
         total = ChannelStats(self.scale)
         for rank in ranks:
             total.merge(rank)
@@ -214,13 +214,20 @@ class ChannelStats:
         """Shape (C,), float64; -infinity for a channel without values."""
         return self._result(lambda m: m.max)
 
-    def var(self, correction: int = 0) -> Tensor:
-        """Squared deviations over ``count - correction``, shape (C,), float64; NaN where that is not positive."""
-        return self._result(lambda m: m.m2 / (m.count - correction) if m.count > correction else math.nan)
+    @property
+    def m2(self) -> Tensor:
+        """Sum of squared deviations from the mean, (C,), float64; ``m2 / (count - 1)`` is the unbiased variance."""
+        return self._result(lambda m: m.m2)
 
-    def std(self, correction: int = 0) -> Tensor:
-        """The square root of :meth:`var`, shape (C,), float64."""
-        return self.var(correction).sqrt()
+    @property
+    def var(self) -> Tensor:
+        """Biased variance, ``m2 / count``, shape (C,), float64; NaN for a channel without values."""
+        return self._result(lambda m: m.m2 / m.count if m.count else math.nan)
+
+    @property
+    def std(self) -> Tensor:
+        """Square root of :attr:`var`, shape (C,), float64."""
+        return self.var.sqrt()
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, exactly, for JSON."""
@@ -264,12 +271,18 @@ class ChannelStats:
     def __eq__(self, other: object) -> bool:
         return vars(self) == vars(other) if isinstance(other, ChannelStats) else NotImplemented
 
+    def __repr__(self) -> str:
+        if self.channels is None:
+            return "ChannelStats(images=0)"
+        mean, std = (f"[{', '.join(map(_four_digits, values.tolist()))}]" for values in (self.mean, self.std))
+        return f"ChannelStats(images={self.images}, channels={self.channels}, mean={mean}, std={std})"
+
     def __str__(self) -> str:
         """A table of the channels, and the line for ``normfused.transforms.Normalize``."""
         if self.channels is None:
             return "no images yet"
         columns = {"count": [f"{count:,}" for count in self.count.tolist()]}
-        figures = {"mean": self.mean, "std": self.std(), "min": self.min, "max": self.max}
+        figures = {"mean": self.mean, "std": self.std, "min": self.min, "max": self.max}
         columns |= {name: [_four_digits(v) for v in values.tolist()] for name, values in figures.items()}
         if self._has_nonfinite():
             columns["nonfinite"] = [f"{count:,}" for count in self.nonfinite.tolist()]
@@ -284,7 +297,7 @@ class ChannelStats:
             lines.append("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
         mean, std = (", ".join(columns[name]) for name in ("mean", "std"))
         lines.append(f"normfused.transforms.Normalize(mean=[{mean}], std=[{std}])")
-        constant = [str(channel) for channel, value in enumerate(self.std().tolist()) if value == 0]
+        constant = [str(channel) for channel, value in enumerate(self.std.tolist()) if value == 0]
         if constant:
             lines[-1] += f"  # constant, with a std of 0: channel {', '.join(constant)}"
         return "\n".join(lines)

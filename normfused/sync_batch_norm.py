@@ -23,7 +23,7 @@ class Call(NamedTuple):
     """The arguments of :func:`normfused.functional.named_batch_norm`."""
 
     name: str
-    ranks: tuple[int, ...] | None
+    input_dims: tuple[int, ...] | None
     input: Tensor
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     def check(self) -> None:
         """Raise what is wrong on this rank."""
         dtensor.refuse(self.name, "input", self.input)  # a mesh and a process group are two ways of saying who shares
-        check_shape(self.name, self.ranks, self.input, False, True)
+        check_shape(self.name, self.input_dims, self.input, False, True)
         if self.input.size(1) == 0:
             raise ValueError(f"{self.name}: input of shape {tuple(self.input.shape)} has no channels (dim 1)")
         if self.mask is not None:

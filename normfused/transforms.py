@@ -60,7 +60,7 @@ class Normalize(nn.Module):
 
     Raises:
         ValueError: a ``std`` that is not above 0 where ``eps`` is 0; constants that are not finite, or do not fit each
-        other. What a call raises: :func:`normfused.functional.standardize`.
+        other. What a call raises: :func:`normfused.functional.normalize`.
 
     Source: https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.Normalize.html
     """
@@ -87,8 +87,8 @@ class Normalize(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Of shape ``(..., C, H, W)``, uint8 or floating, on any device."""
         if self.inplace:
-            return self.constants.standardize_(image)
-        return self.constants.standardize(image, self.dtype, self.memory_format)
+            return self.constants.normalize_(image)
+        return self.constants.normalize(image, self.dtype, self.memory_format)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"mean={self.constants.mean}, std={self.constants.std}"
@@ -145,8 +145,8 @@ class Denormalize(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Of shape ``(..., C, H, W)``, floating."""
         if self.dtype != torch.uint8:
-            return self.constants.standardize(image, self.dtype)
-        white = self.constants.standardize(image, torch.promote_types(image.dtype, torch.float32))
+            return self.constants.normalize(image, self.dtype)
+        white = self.constants.normalize(image, torch.promote_types(image.dtype, torch.float32))
         return white.round_().clamp_(0, 255).to(torch.uint8)
 
     def extra_repr(self) -> str:  # noqa: D102
@@ -181,7 +181,7 @@ class _ByOwnStatistics(nn.Module):
         else:
             grouped = x.reshape((images, channels, height, width) if self.per_channel else (1, 1, -1, width))
         mean, std = self._mean_and_std(measure(grouped, "NCHW", None))
-        output = ImageConstants(name, mean, std).standardize(grouped, self.dtype)
+        output = ImageConstants(name, mean, std).normalize(grouped, self.dtype)
         return output.reshape(x.shape)
 
     def extra_repr(self) -> str:
@@ -216,7 +216,7 @@ class Standardize(_ByOwnStatistics):
         self.correction = correction
 
     def _mean_and_std(self, stats: ChannelStats) -> tuple[Tensor, Tensor]:
-        std = stats.std(self.correction)
+        std = (stats.m2 / (stats.count - self.correction)).sqrt()
         return stats.mean, torch.where(std > self.eps, std, 1.0)
 
 

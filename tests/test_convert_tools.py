@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import EXPECTED, ZOO
 
 import normfused
-from normfused.conversion import kept_for_backward
+from normfused.conversion import bytes_saved_for_backward
 
 pytestmark = pytest.mark.usefixtures("needs_extension", "_fresh_compiler")
 
@@ -157,7 +157,7 @@ def test_the_backend_by_name(options: dict[str, str]) -> None:
         y.square().sum().backward()
         results.append([y, x.grad])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-    saved = [kept_for_backward(m, images()) for m in (compiled, ours)]
+    saved = [bytes_saved_for_backward(m, images()) for m in (compiled, ours)]
     assert saved[0] < saved[1]
 
 

@@ -137,11 +137,11 @@ def test_images_are_standardized_from_and_to_either_layout(
     device: torch.device, memory_format: torch.memory_format
 ) -> None:
     images = torch.randint(0, 256, (2, 3, 31, 44), dtype=torch.uint8)
-    want = functional.standardize(images, 0.5, 0.25)
+    want = functional.normalize(images, 0.5, 0.25)
     for wide in (images, images.float() / 255):
         for into in FORMATS:
             x = wide.to(device).contiguous(memory_format=memory_format)
-            got = functional.standardize(x, 0.5, 0.25, memory_format=into)
+            got = functional.normalize(x, 0.5, 0.25, memory_format=into)
             torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
 
 

@@ -115,7 +115,7 @@ def layers_together() -> None:
         residual = torch.ones(shapes[1])
         with Traffic() as traffic:
             if coalesced:
-                outputs = normfused.SyncBatchNorm.together(
+                outputs = normfused.SyncBatchNorm.forward_many(
                     [(layers[0], xs[0]), (layers[1], xs[1], residual), (layers[2], xs[2])]
                 )
             else:
@@ -128,11 +128,11 @@ def layers_together() -> None:
     layers = build()
     layers[1].eval()
     with Traffic() as traffic:
-        normfused.SyncBatchNorm.together(list(zip(layers, inputs, strict=True)))
+        normfused.SyncBatchNorm.forward_many(list(zip(layers, inputs, strict=True)))
     assert len(traffic.calls) == 1
     layers[0].process_group = distributed.new_group([0, 1])
     with pytest.raises(ValueError, match="different process groups"):
-        normfused.SyncBatchNorm.together(list(zip(layers, inputs, strict=True)))
+        normfused.SyncBatchNorm.forward_many(list(zip(layers, inputs, strict=True)))
 
 
 def test_b34_process_groups(ranks: Ranks) -> None:
@@ -469,25 +469,29 @@ def dataset_statistics() -> None:
     images = torch.randint(0, 256, (23, 3, 5, 4), dtype=torch.uint8)
     wanted = normfused.dataset_stats(images, layout="NCHW")
     data = Images(images)
-    assert normfused.dataset_stats(data, group=world, batch_size=2, layout="CHW") == wanted
+    assert normfused.dataset_stats(data, process_group=world, batch_size=2, layout="CHW") == wanted
     assert data.read == list(range(23 * rank // size, 23 * (rank + 1) // size))
-    assert normfused.dataset_stats(images, group=world, layout="NCHW") == wanted
+    assert normfused.dataset_stats(images, process_group=world, layout="NCHW") == wanted
     shares = images[rank::size]
-    assert normfused.dataset_stats(iter(shares), group=world, layout="CHW") == wanted
+    assert normfused.dataset_stats(iter(shares), process_group=world, layout="CHW") == wanted
     assert normfused.ChannelStats().update(shares, "NCHW").all_reduce() == wanted
     floats = images.double().div(7)
-    stats = normfused.dataset_stats(floats, group=world, layout="NCHW")
-    assert_same_everywhere(stats.mean, stats.std())
-    assert_close(stats.std(), normfused.dataset_stats(floats, layout="NCHW").std(), 1e-12)
+    stats = normfused.dataset_stats(floats, process_group=world, layout="NCHW")
+    assert_same_everywhere(stats.mean, stats.std)
+    assert_close(stats.std, normfused.dataset_stats(floats, layout="NCHW").std, 1e-12)
     fewer = images[:1]  # of which most ranks have nothing
-    assert normfused.dataset_stats(fewer, group=world, layout="NCHW") == normfused.dataset_stats(fewer, layout="NCHW")
-    errors = everyones_text(error_of(lambda: normfused.dataset_stats(Images(images, bad=2), group=world, layout="CHW")))
+    assert normfused.dataset_stats(fewer, process_group=world, layout="NCHW") == normfused.dataset_stats(
+        fewer, layout="NCHW"
+    )
+    errors = everyones_text(
+        error_of(lambda: normfused.dataset_stats(Images(images, bad=2), process_group=world, layout="CHW"))
+    )
     assert errors[0] == "RuntimeError: item 2: OSError('unreadable')"
     assert set(errors[1:]) == {"RuntimeError: rank 0: RuntimeError(\"item 2: OSError('unreadable')\")"}
     grey = images[:, : 1 + 2 * (rank == 0)]
-    error = error_of(lambda: normfused.dataset_stats(iter(grey), group=world, layout="CHW"))
+    error = error_of(lambda: normfused.dataset_stats(iter(grey), process_group=world, layout="CHW"))
     assert error == "ValueError: rank 1: channels: got 1, but the images before have 3"
-    nothing = error_of(lambda: normfused.dataset_stats(images[:0], group=world, layout="NCHW"))
+    nothing = error_of(lambda: normfused.dataset_stats(images[:0], process_group=world, layout="NCHW"))
     assert nothing == "ValueError: data holds no images"
 
 

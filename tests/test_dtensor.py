@@ -184,8 +184,8 @@ def refused() -> None:
         (lambda: mixed(dx), "ValueError: BatchNorm1d: running_var must have the placements (Replicate(),)"),
         (lambda: layer(distributed(x, mesh_of((1, 2)), "0")), "ValueError: BatchNorm1d: running_mean is on another"),
         (lambda: normfused.SyncBatchNorm(6)(dx), f"TypeError: SyncBatchNorm: input {plain}"),
-        (lambda: normfused.standardize(images, 0.0, 1.0), f"TypeError: standardize: input {plain}"),
-        (lambda: normfused.standardize_(images, 0.0, 1.0), f"TypeError: standardize_: input {plain}"),
+        (lambda: normfused.normalize(images, 0.0, 1.0), f"TypeError: normalize: input {plain}"),
+        (lambda: normfused.normalize_(images, 0.0, 1.0), f"TypeError: normalize_: input {plain}"),
     ]
     for call, message in cases:
         assert error_of(call).startswith(message), (error_of(call), message)

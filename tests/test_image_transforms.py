@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from normfused import transforms
-from normfused.functional import standardize
+from normfused.functional import normalize
 from normfused.transforms import (
     CIFAR10,
     FASHION_MNIST,
@@ -47,7 +47,7 @@ def test_normalize_keeps_torchvisions_contract(device: torch.device) -> None:
 def test_normalize_takes_bytes(device: torch.device) -> None:
     x = pixels(2, 3, 5, 6).to(device)
     y = Normalize(*IMAGENET, dtype=torch.bfloat16, memory_format=torch.channels_last)(x)
-    assert_same_bits(y, standardize(x, *IMAGENET, dtype=torch.bfloat16, memory_format=torch.channels_last))
+    assert_same_bits(y, normalize(x, *IMAGENET, dtype=torch.bfloat16, memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -55,7 +55,7 @@ def test_normalize_takes_bytes(device: torch.device) -> None:
 def test_b39_to_normalized_tensor_takes_anything(memory_format: torch.memory_format) -> None:
     array = pixels(7, 9, 3).numpy()
     transform = ToNormalizedTensor(*IMAGENET, memory_format=memory_format)
-    want = standardize(torch.from_numpy(array).permute(2, 0, 1), *IMAGENET)
+    want = normalize(torch.from_numpy(array).permute(2, 0, 1), *IMAGENET)
     for image in (array, Image.fromarray(array), torch.from_numpy(array).permute(2, 0, 1)):
         before = np.array(image)
         y = transform(image)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import normfused
-from normfused.conversion import kept_for_backward
+from normfused.conversion import bytes_saved_for_backward
 from normfused.functional import batch_norm
 
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -267,7 +267,7 @@ def test_b21_a_network_of_blocks(device: torch.device) -> None:
         model = stack(ours)
         model(x).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
-        kept.append(kept_for_backward(model, x))
+        kept.append(bytes_saved_for_backward(model, x))
     for a, e in zip(*gradients, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
     if normfused.info()["extension"] == "loaded":
@@ -447,10 +447,10 @@ def test_b10_nothing_is_written_where_it_raises() -> None:
 def test_convert_leaves_it_as_it_is() -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 3), normfused.BatchNorm1d(4, inplace=True), nn.ReLU())
     x = torch.randn(8, 3, 16)
-    expected, kept = model(x), kept_for_backward(model, x)
+    expected, kept = model(x), bytes_saved_for_backward(model, x)
     torch.testing.assert_close(normfused.convert(model)(x), expected)
     assert normfused.conversion_report(model).fused == {}
-    assert kept_for_backward(model, x) == kept
+    assert bytes_saved_for_backward(model, x) == kept
     assert "inplace=True" in repr(model[1])
     assert normfused.revert(model) is model
     assert type(model[1]) is normfused.BatchNorm1d

@@ -373,7 +373,7 @@ def test_b44_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert written["settings"]["path"] == str(folder)
     assert written["settings"]["scale"] == 0.5
     assert (written["images"], written["complete"], written["skipped"]) == (5, True, {})
-    for name, values in {"mean": stats.mean, "std": stats.std(), "min": stats.min, "max": stats.max}.items():
+    for name, values in {"mean": stats.mean, "std": stats.std, "min": stats.min, "max": stats.max}.items():
         assert written[name] == values.tolist()
     assert written["count"] == stats.count.tolist()
 

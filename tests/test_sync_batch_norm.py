@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import normfused
 from normfused import reference
-from normfused.conversion import kept_for_backward
+from normfused.conversion import bytes_saved_for_backward
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without torch.distributed")
 
@@ -331,7 +331,7 @@ def test_b20_a_bit_a_value_is_kept_of_what_relu_took_in(needs_extension: None, r
 def kept() -> int:
     layer = normfused.SyncBatchNormAct(8, activation="relu")
     x, r = (torch.randn(16, 8, 100, requires_grad=True) for _ in range(2))
-    return kept_for_backward(layer, x, r)
+    return bytes_saved_for_backward(layer, x, r)
 
 
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "selective"])

@@ -2,14 +2,14 @@
 
 from normfused.conversion.api import convert, convert_sync_batchnorm, revert
 from normfused.conversion.classes import register_conversion
-from normfused.conversion.report import ConversionReport, conversion_report, kept_for_backward
+from normfused.conversion.report import ConversionReport, bytes_saved_for_backward, conversion_report
 
 __all__ = [
     "ConversionReport",
+    "bytes_saved_for_backward",
     "conversion_report",
     "convert",
     "convert_sync_batchnorm",
-    "kept_for_backward",
     "register_conversion",
     "revert",
 ]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from normfused import modules
 from normfused.conversion import classes
-from normfused.conversion.report import ConversionReport, by_class, forget, kept_for_backward, remember
+from normfused.conversion.report import ConversionReport, by_class, bytes_saved_for_backward, forget, remember
 from normfused.distributed import SyncBatchNorm, SyncBatchNormAct, _Synchronized
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -107,8 +107,8 @@ def _install(model: nn.Module, report: ConversionReport) -> None:
 
     from normfused.conversion import capture
 
-    report.why_not_fused = capture.why_not()
-    if report.why_not_fused is None:
+    report.unavailable_reason = capture.why_not()
+    if report.unavailable_reason is None:
         capture.install(model, report)
 
 
@@ -121,7 +121,7 @@ def _saved_by(trial: nn.Module, inputs: tuple[Any, ...]) -> int:
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # users draw from it
     try:
         with torch.random.fork_rng():
-            return kept_for_backward(trial, *tree_map_only(Tensor, copied, inputs))
+            return bytes_saved_for_backward(trial, *tree_map_only(Tensor, copied, inputs))
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002

@@ -107,8 +107,8 @@ def _entry(module: Any, report: ConversionReport, norms: dict[int | None, str]) 
         caller: Any = sys._getframe(1).f_locals.get("self")
         if caller is not module and getattr(caller, "_compiled_call_impl", None) is entry:
             return caller._call_impl(*args, **kwargs)  # a shallow copy of the module, as nn.DataParallel makes them
-        report.last_eager = _torch_private.why_eager()
-        if report.last_eager is not None:
+        report.eager_reason = _torch_private.why_eager()
+        if report.eager_reason is not None:
             return module._call_impl(*args, **kwargs)
         if compiled is None:
             compiled = _torch_private.compile_apart(_with_own_code(call), compile_for, RECOMPILE_LIMIT)

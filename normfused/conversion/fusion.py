@@ -89,7 +89,7 @@ def fuse(gm: fx.GraphModule, inplace: bool) -> Outcomes:
             continue
         layer, match = layer_of(node), what_follows(node)
         before = outcomes.get(layer)  # of a layer that is called more than once
-        reason = match if isinstance(match, str) else obstacle(match, inputs)
+        reason = match if isinstance(match, str) else _fusion_blocker(match, inputs)
         if isinstance(match, str) or reason is not None:
             outcomes[layer] = (reason or "", False)
             continue
@@ -180,7 +180,7 @@ def _why_not_single(node: fx.Node) -> str:
     return "its output is used more than once" if node.users else "its output is not used"
 
 
-def obstacle(match: Match, inputs: set[int]) -> str | None:
+def _fusion_blocker(match: Match, inputs: set[int]) -> str | None:
     """Why computing all of ``match`` where its last node is would not be the same; ``None`` if it is the same."""
     node, last = match.chain[0], match.chain[-1]
     given = arguments_of(node)

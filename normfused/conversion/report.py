@@ -23,13 +23,13 @@ class ConversionReport:
 
     fuse: bool = True  # as requested
     inplace: bool = False  # as requested
-    why_not_fused: str | None = None  # why nothing can be fused in this process
+    unavailable_reason: str | None = None  # why nothing can be fused in this process
     replaced: list[tuple[str, str]] = field(default_factory=list)  # path, the name of the class before
     skipped: list[tuple[str, str]] = field(default_factory=list)  # paths of one class of layers, why
     fused: dict[str, str] = field(default_factory=dict)  # path, what follows in the same pass
     unfused: dict[str, str] = field(default_factory=dict)  # path, why nothing does
     graphs: int = 0  # captured so far
-    last_eager: str | None = None  # why the last call was not captured
+    eager_reason: str | None = None  # why the last call was not captured
     limit_reached: int | None = None  # the number of graphs of one module beyond which calls run as they are
     bytes_before: int | None = None  # saved for backward, with the example inputs
     bytes_after: int | None = None
@@ -59,21 +59,21 @@ class ConversionReport:
             )
 
     @property
-    def waiting(self) -> list[str]:
+    def pending(self) -> list[str]:
         """The paths of replaced layers that no graph has captured so far."""
         return [path for path, _ in self.replaced if path not in self.fused and path not in self.unfused]
 
     def __str__(self) -> str:
         counts = f"{len(self.replaced)} batch norms replaced, {len(self.fused)} fused"
         lines = [f"{counts}, {len(self.skipped)} kinds skipped" if self.skipped else counts]
-        if self.fuse and self.why_not_fused is not None:
-            lines.append(f"nothing is fused: {self.why_not_fused}")
-        elif self.fuse and self.waiting and not self.graphs and self.last_eager is not None:
-            lines.append(f"nothing is fused so far: calls {self.last_eager} are not captured")
-        elif self.fuse and self.waiting and not self.graphs:
+        if self.fuse and self.unavailable_reason is not None:
+            lines.append(f"nothing is fused: {self.unavailable_reason}")
+        elif self.fuse and self.pending and not self.graphs and self.eager_reason is not None:
+            lines.append(f"nothing is fused so far: calls {self.eager_reason} are not captured")
+        elif self.fuse and self.pending and not self.graphs:
             lines.append("what is fused is known after the first call, or with example_inputs")
-        elif self.fuse and self.waiting:
-            lines.append(f"{len(self.waiting)} not captured so far: {', '.join(self.waiting[:8])}")
+        elif self.fuse and self.pending:
+            lines.append(f"{len(self.pending)} not captured so far: {', '.join(self.pending[:8])}")
         if self.limit_reached is not None:
             lines.append(f"the limit of {self.limit_reached} graphs for a module is reached: other calls are not fused")
         classes = dict(self.replaced)
@@ -136,7 +136,7 @@ def by_class(skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(shorten([path for path, reason in skipped if reason == why]), why) for why in counts]
 
 
-def kept_for_backward(model: nn.Module, *inputs: Any) -> int:
+def bytes_saved_for_backward(model: nn.Module, *inputs: Any) -> int:
     """Bytes that a forward pass of ``model`` saves for backward, without its parameters and buffers.
 
     The pass runs as any other: it updates running statistics where the model is in training mode.

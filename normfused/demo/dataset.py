@@ -85,10 +85,10 @@ class Standardization:
             DemoError: the standard deviation of a channel is 0.
         """
         stats = normfused.ChannelStats(scale=1 / dataset.white).update(dataset.train.images)
-        if not stats.std().all():
+        if not stats.std.all():
             raise DemoError(f"{dataset.source}: all pixels of a channel have the same value")
-        return cls(stats.mean, stats.std())
+        return cls(stats.mean, stats.std)
 
     def apply(self, images: Tensor, white: int) -> Tensor:
         """Standardized pixels of float32, from images (N, C, H, W) of uint8."""
-        return normfused.standardize(images, self.mean, self.std, scale=1 / white)
+        return normfused.normalize(images, self.mean, self.std, scale=1 / white)

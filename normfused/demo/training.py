@@ -12,7 +12,7 @@ from torch import Tensor, nn, optim
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from normfused.conversion import kept_for_backward
+from normfused.conversion import bytes_saved_for_backward
 from normfused.demo.dataset import Dataset, Split, Standardization
 from normfused.demo.experiments import Experiment, Run
 
@@ -92,7 +92,7 @@ def train(run: Run, training: Training) -> Curve:
     shape, examples = dataset.train.images.shape[1:], _prepare(dataset.train, run, training)
     # Of a network of its own, because the pass updates running statistics.
     measured = experiment.network(shape, run).to(training.device)
-    kept_bytes = kept_for_backward(measured, examples.inputs[: training.batch_size])
+    kept_bytes = bytes_saved_for_backward(measured, examples.inputs[: training.batch_size])
     torch.manual_seed(training.seed)
     network = experiment.network(shape, run).to(training.device)
     optimizer = optim.Adam(network.parameters(), lr=experiment.learning_rate)

@@ -148,7 +148,7 @@ def _as_json(stats: ChannelStats, source: Source, settings: Settings, skipped: d
     }
     if stats.images:
         names = ("count", "mean", "std", "min", "max", "nonfinite")
-        values = (stats.count, stats.mean, stats.std(), stats.min, stats.max, stats.nonfinite)
+        values = (stats.count, stats.mean, stats.std, stats.min, stats.max, stats.nonfinite)
         content |= {name: value.tolist() for name, value in zip(names, values, strict=True)}
     content["stats"] = stats.to_dict()  # exact, for ChannelStats.load
     return json.dumps(content, indent=2, default=str).encode() + b"\n"

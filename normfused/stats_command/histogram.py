@@ -59,7 +59,7 @@ def draw(counts: Tensor, stats: ChannelStats, low: float, high: float, name: str
     summary = str(stats).partition("\n")[0]
     figure.suptitle(f"{name}, {summary}")
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-    mean, std = stats.mean.tolist(), stats.std().tolist()
+    mean, std = stats.mean.tolist(), stats.std.tolist()
     for channel, axes in enumerate(figure.subplots(channels, 1, sharex=True, squeeze=False)[:, 0]):
         color = _RGB[channel] if channels == len(_RGB) else _OTHER
         axes.stairs(counts[channel].numpy(), edges.numpy(), fill=True, color=color)
