@@ -18,7 +18,7 @@ from timing import FULL, TINY, Budget, interleave, make_stopwatch, ratios
 from torch import Tensor, nn
 
 import normfused
-from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS
+from normfused.activations import ACTIVATION_PARAMS, ACTIVATIONS
 
 # Its time over ReLU's at most; the others take exponentials.
 CHEAP = {"identity": 1.15, "relu6": 1.15, "leaky_relu": 1.15, "hardswish": 1.15}

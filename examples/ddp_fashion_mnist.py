@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 import normfused
-from normfused.demo.data import find_dataset
-from normfused.demo.experiments import cnn
+from normfused.cli.demo.data import find_dataset
+from normfused.cli.demo.experiments import cnn
 from normfused.transforms import Normalize
 
 INTERRUPTED = 130

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normfused.reference import ACTIVATIONS
+from normfused.activations import ACTIVATIONS
 
 
 def batch_norm_inference(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normfused import reference
+from normfused._torch_private import assert_async
+from normfused.layout import as_dense, laid_out_as
 from normfused.residuals import check_residual
 
 
@@ -35,7 +36,7 @@ def some_positions_of(name: str, mask: Tensor, input: Tensor) -> tuple[Tensor, .
     """The same. Raises where there is nothing to train with; compiled code raises ``RuntimeError`` when it runs."""
     compiling = torch.compiler.is_compiling()
     if compiling:  # first, because compilers check the number of positions too, with a message of their own
-        torch._assert_async((mask.sum() > 1) | (input.numel() == 0), f"{name}: mask has less than 2 valid positions")
+        assert_async((mask.sum() > 1) | (input.numel() == 0), f"{name}: mask has less than 2 valid positions")
     positions = positions_of(mask)
     if not compiling and input.numel() != 0 and positions[0].numel() == 0:
         raise ValueError(f"{name}: mask has no valid position")
@@ -55,10 +56,10 @@ def masked_zeros(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[
     if residual is not None:
         check_residual(input, residual)
         residual = torch.where(mask.unsqueeze(1), residual, 0)
-    return torch.where(mask.unsqueeze(1), reference.as_dense(input), 0), residual
+    return torch.where(mask.unsqueeze(1), as_dense(input), 0), residual
 
 
 def unmasked(positions: tuple[Tensor, ...], rows: Tensor, input: Tensor) -> Tensor:
     """The rows put back to their positions in a tensor of ``input``'s shape; zeros elsewhere."""
     output = rows.new_zeros(input.movedim(1, -1).shape).index_put(positions, rows).movedim(-1, 1)
-    return reference.laid_out_as(output, input)
+    return laid_out_as(output, input)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from normfused._torch_private import BatchNormBase, assert_async, is_in_backward
+from normfused.activations import ACTIVATION_PARAMS
 from normfused.arguments import check_activation, check_invertible
 from normfused.functional import INTEGERS, local_response_norm, named_batch_norm
-from normfused.reference import ACTIVATION_PARAMS, is_in_backward
 from normfused.scripting import scriptable
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    _Base = nn.modules.batchnorm._BatchNorm
+    _Base = BatchNormBase
 else:
     _Base = object
 
@@ -360,7 +361,7 @@ class _OfSequences(_BatchNorm):
         fits = ((lengths >= 0) & (lengths <= input.size(2))).all()
         message = f"{name}: lengths must be from 0 to {input.size(2)}, the length of input"
         if torch.compiler.is_compiling() or lengths.device.type != "cpu":
-            torch._assert_async(fits, message)  # without waiting for the device
+            assert_async(fits, message)  # without waiting for the device
         elif not fits:
             raise ValueError(f"{message}, got {lengths.tolist()}")
         return torch.arange(input.size(2), device=input.device) < lengths.to(input.device).unsqueeze(1)
@@ -509,7 +510,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     _input_dims = (5,)
 
 
-class BatchNormAct1d(_WithActivation, _OfSequences, nn.modules.batchnorm._BatchNorm):
+class BatchNormAct1d(_WithActivation, _OfSequences, BatchNormBase):
     """:class:`BatchNorm1d` with an activation in the same pass over memory; parameters and ``state_dict`` are the same.
 
     ``activation(batch_norm(input) + residual)``. Not a subclass of :class:`torch.nn.BatchNorm1d`, because code that
@@ -532,7 +533,7 @@ class BatchNormAct1d(_WithActivation, _OfSequences, nn.modules.batchnorm._BatchN
     _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
-class BatchNormAct2d(_WithActivation, nn.modules.batchnorm._BatchNorm):
+class BatchNormAct2d(_WithActivation, BatchNormBase):
     """:class:`BatchNorm2d` with an activation in the same pass over memory, for ``(N, C, H, W)``.
 
     Called with ``(input, residual=None, mask=None)``. Otherwise as :class:`BatchNormAct1d`.
@@ -542,7 +543,7 @@ class BatchNormAct2d(_WithActivation, nn.modules.batchnorm._BatchNorm):
     _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
-class BatchNormAct3d(_WithActivation, nn.modules.batchnorm._BatchNorm):
+class BatchNormAct3d(_WithActivation, BatchNormBase):
     """:class:`BatchNorm3d` with an activation in the same pass over memory, for ``(N, C, D, H, W)``.
 
     Called with ``(input, residual=None, mask=None)``. Otherwise as :class:`BatchNormAct1d`.

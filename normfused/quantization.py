@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from normfused._torch_private import quantization_tables
 from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, as_torchs, options_to_lose
 
 _OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
@@ -31,18 +32,17 @@ def _of_ours(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _register() -> None:
-    try:
-        from torch.ao.quantization.fuser_method_mappings import _DEFAULT_OP_LIST_TO_FUSER_METHOD as FUSERS
-        from torch.ao.quantization.quantization_mappings import DEFAULT_STATIC_QUANT_MODULE_MAPPINGS as STATIC
-    except ImportError:  # private names, which a version of torch may not have
+    tables = quantization_tables()
+    if tables is None:
         return
-    for kinds, method in list(FUSERS.items()):
+    fusers, static = tables
+    for kinds, method in list(fusers.items()):
         ours = tuple(_OURS.get(kind, kind) for kind in kinds)
         if ours != kinds:
-            FUSERS[ours] = _of_ours(method)
+            fusers[ours] = _of_ours(method)
     for stock, mine in _OURS.items():
-        if stock in STATIC:
-            STATIC[mine] = STATIC[stock]
+        if stock in static:
+            static[mine] = static[stock]
 
 
 _register()

@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from normfused.reference import ACTIVATION_PARAMS
+from normfused._torch_private import BatchNormBase
+from normfused.activations import ACTIVATION_PARAMS
 
 _MODULES: dict[str, Callable[[float], nn.Module]] = {
     "identity": lambda _: nn.Identity(),
@@ -37,12 +38,12 @@ def _named(name: str, function: Any) -> Any:
     return copied
 
 
-class _BatchNormAct(nn.modules.batchnorm._BatchNorm):
+class _BatchNormAct(BatchNormBase):
     """Batch norm, addition and activation by torch.nn's layers; ``state_dict`` has batch norm's keys alone."""
 
     if TYPE_CHECKING:  # TorchScript reads annotations
         follow: Any
-    _normalize = _named("_normalize", nn.modules.batchnorm._BatchNorm.forward)
+    _normalize = _named("_normalize", BatchNormBase.forward)
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 (TorchScript reads it)
         output = self._normalize(input)

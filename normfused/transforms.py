@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normfused.images import as_array, as_nchw
-from normfused.standardization import ImageConstants, check_image
-from normfused.stats import ChannelStats, measure
+from normfused.data.images import as_array, as_nchw
+from normfused.data.normalization import ImageConstants, check_image
+from normfused.data.stats import ChannelStats, measure
 
 __all__ = [
     "CIFAR10",

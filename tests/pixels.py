@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normfused import ChannelStats
-from normfused.stats import Sums
+from normfused.data.stats import Sums
 
 
 def random_images(sizes: list[tuple[int, ...]], channels: int = 3, seed: int = 0) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from normfused import ChannelStats, dataset_stats
-from normfused.dataset import collect
+from normfused.data.dataset import collect
 
 
 class Items(Dataset[Any]):

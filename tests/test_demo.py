@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import normfused
-from normfused import demo
-from normfused.cli import main
-from normfused.demo import cifar, data, experiments
-from normfused.demo.dataset import Dataset, Split, Standardization
-from normfused.demo.errors import DemoError
-from normfused.demo.report import Comparison, compare
-from normfused.demo.training import Curve, Epoch, Examples, Training, accuracy
+from normfused.cli import demo
+from normfused.cli.demo import cifar, data, experiments
+from normfused.cli.demo.dataset import Dataset, Split, Standardization
+from normfused.cli.demo.errors import DemoError
+from normfused.cli.demo.report import Comparison, compare
+from normfused.cli.demo.training import Curve, Epoch, Examples, Training, accuracy
+from normfused.cli.main import main
+from normfused.data.files import read_idx
 from normfused.errors import CommandError
-from normfused.files import read_idx
 
 IMAGES = torch.arange(20 * 6 * 5).remainder(251).to(torch.uint8).view(20, 6, 5)
 LABELS = torch.arange(20).remainder(10).to(torch.uint8)

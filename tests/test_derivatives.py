@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import normfused
+from normfused.activations import ACTIVATIONS
 from normfused.functional import batch_norm, local_response_norm, normalize, normalize_
-from normfused.reference import ACTIVATIONS
 
 Function = Callable[..., Any]
 CHANNELS = 3

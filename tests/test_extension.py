@@ -114,3 +114,17 @@ def test_b02_the_extension_is_that_of_this_torch_and_loads_without_a_word() -> N
     assert info["built_torch"] == torch.__version__
     assert info["built_version"] == normfused.__version__
     assert info["cpu_capability"] in {"avx512", "avx2", "baseline"}
+
+
+def test_import_leaves_ddp_unpatched_until_a_synchronized_layer_is_made() -> None:
+    code = """
+import sys
+from torch.nn.parallel import DistributedDataParallel as DDP
+check = DDP._passing_sync_batchnorm_handle
+import normfused
+assert DDP._passing_sync_batchnorm_handle is check
+assert not any(name.startswith("normfused.cli") for name in sys.modules)
+normfused.SyncBatchNorm(3)
+assert DDP._passing_sync_batchnorm_handle is not check
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

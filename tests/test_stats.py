@@ -20,7 +20,7 @@ from torch import Tensor
 
 import normfused
 from normfused import ChannelStats, dataset_stats
-from normfused.stats import Moments
+from normfused.data.stats import Moments
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -49,7 +49,7 @@ def test_b37_fashion_mnist() -> None:
     path = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
     if not path.is_file():
         pytest.skip(f"{path} is missing: apt install dataset-fashion-mnist")
-    stats = dataset_stats(normfused.files.read_idx(path), layout="NHW", batch_size=10_000)
+    stats = dataset_stats(normfused.data.files.read_idx(path), layout="NHW", batch_size=10_000)
     assert (stats.images, stats.count.tolist()) == (60_000, [47_040_000])
     assert f"{stats.mean.item():.5f}, {stats.std.item():.5f}" == "0.28604, 0.35302"
     assert str(stats).endswith("normfused.transforms.Normalize(mean=[0.2860], std=[0.3530])")

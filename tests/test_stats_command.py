@@ -20,10 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-from normfused import ChannelStats, stats_command
-from normfused.cli import main
-from normfused.stats_command import histogram
-from normfused.stats_command.readers import Pictures
+from normfused import ChannelStats
+from normfused.cli import stats as stats_command
+from normfused.cli.main import main
+from normfused.cli.stats import histogram
+from normfused.cli.stats.readers import Pictures
 
 RANDOM = np.random.default_rng(0)
 PICTURES = [RANDOM.integers(0, 250 - 20 * i, (6 + i, 9, 3), dtype=np.uint8) for i in range(5)]
@@ -121,7 +122,7 @@ def test_b44_layout(
 def test_b44_an_array_is_read_in_pieces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("normfused.stats_command.readers._VALUES_AT_A_TIME", 7 * 30)
+    monkeypatch.setattr("normfused.cli.stats.readers._VALUES_AT_A_TIME", 7 * 30)
     path = tmp_path / "images.npy"
     np.save(path, STACK)
     pieces: list[int] = []
@@ -407,7 +408,7 @@ def test_b44_histogram_counts(
     path, out = tmp_path / "images.npy", tmp_path / "out.png"
     np.save(path, np.stack([image[:6] for image in images]))
     pixels = np.concatenate([image[:6].reshape(-1, 3) for image in images])
-    monkeypatch.setattr("normfused.stats_command.readers._VALUES_AT_A_TIME", 300)
+    monkeypatch.setattr("normfused.cli.stats.readers._VALUES_AT_A_TIME", 300)
     assert run(capsys, path, "--plot", out)[0] == 0
     counts, stats, low, high, name = drawn[0]
     assert name == "images.npy"
@@ -508,8 +509,8 @@ def test_b44_a_real_interrupt(tmp_path: Path, workers: int) -> None:
     slow = f"""
 import sys, time
 import numpy as np
-from normfused.cli import main
-from normfused.stats_command import readers
+from normfused.cli.main import main
+from normfused.cli.stats import readers
 from pathlib import Path
 
 def read(self, index):

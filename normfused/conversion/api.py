@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from normfused import modules
+from normfused._torch_private import NormBase, dynamo_unavailable_reason, map_tensors
 from normfused.conversion import classes
 from normfused.conversion.report import ConversionReport, by_class, bytes_saved_for_backward, forget, remember
-from normfused.distributed import SyncBatchNorm, SyncBatchNormAct, _Synchronized
+from normfused.distributed import ddp
+from normfused.distributed.layers import SyncBatchNorm, SyncBatchNormAct, _Synchronized
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,6 +91,8 @@ def _replace_layers(model: nn.Module, report: ConversionReport) -> None:
             if why is None:
                 report.replaced.append((path, _short(type(layer))))
                 layer.__class__ = ours
+                if issubclass(ours, _Synchronized):
+                    ddp.admit(_Synchronized)
             else:
                 skipped.append((path, f"{name}: {why}"))
         elif classes.is_ours(layer):
@@ -107,7 +110,7 @@ def _install(model: nn.Module, report: ConversionReport) -> None:
 
     from normfused.conversion import capture
 
-    report.unavailable_reason = capture.why_not()
+    report.unavailable_reason = dynamo_unavailable_reason()
     if report.unavailable_reason is None:
         capture.install(model, report)
 
@@ -121,7 +124,7 @@ def _saved_by(trial: nn.Module, inputs: tuple[Any, ...]) -> int:
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # users draw from it
     try:
         with torch.random.fork_rng():
-            return bytes_saved_for_backward(trial, *tree_map_only(Tensor, copied, inputs))
+            return bytes_saved_for_backward(trial, *map_tensors(copied, inputs))
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
@@ -149,9 +152,7 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
         RuntimeWarning: a batch norm of another class, which is left alone.
     """
     _check_model("convert_sync_batchnorm", model)
-    norms: list[tuple[str, Any]] = [
-        (path, m) for path, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)
-    ]
+    norms: list[tuple[str, Any]] = [(path, m) for path, m in model.named_modules() if isinstance(m, NormBase)]
     for path, layer in norms:
         if getattr(layer, "inplace", False) and isinstance(layer, modules._BatchNorm):
             raise ValueError(f"convert_sync_batchnorm: {path or 'model'} has inplace=True, and cannot be synchronized")
@@ -172,6 +173,7 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
 
 def _synchronize(layer: Any) -> None:
     """Change the class of ``layer``; of a lazy one, the class that its first input gives it."""
+    ddp.admit(_Synchronized)
     is_lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
     if is_lazy:
         layer.converted_from = layer.cls_to_become

@@ -38,36 +38,24 @@ _CONFIG = {
 }
 
 
-def why_not() -> str | None:
-    """Why Dynamo cannot capture anything in this process; ``None`` if it can."""
-    if torch._dynamo.config.disable:
-        return "Dynamo is disabled"
-    try:
-        torch.compile(lambda: None, backend="eager")
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
-
-
 def install(model: nn.Module, report: ConversionReport) -> None:
     """Let every module of ``model`` that holds batch norms of ours be called through Dynamo."""
     norms: dict[int | None, str] = {id(layer): path for path, layer in report.layers(model)}
     for module in _holders(model):
-        module._compiled_call_impl = _entry(module, report, norms)
+        _torch_private.set_compiled_call(module, _entry(module, report, norms))
 
 
 def uninstall(model: nn.Module) -> None:
     """Undo :func:`install`; what the user has compiled stays compiled."""
     for module in model.modules():
         if is_installed(module):
-            del module._compiled_call_impl
+            _torch_private.set_compiled_call(module, None)
 
 
 def is_installed(module: nn.Module) -> bool:
     """Whether calls of ``module`` are captured by :func:`install`."""
-    return isinstance(module.__dict__.get("_compiled_call_impl"), FunctionType) and hasattr(
-        module.__dict__["_compiled_call_impl"], "normfused_report"
-    )
+    call = _torch_private.compiled_call(module)
+    return isinstance(call, FunctionType) and hasattr(call, "normfused_report")
 
 
 def _holders(model: nn.Module) -> Iterator[nn.Module]:
@@ -75,7 +63,7 @@ def _holders(model: nn.Module) -> Iterator[nn.Module]:
     from normfused.conversion.classes import is_ours
 
     for module in model.modules():
-        compiled = module.__dict__.get("_compiled_call_impl") is not None and not is_installed(module)
+        compiled = _torch_private.compiled_call(module) is not None and not is_installed(module)
         if is_ours(module) or compiled or type(module) in (nn.ModuleList, nn.ModuleDict):
             continue
         if any(map(is_ours, module.modules())):
@@ -107,7 +95,7 @@ def _entry(module: Any, report: ConversionReport, norms: dict[int | None, str]) 
         caller: Any = sys._getframe(1).f_locals.get("self")
         if caller is not module and getattr(caller, "_compiled_call_impl", None) is entry:
             return caller._call_impl(*args, **kwargs)  # a shallow copy of the module, as nn.DataParallel makes them
-        report.eager_reason = _torch_private.why_eager()
+        report.eager_reason = _torch_private.eager_reason()
         if report.eager_reason is not None:
             return module._call_impl(*args, **kwargs)
         if compiled is None:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from normfused import functional, modules
-from normfused.distributed import SyncBatchNorm, SyncBatchNormAct
+from normfused._torch_private import BatchNormBase, InstanceNormBase
+from normfused.distributed.layers import SyncBatchNorm, SyncBatchNormAct
 
 # torch.nn's layers change their class and nothing else.
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
@@ -162,7 +163,7 @@ def is_ours(layer: nn.Module) -> bool:
 
 def is_foreign_batch_norm(layer: nn.Module) -> bool:
     """Whether ``layer`` is a batch norm of a class that is not known, which the report names."""
-    if is_ours(layer) or isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+    if is_ours(layer) or isinstance(layer, InstanceNormBase):
         return False
     looks_like_one = {"running_mean", "running_var"} <= {*layer._buffers, *layer._parameters}
-    return isinstance(layer, nn.modules.batchnorm._BatchNorm) or looks_like_one
+    return isinstance(layer, BatchNormBase) or looks_like_one

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from normfused import _extension
+from normfused._torch_private import HigherOrderOperator, lookup_backend, skip_frame
 from normfused.conversion import graph as g
 
 # By layer, see layer_of(): what follows it in the same pass and True, or why nothing does and False.
@@ -61,7 +62,7 @@ def backend(
     if then is None:
         run_directly(gm)
         return gm.forward
-    lookup: Any = torch._dynamo.lookup_backend(then) if isinstance(then, str) else then
+    lookup = lookup_backend(then) if isinstance(then, str) else then
     compiled: Callable[..., Any] = lookup(gm, example_inputs)
     return compiled
 
@@ -73,11 +74,11 @@ def check_is_flat(gm: fx.GraphModule) -> None:
     eager calls do best; Dynamo goes on to capture the frames that they call.
 
     Raises:
-        torch._dynamo.exc.SkipFrame: that there is such a part.
+        SkipFrame: that there is such a part.
     """
-    nested = next((n for n in gm.graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)), None)
+    nested = next((n for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator)), None)
     if nested is not None:
-        raise torch._dynamo.exc.SkipFrame(f"normfused: {nested.target} runs as it is")
+        raise skip_frame(f"normfused: {nested.target} runs as it is")
 
 
 def fuse(gm: fx.GraphModule, inplace: bool) -> Outcomes:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from normfused.reference import ACTIVATION_PARAMS
+from normfused._torch_private import HigherOrderOperator, OpOverload, OpOverloadPacket
+from normfused.activations import ACTIVATION_PARAMS
 
 Activation = tuple[str, float]  # the name and the parameter of an activation
 
@@ -98,7 +99,7 @@ def _name_of(node: fx.Node) -> str:
 
 def _is_known_function(target: Any) -> bool:
     """Whether ``target`` is a function of torch's or of the operator module, and not one with a graph of its own."""
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return False
     module = getattr(target, "__module__", None) or ""
     described = module.split(".")[0] in ("torch", "_operator", "operator", "math", "builtins")
@@ -121,8 +122,8 @@ def written_by(node: fx.Node) -> list[fx.Node]:
         return []
     operands = node.all_input_nodes
     target: Any = node.target
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        schemas = [target._schema] if isinstance(target, torch._ops.OpOverload) else [*target._schemas.values()]
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        schemas = [target._schema] if isinstance(target, OpOverload) else [*target._schemas.values()]
         return [operand for schema in schemas for operand in _schema_writes(node, schema)]
     if node.op == "call_module" or (node.op == "call_function" and not _is_known_function(target)):
         return operands
@@ -147,7 +148,7 @@ def changes_context(node: fx.Node) -> bool:
     """
     if node.op in ("placeholder", "get_attr", "output") or node.target in _IN_PLACE_OPERATORS:
         return False
-    if node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
         return True
     numbers = (int, float, bool, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
     known = (Tensor, *numbers, str, torch.Size, torch.dtype, torch.device)

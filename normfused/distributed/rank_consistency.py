@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import distributed, nn
 
+from normfused._torch_private import prefix_store, resolve_process_group
+
 
 class Group(NamedTuple):
     """A process group, and this process's rank in it."""
@@ -38,12 +40,12 @@ _states: WeakKeyDictionary[Any, _State] = WeakKeyDictionary()
 _naming = False
 
 
-def debugs() -> bool:
+def is_enabled() -> bool:
     """Whether every step is to be compared."""
     return os.environ.get("NORMFUSED_SYNC_DEBUG") == "1" and not torch.compiler.is_compiling()
 
 
-def meet(group: Group, layer: nn.Module, what: str) -> None:
+def check_once(group: Group, layer: nn.Module, what: str) -> None:
     """The first time that ``layer`` comes with ``what``, compare it with what the ranks on either side come with.
 
     Raises:
@@ -57,7 +59,7 @@ def meet(group: Group, layer: nn.Module, what: str) -> None:
         met.add(what)
 
 
-def agree(group: Group, what: str) -> None:
+def check_all(group: Group, what: str) -> None:
     """Compare ``what`` with all ranks.
 
     Raises:
@@ -68,17 +70,15 @@ def agree(group: Group, what: str) -> None:
 
 
 def _state_of(group: Group) -> _State:
-    c10d: Any = distributed.distributed_c10d
-    process_group = c10d._resolve_process_group(group.name)
+    process_group = resolve_process_group(group.name)
     return _states.get(process_group) or _states.setdefault(process_group, _State(process_group))
 
 
 def _compare(group: Group, what: str, others: set[int], patience: float | None) -> None:
-    c10d: Any = distributed.distributed_c10d
     state = _state_of(group)
     if not state.is_real:
         return
-    store = c10d.PrefixStore(f"normfused/{group.name}", c10d._get_default_store())
+    store = prefix_store(f"normfused/{group.name}")
     if patience is None:
         patience = store.timeout.total_seconds()
     state.turn += 1
@@ -110,7 +110,7 @@ def name_layers(kind: type[nn.Module]) -> None:
     def name_all(module: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if not debugs():
+        if not is_enabled():
             stop()
         elif not isinstance(module, kind):
             for path, layer in module.named_modules():

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from normfused.data.files import IDX_START, read_idx
+from normfused.data.images import guess_layout
 from normfused.errors import CommandError
-from normfused.files import IDX_START, read_idx
-from normfused.images import guess_layout
 
 # What --channels names, and what cannot be counted as it is: palette indices, and single bits.
 _MODES = {"gray": "L", "rgb": "RGB", "P": "RGB", "PA": "RGB", "1": "L"}

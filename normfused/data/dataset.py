@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from normfused.checks import check_group
-from normfused.images import guess_layout
-from normfused.stats import NONFINITE, ChannelStats, measure
+from normfused.checks import check_process_group
+from normfused.data.images import guess_layout
+from normfused.data.stats import NONFINITE, ChannelStats, measure
 
 # Of a tensor or array at least so many: less, and calls take longer than their work.
 _VALUES_AT_A_TIME = 1 << 20
@@ -73,7 +73,7 @@ def dataset_stats(
     is_indexed = not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
     items = range(len(data)) if is_indexed else None
     if process_group is not None:
-        check_group("dataset_stats", process_group)
+        check_process_group("dataset_stats", process_group)
         rank, ranks = distributed.get_rank(process_group), distributed.get_world_size(process_group)
         progress = progress if rank == 0 else False
         if items is not None:

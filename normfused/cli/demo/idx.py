@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from normfused.demo.dataset import Dataset, Split
-from normfused.demo.errors import DemoError
-from normfused.files import read_idx
+from normfused.cli.demo.dataset import Dataset, Split
+from normfused.cli.demo.errors import DemoError
+from normfused.data.files import read_idx
 
 MARKER = "train-images-idx3-ubyte*"
 

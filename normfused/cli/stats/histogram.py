@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from normfused.cli.stats.readers import Source
+from normfused.data.images import as_nchw
+from normfused.data.stats import ChannelStats, scale_of
 from normfused.errors import CommandError
-from normfused.images import as_nchw
-from normfused.stats import ChannelStats, scale_of
-from normfused.stats_command.readers import Source
 
 BINS = 256
 _RGB = ("#c8453b", "#3c9d6b", "#3b6fc8")

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfused import _extension, decompositions, dtensor, reference
-from normfused.checks import DTYPES, check_can_be_overwritten, check_device, is_transformed, needs_torchs_operators
+from normfused import _extension, decompositions, reference
+from normfused._torch_private import is_transformed
+from normfused.checks import DTYPES, check_can_be_overwritten, check_device, needs_torchs_operators
+from normfused.distributed import dtensor
 
 
 def normalize(

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import normfused
-from normfused.demo.errors import DemoError
-from normfused.demo.experiments import IN_PLACE, OURS, THEIRS
-from normfused.demo.training import Curve, Training
-from normfused.files import replace
+from normfused.cli.demo.errors import DemoError
+from normfused.cli.demo.experiments import IN_PLACE, OURS, THEIRS
+from normfused.cli.demo.training import Curve, Training
+from normfused.data.files import replace
 
 PLOT = "curves.png"
 RESULTS = "results.json"

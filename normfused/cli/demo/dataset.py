@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 import normfused
-from normfused.demo.errors import DemoError
+from normfused.cli.demo.errors import DemoError
 
 CLASSES = 10
 SMALLEST_SIDE = 4  # below it, nothing is left after the network's second pooling

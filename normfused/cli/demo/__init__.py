@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from normfused.demo.data import find_dataset
-from normfused.demo.dataset import Standardization
-from normfused.demo.errors import DemoError
-from normfused.demo.experiments import EXPERIMENTS
-from normfused.demo.report import HEADER, PLOT, RESULTS, Report, compare, row
-from normfused.demo.training import Curve, Training, train
+from normfused.cli.demo.data import find_dataset
+from normfused.cli.demo.dataset import Standardization
+from normfused.cli.demo.errors import DemoError
+from normfused.cli.demo.experiments import EXPERIMENTS
+from normfused.cli.demo.report import HEADER, PLOT, RESULTS, Report, compare, row
+from normfused.cli.demo.training import Curve, Training, train
 
 __all__ = ["DemoError", "Settings", "run_demo"]
 

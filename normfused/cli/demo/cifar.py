@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfused.demo.dataset import Dataset, Split
-from normfused.demo.errors import DemoError
+from normfused.cli.demo.dataset import Dataset, Split
+from normfused.cli.demo.errors import DemoError
 
 PYTHON_MARKER = "data_batch_1"
 BINARY_MARKER = "data_batch_1.bin"

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from normfused import files
-from normfused.checks import check_group
+from normfused.checks import check_process_group
+from normfused.data import files
+from normfused.data.images import as_nchw
 from normfused.functional import channel_moments, channel_sums
-from normfused.images import as_nchw
 
 NONFINITE = "the images hold NaN or infinity, left out of the statistics and counted in .nonfinite"
 
@@ -170,7 +170,7 @@ class ChannelStats:
             RuntimeError: ``torch.distributed`` is not initialized, or this process is not in the group.
             ValueError: the ranks' channels or scales differ; it raises on each rank.
         """
-        check_group("all_reduce", process_group)
+        check_process_group("all_reduce", process_group)
         ranks: list[Any] = [None] * distributed.get_world_size(process_group)
         distributed.all_gather_object(ranks, self, group=process_group)
         total = ChannelStats(self.scale)

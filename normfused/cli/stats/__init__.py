@@ -13,12 +13,12 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from normfused import files
 from normfused._version import __version__
-from normfused.dataset import Part, collect, progress_bar
+from normfused.cli.stats.readers import Pictures, Source, open_source
+from normfused.data import files
+from normfused.data.dataset import Part, collect, progress_bar
+from normfused.data.stats import ChannelStats, measure
 from normfused.errors import CommandError
-from normfused.stats import ChannelStats, measure
-from normfused.stats_command.readers import Pictures, Source, open_source
 
 __all__ = ["Settings", "run_stats"]
 
@@ -125,7 +125,7 @@ def _parts(source: Source, settings: Settings, skipped: dict[int, str]) -> Itera
 
 def _plot(stats: ChannelStats, source: Source, settings: Settings, skipped: dict[int, str]) -> bytes:
     """Reads all a second time: only now is known from where to where the values go."""
-    from normfused.stats_command import histogram  # only here: matplotlib may be missing
+    from normfused.cli.stats import histogram  # only here: matplotlib may be missing
 
     low, high = histogram.value_range(stats)
     counts = histogram.Counts(source, settings.scale, low, high)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from normfused import reference
+from normfused.layout import as_dense
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -187,5 +187,5 @@ def _distributed_as(output: Tensor, input: Any, placements: Placements) -> Tenso
     from torch.distributed.tensor import DTensor
 
     whole = torch.empty_strided(input.shape, input.stride(), device="meta")
-    strides = torch.empty_like(reference.as_dense(whole)).stride()
+    strides = torch.empty_like(as_dense(whole)).stride()
     return DTensor.from_local(output, input.device_mesh, placements, run_check=False, shape=input.shape, stride=strides)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from normfused.demo import cifar, idx
-from normfused.demo.dataset import Dataset, Split
-from normfused.demo.errors import DemoError
+from normfused.cli.demo import cifar, idx
+from normfused.cli.demo.dataset import Dataset, Split
+from normfused.cli.demo.errors import DemoError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 TORCHVISION_FOLDER = Path("FashionMNIST", "raw")

@@ -12,9 +12,9 @@ from torch import Tensor, nn, optim
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from normfused.cli.demo.dataset import Dataset, Split, Standardization
+from normfused.cli.demo.experiments import Experiment, Run
 from normfused.conversion import bytes_saved_for_backward
-from normfused.demo.dataset import Dataset, Split, Standardization
-from normfused.demo.experiments import Experiment, Run
 
 _BAR_UPDATES_PER_EPOCH = 60  # each waits for the device
 _EVALUATION_BATCH = 1000

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import normfused
-from normfused.demo.dataset import CLASSES
-from normfused.demo.errors import DemoError
-from normfused.demo.resnet import ResNet
+from normfused.cli.demo.dataset import CLASSES
+from normfused.cli.demo.errors import DemoError
+from normfused.cli.demo.resnet import ResNet
 
 OURS = "batch norm"
 THEIRS = "batch norm (torch.nn)"

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normfused import _extension, agreement, dtensor, reference
-from normfused.agreement import Group
+from normfused import _extension, _torch_private, reference
+from normfused.activations import ACTIVATIONS
 from normfused.arguments import check_arguments, check_shape
-from normfused.checks import is_transformed
+from normfused.distributed import dtensor, rank_consistency
+from normfused.distributed.rank_consistency import Group
+from normfused.layout import as_dense, values_per_channel
 from normfused.masks import check_mask, masked_rows, positions_of, unmasked
-from normfused.reference import values_per_channel
 from normfused.residuals import split_residual
 
 Positions = tuple[Tensor, ...]
@@ -87,8 +88,8 @@ def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Ten
     _refuse_transforms()
     places = [None if call.mask is None else positions_of(call.mask) for call in calls]
     rows = list(map(Call.of_rows, calls, places))
-    if agreement.debugs():
-        agreement.agree(group, ", ".join(map(Call.signature, rows, labels)))
+    if rank_consistency.is_enabled():
+        rank_consistency.check_all(group, ", ".join(map(Call.signature, rows, labels)))
     operands, rests = zip(*map(Call.without_rest, rows), strict=True)
     try:
         outputs = (_by_reference if _extension.C is None else _by_kernels)(group, labels, list(operands))
@@ -99,12 +100,12 @@ def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Ten
 
 def _finished(call: Call, positions: Positions | None, output: Tensor, rest: Tensor | None) -> Tensor:
     if rest is not None:
-        output = reference.ACTIVATIONS[call.activation](output + rest, call.activation_param)
+        output = ACTIVATIONS[call.activation](output + rest, call.activation_param)
     return output if positions is None else unmasked(positions, output, call.input)
 
 
 def _refuse_transforms() -> None:
-    if is_transformed():
+    if _torch_private.is_transformed():
         raise NotImplementedError("SyncBatchNorm: torch.func and forward-mode differentiation are not supported")
 
 
@@ -127,7 +128,7 @@ def _done(label: str, collective: Callable[..., Tensor], *arguments: Any) -> Ten
     if torch.compiler.is_compiling():
         return wait(collective(*arguments))
     try:
-        with torch._C._AutoDispatchBelowAutograd():  # where they are C++: above they are Python, 30 us a call
+        with _torch_private.below_autograd():  # where they are C++: above they are Python, 30 us a call
             return wait(collective(*arguments))
     except RuntimeError as error:
         raise RuntimeError(f"{label}: the ranks' exchange failed: {error}") from error
@@ -143,8 +144,8 @@ class _AllSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if agreement.debugs():
-            agreement.agree(ctx.group, f"backward of {ctx.label}")
+        if rank_consistency.is_enabled():
+            rank_consistency.check_all(ctx.group, f"backward of {ctx.label}")
         return _AllSum.apply(grad.contiguous(), ctx.group, ctx.label), None, None  # type: ignore[no-untyped-call]
 
 
@@ -285,8 +286,8 @@ def _gradients(group: Group, layers: list[_Layer]) -> list[Gradients]:
     totals: Any = iter(())
     if shared:
         label = " and ".join(layer.what.label for layer in layers if layer.needs.input)
-        if agreement.debugs():
-            agreement.agree(group, f"backward of {label}")
+        if rank_consistency.is_enabled():
+            rank_consistency.check_all(group, f"backward of {label}")
         joined = _sum(_joined([own.flatten() for own in shared]), group, label)
         totals = iter(torch.split(joined, [own.numel() for own in shared]))
     results: list[Gradients] = []
@@ -369,4 +370,4 @@ def _above_zero(mask: Tensor, input: Tensor) -> Tensor:
     """The mask's bits, which are in the order of ``input``'s memory, as bools of its shape."""
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = (mask.unsqueeze(1).bitwise_right_shift(places) & 1).flatten()[: input.numel()].bool()
-    return bits.as_strided(input.shape, reference.as_dense(input).stride())
+    return bits.as_strided(input.shape, as_dense(input).stride())

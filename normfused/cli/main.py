@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import normfused
+from normfused.data.images import LAYOUTS
 from normfused.errors import CommandError
-from normfused.images import LAYOUTS
 
 USAGE_ERROR = 2
 
@@ -148,9 +148,9 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from normfused import stats_command  # only here: other commands need not wait for it
+    from normfused.cli import stats  # only here: other commands need not wait for it
 
-    settings = stats_command.Settings(
+    settings = stats.Settings(
         path=arguments.path,
         layout=arguments.layout,
         scale=arguments.scale,
@@ -162,7 +162,7 @@ def _stats(arguments: argparse.Namespace) -> int:
         recursive=arguments.recursive,
     )
     try:
-        return stats_command.run_stats(settings)
+        return stats.run_stats(settings)
     except (CommandError, OSError) as error:
         return _fail("stats", str(error))
 
@@ -172,7 +172,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     if missing:
         return _fail("demo", f"{', '.join(missing)} not installed: pip install 'normfused[demo]'")
 
-    from normfused import demo  # only here: it imports what may be missing
+    from normfused.cli import demo  # only here: it imports what may be missing
 
     settings = demo.Settings(
         experiment=arguments.experiment,

@@ -5,24 +5,22 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from normfused import agreement
-from normfused.agreement import Group
-from normfused.checks import check_group
+from normfused import _torch_private
+from normfused.distributed import ddp, rank_consistency
+from normfused.distributed.rank_consistency import Group
+from normfused.distributed.sync_batch_norm import Call, synchronized
 from normfused.functional import named_batch_norm
 from normfused.modules import _OfSequences, _WithActivation
-from normfused.sync_batch_norm import Call, gather, synchronized
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SyncBatchNorm", "SyncBatchNormAct", "sync_running_stats"]
+__all__ = ["SyncBatchNorm", "SyncBatchNormAct"]
 
 
 class _Synchronized(_OfSequences):
@@ -35,8 +33,9 @@ class _Synchronized(_OfSequences):
 
     def _set_process_group(self, process_group: Any) -> None:
         self.process_group = process_group
-        if agreement.debugs():
-            agreement.name_layers(_Synchronized)
+        ddp.admit(_Synchronized)
+        if rank_consistency.is_enabled():
+            rank_consistency.name_layers(_Synchronized)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -50,13 +49,17 @@ class _Synchronized(_OfSequences):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self).__new__(type(self))
         memo[id(self)], memo[id(self.process_group)] = copied, self.process_group
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def __copy__(self) -> Self:
         copied = type(self).__new__(type(self))
-        copied.__setstate__(self.__dict__.copy())  # type: ignore[no-untyped-call]
+        copied.__setstate__(self.__dict__.copy())
         return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        ddp.admit(_Synchronized)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -159,7 +162,7 @@ class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):
         self._set_process_group(process_group)
 
 
-class SyncBatchNormAct(_WithActivation, _Synchronized, nn.modules.batchnorm._BatchNorm):
+class SyncBatchNormAct(_WithActivation, _Synchronized, _torch_private.BatchNormBase):
     """:class:`SyncBatchNorm` with an activation in the same pass over memory.
 
     No subclass of :class:`torch.nn.SyncBatchNorm`; why, and ``activation``, ``activation_param`` and ``eps``:
@@ -204,20 +207,20 @@ class SyncBatchNormAct(_WithActivation, _Synchronized, nn.modules.batchnorm._Bat
 
 def _batch_norms(calls: Sequence[tuple[_Synchronized, Call]]) -> list[Tensor]:
     """The outputs of all calls; those in training share one collective."""
-    if agreement.debugs():
-        agreement.name_layers(_Synchronized)
+    if rank_consistency.is_enabled():
+        rank_consistency.name_layers(_Synchronized)
     training = [(layer, call) for layer, call in calls if layer.training]
     groups = [layer.process_group for layer, _ in training]
     if any(group is not groups[0] for group in groups):
         raise ValueError("SyncBatchNorm: layers of different process groups cannot be taken together")
     labels = [_label(layer) for layer, _ in training]
-    group = _group_of(groups[0], " and ".join(labels)) if training else None
+    group = group_of(groups[0], " and ".join(labels)) if training else None
     if group is None:
         return [named_batch_norm(*call) for _, call in calls]
     for (layer, call), label in zip(training, labels, strict=True):
         call.check()
         kind = "float64" if call.input.dtype == torch.float64 else "float32"
-        agreement.meet(group, layer, f"{label} ({call.input.size(1)} channels, statistics in {kind})")
+        rank_consistency.check_once(group, layer, f"{label} ({call.input.size(1)} channels, statistics in {kind})")
     outputs = iter(synchronized(group, labels, [call for _, call in training]))
     return [next(outputs) if layer.training else named_batch_norm(*call) for layer, call in calls]
 
@@ -227,7 +230,7 @@ def _label(layer: _Synchronized) -> str:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _group_of(process_group: Any, label: str) -> Group | None:
+def group_of(process_group: Any, label: str) -> Group | None:
     """The group; None where there is nobody to share with."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
@@ -239,69 +242,3 @@ def _group_of(process_group: Any, label: str) -> Group | None:
     if rank < 0:
         raise RuntimeError(f"{label}: this process is not in its process group")
     return Group(group.group_name, size, rank) if size > 1 else None
-
-
-def sync_running_stats(model: nn.Module, mode: str = "broadcast", process_group: Any = None) -> None:
-    """Make the running statistics of all batch norms in ``model`` equal on all ranks, by one collective.
-
-    For models whose batch norms are not synchronized, before evaluation or a checkpoint. All of torch.nn's batch norms
-    and ours take part, as do the counters ``num_batches_tracked``, of which the greatest stands.
-
-    Args:
-        model: with the same layers on every rank; its buffers are written.
-        mode: ``"broadcast"``: those of the group's first rank; ``"mean"``: the mean of running means and of running
-            variances; ``"pooled"``: mean and variance of all ranks' data taken together, as many from each: to the mean
-            of the variances it adds the variance of the means.
-        process_group: default all processes.
-
-    Raises:
-        ValueError: no such mode. RuntimeError: ``torch.distributed`` is not initialized, this process is not in the
-        group, or the layers differ between ranks.
-    """
-    modes = ("broadcast", "mean", "pooled")
-    if mode not in modes:
-        raise ValueError(f"sync_running_stats: mode must be one of {', '.join(modes)}, got {mode!r}")
-    check_group("sync_running_stats", process_group)
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
-    kinds = ("running_mean", "running_var", "num_batches_tracked")
-    buffers = [[getattr(layer, kind) for layer in layers if layer.running_mean is not None] for kind in kinds]
-    if not buffers[0]:
-        return
-    home = buffers[0][0].device
-    # Counters are exact in float64 up to 2^53.
-    own = torch.cat([buffer.detach().reshape(-1).to(home, torch.float64) for of_kind in buffers for buffer in of_kind])
-    channels = sum(buffer.numel() for buffer in buffers[0])
-    if mode == "broadcast":
-        distributed.broadcast(own, group=process_group, group_src=0)
-    else:
-        group = _group_of(process_group, "sync_running_stats")
-        ranks = own.unsqueeze(0) if group is None else gather(own, group, "sync_running_stats")
-        means, variances, counters = torch.split(ranks, [channels, channels, len(buffers[2])], dim=1)
-        variance = variances.mean(0)
-        if mode == "pooled":
-            variance = variance + means.var(0, correction=0)
-        own = torch.cat((means.mean(0), variance, counters.amax(0)))
-    values = iter(torch.split(own, [buffer.numel() for of_kind in buffers for buffer in of_kind]))
-    with torch.no_grad():
-        for of_kind in buffers:
-            for buffer in of_kind:
-                buffer.copy_(next(values).view_as(buffer))
-
-
-def _admit_to_ddp() -> None:
-    """Have ``DistributedDataParallel`` take our layers on the CPU.
-
-    There it refuses whatever is a torch.nn.SyncBatchNorm, because torch's own does not run on it.
-    """
-    refuse = getattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", None)
-    if refuse is None:
-        return
-
-    def refuse_others(ddp: DistributedDataParallel, module: nn.Module) -> None:
-        others = [layer for layer in module.modules() if not isinstance(layer, _Synchronized)]
-        refuse(ddp, SimpleNamespace(modules=lambda: others))
-
-    DistributedDataParallel._passing_sync_batchnorm_handle = refuse_others  # type: ignore[method-assign]
-
-
-_admit_to_ddp()

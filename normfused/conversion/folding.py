@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from normfused import modules
 from normfused.checks import DTYPES
-from normfused.distributed import SyncBatchNorm, SyncBatchNormAct
+from normfused.distributed.layers import SyncBatchNorm, SyncBatchNormAct
 
 __all__ = ["fold_bn"]
 

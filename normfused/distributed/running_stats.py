@@ -1,0 +1,62 @@
+"""Running statistics made equal on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from normfused._torch_private import NormBase
+from normfused.checks import check_process_group
+from normfused.distributed.layers import group_of
+from normfused.distributed.sync_batch_norm import gather
+
+__all__ = ["sync_running_stats"]
+
+
+def sync_running_stats(model: nn.Module, mode: str = "broadcast", process_group: Any = None) -> None:
+    """Make the running statistics of all batch norms in ``model`` equal on all ranks, by one collective.
+
+    For models whose batch norms are not synchronized, before evaluation or a checkpoint. All of torch.nn's batch norms
+    and ours take part, as do the counters ``num_batches_tracked``, of which the greatest stands.
+
+    Args:
+        model: with the same layers on every rank; its buffers are written.
+        mode: ``"broadcast"``: those of the group's first rank; ``"mean"``: the mean of running means and of running
+            variances; ``"pooled"``: mean and variance of all ranks' data taken together, as many from each: to the mean
+            of the variances it adds the variance of the means.
+        process_group: default all processes.
+
+    Raises:
+        ValueError: no such mode. RuntimeError: ``torch.distributed`` is not initialized, this process is not in the
+        group, or the layers differ between ranks.
+    """
+    modes = ("broadcast", "mean", "pooled")
+    if mode not in modes:
+        raise ValueError(f"sync_running_stats: mode must be one of {', '.join(modes)}, got {mode!r}")
+    check_process_group("sync_running_stats", process_group)
+    layers = [layer for layer in model.modules() if isinstance(layer, NormBase)]
+    kinds = ("running_mean", "running_var", "num_batches_tracked")
+    buffers = [[getattr(layer, kind) for layer in layers if layer.running_mean is not None] for kind in kinds]
+    if not buffers[0]:
+        return
+    home = buffers[0][0].device
+    # Counters are exact in float64 up to 2^53.
+    own = torch.cat([buffer.detach().reshape(-1).to(home, torch.float64) for of_kind in buffers for buffer in of_kind])
+    channels = sum(buffer.numel() for buffer in buffers[0])
+    if mode == "broadcast":
+        distributed.broadcast(own, group=process_group, group_src=0)
+    else:
+        group = group_of(process_group, "sync_running_stats")
+        ranks = own.unsqueeze(0) if group is None else gather(own, group, "sync_running_stats")
+        means, variances, counters = torch.split(ranks, [channels, channels, len(buffers[2])], dim=1)
+        variance = variances.mean(0)
+        if mode == "pooled":
+            variance = variance + means.var(0, correction=0)
+        own = torch.cat((means.mean(0), variance, counters.amax(0)))
+    values = iter(torch.split(own, [buffer.numel() for of_kind in buffers for buffer in of_kind]))
+    with torch.no_grad():
+        for of_kind in buffers:
+            for buffer in of_kind:
+                buffer.copy_(next(values).view_as(buffer))
