@@ -2,7 +2,7 @@
 
 Layers without an option of ours are quantized and fused as torch.nn's, which they become for that. ``fuse_modules`` and
 ``convert`` find them in the tables of torch, ``prepare_fx`` and ``prepare_qat_fx`` when they trace the model
-(:func:`normfused.modules.as_torchs`).
+(:func:`normfused.batch_norm_base.to_torch_class`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from normfused._torch_private import quantization_tables
-from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, as_torchs, options_to_lose
+from normfused.batch_norm_base import behavioral_options, to_torch_class
+from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 _OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
 
@@ -23,8 +24,8 @@ def _of_ours(method: Callable[..., Any]) -> Callable[..., Any]:
 
     def fuse(is_qat: bool, *layers: nn.Module) -> Any:
         for layer in layers:
-            if type(layer) in _OURS.values() and not as_torchs(layer):
-                lost = ", ".join(f"{option}={value!r}" for option, value in options_to_lose(layer).items())
+            if type(layer) in _OURS.values() and not to_torch_class(layer):
+                lost = ", ".join(f"{option}={value!r}" for option, value in behavioral_options(layer).items())
                 raise ValueError(f"torch's fusion would lose {lost} of {type(layer).__name__}; use normfused.fold_bn")
         return method(is_qat, *layers)
 

@@ -291,7 +291,7 @@ BAD = [
     (
         lambda: normfused.BatchNormAct2d(3, activation="relu", activation_param=0.1),
         ValueError,
-        "BatchNormAct2d: activation_param is for leaky_relu and elu, got it for 'relu'",
+        "BatchNormAct2d: activation_param applies to leaky_relu and elu only, got it for 'relu'",
     ),
     (
         lambda: normfused.BatchNormAct2d(3, activation="elu", activation_param=float("nan")),

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normfused import modules
 from normfused._torch_private import NormBase, dynamo_unavailable_reason, map_tensors
+from normfused.batch_norm_base import _BatchNorm
 from normfused.conversion import classes
 from normfused.conversion.report import ConversionReport, by_class, bytes_saved_for_backward, forget, remember
 from normfused.distributed import ddp
@@ -154,7 +154,7 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
     _check_model("convert_sync_batchnorm", model)
     norms: list[tuple[str, Any]] = [(path, m) for path, m in model.named_modules() if isinstance(m, NormBase)]
     for path, layer in norms:
-        if getattr(layer, "inplace", False) and isinstance(layer, modules._BatchNorm):
+        if getattr(layer, "inplace", False) and isinstance(layer, _BatchNorm):
             raise ValueError(f"convert_sync_batchnorm: {path or 'model'} has inplace=True, and cannot be synchronized")
     for path, layer in norms:
         if type(layer) in (*classes.PLAIN, *classes.STOCK, *classes.WITH_ACTIVATION):
@@ -202,7 +202,7 @@ def revert(model: Model) -> Model:
     forget(model)
     for layer in model.modules():
         before = layer.__dict__.get("converted_from")
-        if before is not None and isinstance(layer, modules._BatchNorm):
+        if before is not None and isinstance(layer, _BatchNorm):
             if not isinstance(layer, nn.modules.lazy.LazyModuleMixin):
                 layer.__class__ = before
             for name in ("converted_from", "path", "process_group", "cls_to_become"):

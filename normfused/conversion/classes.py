@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normfused import functional, modules
 from normfused._torch_private import BatchNormBase, InstanceNormBase
+from normfused.batch_norm_base import _BatchNorm, nondefault_options
 from normfused.distributed.layers import SyncBatchNorm, SyncBatchNormAct
 
 # torch.nn's layers change their class and nothing else.
@@ -145,7 +146,7 @@ def source_of(layer: nn.Module) -> type[nn.Module] | None:
     """The class that a converted layer had before; ``None`` for a layer that is not ours, or that has our options."""
     kind = type(layer)
     if kind in STOCK:
-        return None if modules.own_options(layer) else STOCK[kind]
+        return None if nondefault_options(layer) else STOCK[kind]
     if issubclass(kind, _Adapted):
         return kind.converted_from
     return next((source for source, target in _registered.items() if target is kind), None)
@@ -153,7 +154,7 @@ def source_of(layer: nn.Module) -> type[nn.Module] | None:
 
 def is_ours_class(kind: type) -> bool:
     """Whether layers of this class run our batch norm."""
-    return issubclass(kind, (modules._BatchNorm, _Adapted)) or kind in _registered.values()
+    return issubclass(kind, (_BatchNorm, _Adapted)) or kind in _registered.values()
 
 
 def is_ours(layer: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normfused import modules
+from normfused.batch_norm_base import _BatchNorm
 from normfused.checks import DTYPES
 from normfused.distributed.layers import SyncBatchNorm, SyncBatchNormAct
 
@@ -151,7 +152,7 @@ def _folded(previous: Any, bn: Any, tensors: dict[str, Tensor]) -> tuple[Tensor,
             raise ValueError(f"fold_bn: {name} has shape {tuple(tensor.shape)}, but previous gives {channels} channels")
         dtype = torch.promote_types(dtype, tensor.dtype)
     of = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    eps = bn.epsilon if isinstance(bn, modules._BatchNorm) else bn.eps
+    eps = bn.epsilon if isinstance(bn, _BatchNorm) else bn.eps
     scale = (of["bn.running_var"] + eps).rsqrt()
     if "bn.weight" in of:
         scale = scale * of["bn.weight"]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from normfused import _torch_private
+from normfused.batch_norm_base import _ActivationBatchNorm, _SequenceBatchNorm
 from normfused.distributed import ddp, rank_consistency
 from normfused.distributed.rank_consistency import Group
 from normfused.distributed.sync_batch_norm import Call, synchronized
 from normfused.functional import named_batch_norm
-from normfused.modules import _OfSequences, _WithActivation
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["SyncBatchNorm", "SyncBatchNormAct"]
 
 
-class _Synchronized(_OfSequences):
+class _Synchronized(_SequenceBatchNorm):
     """What :class:`SyncBatchNorm` and :class:`SyncBatchNormAct` have in common."""
 
     _input_dims = (2, 3, 4, 5)
@@ -162,7 +162,7 @@ class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):
         self._set_process_group(process_group)
 
 
-class SyncBatchNormAct(_WithActivation, _Synchronized, _torch_private.BatchNormBase):
+class SyncBatchNormAct(_ActivationBatchNorm, _Synchronized, _torch_private.BatchNormBase):
     """:class:`SyncBatchNorm` with an activation in the same pass over memory.
 
     No subclass of :class:`torch.nn.SyncBatchNorm`; why, and ``activation``, ``activation_param`` and ``eps``:
