@@ -104,7 +104,7 @@ def test_b37_array_of_images(data: Any, layout: str | None, batch_size: int) -> 
 
 
 def test_one_image_is_no_data_set() -> None:
-    message = r"^data of shape \(60, 28, 28\) is one image as CHW: pass layout='NHW' for many grayscale ones$"
+    message = r"^data of shape \(60, 28, 28\) is one image in layout CHW: pass layout='NHW' for many grayscale images$"
     with pytest.raises(ValueError, match=message):
         dataset_stats(torch.zeros(60, 28, 28))
     assert dataset_stats(torch.zeros(60, 28, 28), layout="NHW").images == 60
@@ -152,7 +152,7 @@ def test_b43_random_numbers_stay_as_they_are() -> None:
         (
             lambda: Items([{"scan": HWC, "y": 3}]),
             ValueError,
-            "item 0: a dict of scan, y: pass key= to say which is the image",
+            "item 0: a dict with the keys scan, y: pass key= to select the image",
         ),
         (lambda: [], ValueError, "data holds no images"),
         (lambda: Items([]), ValueError, "data holds no images"),
@@ -193,7 +193,7 @@ def test_bad_arguments() -> None:
 def test_b44_interrupted(batch_size: int) -> None:
     done = 5 // batch_size * batch_size
     data = Items(IMAGES, fails_at=5, error=KeyboardInterrupt)
-    message = f"^interrupted: the statistics are those of {done} of {len(IMAGES)} images$"
+    message = f"^interrupted: the statistics cover {done} of {len(IMAGES)} images$"
     with pytest.warns(RuntimeWarning, match=message):
         stats = dataset_stats(data, batch_size=batch_size)
     assert not stats.complete
@@ -207,7 +207,7 @@ def test_b44_interrupted_generator() -> None:
         yield from IMAGES[:3]
         raise KeyboardInterrupt
 
-    with pytest.warns(RuntimeWarning, match="^interrupted: the statistics are those of 3 images$"):
+    with pytest.warns(RuntimeWarning, match="^interrupted: the statistics cover 3 images$"):
         assert dataset_stats(images()).images == 3
 
 

@@ -101,9 +101,9 @@ def test_idx_folder_without_test_split(tmp_path: Path) -> None:
             "not an IDX file of unsigned bytes in 3D: starts with 00 00 08 01, not 00 00 08 03",
         ),
         (idx_bytes(IMAGES)[:9], "ends in its header, after 9 of 16 bytes"),
-        (idx_bytes(IMAGES)[:-1], "sizes (20, 6, 5) need 600 bytes, the file holds 599"),
-        (idx_bytes(IMAGES) + b"\0", "sizes (20, 6, 5) need 600 bytes, the file holds 601"),
-        (idx_bytes(IMAGES[:0]), "sizes (0, 6, 5) need 0 bytes, the file holds 0"),
+        (idx_bytes(IMAGES)[:-1], "sizes (20, 6, 5) need 600 bytes, the file has 599"),
+        (idx_bytes(IMAGES) + b"\0", "sizes (20, 6, 5) need 600 bytes, the file has 601"),
+        (idx_bytes(IMAGES[:0]), "sizes (0, 6, 5) need 0 bytes, the file has 0"),
     ],
 )
 def test_malformed_idx_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:

@@ -153,7 +153,7 @@ def process_groups() -> None:
         layer(x)
     layer.process_group = groups[rank % 2]
     distributed.destroy_process_group(groups[rank % 2])
-    with pytest.raises(RuntimeError, match=r"^SyncBatchNorm\(3\): its process group is gone"):
+    with pytest.raises(RuntimeError, match=r"^SyncBatchNorm\(3\): its process group is destroyed"):
         layer(x)
 
 

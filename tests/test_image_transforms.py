@@ -200,24 +200,24 @@ ERRORS = [
     (
         lambda: Normalize(0.5, 0.5, inplace=True, dtype=torch.half),
         ValueError,
-        "Normalize: inplace=True leaves dtype and memory_format as they are",
+        "Normalize: inplace=True excludes dtype and memory_format",
     ),
     (
         lambda: ToNormalizedTensor(0.5, 0.5)(np.zeros((4, 4), np.uint16)),
         TypeError,
         "ToNormalizedTensor: input must be one of uint8, float32, float64, float16, bfloat16, got torch.int32",
     ),
-    (lambda: ToNormalizedTensor(0.5, 0.5)(Image.new("P", (4, 4))), ValueError, "a palette image holds indices"),
+    (lambda: ToNormalizedTensor(0.5, 0.5)(Image.new("P", (4, 4))), ValueError, "a palette image contains indices"),
     (
         lambda: ToNormalizedTensor(*IMAGENET)(np.zeros((3, 48, 64), np.uint8)),
         ValueError,
-        "images of shape (3, 48, 64) would have 64 channels as HWC, which arrays are taken for: pass layout='CHW'",
+        "images of shape (3, 48, 64) would have 64 channels in layout HWC, the default for arrays: pass layout='CHW'",
     ),
     (lambda: Standardize("row"), ValueError, "Standardize: over must be 'image' or 'batch', got 'row'"),
     (lambda: MinMaxNormalize(eps=-1.0), ValueError, "MinMaxNormalize: eps must be a non-negative finite number, got"),
     (lambda: MinMaxNormalize((1.0, 0.0)), ValueError, "MinMaxNormalize: range must be two finite numbers, the lesser"),
     (lambda: Standardize(correction=2), ValueError, "Standardize: correction must be 0 or 1, got 2"),
-    (lambda: Standardize()(torch.rand(3, 0, 4)), ValueError, "images of shape (1, 3, 0, 4) hold no values"),
+    (lambda: Standardize()(torch.rand(3, 0, 4)), ValueError, "images of shape (1, 3, 0, 4) have no values"),
 ]
 
 

@@ -142,8 +142,8 @@ def test_out_is_refused(device: torch.device) -> None:
     cases = [
         ({"out": x.new_empty(3, 8, 7)}, ValueError, "normalize: out must have input's shape (3, 8, 8) and be on"),
         ({"out": x.new_empty(3, 8, 8).byte()}, TypeError, "normalize: out: input must be one of float32, float64,"),
-        ({"out": x.clone(), "dtype": torch.half}, ValueError, "normalize: out has a dtype and a memory format"),
-        ({"out": x.clone().requires_grad_()}, RuntimeError, "normalize: out is not for tensors that require grad"),
+        ({"out": x.clone(), "dtype": torch.half}, ValueError, "normalize: out excludes dtype and memory_format"),
+        ({"out": x.clone().requires_grad_()}, RuntimeError, "normalize: out excludes tensors that require grad"),
         ({"out": x[:, :, :1].expand(3, 8, 8)}, RuntimeError, "unsupported operation"),
         ({"out": x}, RuntimeError, "unsupported operation"),
     ]
@@ -286,7 +286,7 @@ ERRORS = {
         ValueError,
         "2 stds for an input with 3 channels (dim -3 of shape (3, 8, 8))",
     ),
-    "numbers differ": (((3, 8, 8), (0.5, 0.5, 0.5), (0.5, 0.5)), {}, ValueError, "3 means, but 2 stds"),
+    "numbers differ": (((3, 8, 8), (0.5, 0.5, 0.5), (0.5, 0.5)), {}, ValueError, "mean has 3 numbers, but std has 2"),
     "b41 zero": (
         ((3, 8, 8), 0.5, (1, 0, 1)),
         {},

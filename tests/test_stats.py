@@ -185,7 +185,7 @@ def test_b15_nonfinite_values_are_left_out_and_counted(dtype: torch.dtype) -> No
     assert lines[3].split()[-1] == "8"
 
 
-@pytest.mark.filterwarnings("ignore:the images hold NaN:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:the images contain NaN:RuntimeWarning")
 def test_b15_channel_without_a_finite_value() -> None:
     nothing = torch.full((2, 4, 4), torch.nan)
     nothing[1] = 3

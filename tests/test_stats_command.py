@@ -288,8 +288,8 @@ def test_b44_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
         (
             "a.npy",
             lambda path: np.save(path, STACK.reshape(20, 3, 2, 5)),
-            "{path}: images of shape (20, 3, 2, 5) would have 5 channels as NHWC, which arrays are taken for: "
-            "pass layout='NCHW' for 3, or layout='NHWC' to insist",
+            "{path}: images of shape (20, 3, 2, 5) would have 5 channels in layout NHWC, the default for arrays: "
+            "pass layout='NCHW' for 3 channels, or layout='NHWC' for 5",
         ),
         (
             "labels-idx1-ubyte",
@@ -299,7 +299,7 @@ def test_b44_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
         (
             "images-idx3-ubyte",
             lambda path: path.write_bytes(idx_bytes(STACK)[:-1]),
-            "{path}: sizes (20, 6, 5) need 600 bytes, the file holds 599",
+            "{path}: sizes (20, 6, 5) need 600 bytes, the file has 599",
         ),
         (
             "images.gz",
@@ -556,6 +556,6 @@ def test_b44_output_is_the_same_from_python(folder: Path) -> None:
     loaded = [np.asarray(Image.open(path)) for path in sorted(folder.iterdir()) if path.suffix not in ("", ".txt")]
     assert expected(loaded) == expected(PICTURES)
     assert ChannelStats().update(Image.fromarray(PICTURES[0])) == expected(PICTURES[:1])
-    with pytest.raises(ValueError, match="a palette image holds indices"):
+    with pytest.raises(ValueError, match="a palette image contains indices"):
         ChannelStats().update(RGB.quantize(8))
     assert torch.equal(ChannelStats().update(GRAY).mean, expected([STACK[0]]).mean)

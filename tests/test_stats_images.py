@@ -86,28 +86,28 @@ BAD_IMAGES = [
     ("picture.png", None, TypeError, BOOLS + "str352"),
     (torch.zeros(4), None, ValueError, "images need 2, 3 or 4 dimensions, got shape (4,)"),
     (np.zeros((1, 2, 3, 4, 5)), None, ValueError, "images need 2, 3 or 4 dimensions, got shape (1, 2, 3, 4, 5)"),
-    (torch.zeros(3, 0, 4), None, ValueError, "images of shape (3, 0, 4) hold no values"),
-    (torch.zeros(0, 3, 4, 4), None, ValueError, "images of shape (0, 3, 4, 4) hold no values"),
+    (torch.zeros(3, 0, 4), None, ValueError, "images of shape (3, 0, 4) have no values"),
+    (torch.zeros(0, 3, 4, 4), None, ValueError, "images of shape (0, 3, 4, 4) have no values"),
     (
         torch.zeros(32, 32, 3),
         None,
         ValueError,
-        "images of shape (32, 32, 3) would have 32 channels as CHW, which tensors are taken for: "
-        "pass layout='HWC' for 3, or layout='CHW' to insist",
+        "images of shape (32, 32, 3) would have 32 channels in layout CHW, the default for tensors: "
+        "pass layout='HWC' for 3 channels, or layout='CHW' for 32",
     ),
     (
         np.zeros((3, 32, 32)),
         None,
         ValueError,
-        "images of shape (3, 32, 32) would have 32 channels as HWC, which arrays are taken for: "
-        "pass layout='CHW' for 3, or layout='HWC' to insist",
+        "images of shape (3, 32, 32) would have 32 channels in layout HWC, the default for arrays: "
+        "pass layout='CHW' for 3 channels, or layout='HWC' for 32",
     ),
     (
         np.zeros((8, 1, 28, 28)),
         None,
         ValueError,
-        "images of shape (8, 1, 28, 28) would have 28 channels as NHWC, which arrays are taken for: "
-        "pass layout='NCHW' for 1, or layout='NHWC' to insist",
+        "images of shape (8, 1, 28, 28) would have 28 channels in layout NHWC, the default for arrays: "
+        "pass layout='NCHW' for 1 channels, or layout='NHWC' for 28",
     ),
     (
         torch.zeros(3, 4, 4),
@@ -125,7 +125,7 @@ BAD_IMAGES = [
         LikePillow(HWC[..., 0].copy(), "P"),
         None,
         ValueError,
-        "a palette image holds indices, not colors: convert it to RGB first",
+        "a palette image contains indices, not colors: convert it to RGB first",
     ),
 ]
 

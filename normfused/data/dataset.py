@@ -1,4 +1,4 @@
-"""Statistics of a whole data set, read in this process or in several."""
+"""Statistics of a whole data set, read by one process or several."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from normfused.checks import check_process_group
 from normfused.data.images import guess_layout
 from normfused.data.stats import NONFINITE, ChannelStats, measure
 
-# Of a tensor or array at least so many: less, and calls take longer than their work.
+# Minimum number of values of a tensor or array per call. With fewer the overhead of a call outweighs its work.
 _VALUES_AT_A_TIME = 1 << 20
 _IMAGE_KEYS = ("image", "images", "img", "pixel_values")
 
-# What an error calls the images, and their statistics.
+# A name for the images, used in errors, and their statistics.
 Part = tuple[str, ChannelStats]
 
 
@@ -37,36 +37,45 @@ def dataset_stats(
     progress: bool | None = None,
     process_group: Any = None,
 ) -> ChannelStats:
-    """The statistics of a whole data set.
+    """Compute the channel statistics of a whole data set.
 
-    After Ctrl-C: those of the images so far, with ``complete`` False.
+    Ctrl-C stops the reading and returns the statistics of the images so far, with ``complete=False``.
 
     Args:
-        data: a tensor or array of images, with a first dimension N; a map-style dataset or a sequence; an iterable
-            dataset; a ``DataLoader``; any iterable. Its items are what :meth:`ChannelStats.update` takes, or tuples or
-            dicts that hold it.
-        layout: of ``data`` where that is a tensor or array, else of each item; see :meth:`ChannelStats.update`.
-        scale: see :class:`ChannelStats`.
-        key: which part of an item is the image. Default: the first of a tuple or list; of a dict the one entry named
-            ``"image"``, ``"images"``, ``"img"`` or ``"pixel_values"``.
-        batch_size: images whose statistics are computed before they are merged, or sent by a worker.
-        num_workers: processes that read a dataset's items and compute their statistics, which are all they send. 0:
-            this one, as always for a tensor or array. An iterable dataset must give each worker its own share, as for
-            any ``DataLoader``. The result is the same to the bit; of an iterable dataset's floating values, to
-            rounding.
-        progress: whether to show a progress bar, which needs ``tqdm``. Default: where stderr is a terminal.
+        data: a tensor or array of images with a first dimension N; a map-style dataset or sequence; an iterable
+            dataset; a ``DataLoader``; any iterable. Items are what :meth:`ChannelStats.update` accepts, or tuples or
+            dicts that contain it.
+        layout: layout of ``data`` if that is a tensor or array, else of each item; see :meth:`ChannelStats.update`.
+        scale: as in :class:`ChannelStats`.
+        key: index or key of the image in an item. Default: 0 for a tuple or list; for a dict the one key of
+            ``"image"``, ``"images"``, ``"img"`` and ``"pixel_values"`` that it has.
+        batch_size: number of images whose statistics are merged at once, or sent by a worker at once.
+        num_workers: processes that read items and compute their statistics; only statistics are sent back. 0: this
+            process, which always reads tensors and arrays. An iterable dataset must give each worker its own share, as
+            for any ``DataLoader``. The result does not depend on it, except for rounding of the floating values of
+            an iterable dataset.
+        progress: whether to show a progress bar, which needs ``tqdm``. Default: only if stderr is a terminal.
         process_group: a process group of :mod:`torch.distributed`, such as ``torch.distributed.group.WORLD``. Each of
             its ranks reads a part of the data, and all get the same result. If ``data`` cannot be indexed, each rank
             passes its own part. Default: this process reads all of ``data``.
 
+    Returns:
+        A new :class:`ChannelStats`. The random number generators of the process are not used.
+
     Raises:
-        ValueError: no images; an item that cannot be used, whose number the text gives; ``num_workers`` for data that
-            cannot be shared out.
-        TypeError: an item of a type that is not supported.
-        RuntimeError: an item that the dataset fails to give; an error of another rank of ``process_group``.
+        ValueError: no images; an item that cannot be used (the message has its number); ``num_workers`` for data that
+            cannot be divided among processes.
+        TypeError: an item of an unsupported type.
+        RuntimeError: the dataset fails to return an item; an error of another rank of ``process_group``.
 
     Warns:
-        RuntimeWarning: NaN or infinity in the images; Ctrl-C.
+        RuntimeWarning: NaN or infinity in the images; an interruption by Ctrl-C.
+
+    Example:
+        >>> import torch, normfused
+        >>> items = [(torch.full((3, 4, 4), value), "label") for value in (0.0, 1.0)]
+        >>> normfused.dataset_stats(items, progress=False)
+        ChannelStats(images=2, channels=3, mean=[0.5000, 0.5000, 0.5000], std=[0.5000, 0.5000, 0.5000])
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -94,14 +103,14 @@ def dataset_stats(
         warnings.warn(NONFINITE, RuntimeWarning, stacklevel=2)
     if not stats.complete:
         done = f"{stats.images:,}" if total is None else f"{stats.images:,} of {total:,}"
-        warnings.warn(f"interrupted: the statistics are those of {done} images", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"interrupted: the statistics cover {done} images", RuntimeWarning, stacklevel=2)
     elif not stats.images:
         raise ValueError("data holds no images")
     return stats
 
 
 def _of_all_ranks(read: Callable[[], ChannelStats], process_group: Any) -> ChannelStats:
-    """What all ranks read. The error of one is an error of all, because all wait for it."""
+    """The merged statistics of all ranks. An error on one rank raises on all, because all wait for its result."""
     failure = None
     own: ChannelStats | str
     try:
@@ -124,7 +133,7 @@ def _of_all_ranks(read: Callable[[], ChannelStats], process_group: Any) -> Chann
 
 
 def collect(parts: Iterable[Part], scale: float | None, total: int | None, progress: bool | None) -> ChannelStats:
-    """All parts merged in their order, those before Ctrl-C at least, with a progress bar over ``total`` images."""
+    """All parts merged in order, with a progress bar over ``total`` images. Ctrl-C ends the merge early."""
     stats = ChannelStats(scale)
     try:
         with progress_bar(total, progress) as advance:
@@ -140,25 +149,26 @@ def collect(parts: Iterable[Part], scale: float | None, total: int | None, progr
 
 
 @contextmanager
-def progress_bar(total: int | None, wanted: bool | None) -> Iterator[Callable[[int], object]]:
-    """Gives the function that moves the bar on by some images."""
+def progress_bar(total: int | None, enabled: bool | None) -> Iterator[Callable[[int], object]]:
+    """A context with a progress bar. Its value is a function that advances the bar by a number of images."""
     if importlib.util.find_spec("tqdm") is None:
         yield lambda images: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=" images", disable=None if wanted is None else not wanted) as bar:
+    with tqdm(total=total, unit=" images", disable=None if enabled is None else not enabled) as bar:
         yield bar.update
 
 
 def _stack_parts(
     images: Tensor | np.ndarray, items: range, layout: str | None, scale: float | None, batch_size: int
 ) -> Iterator[Part]:
-    """Of images with a first dimension N, ``batch_size`` at a time or more."""
+    """Statistics of a tensor or array of images with a first dimension N, at least ``batch_size`` images at a time."""
     layout = layout or guess_layout(images)
     if not layout.startswith("N"):
         raise ValueError(
-            f"data of shape {tuple(images.shape)} is one image as {layout}: pass layout='NHW' for many grayscale ones"
+            f"data of shape {tuple(images.shape)} is one image in layout {layout}: "
+            "pass layout='NHW' for many grayscale images"
         )
     step = max(batch_size, _VALUES_AT_A_TIME * len(images) // max(1, math.prod(images.shape)))
     for first in items[::step]:
@@ -166,7 +176,7 @@ def _stack_parts(
 
 
 class _Reader(NamedTuple):
-    """How an item becomes statistics."""
+    """Computes the statistics of an item."""
 
     layout: str | None
     scale: float | None
@@ -181,14 +191,14 @@ class _Reader(NamedTuple):
         if isinstance(item, Mapping):
             found = [name for name in _IMAGE_KEYS if name in item]
             if len(found) != 1:
-                raise ValueError(f"a dict of {', '.join(map(str, item))}: pass key= to say which is the image")
+                raise ValueError(f"a dict with the keys {', '.join(map(str, item))}: pass key= to select the image")
             return item[found[0]]
         return item[0] if isinstance(item, (tuple, list)) else item
 
 
 @contextmanager
 def _naming(index: int) -> Iterator[None]:
-    """An error says which item it is about."""
+    """A context that adds the number of the item to errors."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -199,7 +209,7 @@ def _naming(index: int) -> Iterator[None]:
 
 
 class _Batches(Dataset[Part]):
-    """The statistics of a map-style dataset's items, some at a time."""
+    """The statistics of the items of a map-style dataset, ``batch_size`` at a time."""
 
     def __init__(self, data: Sequence[Any], items: range, reader: _Reader, batch_size: int) -> None:
         self.data, self.items, self.reader, self.batch_size = data, items, reader, batch_size
@@ -217,7 +227,7 @@ class _Batches(Dataset[Part]):
 
 
 class _Stream(IterableDataset[Part]):
-    """The statistics of an iterable's items, one at a time."""
+    """The statistics of the items of an iterable, one at a time."""
 
     def __init__(self, data: Iterable[Any], reader: _Reader) -> None:
         self.data, self.reader = data, reader
@@ -236,5 +246,5 @@ def _dataset_parts(
     if num_workers and items is None and not isinstance(data, IterableDataset):
         raise ValueError(f"num_workers={num_workers} needs a dataset or a sequence, got {type(data).__name__}")
     source: Dataset[Part] = _Stream(data, reader) if items is None else _Batches(data, items, reader, batch_size)
-    # A generator of its own: the random numbers of all others stay as they are.
+    # A separate generator: DataLoader would draw a number from the default one.
     return DataLoader(source, batch_size=None, num_workers=num_workers, generator=torch.Generator())

@@ -1,4 +1,4 @@
-"""Files that more than one command reads and writes."""
+"""IDX files, and files that are written in one step."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ IDX_START = bytes((0, 0, _UNSIGNED_BYTE))
 
 
 def read_idx(path: Path, dims: int | None = None) -> Tensor:
-    """The uint8 tensor of ``dims`` dimensions (``None``: of any number) in an IDX file, plain or gzipped (``.gz``).
+    """Read a uint8 tensor from an IDX file, plain or gzipped (``.gz``), the format of MNIST.
 
-    Layout: two zero bytes, the data type (0x08: unsigned bytes), the number of dimensions, each
-    size as a big-endian uint32, then the values, last dimension fastest.
+    The format: two zero bytes, the data type (0x08: unsigned bytes), the number of dimensions, each size as a
+    big-endian uint32, then the values, last dimension fastest.
+
+    Args:
+        path: the file.
+        dims: required number of dimensions; ``None``: any.
 
     Raises:
-        CommandError: the file is anything else; the text names it.
+        CommandError: another format, or a damaged file; the message names the file.
+        OSError: the file cannot be read.
 
-    Format of MNIST: http://yann.lecun.com/exdb/mnist.
+    Source: http://yann.lecun.com/exdb/mnist.
     """
     content = _read_bytes(path)
     start = IDX_START if dims is None else IDX_START + bytes((dims,))
     if len(content) < 4 or not content.startswith(start):
-        wanted = "" if dims is None else f" in {dims}D"
+        required = "" if dims is None else f" in {dims}D"
         raise CommandError(
-            f"{path}: not an IDX file of unsigned bytes{wanted}: "
+            f"{path}: not an IDX file of unsigned bytes{required}: "
             f"starts with {content[:4].hex(' ') or 'nothing'}, not {start.hex(' ')}"
         )
     dims = content[3]
@@ -43,12 +48,12 @@ def read_idx(path: Path, dims: int | None = None) -> Tensor:
     sizes = struct.unpack_from(f">{dims}I", content, offset=4)
     needed, found = math.prod(sizes), len(content) - header
     if found != needed or not needed:
-        raise CommandError(f"{path}: sizes {sizes} need {needed} bytes, the file holds {found}")
+        raise CommandError(f"{path}: sizes {sizes} need {needed} bytes, the file has {found}")
     return torch.frombuffer(content, dtype=torch.uint8, offset=header).view(sizes)
 
 
 def _read_bytes(path: Path) -> bytearray:
-    # A bytearray, since torch warns about tensors over memory that must not be written.
+    # A bytearray, because torch warns about tensors over read-only memory.
     if path.suffix != ".gz":
         return bytearray(path.read_bytes())
     try:
@@ -58,7 +63,7 @@ def _read_bytes(path: Path) -> bytearray:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Writes a file as a whole, so that an interruption leaves the former one."""
+    """Write a file in one step: an interruption leaves the former file as it was."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Images as tensors and arrays: which of their dimensions is what."""
+"""Layouts of images in tensors and arrays."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ LAYOUTS = ("HW", "CHW", "HWC", "NHW", "NCHW", "NHWC", "NC")
 _OF_TENSORS = {2: "HW", 3: "CHW", 4: "NCHW"}
 _OF_ARRAYS = {2: "HW", 3: "HWC", 4: "NHWC"}
 _SWAPPED = {"CHW": "HWC", "HWC": "CHW", "NCHW": "NHWC", "NHWC": "NCHW"}
-_FEW_CHANNELS = range(1, 5)  # gray, with alpha, RGB, with alpha
+_FEW_CHANNELS = range(1, 5)  # gray and RGB, with and without alpha
 
 _DTYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 
 
 def guess_layout(images: Tensor | np.ndarray) -> str:
-    """Channels first for tensors, last for arrays; refuses what would rather be the other."""
+    """The default layout: channels first for tensors, last for arrays.
+
+    Raises:
+        ValueError: not 2 to 4 dimensions; more than 4 channels, while the other layout would have 1 to 4.
+    """
     kind, guesses = ("tensors", _OF_TENSORS) if isinstance(images, Tensor) else ("arrays", _OF_ARRAYS)
     shape = tuple(images.shape)
     if len(shape) not in guesses:
@@ -30,14 +34,17 @@ def guess_layout(images: Tensor | np.ndarray) -> str:
         guessed, swapped = shape[layout.index("C")], shape[other.index("C")]
         if guessed not in _FEW_CHANNELS and swapped in _FEW_CHANNELS:
             raise ValueError(
-                f"images of shape {shape} would have {guessed} channels as {layout}, which {kind} are taken for: "
-                f"pass layout={other!r} for {swapped}, or layout={layout!r} to insist"
+                f"images of shape {shape} would have {guessed} channels in layout {layout}, the default for {kind}: "
+                f"pass layout={other!r} for {swapped} channels, or layout={layout!r} for {guessed}"
             )
     return layout
 
 
 def as_nchw(images: Any, layout: str | None) -> Tensor:
-    """A view of shape (N, C, ...), and a copy only of what torch cannot view; see :meth:`ChannelStats.update`."""
+    """``images`` as a tensor of shape (N, C, ...); a copy only if torch cannot view them.
+
+    Arguments and errors are those of :meth:`ChannelStats.update`.
+    """
     images = as_array(images)
     layout = layout or guess_layout(images)
     shape = tuple(images.shape)
@@ -46,10 +53,10 @@ def as_nchw(images: Any, layout: str | None) -> Tensor:
     if len(layout) != len(shape):
         raise ValueError(f"layout={layout!r} needs {len(layout)} dimensions, got images of shape {shape}")
     if 0 in shape:
-        raise ValueError(f"images of shape {shape} hold no values")
+        raise ValueError(f"images of shape {shape} have no values")
     x = _from_numpy(images) if isinstance(images, np.ndarray) else images
     if x.dtype == torch.uint16:
-        x = x.to(torch.int32)  # torch's own type for 16 unsigned bits has few functions
+        x = x.to(torch.int32)  # few functions of torch support uint16
     for name in "CN":
         if name not in layout:
             x, layout = x.unsqueeze(0), name + layout
@@ -57,9 +64,9 @@ def as_nchw(images: Any, layout: str | None) -> Tensor:
 
 
 def as_array(images: Any) -> Tensor | np.ndarray:
-    """A tensor or array as it is; of anything else, a PIL image above all, an array."""
+    """A tensor or array unchanged; anything else, such as a PIL image, as an array. Checks the dtype."""
     if getattr(images, "mode", None) in ("P", "PA"):
-        raise ValueError("a palette image holds indices, not colors: convert it to RGB first")
+        raise ValueError("a palette image contains indices, not colors: convert it to RGB first")
     if not isinstance(images, (Tensor, np.ndarray)):
         images = np.array(images)
     dtype = images.dtype.name if isinstance(images, np.ndarray) else str(images.dtype).removeprefix("torch.")
@@ -69,12 +76,12 @@ def as_array(images: Any) -> Tensor | np.ndarray:
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:
-    # torch takes no reversed bytes and no negative strides.
+    # torch accepts neither reversed byte order nor negative strides.
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if any(stride < 0 for stride in array.strides):
         array = array.copy()
     if array.flags.writeable:
         return torch.from_numpy(array)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the tensor must not be written, which nobody does
+        warnings.simplefilter("ignore", UserWarning)  # about writing to a read-only array; the tensor is only read
         return torch.from_numpy(array)

@@ -1,4 +1,4 @@
-"""Standardization of images: the functions, and their constants."""
+"""Normalization of images by constants: the functions, and the checked constants."""
 
 from __future__ import annotations
 
@@ -26,28 +26,38 @@ def normalize(
     memory_format: torch.memory_format = torch.preserve_format,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``(input * scale - mean) / std`` for each channel of images: one pass from bytes to normalized floats.
+    """Compute ``(input * scale - mean) / std`` for each channel of images, in one pass from bytes to floats.
+
+    This is the function behind :class:`normfused.transforms.Normalize`. Images are normalized by their own statistics
+    with :class:`normfused.transforms.Standardize`.
 
     Args:
-        input: shape ``(..., C, H, W)``, uint8, float32, float64, float16 or bfloat16, any strides: an image of shape
-            ``(H, W, C)`` is ``image.permute(2, 0, 1)``, without a copy.
-        mean, std: a number for all channels, or one for each; those of a tensor are brought to the host, which on CUDA
-            waits for the device.
-        scale: what values are multiplied by; default 1/255 for uint8, as torchvision's ``ToTensor`` does, 1 otherwise.
-        eps: the least divisor: a ``std`` below it counts as ``eps``, and a channel that is constant becomes 0.
-        dtype: of the output; default ``input``'s, float32 for uint8.
-        memory_format: of the output, ``torch.contiguous_format`` or ``torch.channels_last``; default ``input``'s.
-        out: where the output is written, in its own dtype and memory format: a place in a batch, or pinned memory.
-            Not with ``dtype`` or ``memory_format``, and not where a gradient is wanted.
+        input: shape ``(..., C, H, W)``, uint8, float32, float64, float16 or bfloat16, any strides. For an image of
+            shape ``(H, W, C)`` pass ``image.permute(2, 0, 1)``; this makes no copy.
+        mean, std: one number, or one per channel. A tensor is copied to the host, which on CUDA waits for the device.
+        scale: factor of the input; default 1/255 for uint8, as in torchvision's ``ToTensor``, 1 otherwise.
+        eps: minimum divisor: a ``std`` below it is replaced by it. With it a constant channel becomes 0.
+        dtype: dtype of the output; default that of ``input``, float32 for uint8.
+        memory_format: ``torch.contiguous_format`` or ``torch.channels_last``; default that of ``input``.
+        out: tensor that the output is written to, in its dtype and memory format, such as a slice of a batch or pinned
+            memory. Excludes ``dtype``, ``memory_format`` and gradients.
 
     Returns:
-        A new tensor of ``input``'s shape, or ``out``. Constants are never rounded to ``dtype``. The result for uint8 is
-        as near as if it were computed in float64 and rounded once (to 0.501 units in the last place; without fused
-        multiplications to one). Differentiable with respect to a floating ``input``.
+        A new tensor of the shape of ``input``, or ``out``. Constants are not rounded to ``dtype``. The result for uint8
+        is within 0.501 units in the last place of the exact one (1 unit on machines without fused multiply-add). It is
+        differentiable with respect to a floating ``input``.
 
     Raises:
-        ValueError: fewer than 3 dimensions; another number of constants than channels; a ``std`` that is not above 0
-            where ``eps`` is 0; a constant that is not finite. TypeError: a dtype that is not supported.
+        ValueError: fewer than 3 dimensions; a number of constants that is neither 1 nor C; ``std`` that is not positive
+            with ``eps=0``; a constant that is not finite.
+        TypeError: an unsupported dtype.
+        RuntimeError: ``out`` if ``input`` or ``out`` requires grad; a CUDA tensor if the extension has no CUDA kernels.
+
+    Example:
+        >>> import torch, normfused
+        >>> image = torch.full((3, 2, 2), 255, dtype=torch.uint8)
+        >>> normfused.normalize(image, mean=0.5, std=0.5).unique()
+        tensor([1.])
 
     Source: https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.Normalize.html
     """
@@ -55,7 +65,7 @@ def normalize(
     if out is None:
         return constants.normalize(input, dtype, memory_format)
     if dtype is not None or memory_format != torch.preserve_format:
-        raise ValueError("normalize: out has a dtype and a memory format of its own")
+        raise ValueError("normalize: out excludes dtype and memory_format")
     return constants.normalize_into(out, input)
 
 
@@ -67,19 +77,33 @@ def normalize_(
     scale: float = 1.0,
     eps: float = 0.0,
 ) -> Tensor:
-    """:func:`normalize` over the floating ``input`` itself, which is written and returned.
+    """:func:`normalize` in place: ``input``, of a floating dtype, is overwritten and returned.
+
+    Args:
+        input: shape ``(..., C, H, W)``, float32, float64, float16 or bfloat16.
+        mean, std, scale, eps: as in :func:`normalize`.
 
     Raises:
-        As :func:`normalize`; TypeError: integer input. RuntimeError: input that cannot be overwritten: a leaf that
-        requires grad, overlapping memory.
+        TypeError: integer input.
+        RuntimeError: input that cannot be overwritten: a leaf that requires grad, or overlapping memory.
+        ValueError: as :func:`normalize`.
+
+    Example:
+        >>> import torch, normfused
+        >>> x = torch.ones(1, 1, 2)
+        >>> normfused.normalize_(x, mean=0.0, std=2.0) is x
+        True
+        >>> x
+        tensor([[[0.5000, 0.5000]]])
     """
     return ImageConstants("normalize_", mean, std, scale, eps).normalize_(input)
 
 
 class ImageConstants:
-    """Mean, standard deviation and scale of images, checked; what :func:`normalize` does with them.
+    """Checked mean, standard deviation and scale, and the normalization by them. Error messages begin with ``name``.
 
-    ``name`` is whose arguments they are. Raises as :func:`normalize` does.
+    Raises:
+        ValueError, TypeError: as :func:`normalize`.
     """
 
     def __init__(
@@ -111,7 +135,7 @@ class ImageConstants:
         dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.preserve_format,
     ) -> Tensor:
-        """As the function of that name."""
+        """:func:`normalize` without ``out``."""
         check_image(self.name, input)
         dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
         if dtype not in DTYPES:
@@ -123,7 +147,7 @@ class ImageConstants:
             )
         scale = self._scale_of(input)
         if not _has_kernel(input.dtype, dtype):
-            input = input.to(torch.promote_types(input.dtype, dtype))  # which holds both
+            input = input.to(torch.promote_types(input.dtype, dtype))  # holds the values of both dtypes
         direct = _has_kernel(input.dtype, dtype)
         mean, std = self._for_channels_of(input)
         images = input.flatten(0, -4) if input.dim() > 4 else input
@@ -149,7 +173,7 @@ class ImageConstants:
                 f"got {tuple(out.shape)} on {out.device}"
             )
         if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
-            raise RuntimeError(f"{self.name}: out is not for tensors that require grad")
+            raise RuntimeError(f"{self.name}: out excludes tensors that require grad")
         if input.dim() > 4 or not _has_kernel(input.dtype, out.dtype) or _extension.C is None or is_transformed():
             return out.copy_(self.normalize(input, out.dtype))
         mean, std = self._for_channels_of(input)
@@ -158,7 +182,7 @@ class ImageConstants:
         return out
 
     def normalize_(self, input: Tensor) -> Tensor:
-        """As the function of that name."""
+        """:func:`normalize_`."""
         check_image(self.name, input, DTYPES)
         check_can_be_overwritten(self.name, input)
         mean, std = self._for_channels_of(input)
@@ -182,7 +206,7 @@ class ImageConstants:
         if len(self.mean) == channels == len(self.std):
             return self.mean, self.std
         for which, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 1 and len(values) != channels:  # `in` is not traced
+            if len(values) != 1 and len(values) != channels:  # Dynamo does not trace `in`
                 raise ValueError(
                     f"{self.name}: {len(values)} {which}s for an input with {channels} "
                     f"channel{'s' * (channels != 1)} (dim -3 of shape {tuple(input.shape)})"
@@ -192,13 +216,13 @@ class ImageConstants:
 
 
 def _has_kernel(input: torch.dtype, output: torch.dtype) -> bool:
-    """Whether there is a kernel that standardizes from the one to the other."""
+    """Whether a kernel exists for these dtypes of input and output."""
     return input == output or (input in (torch.uint8, torch.float32) and output != torch.float64)
 
 
 def _numbers(name: str, which: str, values: Any) -> list[float]:
-    """One number or several, as a list."""
-    plain = values.tolist() if hasattr(values, "tolist") else values  # of tensors and arrays
+    """A number, sequence, array or tensor as a list of finite floats."""
+    plain = values.tolist() if hasattr(values, "tolist") else values
     try:
         numbers = [float(plain)] if isinstance(plain, (int, float)) else [float(number) for number in plain]
     except (TypeError, ValueError):
@@ -212,7 +236,7 @@ def _numbers(name: str, which: str, values: Any) -> list[float]:
 
 
 def check_image(name: str, input: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.uint8, *DTYPES)) -> None:
-    """Raise what keeps ``input`` from being taken for images of shape ``(..., C, H, W)``, if anything."""
+    """Raise ``TypeError`` or ``ValueError`` if ``input`` is not a tensor of images ``(..., C, H, W)`` in ``dtypes``."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
     dtensor.refuse(name, "input", input)

@@ -1,4 +1,4 @@
-"""Mean, standard deviation and range of a data set's channels, whatever its batches and the sizes of its images."""
+"""Mean, standard deviation and range of the channels of many images, of any batch and image sizes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from normfused.data import files
 from normfused.data.images import as_nchw
 from normfused.functional import channel_moments, channel_sums
 
-NONFINITE = "the images hold NaN or infinity, left out of the statistics and counted in .nonfinite"
+NONFINITE = "the images contain NaN or infinity; the statistics exclude them and .nonfinite counts them"
 
 
 class Sums(NamedTuple):
-    """Exact figures of one channel's integers as they came, before any scale."""
+    """Exact sums of the integers of one channel, before any scaling."""
 
     count: int  # type: ignore[assignment]  # hides tuple.count
     sum: int
@@ -30,7 +30,7 @@ class Sums(NamedTuple):
     max: int
 
     def merge(self, other: Sums) -> Sums:
-        """Of both together."""
+        """The sums of both sets of values."""
         return Sums(
             self.count + other.count,
             self.sum + other.sum,
@@ -40,14 +40,14 @@ class Sums(NamedTuple):
         )
 
     def moments(self, scale: float) -> Moments:
-        """Of the values times ``scale``; nothing cancels, as the difference is one of integers."""
+        """The moments of the values times ``scale``. The subtraction is of integers, so nothing cancels."""
         deviations = self.count * self.sum_of_squares - self.sum**2
         m2 = deviations / self.count * scale**2
         return Moments(self.count, self.sum / self.count * scale, m2, self.min * scale, self.max * scale)
 
 
 class Moments(NamedTuple):
-    """Figures of one channel's finite floating values, and how many others there were."""
+    """Moments of the finite floating values of one channel, and the number of values that are not finite."""
 
     count: int  # type: ignore[assignment]  # hides tuple.count
     mean: float
@@ -57,7 +57,7 @@ class Moments(NamedTuple):
     nonfinite: int = 0
 
     def merge(self, other: Moments) -> Moments:
-        """Of both together. Source: Chan, Golub and LeVeque, 1983."""
+        """The moments of both sets of values. Source: Chan, Golub and LeVeque, 1983."""
         count = self.count + other.count
         share, delta = other.count / max(count, 1), other.mean - self.mean
         return Moments(
@@ -70,37 +70,55 @@ class Moments(NamedTuple):
         )
 
     def scaled(self, scale: float) -> Moments:
-        """Of the values times ``scale``."""
+        """The moments of the values times ``scale``."""
         return Moments(
             self.count, self.mean * scale, self.m2 * scale**2, self.min * scale, self.max * scale, self.nonfinite
         )
 
 
-_Figures = TypeVar("_Figures", Sums, Moments)
+_Channel = TypeVar("_Channel", Sums, Moments)
 
 
-def _merged(mine: tuple[_Figures, ...], others: tuple[_Figures, ...]) -> tuple[_Figures, ...]:
+def _merged(mine: tuple[_Channel, ...], others: tuple[_Channel, ...]) -> tuple[_Channel, ...]:
     if not mine or not others:
         return mine or others
     return tuple(a.merge(b) for a, b in zip(mine, others, strict=True))
 
 
 class ChannelStats:
-    """Statistics of each channel over all pixels of all images given so far: every pixel counts alike.
+    """Statistics of each channel over all pixels of all images so far. Each pixel has the same weight.
 
-    Integers are summed exactly, so that any split, order and merge of the images gives the same result to the last bit.
-    Floating values are merged in float64 (Chan, Golub and LeVeque, 1983). NaN and infinities are left out and counted.
-    Picklable; two are ``==`` when they hold the same figures.
+    Integers are summed exactly: any split, order and merge of the images gives bitwise identical results. Floating
+    values are merged in float64. NaN and infinities are excluded and counted. Objects can be pickled, and are equal
+    (``==``) if they hold the same numbers.
 
     Args:
-        scale: positive; what values are multiplied by in every result but ``sums``. Default: 1/255 for uint8, as
-            torchvision's ``ToTensor`` does, 1 for all else.
+        scale: positive factor of the values in all results but ``sums``. Default: 1/255 for uint8, as in torchvision's
+            ``ToTensor``, and 1 otherwise.
 
     Attributes:
-        scale: as given.
-        images: how many images there were.
-        complete: False where :func:`dataset_stats` was interrupted.
-        integer_scale: what integers are multiplied by; None while there are none.
+        scale: the argument.
+        images: number of images.
+        complete: False if :func:`normfused.dataset_stats` was interrupted.
+        integer_scale: factor of integer values; None before the first of them.
+
+    Raises:
+        ValueError: ``scale`` is not a positive number. Results raise it before the first image.
+
+    Example:
+        >>> import torch, normfused
+        >>> stats = normfused.ChannelStats()
+        >>> stats.update(torch.tensor([[[0, 255]], [[255, 255]]], dtype=torch.uint8))
+        ChannelStats(images=1, channels=2, mean=[0.5000, 1.0000], std=[0.5000, 0.0000])
+        >>> stats.mean
+        tensor([0.5000, 1.0000], dtype=torch.float64)
+        >>> print(normfused.ChannelStats().update(torch.tensor([[[0.0, 1.0]]])))
+        1 image
+        channel  count    mean     std     min     max
+              0      2  0.5000  0.5000  0.0000  1.0000
+        normfused.transforms.Normalize(mean=[0.5000], std=[0.5000])
+
+    Source: Chan, Golub and LeVeque, 1983, "Algorithms for Computing the Sample Variance".
     """
 
     def __init__(self, scale: float | None = None) -> None:
@@ -110,28 +128,36 @@ class ChannelStats:
         self.images = 0
         self.complete = True
         self.integer_scale: float | None = None
-        self._sums: tuple[Sums, ...] = ()  # a channel each; empty while no integers have come
+        self._sums: tuple[Sums, ...] = ()  # one per channel; empty before the first integers
         self._floats: tuple[Moments, ...] = ()  # the same for floating values
 
     def update(self, images: Any, layout: str | None = None) -> ChannelStats:
-        """Adds one image or a batch, and returns this object.
+        """Add one image or a batch. Changes this object and returns it.
 
         Args:
-            images: a tensor, numpy array or PIL image of uint8, int8, int16, uint16, int32, int64, float16, bfloat16,
-                float32 or float64. Read where it lies; only uint16, arrays of reversed byte order or negative strides
-                and PIL images are copied.
-            layout: ``"HW"``, ``"CHW"``, ``"HWC"``, ``"NHW"``, ``"NCHW"``, ``"NHWC"`` or ``"NC"``. Default, by the
-                number of dimensions: ``"HW"``, ``"CHW"``, ``"NCHW"`` for a tensor, ``"HW"``, ``"HWC"``, ``"NHWC"`` for
-                anything else.
+            images: tensor, NumPy array or PIL image of uint8, int8, int16, uint16, int32, int64, float16, bfloat16,
+                float32 or float64. It is not copied, except for uint16, PIL images, and arrays with reversed byte order
+                or negative strides.
+            layout: ``"HW"``, ``"CHW"``, ``"HWC"``, ``"NHW"``, ``"NCHW"``, ``"NHWC"`` or ``"NC"``. The default depends
+                on the number of dimensions: ``"HW"``, ``"CHW"``, ``"NCHW"`` for a tensor, ``"HW"``, ``"HWC"``,
+                ``"NHWC"`` otherwise.
 
         Raises:
-            ValueError: no values; another number of channels than before; a shape that does not fit ``layout``, or
-                whose guessed layout has a strange number of channels; a PIL image of palette indices; integer dtypes
-                of different default scales.
-            TypeError: a dtype that is not supported, bool among them.
+            ValueError: no values; a number of channels that differs from the images before; a shape that does not fit
+                ``layout``; a default layout with more than 4 channels if the other layout has at most 4; a PIL image of
+                palette indices; integer dtypes with different default scales.
+            TypeError: an unsupported dtype, such as bool.
 
         Warns:
             RuntimeWarning: at the first NaN or infinity.
+
+        Example:
+            >>> import numpy as np, normfused
+            >>> stats = normfused.ChannelStats()
+            >>> for image in np.zeros((3, 4, 4, 3), dtype=np.uint8):  # images of shape (H, W, C)
+            ...     _ = stats.update(image)
+            >>> stats.images, stats.channels
+            (3, 3)
         """
         was_finite = not self._has_nonfinite()
         self.merge(measure(images, layout, self.scale))
@@ -140,10 +166,16 @@ class ChannelStats:
         return self
 
     def merge(self, other: ChannelStats) -> ChannelStats:
-        """Adds all that another one holds, and returns this object; ``other`` stays as it is.
+        """Add the images of ``other``, which is not changed. Changes this object and returns it.
 
         Raises:
-            ValueError: ``other`` has another number of channels or another scale. Nothing has changed then.
+            ValueError: ``other`` has another number of channels or another scale. Neither object has changed then.
+
+        Example:
+            >>> import torch, normfused
+            >>> first, second = (normfused.ChannelStats().update(torch.ones(1, 2, 2) * v) for v in (1, 3))
+            >>> first.merge(second).mean
+            tensor([2.], dtype=torch.float64)
         """
         if self.channels and other.channels and self.channels != other.channels:
             raise ValueError(f"channels: got {other.channels}, but the images before have {self.channels}")
@@ -152,7 +184,7 @@ class ChannelStats:
         scales = {s.integer_scale for s in (self, other)} - {None}
         if len(scales) > 1:
             raise ValueError("uint8 is scaled by 1/255, other integers by 1: pass scale= to scale all images alike")
-        self.__dict__.update(  # in one step, which Ctrl-C cannot cut in two
+        self.__dict__.update(  # in one step, so that Ctrl-C cannot leave half an update
             images=self.images + other.images,
             complete=self.complete and other.complete,
             integer_scale=next(iter(scales), None),
@@ -162,13 +194,16 @@ class ChannelStats:
         return self
 
     def all_reduce(self, process_group: distributed.ProcessGroup | None = None) -> ChannelStats:
-        """Replaces this by the merge over all processes of ``process_group``, equal on each, and returns it.
+        """Merge the statistics of all processes, in the order of their ranks. Changes this object and returns it.
 
-        The ranks' figures are merged in the ranks' order. ``process_group=None``: all processes.
+        The result is the same on each rank.
+
+        Args:
+            process_group: the processes; default all.
 
         Raises:
             RuntimeError: ``torch.distributed`` is not initialized, or this process is not in the group.
-            ValueError: the ranks' channels or scales differ; it raises on each rank.
+            ValueError: on each rank, if channels or scales differ between ranks.
         """
         check_process_group("all_reduce", process_group)
         ranks: list[Any] = [None] * distributed.get_world_size(process_group)
@@ -181,56 +216,66 @@ class ChannelStats:
 
     @property
     def channels(self) -> int | None:
-        """How many channels the images have; None while there are no images."""
+        """Number of channels; None before the first image."""
         return len(self._sums or self._floats) or None
 
     @property
     def sums(self) -> tuple[Sums, ...]:
-        """For each channel count, sum, sum of squares, min and max of its integers: exact, and not scaled."""
+        """Count, sum, sum of squares, minimum and maximum of the integers of each channel; exact and not scaled."""
         return self._sums
 
     @property
     def count(self) -> Tensor:
-        """How many values each channel has in the statistics, shape (C,), int64."""
+        """Number of values of each channel, without those that are not finite, shape (C,), int64."""
         return torch.tensor([m.count for m in self._moments()])
 
     @property
     def nonfinite(self) -> Tensor:
-        """How many values of each channel were NaN or infinite and left out, shape (C,), int64."""
+        """Number of NaNs and infinities of each channel, which are excluded, shape (C,), int64."""
         return torch.tensor([m.nonfinite for m in self._moments()])
 
     @property
     def mean(self) -> Tensor:
-        """Shape (C,), float64; NaN for a channel without values."""
+        """Mean of each channel, shape (C,), float64; NaN without values."""
         return self._result(lambda m: m.mean if m.count else math.nan)
 
     @property
     def min(self) -> Tensor:
-        """Shape (C,), float64; infinity for a channel without values."""
+        """Minimum of each channel, shape (C,), float64; infinity without values."""
         return self._result(lambda m: m.min)
 
     @property
     def max(self) -> Tensor:
-        """Shape (C,), float64; -infinity for a channel without values."""
+        """Maximum of each channel, shape (C,), float64; -infinity without values."""
         return self._result(lambda m: m.max)
 
     @property
     def m2(self) -> Tensor:
-        """Sum of squared deviations from the mean, (C,), float64; ``m2 / (count - 1)`` is the unbiased variance."""
+        """Sum of squared deviations from the mean, shape (C,), float64.
+
+        ``m2 / (count - 1)`` is the unbiased variance.
+        """
         return self._result(lambda m: m.m2)
 
     @property
     def var(self) -> Tensor:
-        """Biased variance, ``m2 / count``, shape (C,), float64; NaN for a channel without values."""
+        """Biased variance ``m2 / count`` of each channel, shape (C,), float64; NaN without values."""
         return self._result(lambda m: m.m2 / m.count if m.count else math.nan)
 
     @property
     def std(self) -> Tensor:
-        """Square root of :attr:`var`, shape (C,), float64."""
+        """Square root of :attr:`var`, shape (C,), float64; NaN without values."""
         return self.var.sqrt()
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, exactly, for JSON."""
+        """All numbers, exact, as a dict for JSON.
+
+        Example:
+            >>> import torch, normfused
+            >>> stats = normfused.ChannelStats().update(torch.ones(1, 2, 2))
+            >>> normfused.ChannelStats.from_dict(stats.to_dict()) == stats
+            True
+        """
         return {
             "scale": self.scale,
             "images": self.images,
@@ -242,7 +287,7 @@ class ChannelStats:
 
     @classmethod
     def from_dict(cls, figures: Mapping[str, Any]) -> ChannelStats:
-        """What :meth:`to_dict` was called on."""
+        """The inverse of :meth:`to_dict`. Raises ``KeyError`` or ``TypeError`` for other dicts."""
         stats = cls(figures["scale"])
         stats.images, stats.complete = figures["images"], figures["complete"]
         stats.integer_scale = figures["integer_scale"]
@@ -251,20 +296,29 @@ class ChannelStats:
         return stats
 
     def save(self, path: str | Path) -> None:
-        """Writes all figures as JSON; a file that is there is replaced in one step."""
+        """Write all numbers as JSON. An existing file is replaced in one step."""
         files.replace(Path(path), json.dumps(self.to_dict(), indent=2).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> ChannelStats:
-        """What :meth:`save` or ``normfused stats --json`` wrote.
+        """Read a file that :meth:`save` or ``normfused stats --json`` wrote.
 
         Raises:
-            ValueError: the file holds anything else; the text names it.
+            ValueError: other content; the message names the file.
+            OSError: the file cannot be read.
+
+        Example:
+            >>> import tempfile, torch, normfused
+            >>> stats = normfused.ChannelStats().update(torch.ones(1, 2, 2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     stats.save(f"{folder}/stats.json")
+            ...     normfused.ChannelStats.load(f"{folder}/stats.json") == stats
+            True
         """
         content = Path(path).read_bytes()
         try:
             figures = json.loads(content)
-            return cls.from_dict(figures.get("stats", figures))  # the command's file has more in it
+            return cls.from_dict(figures.get("stats", figures))  # the file of the command holds more
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a saved ChannelStats: {error!r}") from error
 
@@ -278,7 +332,7 @@ class ChannelStats:
         return f"ChannelStats(images={self.images}, channels={self.channels}, mean={mean}, std={std})"
 
     def __str__(self) -> str:
-        """A table of the channels, and the line for ``normfused.transforms.Normalize``."""
+        """A table of the channels, and the code of the matching ``normfused.transforms.Normalize``."""
         if self.channels is None:
             return "no images yet"
         columns = {"count": [f"{count:,}" for count in self.count.tolist()]}
@@ -303,7 +357,7 @@ class ChannelStats:
         return "\n".join(lines)
 
     def _moments(self) -> tuple[Moments, ...]:
-        """Of each channel's integers and floating values together, scaled."""
+        """Scaled moments of each channel, of its integers and floating values together."""
         if self.channels is None:
             raise ValueError("no images yet")
         integers = tuple(channel.moments(self.integer_scale or 1.0) for channel in self._sums)
@@ -317,12 +371,12 @@ class ChannelStats:
 
 
 def _four_digits(value: float) -> str:
-    """Four decimals, or four significant digits where these are more: a small std is not 0."""
+    """Four decimals; four significant digits for small values, so that a small std is not shown as 0."""
     return f"{value:.4f}" if value == 0 or not abs(value) < 0.1 else f"{value:#.4g}"
 
 
 def measure(images: Any, layout: str | None, scale: float | None) -> ChannelStats:
-    """The statistics of these images alone, without a warning; see :meth:`ChannelStats.update`."""
+    """The statistics of these images alone, without warnings. Arguments as in :meth:`ChannelStats.update`."""
     x = as_nchw(images, layout)
     stats = ChannelStats(scale)
     stats.images = x.size(0)
@@ -335,7 +389,7 @@ def measure(images: Any, layout: str | None, scale: float | None) -> ChannelStat
 
 
 def scale_of(dtype: torch.dtype, scale: float | None) -> float:
-    """What values of ``dtype`` are multiplied by."""
+    """The factor of values of ``dtype``; ``scale`` is the one that the user gave."""
     return scale or (1 / 255 if dtype == torch.uint8 else 1.0)
 
 
@@ -343,7 +397,7 @@ def _integer_sums(x: Tensor) -> tuple[Sums, ...]:
     count, *figures = channel_sums(x)
     channels = [Sums(count, *values) for values in zip(*(f.tolist() for f in figures), strict=True)]
     largest = max(max(-channel.min, channel.max) for channel in channels)
-    if largest**2 * count >= 2**63:  # the sums may have overflowed; Python's integers do not
+    if largest**2 * count >= 2**63:  # the int64 sums may have overflowed: sum in Python, whose integers do not
         lists = (channel.flatten().tolist() for channel in x.unbind(1))
         channels = [Sums(count, sum(v), sum(i * i for i in v), min(v), max(v)) for v in lists]
     return tuple(channels)

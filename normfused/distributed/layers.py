@@ -1,4 +1,4 @@
-"""Batch norm over the batches of several processes, and their running statistics brought together."""
+"""Layers that normalize over the batches of several processes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["SyncBatchNorm", "SyncBatchNormAct"]
 
 
 class _Synchronized(_SequenceBatchNorm):
-    """What :class:`SyncBatchNorm` and :class:`SyncBatchNormAct` have in common."""
+    """The common base of :class:`SyncBatchNorm` and :class:`SyncBatchNormAct`."""
 
     _input_dims = (2, 3, 4, 5)
-    path = ""  # in the model, where it is known
-    converted_from: type[nn.Module] | None = None  # by convert_sync_batchnorm()
+    path = ""  # in the model, if known; used in errors
+    converted_from: type[nn.Module] | None = None  # the class before convert_sync_batchnorm()
     process_group: Any
 
     def _set_process_group(self, process_group: Any) -> None:
@@ -39,12 +39,12 @@ class _Synchronized(_SequenceBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """:func:`normfused.convert_sync_batchnorm`, at the place where :class:`torch.nn.SyncBatchNorm` has its own."""
+        """The same as :func:`normfused.convert_sync_batchnorm`; torch.nn.SyncBatchNorm has a method of this name."""
         import normfused
 
         return normfused.convert_sync_batchnorm(module, process_group)
 
-    # A process group is a handle of this process: copies share it, and it cannot be pickled.
+    # A process group is a handle of this process. Copies share it, and it cannot be pickled.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self).__new__(type(self))
@@ -65,7 +65,7 @@ class _Synchronized(_SequenceBatchNorm):
         state = self.__dict__.copy()
         if self.process_group is not None:
             warnings.warn(
-                f"{_label(self)}: its process group is not pickled; what is loaded synchronizes over all processes "
+                f"{_label(self)}: its process group is not pickled; the loaded layer synchronizes over all processes "
                 "until its process_group is set",
                 stacklevel=2,
             )
@@ -77,15 +77,26 @@ class _Synchronized(_SequenceBatchNorm):
 
     @staticmethod
     def forward_many(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
-        """The outputs of several layers of one process group, by one collective each way instead of one for each.
+        """Call several layers with one collective in forward and one in backward, instead of one for each layer.
 
-        For layers of which none waits for another, such as those of a residual block's two branches.
+        For independent layers, such as those of the two branches of a residual block. Running statistics are updated
+        as by single calls. Hooks of the layers are not called.
 
         Args:
-            calls: ``(layer, input)`` or ``(layer, input, residual)`` for each. Hooks of the layers are not called.
+            calls: tuples ``(layer, input)`` or ``(layer, input, residual)``; the layers share one process group.
+
+        Returns:
+            The output of each layer.
 
         Raises:
-            ValueError: the layers' process groups differ. Otherwise as a call of each.
+            ValueError: the process groups of the layers differ. Otherwise as a call of each layer.
+
+        Example:
+            >>> import torch, normfused
+            >>> layers = [normfused.SyncBatchNorm(4).eval(), normfused.SyncBatchNormAct(8).eval()]
+            >>> inputs = [torch.randn(2, 4, 3, 3), torch.randn(2, 8, 3, 3)]
+            >>> [y.shape[1] for y in normfused.SyncBatchNorm.forward_many(list(zip(layers, inputs)))]
+            [4, 8]
         """
         prepared = []
         for layer, input, *residual in calls:
@@ -96,38 +107,49 @@ class _Synchronized(_SequenceBatchNorm):
 
 
 class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):
-    """Batch norm over the batches of all processes together; drop-in for :class:`torch.nn.SyncBatchNorm`.
+    """Batch norm over the batches of all processes; a subclass of and drop-in for :class:`torch.nn.SyncBatchNorm`.
 
-    It runs on the CPU (gloo) as on CUDA (nccl), for ``(N, C, ...)`` of 2 to 5 dimensions, with shares of any size, the
-    empty one included. In training each rank sends the count, mean and standard deviation of its share, in one
-    collective, and in backward the sums of two gradients in another. In evaluation, frozen, or in a group of one
-    process it does what :class:`normfused.BatchNorm2d` does, and needs no process group. Statistics and running
-    statistics are bitwise identical on every rank. The gradients of ``weight`` and ``bias`` are those of this rank's
-    share, which ``DistributedDataParallel`` averages. Derivatives after the first take collectives of their own. So
-    does a forward that :func:`torch.utils.checkpoint.checkpoint` runs again, unless its ``context_fn`` saves
+    It runs on the CPU (gloo) and on CUDA (nccl), for inputs ``(N, C, ...)`` of 2 to 5 dimensions. The batches of the
+    ranks may differ in size, and may be empty.
+
+    In training each rank sends the count, mean and standard deviation of its batch in one collective, and two sums of
+    gradients in another collective in backward. In evaluation, frozen, or in a group of one process it computes what
+    :class:`normfused.BatchNorm2d` computes, and needs no process group. Statistics and running statistics are bitwise
+    identical on all ranks. The gradients of ``weight`` and ``bias`` are those of this rank's batch;
+    ``DistributedDataParallel`` averages them. Second and higher derivatives need collectives of their own. So does a
+    forward that :func:`torch.utils.checkpoint.checkpoint` recomputes, unless its ``context_fn`` saves
     ``torch.ops._c10d_functional.all_gather_into_tensor.default``.
 
+    ``copy.deepcopy`` keeps the process group, which ``AveragedModel`` relies on. Pickling and ``torch.save`` drop a
+    given process group with a warning: the loaded layer synchronizes over all processes until ``process_group`` is set.
+
     Args:
-        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, bias: torch.nn's.
-        running_var_correction, nonfinite: as for :class:`normfused.BatchNorm1d`;
-            ``"skip"`` looks at the statistics of all ranks together.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
+            :class:`normfused.BatchNorm1d`.
+        process_group: the processes whose batches are normalized together; default all.
+        running_var_correction, nonfinite: as in :class:`normfused.BatchNorm1d`; ``"skip"`` refers to the batches of all
+            ranks.
 
-    Called with ``(input, residual=None, mask=None, lengths=None)``, as :class:`normfused.BatchNorm1d`; ``mask`` is of
-    ``input``'s shape without the channels, and a rank may have no position that is present.
-
-    ``copy.deepcopy`` keeps the process group, as ``AveragedModel`` needs it. Pickling and ``torch.save`` of the module
-    drop an explicit one with a warning: what is loaded synchronizes over all processes until ``process_group`` is set.
+    Call:
+        ``layer(input, residual=None, mask=None, lengths=None)``, as :class:`normfused.BatchNorm1d`. ``mask`` has the
+        shape of ``input`` without the channels; on a rank it may be False everywhere.
 
     Raises:
-        ValueError: in training one value a channel on all ranks together, on each of
-            them. What else a call raises: :func:`normfused.functional.batch_norm`.
-        RuntimeError: a process group that is gone, or that this rank is not in; an exchange that fails, as it does
-            where the ranks' channels differ. The text names the layer.
+        ValueError: on each rank, in training with one value per channel on all ranks together. Otherwise as
+            :func:`normfused.functional.batch_norm`.
+        RuntimeError: a destroyed process group, or one without this rank; a failed collective, for instance because the
+            channels of the ranks differ. The message names the layer.
         NotImplementedError: under :mod:`torch.func` or forward-mode differentiation.
 
-    With ``NORMFUSED_SYNC_DEBUG=1`` in the environment ranks compare what they are about to do before each collective.
-    Those that differ raise, with the layer's name, and so does one that has waited ``NORMFUSED_SYNC_DEBUG_TIMEOUT``
-    seconds for another (default 30).
+    With ``NORMFUSED_SYNC_DEBUG=1`` in the environment, ranks compare their next step before each collective. Ranks that
+    differ raise ``RuntimeError`` with the name of the layer. So does a rank that has waited for another for
+    ``NORMFUSED_SYNC_DEBUG_TIMEOUT`` seconds (default 30).
+
+    Example:
+        >>> import torch, normfused
+        >>> layer = normfused.SyncBatchNorm(3)  # one process: no collective
+        >>> layer(torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 3, 4, 4])
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html; Chan, Golub and LeVeque, 1983.
     """
@@ -165,8 +187,22 @@ class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):
 class SyncBatchNormAct(_ActivationBatchNorm, _Synchronized, _torch_private.BatchNormBase):
     """:class:`SyncBatchNorm` with an activation in the same pass over memory.
 
-    No subclass of :class:`torch.nn.SyncBatchNorm`; why, and ``activation``, ``activation_param`` and ``eps``:
-    :class:`normfused.BatchNormAct1d`. Otherwise as :class:`SyncBatchNorm`.
+    Like :class:`normfused.BatchNormAct1d`, it does not derive from torch.nn's class, and reading ``eps`` raises.
+
+    Args:
+        num_features, process_group: as in :class:`SyncBatchNorm`.
+        activation, activation_param: as in :class:`normfused.BatchNormAct1d`.
+        eps, momentum, affine, track_running_stats, device, dtype, bias, running_var_correction, nonfinite: as in
+            :class:`SyncBatchNorm`.
+
+    Raises:
+        As :class:`SyncBatchNorm`, and ``ValueError`` for an unknown activation or a parameter that it does not have.
+
+    Example:
+        >>> import torch, normfused
+        >>> layer = normfused.SyncBatchNormAct(3, "silu")
+        >>> layer(torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 3, 4, 4])
     """
 
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
@@ -206,13 +242,13 @@ class SyncBatchNormAct(_ActivationBatchNorm, _Synchronized, _torch_private.Batch
 
 
 def _batch_norms(calls: Sequence[tuple[_Synchronized, Call]]) -> list[Tensor]:
-    """The outputs of all calls; those in training share one collective."""
+    """The outputs of all calls. Those in training share one collective."""
     if rank_consistency.is_enabled():
         rank_consistency.name_layers(_Synchronized)
     training = [(layer, call) for layer, call in calls if layer.training]
     groups = [layer.process_group for layer, _ in training]
     if any(group is not groups[0] for group in groups):
-        raise ValueError("SyncBatchNorm: layers of different process groups cannot be taken together")
+        raise ValueError("SyncBatchNorm: forward_many needs layers of one process group")
     labels = [_label(layer) for layer, _ in training]
     group = group_of(groups[0], " and ".join(labels)) if training else None
     if group is None:
@@ -231,14 +267,18 @@ def _label(layer: _Synchronized) -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def group_of(process_group: Any, label: str) -> Group | None:
-    """The group; None where there is nobody to share with."""
+    """The process group, default all processes; ``None`` if it has one member or torch.distributed is not in use.
+
+    Raises:
+        RuntimeError: the group is destroyed, or this process is not in it.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     group: Any = distributed.group.WORLD if process_group is None else process_group
     try:
         rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     except (RuntimeError, ValueError) as error:
-        raise RuntimeError(f"{label}: its process group is gone: {error}") from error
+        raise RuntimeError(f"{label}: its process group is destroyed: {error}") from error
     if rank < 0:
         raise RuntimeError(f"{label}: this process is not in its process group")
     return Group(group.group_name, size, rank) if size > 1 else None

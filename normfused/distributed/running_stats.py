@@ -1,4 +1,4 @@
-"""Running statistics made equal on all ranks."""
+"""Equal running statistics on all ranks, for layers that are not synchronized."""
 
 from __future__ import annotations
 
@@ -16,21 +16,31 @@ __all__ = ["sync_running_stats"]
 
 
 def sync_running_stats(model: nn.Module, mode: str = "broadcast", process_group: Any = None) -> None:
-    """Make the running statistics of all batch norms in ``model`` equal on all ranks, by one collective.
+    """Make the running statistics of all batch norms in ``model`` equal on all ranks, with one collective.
 
-    For models whose batch norms are not synchronized, before evaluation or a checkpoint. All of torch.nn's batch norms
-    and ours take part, as do the counters ``num_batches_tracked``, of which the greatest stands.
+    For models whose batch norms are not synchronized, before evaluation or a checkpoint. It covers the batch norms of
+    torch.nn and of this package. ``num_batches_tracked`` becomes the maximum over the ranks (with ``"broadcast"``, the
+    value of the first rank).
 
     Args:
-        model: with the same layers on every rank; its buffers are written.
-        mode: ``"broadcast"``: those of the group's first rank; ``"mean"``: the mean of running means and of running
-            variances; ``"pooled"``: mean and variance of all ranks' data taken together, as many from each: to the mean
-            of the variances it adds the variance of the means.
-        process_group: default all processes.
+        model: a model with the same layers on each rank. Its buffers are changed in place.
+        mode: ``"broadcast"``: the statistics of the first rank of the group; ``"mean"``: the means over the ranks of
+            running means and of running variances; ``"pooled"``: mean and variance of the data of all ranks, weighted
+            equally: the mean of the variances plus the variance of the means.
+        process_group: the ranks; default all.
 
     Raises:
-        ValueError: no such mode. RuntimeError: ``torch.distributed`` is not initialized, this process is not in the
-        group, or the layers differ between ranks.
+        ValueError: an unknown mode.
+        RuntimeError: ``torch.distributed`` is not initialized; this process is not in the group; the layers differ
+            between ranks.
+
+    Example:
+        >>> import tempfile, torch, normfused
+        >>> model = torch.nn.Sequential(normfused.BatchNorm2d(3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
+        ...     normfused.sync_running_stats(model, "pooled")
+        ...     torch.distributed.destroy_process_group()
     """
     modes = ("broadcast", "mean", "pooled")
     if mode not in modes:
@@ -42,7 +52,7 @@ def sync_running_stats(model: nn.Module, mode: str = "broadcast", process_group:
     if not buffers[0]:
         return
     home = buffers[0][0].device
-    # Counters are exact in float64 up to 2^53.
+    # One float64 vector for all buffers; it represents counters up to 2^53 exactly.
     own = torch.cat([buffer.detach().reshape(-1).to(home, torch.float64) for of_kind in buffers for buffer in of_kind])
     channels = sum(buffer.numel() for buffer in buffers[0])
     if mode == "broadcast":
