@@ -197,9 +197,9 @@ def skip_frame(message: str) -> Exception:
     return torch._dynamo.exc.SkipFrame(message)
 
 
-def compiled_call(module: nn.Module) -> Any:
+def compiled_call(module: Any) -> Any:
     """The function that ``module.__call__`` runs in place of the module's own call, as ``module.compile()`` sets it."""
-    return module.__dict__.get("_compiled_call_impl")
+    return getattr(module, "_compiled_call_impl", None)
 
 
 def set_compiled_call(module: Any, function: Callable[..., Any] | None) -> None:

@@ -139,7 +139,7 @@ def test_report_before_and_after_the_first_call() -> None:
     lines = str(normfused.conversion_report(model)).splitlines()
     assert lines[:2] == [
         "20 batch norms replaced, 0 fused",
-        "what is fused is known after the first call, or with example_inputs",
+        "fusions are known after the first call, or with example_inputs",
     ]
     model(images(dtype=torch.float32))
     report = normfused.conversion_report(model)
@@ -352,7 +352,7 @@ def test_the_limit_of_graphs_is_said_once(monkeypatch: pytest.MonkeyPatch) -> No
             warned += [str(w.message) for w in caught if "normfused.convert" in str(w.message)]
         torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
     assert len(warned) == 1
-    assert "captured in 2 ways" in warned[0]
+    assert "has 2 captured graphs" in warned[0]
     assert "the limit of 2 graphs for a module is reached" in str(normfused.conversion_report(ours))
 
 

@@ -47,7 +47,7 @@ def test_copies(copied: Callable[[nn.Module], nn.Module], name: str, called: boo
     other = copied(model)
     assert types(other) == types(model)
     torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"of a copy, or after loading, call normfused\.convert again"):
+    with pytest.raises(ValueError, match=r"after copying or loading a model, call normfused\.convert again"):
         normfused.conversion_report(other)
     if copied is not copy.copy:
         normfused.convert(other)

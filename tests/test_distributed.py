@@ -255,7 +255,7 @@ def test_b35_ranks_that_diverge_raise(ranks: Ranks, difference: str) -> None:
     else:
         direction = "backward" if difference == "backward" else "forward"
         assert first.startswith(f"RuntimeError: rank 0 is at {direction} of {here}")
-        assert first.endswith("where rank 1 has not come within 2 s")
+        assert first.endswith("but rank 1 has not arrived within 2 s")
         assert second == ""
 
 
@@ -312,7 +312,7 @@ def test_ranks_with_other_channels_do_not_hang(ranks: Ranks) -> None:
     for rank in (1, 3):
         assert errors[rank] == f"RuntimeError: ranks diverge: rank {rank} is at {one}, rank 2 at {other}"
     # Rank 0 knows of nothing, but does not wait for ever.
-    assert errors[0].startswith("RuntimeError: SyncBatchNorm(3): the ranks' exchange failed: ")
+    assert errors[0].startswith("RuntimeError: SyncBatchNorm(3): the collective failed: ")
 
 
 def other_channels(other: int = 1) -> str:

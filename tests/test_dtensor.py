@@ -172,7 +172,7 @@ def refused() -> None:
     partial.running_mean = DTensor.from_local(torch.zeros(6), mesh, [placement("partial")])
     mixed = distribute_layer(normfused.BatchNorm1d(6), mesh, "replicated")
     mixed.running_var = distributed(torch.ones(6), mesh, "0")
-    unsupported = "input is a DTensor, with which mask, lengths and inplace are not supported"
+    unsupported = "mask, lengths and inplace are not supported for a DTensor"
     plain = "must be a plain tensor, got a DTensor; call it on input.to_local()"
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: normfused.BatchNorm1d(6)(dx), "TypeError: BatchNorm1d: running_mean must be a DTensor as input is"),

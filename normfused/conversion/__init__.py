@@ -1,4 +1,4 @@
-"""Whole models: batch norms replaced by ours and back, and fused with what follows them."""
+"""Whole models: replace batch norms and back, fuse them with the operations that follow, fold them into layers."""
 
 from normfused.conversion.api import convert, convert_sync_batchnorm, revert
 from normfused.conversion.classes import register_conversion

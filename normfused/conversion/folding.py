@@ -1,4 +1,4 @@
-"""Batch norm folded into the linear layer or convolution before it."""
+"""Folding of a batch norm into the linear layer or convolution before it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from normfused.distributed.layers import SyncBatchNorm, SyncBatchNormAct
 __all__ = ["fold_bn"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Exact types, and the number of dimensions of what they give. A subclass may compute something else.
+# Exact types and the number of dimensions of their outputs. A subclass may compute something else.
 _PREVIOUS: dict[type[nn.Module], int] = {
     nn.Linear: 2,
     nn.Conv1d: 3,
@@ -28,7 +28,7 @@ _PREVIOUS: dict[type[nn.Module], int] = {
     nn.ConvTranspose2d: 4,
     nn.ConvTranspose3d: 5,
 }
-# Exact types, and the numbers of dimensions that they accept.
+# Exact types and the numbers of dimensions that they accept.
 _BATCH_NORMS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
     nn.BatchNorm2d: (4,),
@@ -50,25 +50,33 @@ _Folded = TypeVar("_Folded", bound=nn.Module)
 
 @torch.no_grad()
 def fold_bn(previous: _Folded, bn: nn.Module) -> _Folded:
-    """Return a copy of ``previous`` that computes ``bn(previous(x))`` of evaluation mode.
+    """Return a copy of ``previous`` that computes ``bn(previous(x))`` in evaluation mode.
+
+    Neither argument is changed, so both may be shared with other parts of a model.
 
     Args:
-        previous: exactly ``nn.Linear``, ``nn.Conv1d/2d/3d`` or ``nn.ConvTranspose1d/2d/3d``, not a subclass; any
-            groups, with or without a bias. A ``Linear`` is folded for inputs of shape ``(N, in_features)``, a
-            ``Conv1d`` for inputs with a batch dimension: of others ``BatchNorm1d`` normalizes another dimension.
-        bn: exactly a batch norm of ``torch.nn`` or normfused, synchronized or not, for the dimensions that ``previous``
-            gives; in evaluation mode, with running statistics and without an activation.
+        previous: an ``nn.Linear``, ``nn.Conv1d/2d/3d`` or ``nn.ConvTranspose1d/2d/3d``, not a subclass, with any
+            groups, with or without bias. Inputs of a ``Linear`` must have shape ``(N, in_features)``, those of a ``Conv1d`` a
+            batch dimension; for other inputs ``BatchNorm1d`` normalizes another dimension.
+        bn: a batch norm of ``torch.nn`` or normfused, synchronized or not, not a subclass. It must accept the outputs
+            of ``previous``, be in evaluation mode, and have running statistics and no activation.
 
     Returns:
-        A new module with a bias, in the dtype of ``previous.weight``. The arithmetic is in float32 or wider. Neither
-        argument is changed, so that either may be shared with other parts of a model.
+        A new module with a bias, in the dtype of ``previous.weight``. The arithmetic is in float32 or wider.
 
     Raises:
-        TypeError: either module has another type, or a tensor that is not a plain real floating-point one.
-        ValueError: ``bn`` is in training mode, has no running statistics, an activation, or not as many channels as
-            ``previous`` gives; either module has hooks, parametrizations, pruning masks or a ``forward`` of its own,
-            because a copy of the weights does not carry them; tensors are on the meta device or on several devices; a
-            folded value is not finite in the dtype of ``previous.weight``.
+        TypeError: a module of another type; a tensor that is not a plain, real, floating-point tensor.
+        ValueError: ``bn`` is in training mode, has no running statistics, has an activation, or another number of
+            channels; a module has hooks, parametrizations, pruning masks or its own ``forward``, which a copy of the
+            weights would lose; tensors on the meta device or on several devices; a folded value that is not finite in
+            the dtype of ``previous.weight``.
+
+    Example:
+        >>> import torch, normfused
+        >>> conv, bn = torch.nn.Conv2d(3, 8, 3), normfused.BatchNorm2d(8).eval()
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> torch.allclose(normfused.fold_bn(conv, bn)(x), bn(conv(x)), atol=1e-5)
+        True
     """
     _check_modules(previous, bn)
     tensors = _tensors(previous, bn)
@@ -101,7 +109,7 @@ def _check_modules(previous: nn.Module, bn: nn.Module) -> None:
                 "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"
             )
         if "forward" in vars(module):
-            raise ValueError(f"fold_bn: {name} has a forward of its own, which folding would lose")
+            raise ValueError(f"fold_bn: {name} has its own forward, which folding would lose")
     if bn.training:
         raise ValueError("fold_bn: bn is in training mode, in which it depends on the batch; call eval() first")
     if bn.running_mean is None or bn.running_var is None:
@@ -110,8 +118,8 @@ def _check_modules(previous: nn.Module, bn: nn.Module) -> None:
         raise ValueError(f"fold_bn: bn has an activation, {bn.activation!r}, which cannot be folded")
     if _PREVIOUS[type(previous)] not in _BATCH_NORMS[type(bn)]:
         raise ValueError(
-            f"fold_bn: bn is {_name_of(bn)}, which does not accept the {_PREVIOUS[type(previous)]} dimensions "
-            f"that {_name_of(previous)} gives"
+            f"fold_bn: bn is {_name_of(bn)}, which does not accept the {_PREVIOUS[type(previous)]}D "
+            f"output of {_name_of(previous)}"
         )
 
 
@@ -121,7 +129,7 @@ def _name_of(what: object) -> str:
 
 
 def _tensors(previous: nn.Module, bn: nn.Module) -> dict[str, Tensor]:
-    """The tensors that are present, by name."""
+    """The tensors of both modules that are not None, by name."""
     found = {f"previous.{name}": getattr(previous, name) for name in ("weight", "bias")}
     found |= {f"bn.{name}": getattr(bn, name) for name in ("running_mean", "running_var", "weight", "bias")}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -135,21 +143,23 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
         if tensor.dtype not in DTYPES:
             raise TypeError(f"fold_bn: {name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
         if tensor.device.type == "meta":
-            raise ValueError(f"fold_bn: {name} is on the meta device, and has no values")
+            raise ValueError(f"fold_bn: {name} is on the meta device, which has no values")
         if tensor.device != device:
             raise ValueError(f"fold_bn: {name} is on {tensor.device}, but previous.weight is on {device}")
 
 
 def _folded(previous: Any, bn: Any, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of both layers together, in the dtype of ``previous.weight``."""
+    """Weight and bias of the folded layer, in the dtype of ``previous.weight``."""
     weight = tensors["previous.weight"]
     transposed = isinstance(previous, _TRANSPOSED)  # (in, out / groups, ...)
     channels = weight.size(1) * previous.groups if transposed else weight.size(0)
-    kept = weight.dtype
+    result_dtype = weight.dtype
     dtype = torch.float32
     for name, tensor in tensors.items():
         if name.startswith("bn.") and tensor.shape != (channels,):
-            raise ValueError(f"fold_bn: {name} has shape {tuple(tensor.shape)}, but previous gives {channels} channels")
+            raise ValueError(
+                f"fold_bn: {name} has shape {tuple(tensor.shape)}, but previous has {channels} output channels"
+            )
         dtype = torch.promote_types(dtype, tensor.dtype)
     of = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     eps = bn.epsilon if isinstance(bn, _BatchNorm) else bn.eps
@@ -161,9 +171,9 @@ def _folded(previous: Any, bn: Any, tensors: dict[str, Tensor]) -> tuple[Tensor,
         bias = bias + of["bn.bias"]
     weight = of["previous.weight"]
     ones = [1] * (weight.dim() - 2)
-    if transposed:  # the groups' inputs follow each other along the first dimension
+    if transposed:  # the first dimension holds the inputs of all groups, one group after another
         by_group = weight.view(previous.groups, -1, *weight.shape[1:]) * scale.view(previous.groups, 1, -1, *ones)
         weight = by_group.flatten(0, 1)
     else:
         weight = weight * scale.view(-1, 1, *ones)
-    return weight.to(kept), bias.to(kept)
+    return weight.to(result_dtype), bias.to(result_dtype)

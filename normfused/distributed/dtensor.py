@@ -1,7 +1,7 @@
-"""Functions of DTensors, by what each rank computes of its shards.
+"""The functions for DTensors: what each rank computes from its shards.
 
-Channels are independent: where they are sharded, every rank computes its own. Evaluation normalizes each position for
-itself. What else depends on other shards is computed of replicated tensors, as torch does for its own batch norm.
+Channels are independent: if they are sharded, each rank computes its own. In evaluation positions are independent too.
+Everything else depends on other shards, and is computed from replicated tensors, as in torch's own batch norm.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Placements = tuple["Placement", ...]
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether ``value`` is a DTensor; without importing what defines them."""
+    """Whether ``value`` is a DTensor. Does not import torch.distributed.tensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def refuse(name: str, argument: str, value: object) -> None:
-    """Raise ``TypeError`` where ``value`` is a DTensor."""
+    """Raise ``TypeError`` if ``value`` is a DTensor."""
     if is_dtensor(value):
         raise TypeError(f"{name}: {argument} must be a plain tensor, got a DTensor; call it on {argument}.to_local()")
 
@@ -36,7 +36,7 @@ def refuse(name: str, argument: str, value: object) -> None:
 def batch_norm(
     function: Callable[..., Tensor],
     name: str,
-    ranks: tuple[int, ...] | None,
+    input_dims: tuple[int, ...] | None,
     input: Any,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -55,13 +55,14 @@ def batch_norm(
     inplace: bool,
     update_in_backward: bool,
 ) -> Tensor:
-    """``function``, which is :func:`normfused.functional.named_batch_norm`, of a DTensor.
+    """``function``, which is :func:`normfused.functional.named_batch_norm`, for a DTensor as input.
 
-    Running statistics are written, so that their placements stay and decide: sharded, so are the channels of
-    everything; replicated, so is the input in training. Without them the input's placements decide.
+    Running statistics are updated in place, so their placements decide: if they are sharded, the channels of all
+    tensors are; if they are replicated, the input is replicated in training. Without running statistics the placements
+    of the input decide.
     """
     if mask is not None or inplace:
-        raise NotImplementedError(f"{name}: input is a DTensor, with which mask, lengths and inplace are not supported")
+        raise NotImplementedError(f"{name}: mask, lengths and inplace are not supported for a DTensor")
     if input.dim() < 2:
         raise ValueError(f"{name}: input needs at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     vectors: dict[str, Any] = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
@@ -73,14 +74,14 @@ def batch_norm(
         buffer = vectors[argument]
         if buffer is not None and buffer.placements != of_vectors:
             raise ValueError(f"{name}: {argument} must have the placements {of_vectors}, got {buffer.placements}")
-    # Each rank's gradients of the parameters are of its own positions.
+    # Each rank's gradients of the parameters cover its own positions only.
     of_gradients = tuple(
         _partial() if value.is_shard() and vector.is_replicate() else vector
         for value, vector in zip(of_values, of_vectors, strict=True)
     )
     output = function(
         name,
-        ranks,
+        input_dims,
         _local(input, of_values),
         _own(running_mean),
         _own(running_var),
@@ -103,13 +104,13 @@ def batch_norm(
 
 
 def local_response_norm(function: Callable[..., Tensor], input: Any, *arguments: Any) -> Tensor:
-    """``function`` of a DTensor, with all channels on every rank."""
+    """``function`` for a DTensor, with all channels on each rank."""
     placements = _without_channels(input)
     return _distributed_as(function(_local(input, placements), *arguments), input, placements)
 
 
 def channel_statistics(function: Callable[..., Any], input: Any) -> Any:
-    """``function``, which gives a named tuple of a count and vectors, of a DTensor; the vectors are DTensors."""
+    """``function``, which returns a named tuple of a count and vectors, for a DTensor. The vectors are DTensors."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     of_values = tuple(p if p.is_shard(1) and _is_even(input, 1) else Replicate() for p in input.placements)
@@ -119,7 +120,7 @@ def channel_statistics(function: Callable[..., Any], input: Any) -> Any:
 
 
 def _placements(name: str, input: Any, running_mean: Any, training: bool) -> tuple[Placements, Placements]:
-    """What input and vectors are computed as."""
+    """The placements with which input and per-channel vectors are computed."""
     from torch.distributed.tensor import Replicate, Shard
 
     of_values: list[Placement] = []
@@ -140,7 +141,7 @@ def _placements(name: str, input: Any, running_mean: Any, training: bool) -> tup
 
 
 def _is_even(input: Any, dim: int, placements: Any = None) -> bool:
-    """Whether all shards of a dimension have the same size, so that no rank has none."""
+    """Whether all shards of a dimension have the same size, so that no shard is empty."""
     shards = 1
     for i, placement in enumerate(input.placements if placements is None else placements):
         shards *= input.device_mesh.size(i) if placement.is_shard(dim) else 1
@@ -172,14 +173,14 @@ def _check_mesh(name: str, argument: str, value: Any, input: Any) -> None:
 
 
 def _local(tensor: Any, placements: Placements, of_gradients: Placements | None = None) -> Any:
-    """The part of this rank, of what is only read."""
+    """The local part of a tensor that is only read."""
     if tensor is None:
         return None
     return tensor.redistribute(placements=placements).to_local(grad_placements=of_gradients or placements)
 
 
 def _own(buffer: Any) -> Any:
-    """The part of this rank, of what is written."""
+    """The local part of a buffer that is written."""
     return buffer.to_local() if is_dtensor(buffer) else buffer
 
 

@@ -1,8 +1,9 @@
-"""What ranks are about to do, compared before they do it, by way of the process group's store.
+"""Checks that all ranks are about to do the same, via the key-value store of the process group.
 
-Each layer once, because collectives of different sizes hang, or end the process: channels and kind of statistics. With
-``NORMFUSED_SYNC_DEBUG=1`` in the environment every step: ranks that differ, or wait for one that does not come, then
-raise instead of hanging. What compilers run is not compared.
+Collectives whose sizes differ between ranks hang, or end the process. So each layer is checked once, before its first
+collective: number of channels and dtype of the statistics. With ``NORMFUSED_SYNC_DEBUG=1`` in the environment every
+step is checked, and ranks that differ, or wait for a rank that does not arrive, raise instead of hanging. Compiled code
+is not checked.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from normfused._torch_private import prefix_store, resolve_process_group
 
 
 class Group(NamedTuple):
-    """A process group, and this process's rank in it."""
+    """A process group, and the rank of this process in it."""
 
     name: str
     size: int
@@ -28,12 +29,12 @@ class Group(NamedTuple):
 
 
 class _State:
-    """What this process has compared in a group."""
+    """The checks of this process in one group."""
 
     def __init__(self, process_group: Any) -> None:
-        self.is_real = distributed.get_backend(process_group) != "fake"  # where there is nobody else, and no store
-        self.turn = 0
-        self.met: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+        self.is_real = distributed.get_backend(process_group) != "fake"  # which has no other ranks and no store
+        self.step = 0
+        self.checked: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 _states: WeakKeyDictionary[Any, _State] = WeakKeyDictionary()
@@ -41,32 +42,32 @@ _naming = False
 
 
 def is_enabled() -> bool:
-    """Whether every step is to be compared."""
+    """Whether every step is checked."""
     return os.environ.get("NORMFUSED_SYNC_DEBUG") == "1" and not torch.compiler.is_compiling()
 
 
 def check_once(group: Group, layer: nn.Module, what: str) -> None:
-    """The first time that ``layer`` comes with ``what``, compare it with what the ranks on either side come with.
+    """Compare ``what``, a description of the layer's next step, with the neighboring ranks; once for each value.
 
     Raises:
-        RuntimeError: another rank comes with something else, or not before the store's timeout.
+        RuntimeError: a neighbor has another value, or does not arrive before the timeout of the store.
     """
     if torch.compiler.is_compiling():
         return
-    met = _state_of(group).met.setdefault(layer, set())
-    if what not in met:
+    checked = _state_of(group).checked.setdefault(layer, set())
+    if what not in checked:
         _compare(group, what, {(group.rank + step) % group.size for step in (1, -1)}, None)
-        met.add(what)
+        checked.add(what)
 
 
 def check_all(group: Group, what: str) -> None:
-    """Compare ``what`` with all ranks.
+    """Compare ``what``, a description of the next step, with all ranks.
 
     Raises:
-        RuntimeError: another rank is at something else, or does not come within ``NORMFUSED_SYNC_DEBUG_TIMEOUT``.
+        RuntimeError: a rank has another value, or does not arrive within ``NORMFUSED_SYNC_DEBUG_TIMEOUT`` seconds.
     """
-    patience = float(os.environ.get("NORMFUSED_SYNC_DEBUG_TIMEOUT", "30"))
-    _compare(group, what, set(range(group.size)) - {group.rank}, patience)
+    timeout = float(os.environ.get("NORMFUSED_SYNC_DEBUG_TIMEOUT", "30"))
+    _compare(group, what, set(range(group.size)) - {group.rank}, timeout)
 
 
 def _state_of(group: Group) -> _State:
@@ -74,34 +75,34 @@ def _state_of(group: Group) -> _State:
     return _states.get(process_group) or _states.setdefault(process_group, _State(process_group))
 
 
-def _compare(group: Group, what: str, others: set[int], patience: float | None) -> None:
+def _compare(group: Group, what: str, others: set[int], timeout: float | None) -> None:
     state = _state_of(group)
     if not state.is_real:
         return
     store = prefix_store(f"normfused/{group.name}")
-    if patience is None:
-        patience = store.timeout.total_seconds()
-    state.turn += 1
-    store.set(f"{state.turn}/{group.rank}", what)
-    deadline = monotonic() + patience
+    if timeout is None:
+        timeout = store.timeout.total_seconds()
+    state.step += 1
+    store.set(f"{state.step}/{group.rank}", what)
+    deadline = monotonic() + timeout
     for rank in sorted(others):
-        key = f"{state.turn}/{rank}"
+        key = f"{state.step}/{rank}"
         try:
             store.wait([key], timedelta(seconds=max(deadline - monotonic(), 0.01)))
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {group.rank} is at {what}, where rank {rank} has not come within {patience:g} s"
+                f"rank {group.rank} is at {what}, but rank {rank} has not arrived within {timeout:g} s"
             ) from error
-        there = store.get(key).decode()
-        if there != what:
-            raise RuntimeError(f"ranks diverge: rank {group.rank} is at {what}, rank {rank} at {there}")
-    # Whoever has come to a turn has read all that it reads of the one before.
-    if state.turn > 2:
-        store.delete_key(f"{state.turn - 2}/{group.rank}")
+        other = store.get(key).decode()
+        if other != what:
+            raise RuntimeError(f"ranks diverge: rank {group.rank} is at {what}, rank {rank} at {other}")
+    # A rank that has arrived at a step has read all keys of the step before. So older keys can be deleted.
+    if state.step > 2:
+        store.delete_key(f"{state.step - 2}/{group.rank}")
 
 
 def name_layers(kind: type[nn.Module]) -> None:
-    """From the next call of a model on, while steps are compared, its layers of this kind know their ``path`` in it."""
+    """Set ``path`` of all layers of this class, at the next call of a model, as long as every step is checked."""
     global _naming
     if _naming:
         return

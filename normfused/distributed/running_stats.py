@@ -51,9 +51,10 @@ def sync_running_stats(model: nn.Module, mode: str = "broadcast", process_group:
     buffers = [[getattr(layer, kind) for layer in layers if layer.running_mean is not None] for kind in kinds]
     if not buffers[0]:
         return
-    home = buffers[0][0].device
+    device = buffers[0][0].device
     # One float64 vector for all buffers; it represents counters up to 2^53 exactly.
-    own = torch.cat([buffer.detach().reshape(-1).to(home, torch.float64) for of_kind in buffers for buffer in of_kind])
+    flat = [buffer for of_kind in buffers for buffer in of_kind]
+    own = torch.cat([buffer.detach().reshape(-1).to(device, torch.float64) for buffer in flat])
     channels = sum(buffer.numel() for buffer in buffers[0])
     if mode == "broadcast":
         distributed.broadcast(own, group=process_group, group_src=0)
@@ -65,8 +66,6 @@ def sync_running_stats(model: nn.Module, mode: str = "broadcast", process_group:
         if mode == "pooled":
             variance = variance + means.var(0, correction=0)
         own = torch.cat((means.mean(0), variance, counters.amax(0)))
-    values = iter(torch.split(own, [buffer.numel() for of_kind in buffers for buffer in of_kind]))
     with torch.no_grad():
-        for of_kind in buffers:
-            for buffer in of_kind:
-                buffer.copy_(next(values).view_as(buffer))
+        for buffer, values in zip(flat, torch.split(own, [buffer.numel() for buffer in flat]), strict=True):
+            buffer.copy_(values.view_as(buffer))

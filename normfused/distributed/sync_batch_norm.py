@@ -1,4 +1,4 @@
-"""Batch norm of a batch that is shared out over ranks: what they exchange, and its derivatives."""
+"""Batch norm over the batches of several ranks: the collectives, forward and backward."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Call(NamedTuple):
     update_in_backward: bool
 
     def check(self) -> None:
-        """Raise what is wrong on this rank."""
-        dtensor.refuse(self.name, "input", self.input)  # a mesh and a process group are two ways of saying who shares
+        """Raise if an argument of this rank is invalid."""
+        dtensor.refuse(self.name, "input", self.input)  # a device mesh and a process group exclude each other
         check_shape(self.name, self.input_dims, self.input, False, True)
         if self.input.size(1) == 0:
             raise ValueError(f"{self.name}: input of shape {tuple(self.input.shape)} has no channels (dim 1)")
@@ -57,30 +57,35 @@ class Call(NamedTuple):
         check_arguments(self.input, self.weight, self.bias, *statistics, *after, *updates)
 
     def of_rows(self, positions: Positions | None) -> Call:
-        """The same of these positions, which are now the rows of a matrix; ``None``: of all."""
+        """The call for these positions only, as rows of a matrix. ``None``: all positions, unchanged."""
         if positions is None:
             return self
         rows, residual = masked_rows(positions, self.input, self.residual)
         return self._replace(input=rows, residual=residual)
 
     def without_rest(self) -> tuple[Call, Tensor | None]:
-        """What the operators can compute, and the residual that is then added before the activation, if any."""
+        """The call that the operators support, and the residual to add afterwards, before the activation, if any."""
         residual, rest = split_residual(self.input, self.residual)
         return self._replace(residual=residual, activation=self.activation if rest is None else "identity"), rest
 
     def own_count(self) -> int:
-        """Values per channel; 0, which has all ranks' count looked at, where it depends on values of the mask."""
+        """Values per channel on this rank. 0 if it depends on the values of a mask while compiling.
+
+        The operator then compares the count of all ranks instead.
+        """
         return 0 if self.mask is not None and torch.compiler.is_compiling() else values_per_channel(self.input)
 
     def signature(self, label: str) -> str:
-        """What must be alike on all ranks."""
+        """A description of the call that must be the same on all ranks."""
         sources = {"input": self.input, "weight": self.weight, "bias": self.bias} if torch.is_grad_enabled() else {}
-        wants = ", ".join(name for name, tensor in sources.items() if tensor is not None and tensor.requires_grad)
-        return f"forward of {label} ({self.input.size(1)} channels of {self.input.dtype}, gradients of: {wants or '-'})"
+        needs = ", ".join(name for name, tensor in sources.items() if tensor is not None and tensor.requires_grad)
+        return f"forward of {label} ({self.input.size(1)} channels of {self.input.dtype}, gradients of: {needs or '-'})"
 
 
 def synchronized(group: Group, labels: list[str], calls: list[Call]) -> list[Tensor]:
-    """The outputs of all calls in training, by one collective; ``labels`` are the layers in errors.
+    """The outputs of all calls in training, with one collective. ``labels`` name the layers in errors.
+
+    Running statistics and counters of the calls are updated in place.
 
     Raises:
         RuntimeError: the collective fails. Otherwise as :class:`normfused.SyncBatchNorm`.
@@ -110,11 +115,11 @@ def _refuse_transforms() -> None:
 
 
 # ---- collectives -----------------------------------------------------------------------------------------------------
-# The functional ones, which compilers see too.
+# The functional collectives, because compilers support them.
 
 
 def gather(tensor: Tensor, group: Group, label: str) -> Tensor:
-    """Every rank's tensor as a row."""
+    """The tensors of all ranks as the rows of a matrix."""
     collective = torch.ops._c10d_functional.all_gather_into_tensor
     return _done(label, collective, tensor, group.size, group.name).view(group.size, -1)
 
@@ -128,14 +133,14 @@ def _done(label: str, collective: Callable[..., Tensor], *arguments: Any) -> Ten
     if torch.compiler.is_compiling():
         return wait(collective(*arguments))
     try:
-        with _torch_private.below_autograd():  # where they are C++: above they are Python, 30 us a call
+        with _torch_private.below_autograd():  # above autograd these operators are Python and take 30 us a call
             return wait(collective(*arguments))
     except RuntimeError as error:
-        raise RuntimeError(f"{label}: the ranks' exchange failed: {error}") from error
+        raise RuntimeError(f"{label}: the collective failed: {error}") from error
 
 
 class _AllSum(torch.autograd.Function):
-    """The sum over all ranks; its gradient is the sum of theirs."""
+    """The sum over all ranks. Its gradient is the sum of the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group, label: str) -> Tensor:
@@ -174,12 +179,12 @@ def _by_kernels(group: Group, labels: list[str], calls: list[Call]) -> list[Tens
         )
         tensors += [call.input, call.weight, call.bias, call.residual, statistics, count]
         first += own.numel()
-    after = [_After(label, c.eps, c.activation, c.activation_param) for label, c in zip(labels, calls, strict=True)]
+    after = [_Settings(label, c.eps, c.activation, c.activation_param) for label, c in zip(labels, calls, strict=True)]
     return list(_Normalize.apply(group, after, *tensors))  # type: ignore[no-untyped-call]
 
 
-class _After(NamedTuple):
-    """What a layer is, besides its tensors."""
+class _Settings(NamedTuple):
+    """The settings of a layer that the operators need."""
 
     label: str
     eps: float
@@ -187,15 +192,19 @@ class _After(NamedTuple):
     activation_param: float
 
 
-_GIVEN, _SAVED = 6, 7  # tensors of a layer
-_BY_SIGN = ("relu", "leaky_relu")  # activations whose gradient asks only for the sign of what they took in
+_GIVEN, _SAVED = 6, 7  # tensors of a layer that forward receives, and saves
+_BY_SIGN = ("relu", "leaky_relu")  # activations whose gradient depends only on the sign of their input
 
 
 class _Normalize(torch.autograd.Function):
-    """Of each layer input, weight, bias, residual, statistics and count; it has the statistics' derivatives too."""
+    """Normalization, addition and activation of several layers.
+
+    The tensors are input, weight, bias, residual, statistics and count of each layer. Backward includes the derivatives
+    of the statistics, which needs one collective.
+    """
 
     @staticmethod
-    def forward(ctx: Any, group: Group, after: list[_After], *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: Group, after: list[_Settings], *tensors: Any) -> tuple[Tensor, ...]:
         outputs, saved = [], []
         for i, what in enumerate(after):
             x, weight, bias, residual, statistics, count = tensors[i * _GIVEN : (i + 1) * _GIVEN]
@@ -214,7 +223,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_transforms()
-        saved = ctx.saved_tensors  # once: hooks unpack them
+        saved = ctx.saved_tensors  # read once: each read runs the unpacking hooks
         layers = []
         for i, (what, grad) in enumerate(zip(ctx.after, grads, strict=True)):
             needs = ctx.needs_input_grad[2 + i * _GIVEN :][:4]
@@ -230,7 +239,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Needs(NamedTuple):
-    """Whose gradients are asked for."""
+    """Which gradients are needed."""
 
     input: bool
     weight: bool
@@ -239,9 +248,9 @@ class _Needs(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """One layer's part in backward. Bias and residual are there where the activation's gradient asks for them."""
+    """The data of one layer in backward. Bias and residual are present if the gradient of the activation needs them."""
 
-    what: _After
+    settings: _Settings
     grad: Tensor
     needs: _Needs
     input: Tensor
@@ -253,29 +262,29 @@ class _Layer(NamedTuple):
     mask: Tensor | None
 
     def sums(self) -> Tensor:
-        """The gradients of weight and bias over this rank's values, shape (2, C), in float32 at least."""
+        """The gradients of weight and bias for this rank's batch, shape (2, C), in float32 or float64."""
         weight, bias = (p.float() if p is not None and p.itemsize == 2 else p for p in (self.weight, self.bias))
         return torch.stack(self._backward(weight, bias, True, [False, True, True, False], None)[1:3])
 
     def gradients(self, total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of input and residual, where ``total`` are the sums of all ranks."""
-        through = self.needs.residual and self.what.activation != "identity"
+        """The gradients of input and residual. ``total`` is the sum of :meth:`sums` over all ranks."""
+        through = self.needs.residual and self.settings.activation != "identity"
         grad_input, grad_residual = None, self.grad if self.needs.residual else None
         if self.needs.input or through:
-            wanted = [self.needs.input, False, False, through]
-            results = self._backward(self.weight, self.bias, total is not None, wanted, total)
+            output_mask = [self.needs.input, False, False, through]
+            results = self._backward(self.weight, self.bias, total is not None, output_mask, total)
             grad_input = results[0] if self.needs.input else None
             grad_residual = results[3] if through else grad_residual
         return grad_input, grad_residual
 
     def _backward(
-        self, weight: Tensor | None, bias: Tensor | None, training: bool, wanted: list[bool], total: Tensor | None
+        self, weight: Tensor | None, bias: Tensor | None, training: bool, output_mask: list[bool], total: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        after = (bias, self.residual, self.mask, self.what.activation, self.what.activation_param, False)
+        after = (bias, self.residual, self.mask, self.settings.activation, self.settings.activation_param, False)
         of_all = (total, None if total is None else self.count)
         operator = _kernels().batch_norm_backward
         results: tuple[Tensor, Tensor, Tensor, Tensor] = operator(
-            self.grad, self.input, weight, self.statistics, training, wanted, *after, *of_all
+            self.grad, self.input, weight, self.statistics, training, output_mask, *after, *of_all
         )
         return results
 
@@ -285,7 +294,7 @@ def _gradients(group: Group, layers: list[_Layer]) -> list[Gradients]:
     shared = [own for layer, own in zip(layers, sums, strict=True) if layer.needs.input]
     totals: Any = iter(())
     if shared:
-        label = " and ".join(layer.what.label for layer in layers if layer.needs.input)
+        label = " and ".join(layer.settings.label for layer in layers if layer.needs.input)
         if rank_consistency.is_enabled():
             rank_consistency.check_all(group, f"backward of {label}")
         joined = _sum(_joined([own.flatten() for own in shared]), group, label)
@@ -301,7 +310,7 @@ def _gradients(group: Group, layers: list[_Layer]) -> list[Gradients]:
     return results
 
 
-# ---- in plain torch: derivatives of the second order and beyond, and the fallback ------------------------------------
+# ---- plain torch: second and higher derivatives, and the fallback ----------------------------------------------------
 
 
 def _all_sum(group: Group, label: str) -> Callable[[Tensor], Tensor]:
@@ -333,13 +342,13 @@ def _by_reference(group: Group, labels: list[str], calls: list[Call]) -> list[Te
 
 
 def _differentiable_gradients(group: Group, layer: _Layer) -> Gradients:
-    """The same as :func:`_gradients`, by operations that have derivatives."""
-    grad, (label, eps, activation, parameter) = layer.grad, layer.what
+    """The gradients of :func:`_gradients`, computed by differentiable operations."""
+    grad, (label, eps, activation, parameter) = layer.grad, layer.settings
     if layer.mask is not None:
         below = parameter if activation == "leaky_relu" else 0.0
         grad, activation = torch.where(_above_zero(layer.mask, layer.input), grad, grad * below), "identity"
     bias = layer.bias
-    if bias is None and layer.needs.bias:  # whatever it is: it is added
+    if bias is None and layer.needs.bias:  # its value does not matter: the gradient of an addend does not depend on it
         assert layer.weight is not None
         bias = torch.zeros_like(layer.weight, requires_grad=True)
     added = layer.needs.residual and layer.residual is None
@@ -367,7 +376,7 @@ def _differentiable_gradients(group: Group, layer: _Layer) -> Gradients:
 
 
 def _above_zero(mask: Tensor, input: Tensor) -> Tensor:
-    """The mask's bits, which are in the order of ``input``'s memory, as bools of its shape."""
+    """The bits of the mask, which follow the memory of ``input``, as a bool tensor of its shape."""
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = (mask.unsqueeze(1).bitwise_right_shift(places) & 1).flatten()[: input.numel()].bool()
     return bits.as_strided(input.shape, as_dense(input).stride())
