@@ -48,7 +48,7 @@ def test_every_run_gives_the_same_bits(inputs: tuple[normfused.BatchNorm2d, Tens
     beside.synchronize()
 
 
-def test_b29_graph_replays_equal_eager_steps(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
+def test_graph_replays_equal_eager_steps(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
     layer, x, grad_output = inputs
     eager = normfused.BatchNorm2d(x.size(1)).to(x.device)
     eager.load_state_dict(layer.state_dict())

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch wa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_b33_one_collective_each_way(needs_extension: None, ranks: Ranks, dtype: torch.dtype) -> None:
+def test_one_collective_each_way(needs_extension: None, ranks: Ranks, dtype: torch.dtype) -> None:
     ranks.run(2, one_collective_each_way, dtype)
 
 
@@ -54,7 +54,7 @@ def one_collective_each_way(dtype: torch.dtype) -> None:
     assert traffic.calls == []
 
 
-def test_b33_evaluation_and_one_process_need_no_group() -> None:
+def test_evaluation_and_one_process_need_no_group() -> None:
     x = torch.randn(4, 3, 5, requires_grad=True)
     layer, alone = normfused.SyncBatchNormAct(3, activation="relu"), normfused.BatchNormAct1d(3, activation="relu")
     for training in (True, False):
@@ -76,7 +76,7 @@ def fake_group(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("fake_group", [2, 64, 1024], indirect=True, ids=str)
-def test_b33_a_whole_network_by_count(needs_extension: None, fake_group: None) -> None:
+def test_a_whole_network_by_count(needs_extension: None, fake_group: None) -> None:
     model = normfused.convert_sync_batchnorm(resnet50())
     layers = [m for m in model.modules() if isinstance(m, normfused.SyncBatchNorm)]
     channels = sum(layer.num_features for layer in layers)
@@ -135,7 +135,7 @@ def layers_together() -> None:
         normfused.SyncBatchNorm.forward_many(list(zip(layers, inputs, strict=True)))
 
 
-def test_b34_process_groups(ranks: Ranks) -> None:
+def test_process_groups(ranks: Ranks) -> None:
     ranks.run(4, process_groups)
 
 
@@ -158,7 +158,7 @@ def process_groups() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_b34_compiled_whole(ranks: Ranks, needs_extension: None, dynamic: bool) -> None:
+def test_compiled_whole(ranks: Ranks, needs_extension: None, dynamic: bool) -> None:
     ranks.run(2, compiled_whole, dynamic, timeout=300)
 
 
@@ -192,7 +192,7 @@ def compiled_whole(dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", ["broadcast", "mean", "pooled"])
-def test_b36_sync_running_stats(ranks: Ranks, mode: str) -> None:
+def test_sync_running_stats(ranks: Ranks, mode: str) -> None:
     ranks.run(3, sync_running_stats, mode)
 
 
@@ -222,7 +222,7 @@ def sync_running_stats(mode: str) -> None:
         assert layer.num_batches_tracked == (1 if mode == "broadcast" else 3)
 
 
-def test_b36_bad_arguments() -> None:
+def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"^sync_running_stats: mode must be one of .*, pooled, got 'sum'$"):
         normfused.sync_running_stats(nn.BatchNorm1d(3), "sum")
     with pytest.raises(RuntimeError, match="needs a process group"):
@@ -244,7 +244,7 @@ DEBUG = {"NORMFUSED_SYNC_DEBUG": "1", "NORMFUSED_SYNC_DEBUG_TIMEOUT": "2"}
 
 
 @pytest.mark.parametrize("difference", ["layer", "channels", "gradients", "absence", "mode", "backward"])
-def test_b35_ranks_that_diverge_raise(ranks: Ranks, difference: str) -> None:
+def test_ranks_that_diverge_raise(ranks: Ranks, difference: str) -> None:
     first, second = ranks.run(2, diverge, difference, **DEBUG)
     here, there = "SyncBatchNorm(3) first", {"layer": "SyncBatchNorm(3) second", "channels": "5 channels"}
     if difference in ("layer", "channels", "gradients"):
@@ -414,7 +414,7 @@ def test_convert_refuses_layers_in_place_before_it_changes_any() -> None:
         normfused.convert_sync_batchnorm([])
 
 
-def test_b24_torchs_converter_keeps_or_refuses() -> None:
+def test_torchs_converter_keeps_or_refuses() -> None:
     plain = nn.Sequential(normfused.BatchNorm2d(3), normfused.SyncBatchNorm(3))
     assert [type(m) for m in nn.SyncBatchNorm.convert_sync_batchnorm(plain)] == [nn.SyncBatchNorm] * 2
     for layer in (normfused.BatchNormAct2d(3, activation="relu"), normfused.SyncBatchNorm(3, nonfinite="skip")):
@@ -445,7 +445,7 @@ def test_a_lazy_layer_is_synchronized_from_its_first_input(cls: type) -> None:
     assert set(vars(model[0])) == set(vars(nn.BatchNorm2d(3)))
 
 
-def test_b37_dataset_statistics_over_ranks(ranks: Ranks) -> None:
+def test_dataset_statistics_over_ranks(ranks: Ranks) -> None:
     for size in (2, 3):
         ranks.run(size, dataset_statistics)
 

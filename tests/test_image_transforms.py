@@ -52,7 +52,7 @@ def test_normalize_takes_bytes(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_b39_to_normalized_tensor_takes_anything(memory_format: torch.memory_format) -> None:
+def test_to_normalized_tensor_takes_anything(memory_format: torch.memory_format) -> None:
     array = pixels(7, 9, 3).numpy()
     transform = ToNormalizedTensor(*IMAGENET, memory_format=memory_format)
     want = normalize(torch.from_numpy(array).permute(2, 0, 1), *IMAGENET)
@@ -66,7 +66,7 @@ def test_b39_to_normalized_tensor_takes_anything(memory_format: torch.memory_for
         assert np.array_equal(np.array(image), before)
 
 
-def test_b39_to_normalized_tensor_of_gray_images_and_batches() -> None:
+def test_to_normalized_tensor_of_gray_images_and_batches() -> None:
     transform = ToNormalizedTensor(*FASHION_MNIST)
     gray = pixels(7, 9).numpy()
     want = (gray[None] / 255 - FASHION_MNIST.mean[0]) / FASHION_MNIST.std[0]
@@ -99,7 +99,7 @@ def test_denormalize_undoes(device: torch.device) -> None:
 @pytest.mark.parametrize("over", ["image", "batch"])
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("kind", ["uint8", "float", "channels_last"])
-def test_b45_standardize_by_own_statistics(device: torch.device, kind: str, per_channel: bool, over: str) -> None:
+def test_standardize_by_own_statistics(device: torch.device, kind: str, per_channel: bool, over: str) -> None:
     x = pixels(4, 3, 10, 11).to(device)
     x = x if kind == "uint8" else x.float() * 3 - 100
     x = x.contiguous(memory_format=torch.channels_last) if kind == "channels_last" else x
@@ -112,7 +112,7 @@ def test_b45_standardize_by_own_statistics(device: torch.device, kind: str, per_
         torch.testing.assert_close(Standardize(over, per_channel)(x[1]), y[1])
 
 
-def test_b45_standardize_with_bessels_correction() -> None:
+def test_standardize_with_bessels_correction() -> None:
     x = torch.randn(1, 4, 5)
     torch.testing.assert_close(Standardize(correction=1)(x), (x - x.mean()) / x.std())
 
@@ -120,7 +120,7 @@ def test_b45_standardize_with_bessels_correction() -> None:
 @pytest.mark.parametrize("over", ["image", "batch"])
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.float16], ids=str)
-def test_b45_min_max(device: torch.device, dtype: torch.dtype, per_channel: bool, over: str) -> None:
+def test_min_max(device: torch.device, dtype: torch.dtype, per_channel: bool, over: str) -> None:
     x = (torch.rand(4, 3, 10, 11) * 200 + 3).to(device, dtype)
     y = MinMaxNormalize((-1.0, 2.0), over, per_channel)(x)
     dims = [d for d in range(4) if not (d == 0 and over == "image") and not (d == 1 and per_channel)]
@@ -133,7 +133,7 @@ def test_b45_min_max(device: torch.device, dtype: torch.dtype, per_channel: bool
 
 
 @pytest.mark.parametrize("value", [0, 77, 255])
-def test_b45_constant_images(value: int) -> None:
+def test_constant_images(value: int) -> None:
     x = torch.full((3, 5, 5), value, dtype=torch.uint8)
     for image in (x, x.float() / 3):
         assert MinMaxNormalize((0.25, 0.75))(image).unique().tolist() == [0.25]
@@ -154,7 +154,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_b43_in_loader_workers(context: str) -> None:
+def test_in_loader_workers(context: str) -> None:
     alone = [image for image, _ in (Pictures()[i] for i in range(8))]
     for i, (images, threads) in enumerate(
         DataLoader(Pictures(), batch_size=4, num_workers=2, multiprocessing_context=context)
@@ -173,7 +173,7 @@ TRANSFORMS = [
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: type(t).__name__)
-def test_b43_copies_and_pickles(transform: torch.nn.Module) -> None:
+def test_copies_and_pickles(transform: torch.nn.Module) -> None:
     x = torch.rand(3, 8, 8)
     want = transform(x)
     for again in (copy.deepcopy(transform), pickle.loads(pickle.dumps(transform))):

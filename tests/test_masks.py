@@ -1,4 +1,4 @@
-"""Positions that are left out, by ``mask`` or ``lengths`` (B27)."""
+"""Positions excluded by ``mask`` or ``lengths``."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def assert_close(got: Tensor, x: Tensor, mean: list[float], std: list[float], sc
 @pytest.mark.parametrize(("input_format", "output_format"), [*itertools.product(FORMATS, FORMATS)], ids=str)
 @pytest.mark.parametrize(("dtype", "output_dtype"), PAIRS, ids=dtype_id)
 @pytest.mark.parametrize("shape", [(2, 3, 7, 9), (1, 4, 64, 65), (3, 5, 8, 8), (2, 70, 5, 13)], ids=str)
-def test_b39_every_layout_and_dtype(
+def test_every_layout_and_dtype(
     device: torch.device,
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -77,13 +77,13 @@ def test_b39_every_layout_and_dtype(
 
 @pytest.mark.parametrize("layout", ["permuted", "sliced", "expanded", "offset"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=dtype_id)
-def test_b39_other_strides(device: torch.device, dtype: torch.dtype, layout: str) -> None:
+def test_other_strides(device: torch.device, dtype: torch.dtype, layout: str) -> None:
     x = lay_out(image((4, 3, 10, 11), dtype, device), layout)
     y = normalize(x, *IMAGENET)
     assert_close(y, x, *map(list, IMAGENET), 1 / 255 if dtype == torch.uint8 else 1)
 
 
-def test_b39_all_bytes_in_an_image_of_height_width_channels(device: torch.device) -> None:
+def test_all_bytes_in_an_image_of_height_width_channels(device: torch.device) -> None:
     """The usual three steps, and one; each rounded once from float64."""
     hwc = torch.arange(256, dtype=torch.uint8, device=device).view(16, 16, 1).repeat(1, 1, 3)
     y = normalize(hwc.permute(2, 0, 1), *IMAGENET, memory_format=torch.contiguous_format)
@@ -157,7 +157,7 @@ def test_out_is_refused(device: torch.device) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced", "offset"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-def test_b42_in_place(device: torch.device, dtype: torch.dtype, layout: str) -> None:
+def test_in_place(device: torch.device, dtype: torch.dtype, layout: str) -> None:
     x = lay_out(image((2, 3, 9, 7), dtype, device), layout)
     want, version, address = normalize(x, *IMAGENET), x._version, x.data_ptr()
     y = normalize_(x, *IMAGENET)
@@ -166,14 +166,14 @@ def test_b42_in_place(device: torch.device, dtype: torch.dtype, layout: str) -> 
     assert_same_bits(x, want)
 
 
-def test_b42_in_place_of_a_view_with_more_dimensions(device: torch.device) -> None:
+def test_in_place_of_a_view_with_more_dimensions(device: torch.device) -> None:
     base = image((3, 2, 3, 4, 5), torch.float32, device)
     want = normalize(base.transpose(0, 1), *IMAGENET)
     assert torch.equal(normalize_(base.transpose(0, 1), *IMAGENET), want)
     assert torch.equal(base.transpose(0, 1), want)
 
 
-def test_b42_in_place_is_refused(device: torch.device) -> None:
+def test_in_place_is_refused(device: torch.device) -> None:
     leaf = torch.randn(3, 4, 4, device=device, requires_grad=True)
     cases = [
         (leaf, RuntimeError, "normalize_ cannot write over input, a leaf that requires grad"),
@@ -231,7 +231,7 @@ def test_under_func_transforms(device: torch.device) -> None:
     torch.testing.assert_close(grad[0, :, 0, 0].cpu(), 1 / torch.tensor(IMAGENET[1]))
 
 
-def test_b28_compiled_is_eager(needs_extension: None, device: torch.device) -> None:
+def test_compiled_is_eager(needs_extension: None, device: torch.device) -> None:
     x = image((2, 3, 8, 9), torch.uint8, device)
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
@@ -245,7 +245,7 @@ def test_b28_compiled_is_eager(needs_extension: None, device: torch.device) -> N
     assert got[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_b28_opcheck(needs_extension: None, device: torch.device) -> None:
+def test_opcheck(needs_extension: None, device: torch.device) -> None:
     ops = torch.ops.normfused
     x = image((2, 3, 4, 5), torch.uint8, device)
     torch.library.opcheck(
@@ -268,38 +268,38 @@ def test_constant_channel_becomes_zero(device: torch.device) -> None:
 
 
 ERRORS = {
-    "b40 too many": (
+    "too many": (
         ((1, 28, 28), *IMAGENET),
         {},
         ValueError,
         "3 means for an input with 1 channel (dim -3 of shape (1, 28, 28))",
     ),
-    "b40 too few": (
+    "too few": (
         ((3, 8, 8), (0.5, 0.5), 0.5),
         {},
         ValueError,
         "2 means for an input with 3 channels (dim -3 of shape (3, 8, 8))",
     ),
-    "b40 std": (
+    "std": (
         ((3, 8, 8), 0.5, (0.5, 0.5)),
         {},
         ValueError,
         "2 stds for an input with 3 channels (dim -3 of shape (3, 8, 8))",
     ),
     "numbers differ": (((3, 8, 8), (0.5, 0.5, 0.5), (0.5, 0.5)), {}, ValueError, "mean has 3 numbers, but std has 2"),
-    "b41 zero": (
+    "zero": (
         ((3, 8, 8), 0.5, (1, 0, 1)),
         {},
         ValueError,
         "std must be above 0, got 0.0 for channel 1; eps= maps a constant channel to 0",
     ),
-    "b41 negative": (
+    "negative": (
         ((3, 8, 8), 0.5, (1, 1, -2)),
         {"eps": 1e-3},
         ValueError,
         "std must be above 0, got -2.0 for channel 2",
     ),
-    "b41 nan": (((3, 8, 8), 0.5, (1, torch.nan, 1)), {}, ValueError, "std must be finite, got nan for channel 1"),
+    "nan": (((3, 8, 8), 0.5, (1, torch.nan, 1)), {}, ValueError, "std must be finite, got nan for channel 1"),
     "mean inf": (((3, 8, 8), torch.inf, 1), {}, ValueError, "mean must be finite, got inf for channel 0"),
     "matrix": (((3, 8, 8), [[0.5]], 1), {}, TypeError, "mean must be a number or a sequence of numbers, got [[0.5]]"),
     "text": (((3, 8, 8), "grey", 1), {}, TypeError, "mean must be a number or a sequence of numbers, got 'grey'"),

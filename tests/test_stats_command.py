@@ -63,15 +63,15 @@ def fails_with(message: str, capsys: pytest.CaptureFixture[str], *arguments: Any
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_folder(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, folder, "--workers", workers) == (0, f"{expected(PICTURES)}\n", "")
 
 
-def test_b44_one_picture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_picture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, folder / "0.png") == (0, f"{expected(PICTURES[:1])}\n", "")
 
 
-def test_b44_recursive(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recursive(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(PICTURES[0]).save(folder / "more" / "0.png")
     assert run(capsys, folder) == (0, f"{expected(PICTURES)}\n", "")
     assert run(capsys, folder, "--recursive") == (0, f"{expected([*PICTURES, PICTURES[0]])}\n", "")
@@ -90,9 +90,7 @@ def idx_bytes(values: np.ndarray) -> bytes:
         ("images.npz", lambda path: np.savez(path, only=STACK[..., None])),
     ],
 )
-def test_b44_arrays(
-    tmp_path: Path, name: str, write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arrays(tmp_path: Path, name: str, write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / name
     write(path)
     assert run(capsys, path) == (0, f"{expected([STACK], 'NHW')}\n", "")
@@ -109,7 +107,7 @@ def test_b44_arrays(
         (STACK.reshape(-1, 5), "NC", 120),
     ],
 )
-def test_b44_layout(
+def test_layout(
     tmp_path: Path, array: np.ndarray, layout: str | None, images: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "images.npy"
@@ -119,7 +117,7 @@ def test_b44_layout(
     assert run(capsys, path, *(("--layout", layout) if layout else ())) == (0, f"{stats}\n", "")
 
 
-def test_b44_an_array_is_read_in_pieces(
+def test_an_array_is_read_in_pieces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("normfused.cli.stats.readers._VALUES_AT_A_TIME", 7 * 30)
@@ -132,7 +130,7 @@ def test_b44_an_array_is_read_in_pieces(
     assert pieces == [7, 7, 6]
 
 
-def test_b44_npy_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npy_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "images.npy"
     np.save(path, STACK)
     source = stats_command.open_source(path, "NHW", None, False)
@@ -140,7 +138,7 @@ def test_b44_npy_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert isinstance(source.array, np.memmap)
 
 
-def test_b44_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
     if not path.is_file():
         pytest.skip(f"{path} is missing: apt install dataset-fashion-mnist")
@@ -185,19 +183,19 @@ def transparent_palette() -> Image.Image:
         (Image.fromarray(STACK[0].astype(np.uint16) * 257), "gray", STACK[0].astype(np.int64) * 257),
     ],
 )
-def test_b44_modes(tmp_path: Path, image: Image.Image, channels: str | None, pixels: np.ndarray) -> None:
+def test_modes(tmp_path: Path, image: Image.Image, channels: str | None, pixels: np.ndarray) -> None:
     got = one_picture(tmp_path, image, channels)
     assert got.dtype != bool
     assert (got == pixels).all()
 
 
-def test_b44_first_frame(tmp_path: Path) -> None:
+def test_first_frame(tmp_path: Path) -> None:
     path = tmp_path / "two.tiff"
     GRAY.save(path, save_all=True, append_images=[Image.fromarray(STACK[1])])
     assert (Pictures([path], None)[0] == STACK[0]).all()
 
 
-def test_b44_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "deep.png"
     Image.fromarray(STACK[0].astype(np.uint16)).save(path)
     code, _, error = run(capsys, path, "--channels", "rgb")
@@ -208,7 +206,7 @@ def test_b44_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_mixed_channel_counts(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixed_channel_counts(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     GRAY.save(folder / "3a.png")
     message = f"{folder / '3a.png'}: channels: got 1, but the images before have 3"
     assert fails_with(message, capsys, folder, "--workers", workers)
@@ -232,16 +230,12 @@ def truncated(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_fail_names_the_file(
-    folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fail_names_the_file(folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails_with(f"{truncated}: image file is truncated", capsys, folder, "--workers", workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_skip_lists_and_counts(
-    folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_skip_lists_and_counts(folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "out.json"
     options = ("--on-error", "skip", "--workers", workers, "--json", out, "--plot", folder / "out.png")
     code, table, error = run(capsys, folder, *options)
@@ -258,7 +252,7 @@ def test_b44_skip_lists_and_counts(
     assert written["images"] == 5
 
 
-def test_b44_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "only.png"
     path.write_bytes(b"no picture")
     code, table, error = run(capsys, path, "--on-error", "skip")
@@ -308,7 +302,7 @@ def test_b44_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
         ),
     ],
 )
-def test_b44_array_that_cannot_be_used(
+def test_array_that_cannot_be_used(
     tmp_path: Path,
     name: str,
     write: Callable[[Path], None] | None,
@@ -321,7 +315,7 @@ def test_b44_array_that_cannot_be_used(
     assert fails_with(message.format(path=path), capsys, path)
 
 
-def test_b44_options_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "images.npy"
     np.save(path, STACK[0])
     message = f"--channels converts pictures, and {path} holds an array"
@@ -344,16 +338,14 @@ def test_b44_options_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytes
         (["x", "--workers", "-1"], "argument --workers: must be at least 0, got -1"),
     ],
 )
-def test_b44_bad_option(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_option(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["stats", *arguments])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"normfused stats: error: {message}\n"
 
 
-def test_b44_missing_packages(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_packages(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     how = "pip install 'normfused[data]'"
     assert fails_with(f"pillow not installed: {how}", capsys, folder)
@@ -364,7 +356,7 @@ def test_b44_missing_packages(
 # --- what it writes ----------------------------------------------------------------------------
 
 
-def test_b44_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     code, _, _ = run(capsys, folder, "--json", out, "--scale", "0.5")
     written = json.loads(out.read_text())
@@ -397,7 +389,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     ],
     ids=["uint8", "float32", "int16"],
 )
-def test_b44_histogram_counts(
+def test_histogram_counts(
     tmp_path: Path,
     images: list[np.ndarray],
     bins: Callable[[np.ndarray], np.ndarray] | None,
@@ -428,7 +420,7 @@ def test_b44_histogram_counts(
 
 @pytest.mark.usefixtures("truncated")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_histogram_leaves_out_what_was_skipped(
+def test_histogram_leaves_out_what_was_skipped(
     folder: Path, workers: int, drawn: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, folder, "--on-error", "skip", "--plot", folder / "out.png", "--workers", workers)[0] == 0
@@ -444,7 +436,7 @@ def test_b44_histogram_leaves_out_what_was_skipped(
         (np.full((2, 4, 4, 1), 9.0), 8.5, 9.5),
     ],
 )
-def test_b44_histogram_of_a_constant(
+def test_histogram_of_a_constant(
     tmp_path: Path, images: np.ndarray, low: float, high: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert histogram.value_range(expected([images])) == pytest.approx((low, high))
@@ -454,7 +446,7 @@ def test_b44_histogram_of_a_constant(
     assert out.stat().st_size > 1000
 
 
-def test_b44_no_histogram_of_nothing_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_histogram_of_nothing_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "images.npy", tmp_path / "out.png"
     np.save(path, np.full((2, 4, 4, 1), np.nan))
     code, table, error = run(capsys, path, "--plot", out)
@@ -468,7 +460,7 @@ def test_b44_no_histogram_of_nothing_finite(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("done", [0, 3])
-def test_b44_interrupted(
+def test_interrupted(
     folder: Path, tmp_path: Path, done: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Pictures.__getitem__
@@ -490,7 +482,7 @@ def test_b44_interrupted(
     assert not plot.exists()
 
 
-def test_b44_interrupted_while_drawing(
+def test_interrupted_while_drawing(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any) -> bytes:
@@ -502,7 +494,7 @@ def test_b44_interrupted_while_drawing(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_a_real_interrupt(tmp_path: Path, workers: int) -> None:
+def test_a_real_interrupt(tmp_path: Path, workers: int) -> None:
     for i in range(200):
         (tmp_path / f"{i:03}.slow").touch()
     out = tmp_path / "out.json"
@@ -552,7 +544,7 @@ sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {
     assert error == f"interrupted: these are the figures of {done} of 200 images\n"
 
 
-def test_b44_output_is_the_same_from_python(folder: Path) -> None:
+def test_output_is_the_same_from_python(folder: Path) -> None:
     loaded = [np.asarray(Image.open(path)) for path in sorted(folder.iterdir()) if path.suffix not in ("", ".txt")]
     assert expected(loaded) == expected(PICTURES)
     assert ChannelStats().update(Image.fromarray(PICTURES[0])) == expected(PICTURES[:1])

@@ -47,7 +47,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
         (HWC.reshape(-1, 3), "NC", HWC.shape[0] * HWC.shape[1]),
     ],
 )
-def test_b43_layouts(images: Any, layout: str | None, count: int) -> None:
+def test_layouts(images: Any, layout: str | None, count: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stats = ChannelStats().update(images, layout)
@@ -61,18 +61,18 @@ def test_b43_layouts(images: Any, layout: str | None, count: int) -> None:
     ("images", "layout"),
     [(HWC[..., 0], None), (CHW[0], None), (CHW[0], "HW"), (HWC[None, ..., 0], "NHW"), (HWC[..., :1], None)],
 )
-def test_b43_grayscale(images: Any, layout: str | None) -> None:
+def test_grayscale(images: Any, layout: str | None) -> None:
     stats = ChannelStats().update(images, layout)
     assert (stats.sums, stats.images) == (exact_sums(HWC[..., 0].reshape(-1, 1)), 1)
 
 
 @pytest.mark.parametrize("dtype", [">u2", ">i4", ">f4", "<u2", ">f8"])
-def test_b43_reversed_bytes(dtype: str) -> None:
+def test_reversed_bytes(dtype: str) -> None:
     stats = ChannelStats(scale=1).update((HWC.astype(np.int64) + 200).astype(dtype))
     assert_close(stats.mean, HWC.reshape(-1, 3).mean(0) + 200, rtol=2e-6)
 
 
-def test_b43_input_is_not_written() -> None:
+def test_input_is_not_written() -> None:
     before = HWC.copy()
     ChannelStats().update(read_only(HWC)).update(HWC)
     assert (before == HWC).all()

@@ -56,8 +56,8 @@ def fold_bn(previous: _Folded, bn: nn.Module) -> _Folded:
 
     Args:
         previous: an ``nn.Linear``, ``nn.Conv1d/2d/3d`` or ``nn.ConvTranspose1d/2d/3d``, not a subclass, with any
-            groups, with or without bias. Inputs of a ``Linear`` must have shape ``(N, in_features)``, those of a ``Conv1d`` a
-            batch dimension; for other inputs ``BatchNorm1d`` normalizes another dimension.
+            groups, with or without bias. Inputs of a ``Linear`` must have shape ``(N, in_features)``, and those of a
+            ``Conv1d`` a batch dimension; for other inputs ``BatchNorm1d`` normalizes another dimension.
         bn: a batch norm of ``torch.nn`` or normfused, synchronized or not, not a subclass. It must accept the outputs
             of ``previous``, be in evaluation mode, and have running statistics and no activation.
 
@@ -157,9 +157,8 @@ def _folded(previous: Any, bn: Any, tensors: dict[str, Tensor]) -> tuple[Tensor,
     dtype = torch.float32
     for name, tensor in tensors.items():
         if name.startswith("bn.") and tensor.shape != (channels,):
-            raise ValueError(
-                f"fold_bn: {name} has shape {tuple(tensor.shape)}, but previous has {channels} output channels"
-            )
+            shape = tuple(tensor.shape)
+            raise ValueError(f"fold_bn: {name} has shape {shape}, but previous has {channels} output channels")
         dtype = torch.promote_types(dtype, tensor.dtype)
     of = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     eps = bn.epsilon if isinstance(bn, _BatchNorm) else bn.eps
