@@ -1,8 +1,16 @@
-"""What ``torch.ao.quantization`` has to know of our layers, which it looks up by their exact class.
+"""Registration of the layers with ``torch.ao.quantization``, which looks layers up by their exact class.
 
-Layers without an option of ours are quantized and fused as torch.nn's, which they become for that. ``fuse_modules`` and
-``convert`` find them in the tables of torch, ``prepare_fx`` and ``prepare_qat_fx`` when they trace the model
-(:func:`normfused.batch_norm_base.to_torch_class`).
+Importing this module, as ``import normfused`` does, adds the layers to torch's tables. Layers without an option that
+torch.nn lacks are then quantized and fused like torch.nn's, and become torch.nn's layers in the process.
+``fuse_modules`` and ``convert`` find them in the tables; ``prepare_fx`` and ``prepare_qat_fx`` change their class when
+they trace the model. Layers with such an option raise ``ValueError``.
+
+Example:
+    >>> import torch, normfused
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), normfused.BatchNorm2d(8)).eval()
+    >>> fused = torch.ao.quantization.fuse_modules(model, ["0", "1"])
+    >>> type(fused[1]).__name__
+    'Identity'
 """
 
 from __future__ import annotations
@@ -19,8 +27,8 @@ from normfused.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 _OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
 
 
-def _of_ours(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's method that fuses layers, for layers of ours."""
+def _for_normfused(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A fuser method of torch, extended to layers of this package."""
 
     def fuse(is_qat: bool, *layers: nn.Module) -> Any:
         for layer in layers:
@@ -40,7 +48,7 @@ def _register() -> None:
     for kinds, method in list(fusers.items()):
         ours = tuple(_OURS.get(kind, kind) for kind in kinds)
         if ours != kinds:
-            fusers[ours] = _of_ours(method)
+            fusers[ours] = _for_normfused(method)
     for stock, mine in _OURS.items():
         if stock in static:
             static[mine] = static[stock]

@@ -277,7 +277,7 @@ def test_binary_batch_of_another_size_is_named(tmp_path: Path, size: int) -> Non
     path.write_bytes(bytes(size))
     with pytest.raises(DemoError) as raised:
         cifar.read_records(path)
-    expected = f"{size} bytes are not a number of CIFAR-10 records of 3073 bytes"
+    expected = f"{size} bytes are not a multiple of the record size of 3073 bytes"
     assert str(raised.value) == f"{path}: {expected}"
 
 
@@ -423,7 +423,7 @@ def test_accuracy_is_that_of_eval_mode() -> None:
 def test_comparison_takes_largest_difference_and_best_epochs() -> None:
     ours = Curve(experiments.OURS, [Epoch(0.5, 1.0, 9.0), Epoch(0.75, 0.5, 2.0)], None, 100)
     theirs = Curve(experiments.THEIRS, [Epoch(0.25, 1.0, 3.0), Epoch(0.75, 0.5, 4.0)], None, 125)
-    assert compare([ours, theirs]) == Comparison(largest_difference=0.25, time_ratio=1.5, kept_ratio=1.25)
+    assert compare([ours, theirs]) == Comparison(largest_difference=0.25, time_ratio=1.5, saved_ratio=1.25)
     assert compare([ours]) is None
 
 
@@ -469,10 +469,10 @@ def test_resnet_is_converted_and_trains_alike(tmp_path: Path) -> None:
     assert list(runs) == ["batch norm", "batch norm, in place", "batch norm (torch.nn)"]
     first = [run["epochs"][0]["loss"] for run in runs.values()]
     assert first == pytest.approx([first[-1]] * 3, rel=0.01)
-    kept = [run["kept_bytes"] for run in runs.values()]
+    saved = [run["saved_bytes"] for run in runs.values()]
     if normfused.info()["extension"] == "loaded":
-        assert kept[1] < 0.8 * kept[2]
-        assert kept[0] < 1.01 * kept[2]
+        assert saved[1] < 0.8 * saved[2]
+        assert saved[0] < 1.01 * saved[2]
 
 
 @pytest.mark.usefixtures("nothing_installed")
@@ -502,7 +502,7 @@ def test_ctrl_c_keeps_the_runs_before_it(
 
     monkeypatch.setattr(demo, "train", train_until_interrupted)
     assert main(["demo", "--epochs", "1", "--out", str(tmp_path)]) == 130
-    message = f"\ninterrupted: 2 of 4 runs are done and kept in {tmp_path}\n"
+    message = f"\ninterrupted: 2 of 4 runs are complete and saved in {tmp_path}\n"
     assert capsys.readouterr().err == message
     results = json.loads((tmp_path / "results.json").read_text())
     assert [curve["run"] for curve in results["runs"]] == ["batch norm", "no batch norm"]

@@ -267,8 +267,8 @@ def test_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("missing", None, "[Errno 2] No such file or directory: '{path}'"),
         ("a.npy", lambda path: path.write_bytes(b""), "{path}: No data left in file"),
         ("a.npz", lambda path: path.write_bytes(b"PK\x03\x04 and no more"), "{path}: File is not a zip file"),
-        ("a.npz", lambda path: np.savez(path, x=STACK, y=STACK), "{path}: must hold one array, has x, y"),
-        ("a.npz", lambda path: np.savez(path), "{path}: must hold one array, has none"),
+        ("a.npz", lambda path: np.savez(path, x=STACK, y=STACK), "{path}: must contain one array, has x, y"),
+        ("a.npz", lambda path: np.savez(path), "{path}: must contain one array, has none"),
         (
             "a.npy",
             lambda path: np.save(path, np.array([None])),
@@ -318,13 +318,13 @@ def test_array_that_cannot_be_used(
 def test_options_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "images.npy"
     np.save(path, STACK[0])
-    message = f"--channels converts pictures, and {path} holds an array"
+    message = f"--channels applies to pictures, but {path} contains an array"
     assert fails_with(message, capsys, path, "--channels", "gray")
-    message = "--layout is for arrays: a picture file says itself what is what"
+    message = "--layout applies to arrays; a picture file defines its own layout"
     assert fails_with(message, capsys, folder, "--layout", "HWC")
-    message = f"{folder / 'more'}: no picture files; --recursive looks in its folders too"
+    message = f"{folder / 'more'}: no picture files; --recursive searches subfolders"
     assert fails_with(message, capsys, folder / "more")
-    message = f"--json {tmp_path}/none/out.json: there is no folder {tmp_path}/none"
+    message = f"--json {tmp_path}/none/out.json: the folder {tmp_path}/none does not exist"
     assert fails_with(message, capsys, folder, "--json", tmp_path / "none" / "out.json")
 
 
@@ -475,7 +475,7 @@ def test_interrupted(
     code, table, error = run(capsys, folder, "--json", out, "--plot", plot)
     stats = expected(PICTURES[:done])
     assert (code, table) == (130, f"{stats}\n")
-    assert error == f"interrupted: these are the figures of {done} of 5 images\n"
+    assert error == f"interrupted: the statistics cover {done} of 5 images\n"
     written = json.loads(out.read_text())
     assert (written["images"], written["complete"]) == (done, False)
     assert ChannelStats.from_dict(written["stats"]).sums == stats.sums
@@ -541,7 +541,7 @@ sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {
     done = written["images"]
     assert 0 < done < 200
     assert table == f"{expected([np.full((4, 4), i, dtype=np.uint8) for i in range(done)])}\n"
-    assert error == f"interrupted: these are the figures of {done} of 200 images\n"
+    assert error == f"interrupted: the statistics cover {done} of 200 images\n"
 
 
 def test_output_is_the_same_from_python(folder: Path) -> None:

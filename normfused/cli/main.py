@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import normfused
 from normfused.data.images import LAYOUTS
@@ -22,10 +22,15 @@ _LARGEST_SEED = 2**63 - 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit code.
+    """Run one subcommand and return its exit code.
 
     Raises:
-        SystemExit: as argparse does, after ``--help`` (0) and for bad arguments (2).
+        SystemExit: by argparse, after ``--help`` (code 0) and for bad arguments (code 2).
+
+    Example:
+        >>> main(["info", "--json"])  # doctest: +ELLIPSIS
+        {...}
+        0
     """
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
@@ -33,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line, without the usage."""
+    """Reports a bad argument in one line without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_ERROR, f"{self.prog}: error: {message}\n")
@@ -46,17 +51,22 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show versions and how normfused was built")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(command=_info)
+    _add_stats(commands)
+    _add_demo(commands)
+    return parser
 
+
+def _add_stats(commands: Any) -> None:
     stats = commands.add_parser(
         "stats",
         help="mean and standard deviation of the channels of images",
         description="Mean, standard deviation and range of each channel, over all pixels of all images.",
         epilog="Exit codes: 0, also where unreadable files were skipped; 2 for bad arguments and unreadable input; "
-        "130 after Ctrl-C, with the figures of the images before it.",
+        "130 after Ctrl-C, with the statistics of the images so far.",
     )
     add = stats.add_argument
     add("path", type=Path, metavar="PATH", help="a folder of pictures, a picture, or an IDX (.gz), .npy or .npz file")
-    add("--layout", choices=LAYOUTS, help="what the dimensions of an array are (default: HW, NHWC; NHW for IDX)")
+    add("--layout", choices=LAYOUTS, help="layout of an array (default: HW, NHWC; NHW for IDX)")
     add("--scale", type=_scale, metavar="S", help="multiply values by S (default: 1/255 for 8 bits, else 1)")
     add(
         "--channels",
@@ -70,12 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_integer(0),
         default=0,
         metavar="N",
-        help="processes that read pictures (default: only this one)",
+        help="processes that read pictures (default: this process)",
     )
     add("--on-error", choices=("fail", "skip"), default="fail", help="at an unreadable file (default: fail)")
-    add("--recursive", action="store_true", help="look in the folder's folders too")
+    add("--recursive", action="store_true", help="search subfolders")
     stats.set_defaults(command=_stats)
 
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a small network with and without batch norm",
@@ -95,11 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--shuffle",
         action="store_true",
-        help="take the images in another order in each epoch, not as stored like the course",
+        help="shuffle the images in each epoch; default: stored order, as in the course",
     )
     add("--epochs", type=_integer(1), default=10, metavar="N", help="epochs per run")
-    add("--seed", type=_integer(0, _LARGEST_SEED), default=50, metavar="N", help="of all runs")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
+    add("--seed", type=_integer(0, _LARGEST_SEED), default=50, metavar="N", help="random seed of all runs")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device")
     add(
         "--out",
         type=Path,
@@ -108,11 +120,10 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for curves.png and results.json",
     )
     demo.set_defaults(command=_demo)
-    return parser
 
 
 def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """Parses an integer of that range, both ends included."""
+    """A parser of integers from ``minimum`` to ``maximum``, inclusive."""
 
     def parse(text: str) -> int:
         try:
@@ -148,7 +159,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from normfused.cli import stats  # only here: other commands need not wait for it
+    from normfused.cli import stats  # imported here, so that other commands start faster
 
     settings = stats.Settings(
         path=arguments.path,
@@ -172,7 +183,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     if missing:
         return _fail("demo", f"{', '.join(missing)} not installed: pip install 'normfused[demo]'")
 
-    from normfused.cli import demo  # only here: it imports what may be missing
+    from normfused.cli import demo  # imported here, because it needs optional packages
 
     settings = demo.Settings(
         experiment=arguments.experiment,

@@ -1,4 +1,4 @@
-"""``normfused demo``: what batch norm does to the training of a small network."""
+"""The command ``normfused demo``: a small network is trained with and without batch norm."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 
 @dataclass(frozen=True)
 class Settings:
-    """``data`` None: the usual places. ``limit`` None: all training images.
+    """The options of the command.
 
-    ``shuffle``: another order of the images in each epoch, else the order they are stored in.
+    ``data`` None: search the default folders. ``limit`` None: all training images. ``shuffle``: shuffle the images in
+    each epoch; otherwise they are used in stored order.
     """
 
     experiment: str
@@ -38,12 +39,12 @@ class Settings:
 
 
 def run_demo(settings: Settings) -> int:
-    """Trains all runs of an experiment, printing the table as it grows; returns the exit code.
+    """Train all runs of an experiment, print a table row after each, and return the exit code.
 
-    Files are written after each run, so that an interruption keeps the runs before it.
+    Files are written after each run, so that completed runs survive an interruption.
 
     Raises:
-        CommandError, OSError: data, device or output folder cannot be used; the text is one line.
+        CommandError, OSError: data, device or output folder cannot be used; the message is one line.
     """
     training = _prepare(settings)
     report = Report(settings.out, training)
@@ -57,7 +58,7 @@ def run_demo(settings: Settings) -> int:
             print(row(curve), flush=True)
     except KeyboardInterrupt:
         count = f"{len(curves)} of {len(training.experiment.runs)} runs"
-        print(f"\ninterrupted: {count} are done and kept in {settings.out}", file=sys.stderr)
+        print(f"\ninterrupted: {count} are complete and saved in {settings.out}", file=sys.stderr)
         return INTERRUPTED
     print(f"\n{compare(curves)}\n{settings.out / PLOT}, {settings.out / RESULTS}")
     return 0

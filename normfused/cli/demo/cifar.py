@@ -27,19 +27,19 @@ _PIXELS = math.prod(_SHAPE)
 
 
 def read_python_version(folder: Path) -> Dataset:
-    """The pickles data_batch_1 to data_batch_5 and, where it is there, test_batch.
+    """The pickles data_batch_1 to data_batch_5, and test_batch if it exists.
 
     Raises:
-        DemoError, OSError: a file is damaged or missing; the text names it.
+        DemoError, OSError: a file is damaged or missing; the message names it.
     """
     return _read_dataset(folder, "", read_pickle)
 
 
 def read_binary_version(folder: Path) -> Dataset:
-    """The files data_batch_1.bin to data_batch_5.bin and, where it is there, test_batch.bin.
+    """The files data_batch_1.bin to data_batch_5.bin, and test_batch.bin if it exists.
 
     Raises:
-        DemoError, OSError: a file is damaged or missing; the text names it.
+        DemoError, OSError: a file is damaged or missing; the message names it.
     """
     return _read_dataset(folder, ".bin", read_records)
 
@@ -48,7 +48,7 @@ def read_records(path: Path) -> Split:
     """Records of one label byte and 3 x 32 x 32 pixels."""
     content = bytearray(path.read_bytes())
     if not content or len(content) % (1 + _PIXELS):
-        raise DemoError(f"{path}: {len(content)} bytes are not a number of CIFAR-10 records of {1 + _PIXELS} bytes")
+        raise DemoError(f"{path}: {len(content)} bytes are not a multiple of the record size of {1 + _PIXELS} bytes")
     records = torch.frombuffer(content, dtype=torch.uint8).view(-1, 1 + _PIXELS)
     return Split.checked(records[:, 1:].reshape(-1, *_SHAPE), records[:, 0], path)
 
@@ -67,13 +67,13 @@ def read_pickle(path: Path) -> Split:
 
 
 def load_arrays(path: Path) -> Any:
-    """Unpickles containers, numbers, strings and numpy arrays; byte strings stay bytes.
+    """Unpickle containers, numbers, strings and NumPy arrays; byte strings stay bytes.
 
-    Unpickling calls whatever the file names, so a foreign file is no case for ``pickle.load``:
-    here only what rebuilds an array can be called.
+    ``pickle.load`` would call any function that the file names. Here only the functions that rebuild an array can be
+    called.
 
     Raises:
-        DemoError: the file asks for anything else, or is damaged.
+        DemoError: the file names other functions, or is damaged.
     """
     content = path.read_bytes()
     try:

@@ -1,4 +1,4 @@
-"""Finds the demo's data. Nothing is ever downloaded."""
+"""Finds the data of the demo on disk. It downloads nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DIGITS_TO_TRAIN_WITH = 1500
 
 @dataclass(frozen=True)
 class _Format:
-    """A folder is in this format when the glob pattern ``marker`` finds something in it."""
+    """A data set format. A folder has it if the glob pattern ``marker`` matches a file in the folder."""
 
     marker: str
     read: Callable[[Path], Dataset]
@@ -35,13 +35,13 @@ _FORMATS = (
 
 
 def find_dataset(root: Path | None) -> Dataset:
-    """The data set in ``root``, in any of the three formats, or in the folder it is unpacked to.
+    """The data set in ``root``, in any of the three formats, or in the subfolder that its archive unpacks to.
 
-    Without ``root``: Fashion-MNIST, from the Debian package or the torchvision root ``./data``, or
-    else scikit-learn's digits.
+    Without ``root``: Fashion-MNIST from the Debian package or from the torchvision root ``./data``; if neither exists,
+    scikit-learn's digits.
 
     Raises:
-        CommandError: ``root`` holds no data, or a file is damaged; the text names what.
+        CommandError: ``root`` has no data, or a file is damaged; the message names it.
         OSError: a file cannot be read.
     """
     if root is None:
@@ -73,7 +73,7 @@ def _first_in(folders: Sequence[Path]) -> Dataset | None:
 
 
 def _read_digits(source: str) -> Dataset:
-    """1,797 digits of 8 x 8 pixels in 0..16: the first 1,500 to train with, the rest to test."""
+    """1,797 digits of 8 x 8 pixels in 0..16: the first 1,500 for training, the rest for testing."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,4 +1,4 @@
-"""What the demo's data look like in memory, and how they are standardized."""
+"""The data of the demo in memory, and its normalization."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import normfused
 from normfused.cli.demo.errors import DemoError
 
 CLASSES = 10
-SMALLEST_SIDE = 4  # below it, nothing is left after the network's second pooling
+SMALLEST_SIDE = 4  # smaller images are empty after the second pooling of the network
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,11 @@ class Split:
 
     @classmethod
     def checked(cls, images: Tensor, labels: Tensor, path: Path) -> Split:
-        """Labels may have any integer dtype.
+        """A split of checked images and labels. Labels may have any integer dtype.
 
         Raises:
-            DemoError: images and labels do not fit each other or the networks; names ``path``.
+            DemoError: different numbers of images and labels, labels out of range, or images that are too small; the
+                message names ``path``.
         """
         if labels.shape != images.shape[:1]:
             raise DemoError(f"{path}: {len(labels)} labels for {len(images)} images")
@@ -51,7 +52,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training split, a test split where there is one, and the value of a white pixel."""
+    """A training split, an optional test split, and the value of a white pixel."""
 
     name: str
     source: str
@@ -60,9 +61,9 @@ class Dataset:
     white: int = 255
 
     def limited(self, images: int | None) -> Dataset:
-        """The same with only the first ``images`` training images, and a source that says so.
+        """The data set with the first ``images`` training images only; ``source`` records the limit.
 
-        Itself where there are no more of them, or ``images`` is None.
+        The data set itself if it has no more images, or if ``images`` is None.
         """
         if images is None or images >= len(self.train):
             return self
@@ -72,14 +73,14 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Standardization:
-    """Mean and standard deviation per channel, (C,) of float64, of pixels scaled to 0..1."""
+    """Mean and standard deviation of each channel, shape (C,), float64, for pixels scaled to 0..1."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
     def of(cls, dataset: Dataset) -> Standardization:
-        """Over all pixels of the training split, with the biased variance.
+        """The statistics of all pixels of the training split, with the biased variance.
 
         Raises:
             DemoError: the standard deviation of a channel is 0.
@@ -90,5 +91,5 @@ class Standardization:
         return cls(stats.mean, stats.std)
 
     def apply(self, images: Tensor, white: int) -> Tensor:
-        """Standardized pixels of float32, from images (N, C, H, W) of uint8."""
+        """Normalized float32 images from uint8 images of shape (N, C, H, W)."""
         return normfused.normalize(images, self.mean, self.std, scale=1 / white)

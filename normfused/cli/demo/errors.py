@@ -1,7 +1,7 @@
-"""The demo's one exception."""
+"""The exception of the demo."""
 
 from normfused.errors import CommandError
 
 
 class DemoError(CommandError):
-    """What keeps the demo from running, as one line for its user."""
+    """The demo cannot run. The message is one line for the user."""

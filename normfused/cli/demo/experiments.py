@@ -1,4 +1,4 @@
-"""The networks, and the runs that show what batch norm does to each.
+"""The networks of the demo, and the runs of each with and without batch norm.
 
 The CNN and its settings are those of deeplizard's PyTorch course
 (https://deeplizard.com/learn/video/bCQ2cNhUWQ8), whose figures come from images in stored order:
@@ -25,11 +25,11 @@ OURS = "batch norm"
 THEIRS = "batch norm (torch.nn)"
 IN_PLACE = "batch norm, in place"
 
-STEPS_PER_EPOCH = 15  # at least: a small data set gets smaller batches
+STEPS_PER_EPOCH = 15  # minimum; smaller data sets use smaller batches
 
 
 class NormLayers(Protocol):
-    """Where a network's batch norm comes from: the modules ``normfused`` and ``torch.nn`` fit."""
+    """The module that batch norm layers come from: ``normfused`` or ``torch.nn``."""
 
     @property
     def BatchNorm1d(self) -> Callable[[int], nn.Module]:  # noqa: N802
@@ -42,7 +42,7 @@ class NormLayers(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """One training of the network; without batch norm where ``layers`` is None."""
+    """One training of the network; without batch norm if ``layers`` is None."""
 
     name: str
     layers: NormLayers | None
@@ -61,10 +61,10 @@ class Experiment:
     runs: tuple[Run, ...]
 
     def batch_size(self, images: int) -> int:
-        """For that many training images.
+        """The batch size for that number of training images.
 
         Raises:
-            DemoError: they are too few for batches of two.
+            DemoError: too few images for batches of two.
         """
         size = min(self.largest_batch, images // STEPS_PER_EPOCH)
         if size < 2:
@@ -75,8 +75,8 @@ class Experiment:
 def cnn(image: torch.Size, layers: NormLayers | None) -> nn.Sequential:
     """Two convolutions and three linear layers, for images of shape (C, H, W).
 
-    Of 28 x 28 pixels, 12 x 4 x 4 = 192 features are left for the first linear layer. Images of
-    under 16 pixels would shrink to nothing, so for them the convolutions are 3 x 3 and padded.
+    For 28 x 28 pixels the first linear layer has 12 x 4 x 4 = 192 inputs. Images below 16 pixels would become empty, so
+    their convolutions are 3 x 3 and padded.
     """
     channels, *sides = image
     kernel, padding = (5, 0) if min(sides) >= 16 else (3, 1)
@@ -115,7 +115,7 @@ def mlp(image: torch.Size, layers: NormLayers | None) -> nn.Sequential:
 
 
 def resnet(image: torch.Size, run: Run) -> nn.Module:
-    """A residual network of torch.nn's layers; with ours, the same converted."""
+    """A residual network of torch.nn's layers, converted if the run uses normfused."""
     network = ResNet(image[0], CLASSES)
     return normfused.convert(network, inplace=run.inplace) if run.layers is normfused else network
 

@@ -16,10 +16,10 @@ MARKER = "train-images-idx3-ubyte*"
 
 
 def read_dataset(folder: Path) -> Dataset:
-    """The files of MNIST's names in ``folder``; those of the test split (t10k) may be missing.
+    """The data set in ``folder``, in files with the names of MNIST's. The test split (t10k) may be missing.
 
     Raises:
-        CommandError: a file is missing or damaged; the text names it.
+        CommandError: a file is missing or damaged; the message names it.
     """
     has_test = any(folder.glob("t10k-images-idx3-ubyte*"))
     test = _read_split(folder, "t10k") if has_test else None
@@ -40,7 +40,7 @@ def _plain_or_gz(path: Path) -> Path:
 
 
 def _name(folder: Path) -> str:
-    """Fashion-MNIST carries MNIST's file names, so only the path can tell."""
+    """The name of the data set, from the path: Fashion-MNIST has the file names of MNIST."""
     parts = folder.resolve().parts
     is_fashion = any(part.lower().replace("-", "") == "fashionmnist" for part in parts)
     return "Fashion-MNIST" if is_fashion else folder.resolve().name

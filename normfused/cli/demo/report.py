@@ -1,4 +1,4 @@
-"""What the demo shows of its runs: a table, a plot, a JSON file."""
+"""The results of the demo: a table, a plot and a JSON file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from normfused.data.files import replace
 PLOT = "curves.png"
 RESULTS = "results.json"
 
-# The two batch norm curves coincide: one is drawn broad, the other dashed upon it.
+# The two batch norm curves coincide: one is drawn broad, the other dashed on top of it.
 _STYLES: dict[str, dict[str, Any]] = {
     OURS: {"color": "#7fb3e6", "linewidth": 5},
     THEIRS: {"color": "#0b3c6f", "linewidth": 1.5, "linestyle": "--", "zorder": 3},
@@ -36,26 +36,26 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """normfused's layers against torch.nn's.
+    """normfused's layers compared with torch.nn's.
 
-    The largest difference in an epoch's training accuracy; torch.nn's time over normfused's, best
-    epoch over best epoch; and torch.nn's bytes kept for backward over normfused's.
+    The largest difference of the training accuracies of an epoch; the ratio of the times of the fastest epochs; the
+    ratio of the bytes saved for backward. Ratios are torch.nn's value divided by normfused's.
     """
 
     largest_difference: float
     time_ratio: float
-    kept_ratio: float
+    saved_ratio: float
 
     def __str__(self) -> str:
         return (
             "batch norm, normfused and torch.nn: training accuracies differ by at most "
             f"{self.largest_difference:.4f}; torch.nn takes {self.time_ratio:.2f} times as long "
-            f"and keeps {self.kept_ratio:.2f} times as much for backward"
+            f"and saves {self.saved_ratio:.2f} times as many bytes for backward"
         )
 
 
 def compare(curves: list[Curve]) -> Comparison | None:
-    """None unless both runs are there."""
+    """The comparison; None if one of the two runs is missing."""
     by_name = {curve.run: curve for curve in curves}
     if not {OURS, THEIRS} <= by_name.keys():
         return None
@@ -63,17 +63,17 @@ def compare(curves: list[Curve]) -> Comparison | None:
     return Comparison(
         largest_difference=max(abs(a.accuracy - b.accuracy) for a, b in zip(ours.epochs, theirs.epochs, strict=True)),
         time_ratio=best_seconds(theirs) / best_seconds(ours),
-        kept_ratio=theirs.kept_bytes / ours.kept_bytes,
+        saved_ratio=theirs.saved_bytes / ours.saved_bytes,
     )
 
 
 def best_seconds(curve: Curve) -> float:
-    """Of the fastest epoch: warm-up and the machine's other load only ever add time."""
+    """Seconds of the fastest epoch, because warm-up and other load of the machine only add time."""
     return min(epoch.seconds for epoch in curve.epochs)
 
 
 def row(curve: Curve) -> str:
-    """A line of the table: the figures of the last epoch, and the times."""
+    """A row of the table: the results of the last epoch, and the times."""
     last = curve.epochs[-1]
     return _align(
         curve.run,
@@ -82,7 +82,7 @@ def row(curve: Curve) -> str:
         f"{last.loss:.4f}",
         f"{best_seconds(curve):.2f}",
         f"{sum(epoch.seconds for epoch in curve.epochs):.1f}",
-        f"{curve.kept_bytes / 1e6:.1f}",
+        f"{curve.saved_bytes / 1e6:.1f}",
     )
 
 
@@ -90,14 +90,14 @@ def _align(run: str, *figures: str) -> str:
     return f"{run:<21}" + "".join(f"{figure:>15}" for figure in figures)
 
 
-HEADER = _align("run", "train accuracy", "test accuracy", "train loss", "best epoch, s", "total, s", "kept, MB")
+HEADER = _align("run", "train accuracy", "test accuracy", "train loss", "best epoch, s", "total, s", "saved, MB")
 
 
 class Report:
-    """The files of an output folder, which is made where it does not exist.
+    """The files of an output folder, which is created if it does not exist.
 
     Raises:
-        DemoError: the folder cannot be made or written to.
+        DemoError: the folder cannot be created or written to.
     """
 
     def __init__(self, folder: Path, training: Training) -> None:
@@ -111,7 +111,7 @@ class Report:
             raise DemoError(f"cannot write to {folder}: no permission")
 
     def save(self, curves: list[Curve]) -> None:
-        """Replaces both files as a whole, so that an interruption leaves the former ones."""
+        """Replace both files, each in one step: an interruption leaves the former file as it was."""
         results = json.dumps(self._results(curves), indent=2, default=str)
         replace(self.folder / RESULTS, results.encode() + b"\n")
         replace(self.folder / PLOT, self._plot(curves))

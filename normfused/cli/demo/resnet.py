@@ -1,6 +1,6 @@
-"""A small residual network (He et al., 2015, arXiv:1512.03385), of leaky ReLUs: those can be undone.
+"""A small residual network (He et al., 2015, arXiv:1512.03385) with leaky ReLUs.
 
-So it shows all that can be done with one call of ``normfused.convert``.
+Leaky ReLU is invertible, so ``normfused.convert`` can apply all its optimizations, including in-place batch norm.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions, and around them the input; (N, C, H, W) to (N, C', H / stride, W / stride)."""
+    """Two 3 x 3 convolutions with a residual connection; (N, C, H, W) to (N, C', H / stride, W / stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

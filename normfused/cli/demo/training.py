@@ -22,7 +22,7 @@ _EVALUATION_BATCH = 1000
 
 @dataclass(frozen=True)
 class Training:
-    """What the runs of an experiment have in common."""
+    """The settings that the runs of an experiment share."""
 
     experiment: Experiment
     dataset: Dataset
@@ -35,11 +35,11 @@ class Training:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches only: an incomplete last batch is left out."""
+        """Number of full batches. An incomplete last batch is dropped."""
         return len(self.dataset.train) // self.batch_size
 
     def __str__(self) -> str:
-        """Two lines: the data, and the settings."""
+        """Two lines: the data and the settings."""
         dataset, experiment = self.dataset, self.experiment
         shape = "x".join(map(str, dataset.train.images.shape[1:]))
         test = f"{len(dataset.test)} to test" if dataset.test else "none to test"
@@ -58,9 +58,9 @@ class Training:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Accuracy (0 to 1) and mean loss over the epoch's batches, and its wall time in seconds.
+    """Accuracy (0 to 1) and mean loss over the batches of an epoch, and its wall time in seconds.
 
-    Each batch counts as the network saw it, before the step it led to.
+    Accuracy and loss of a batch are those before its optimizer step.
     """
 
     accuracy: float
@@ -70,29 +70,29 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run gave.
+    """The results of a run.
 
-    ``test_accuracy`` is the trained network's, None without a test split; ``kept_bytes`` what a forward pass of one
-    batch keeps for backward.
+    ``test_accuracy`` is that of the trained network, None without a test split. ``saved_bytes`` is what a forward pass
+    of one batch saves for backward.
     """
 
     run: str
     epochs: list[Epoch]
     test_accuracy: float | None
-    kept_bytes: int
+    saved_bytes: int
 
 
 def train(run: Run, training: Training) -> Curve:
-    """Trains a new network.
+    """Train a new network.
 
-    Weights and order of batches depend on nothing but the seed (which is set in torch's global
-    generator): batch norm draws no random numbers, so runs with and without start alike.
+    Initial weights and the order of batches depend on the seed only, which is set in torch's global generator. Batch
+    norm draws no random numbers, so runs with and without it start with the same weights.
     """
     dataset, experiment = training.dataset, training.experiment
     shape, examples = dataset.train.images.shape[1:], _prepare(dataset.train, run, training)
-    # Of a network of its own, because the pass updates running statistics.
+    # A separate network, because the pass updates running statistics.
     measured = experiment.network(shape, run).to(training.device)
-    kept_bytes = bytes_saved_for_backward(measured, examples.inputs[: training.batch_size])
+    saved_bytes = bytes_saved_for_backward(measured, examples.inputs[: training.batch_size])
     torch.manual_seed(training.seed)
     network = experiment.network(shape, run).to(training.device)
     optimizer = optim.Adam(network.parameters(), lr=experiment.learning_rate)
@@ -105,11 +105,11 @@ def train(run: Run, training: Training) -> Curve:
     test_accuracy = None
     if dataset.test:
         test_accuracy = accuracy(network, _prepare(dataset.test, run, training))
-    return Curve(run.name, epochs, test_accuracy, kept_bytes)
+    return Curve(run.name, epochs, test_accuracy, saved_bytes)
 
 
 class Examples(NamedTuple):
-    """A split on the device, its images as float32."""
+    """A split on the device, with float32 images."""
 
     inputs: Tensor
     labels: Tensor
@@ -122,7 +122,7 @@ def _prepare(split: Split, run: Run, training: Training) -> Examples:
 
 
 def _batches(training: Training) -> Iterator[Tensor]:
-    """For each epoch, indices of shape (steps, batch size)."""
+    """For each epoch the indices of its images, shape (steps, batch size)."""
     generator = torch.Generator().manual_seed(training.seed)
     order = torch.arange(len(training.dataset.train))
     steps, batch_size = training.steps_per_epoch, training.batch_size
@@ -161,7 +161,7 @@ def _train_epoch(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, examples: Examples) -> float:
-    """Of the network in eval mode, in which it is left."""
+    """The accuracy of the network in evaluation mode. Sets the mode."""
     network.eval()
     batches = zip(*(torch.split(tensor, _EVALUATION_BATCH) for tensor in examples), strict=True)
     correct = sum(int(network(inputs).argmax(dim=1).eq(labels).sum()) for inputs, labels in batches)

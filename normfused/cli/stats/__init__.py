@@ -1,4 +1,4 @@
-"""``normfused stats``: mean, standard deviation and range of the channels of images in files."""
+"""The command ``normfused stats``: channel statistics of images in files."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 
 @dataclass(frozen=True)
 class Settings:
-    """``layout``, ``scale``, ``channels`` None: as :class:`normfused.ChannelStats` has it, and as stored.
+    """The options of the command.
 
-    ``json``, ``plot`` None: no such file. ``skip``: unreadable files are left out, else they stop the command.
+    ``layout`` and ``scale`` are those of :class:`normfused.ChannelStats`. ``channels`` None: pictures as stored.
+    ``json`` and ``plot`` None: no such file. ``skip``: skip unreadable files; otherwise they end the command.
     """
 
     path: Path
@@ -46,12 +47,12 @@ class Settings:
 
 
 def run_stats(settings: Settings) -> int:
-    """Prints the table and writes the files; returns the exit code.
+    """Print the table, write the files, and return the exit code.
 
-    Ctrl-C keeps the figures of the images before it, and gives no plot.
+    After Ctrl-C the results are those of the images so far, without a plot.
 
     Raises:
-        CommandError, OSError: an input or output cannot be used; the text is one line.
+        CommandError, OSError: an input or output cannot be used; the message is one line.
     """
     _check_outputs(settings)
     source = open_source(settings.path, settings.layout, settings.channels, settings.recursive)
@@ -70,7 +71,7 @@ def run_stats(settings: Settings) -> int:
     if settings.json:
         files.replace(settings.json, _as_json(stats, source, settings, skipped))
     if not stats.complete:
-        print(f"interrupted: these are the figures of {stats.images} of {source.images} images", file=sys.stderr)
+        print(f"interrupted: the statistics cover {stats.images} of {source.images} images", file=sys.stderr)
         return INTERRUPTED
     if settings.plot:
         try:
@@ -82,10 +83,10 @@ def run_stats(settings: Settings) -> int:
 
 
 def _check_outputs(settings: Settings) -> None:
-    # Before the work, not after it.
+    # Checked before the images are read, not after.
     for option, path in (("--json", settings.json), ("--plot", settings.plot)):
         if path and not path.parent.is_dir():
-            raise CommandError(f"{option} {path}: there is no folder {path.parent}")
+            raise CommandError(f"{option} {path}: the folder {path.parent} does not exist")
     if settings.plot and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("matplotlib not installed: pip install 'normfused[data]'")
 
@@ -107,13 +108,13 @@ class _Measured(Dataset[ChannelStats | str]):
 
 
 def _read(dataset: Dataset[_Item], source: Source, settings: Settings) -> DataLoader[_Item]:
-    # A mapped array would be sent whole to workers that are spawned, and needs no decoding.
+    # An array needs no decoding, and would be sent whole to spawned workers.
     workers = settings.workers if isinstance(source, Pictures) else 0
     return DataLoader(dataset, batch_size=None, num_workers=workers)
 
 
 def _parts(source: Source, settings: Settings, skipped: dict[int, str]) -> Iterator[Part]:
-    """What could be read; of all else ``skipped`` is told."""
+    """Statistics of the items that could be read. The reasons for the others are added to ``skipped``."""
     for index, part in enumerate(_read(_Measured(source, settings.scale), source, settings)):
         if isinstance(part, ChannelStats):
             yield source.name(index), part
@@ -124,7 +125,7 @@ def _parts(source: Source, settings: Settings, skipped: dict[int, str]) -> Itera
 
 
 def _plot(stats: ChannelStats, source: Source, settings: Settings, skipped: dict[int, str]) -> bytes:
-    """Reads all a second time: only now is known from where to where the values go."""
+    """The plot as a PNG. Reads the images a second time, because the bins depend on the range of the values."""
     from normfused.cli.stats import histogram  # only here: matplotlib may be missing
 
     low, high = histogram.value_range(stats)

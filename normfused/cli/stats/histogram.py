@@ -1,4 +1,4 @@
-"""How often which value comes, channel by channel, and its picture."""
+"""Histograms of the values of each channel, and their plot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OTHER = "#5b6470"
 
 
 def value_range(stats: ChannelStats) -> tuple[float, float]:
-    """From where to where the bins go: a bin for each integer where there are few, else over all values.
+    """The range of the bins: one bin per integer if few integers occur, else from minimum to maximum.
 
     Raises:
         CommandError: no value is finite.
@@ -29,7 +29,7 @@ def value_range(stats: ChannelStats) -> tuple[float, float]:
     if low > high:
         raise CommandError("--plot: all values are NaN or infinite")
     scale = stats.integer_scale
-    if scale and stats.sums[0].count == stats.count[0]:  # no floating values beside the integers
+    if scale and stats.sums[0].count == stats.count[0]:  # integers only
         lowest, highest = min(c.min for c in stats.sums), max(c.max for c in stats.sums)
         if highest - lowest < BINS:
             first = 0 if lowest >= 0 and highest < BINS else lowest
@@ -38,7 +38,7 @@ def value_range(stats: ChannelStats) -> tuple[float, float]:
 
 
 class Counts(Dataset[Tensor]):
-    """Of each source item, how many scaled values lie in each bin: (C, 256), float64."""
+    """The histogram of each item of the source: number of scaled values in each bin, shape (C, 256), float64."""
 
     def __init__(self, source: Source, scale: float | None, low: float, high: float) -> None:
         self.source, self.scale, self.low, self.high = source, scale, low, high
@@ -53,7 +53,7 @@ class Counts(Dataset[Tensor]):
 
 
 def draw(counts: Tensor, stats: ChannelStats, low: float, high: float, name: str) -> bytes:
-    """A PNG of each channel's counts, with its mean and standard deviation."""
+    """A PNG with a histogram of each channel, its mean and its standard deviation."""
     channels = len(counts)
     figure = Figure(figsize=(8, 1 + 2.4 * channels), dpi=150, layout="constrained")
     summary = str(stats).partition("\n")[0]
@@ -67,7 +67,7 @@ def draw(counts: Tensor, stats: ChannelStats, low: float, high: float, name: str
         axes.axvspan(mean[channel] - std[channel], mean[channel] + std[channel], color="black", alpha=0.1)
         figures = f"mean {mean[channel]:.4g} (line), std {std[channel]:.4g} (band: mean ± std)"
         axes.set_title(f"channel {channel}: {figures}", loc="left", fontsize="medium")
-        axes.set_yscale("log")  # else the background's one value hides all others
+        axes.set_yscale("log")  # otherwise the value of the background hides all others
         axes.set_ylabel("number of values")
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("value")

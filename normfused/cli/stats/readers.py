@@ -1,4 +1,4 @@
-"""Where the images are: picture files, or an array in an IDX, .npy or .npz file."""
+"""Sources of images: picture files, or an array in an IDX, .npy or .npz file."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from normfused.data.files import IDX_START, read_idx
 from normfused.data.images import guess_layout
 from normfused.errors import CommandError
 
-# What --channels names, and what cannot be counted as it is: palette indices, and single bits.
+# Pillow's modes for --channels, and for modes whose values are not colors: palette indices and single bits.
 _MODES = {"gray": "L", "rgb": "RGB", "P": "RGB", "PA": "RGB", "1": "L"}
 _VALUES_AT_A_TIME = 1 << 24  # as float64, which a histogram needs, 128 MiB
 
 
 class Source(Protocol):
-    """Images, some at a time."""
+    """Images, read in parts."""
 
-    layout: str | None  # of what the source gives at a time; None: as usual
+    layout: str | None  # layout of a part; None: the default
     images: int
 
     def __len__(self) -> int:
-        """How many times it gives some."""
+        """Number of parts."""
 
     def __getitem__(self, index: int) -> Tensor | np.ndarray:
-        """Raises whatever a damaged file raises."""
+        """A part. Raises the errors of a damaged file, of any type."""
 
     def name(self, index: int) -> str:
-        """What an error calls them."""
+        """The name of a part in errors."""
 
 
 class Pictures:
@@ -52,13 +52,13 @@ class Pictures:
 
         with Image.open(self.paths[index]) as file:
             image: Image.Image = file
-            if image.mode.startswith(("I", "F")):  # gray, of more bits than 8, to which Pillow's conversions would clip
+            if image.mode.startswith(("I", "F")):  # gray with more than 8 bits, to which Pillow clips
                 if self.channels == "rgb":
                     raise ValueError(f"Pillow cannot convert mode {image.mode} to RGB")
                 return np.array(image)
             mode = self.channels or image.mode
             if image.mode in ("P", "PA"):
-                image = image.convert("RGBA")  # on a straight way to RGB Pillow warns of transparency
+                image = image.convert("RGBA")  # Pillow warns of transparency if converted to RGB directly
             return np.array(image.convert(_MODES.get(mode, mode)))
 
     def name(self, index: int) -> str:
@@ -67,7 +67,7 @@ class Pictures:
 
 
 class Stack:
-    """An array of images, or of one; some megabytes at a time."""
+    """An array of images, or of one image, read in parts of some megabytes."""
 
     def __init__(self, path: Path, array: Tensor | np.ndarray, layout: str | None) -> None:
         layout = layout or guess_layout(array)
@@ -93,17 +93,17 @@ def open_source(path: Path, layout: str | None, channels: str | None, recursive:
     """The images in a file or folder.
 
     Raises:
-        CommandError, OSError: there are none, or an option does not fit them; the text names ``path``.
+        CommandError, OSError: no images, or an option that does not apply to them; the message names ``path``.
     """
     array = None if path.is_dir() else _read_array(path)
     if array is None:
         if layout is not None:
-            raise CommandError("--layout is for arrays: a picture file says itself what is what")
+            raise CommandError("--layout applies to arrays; a picture file defines its own layout")
         if importlib.util.find_spec("PIL") is None:
             raise CommandError("pillow not installed: pip install 'normfused[data]'")
         return Pictures(_picture_files(path, recursive) if path.is_dir() else [path], channels)
     if channels is not None:
-        raise CommandError(f"--channels converts pictures, and {path} holds an array")
+        raise CommandError(f"--channels applies to pictures, but {path} contains an array")
     try:
         return Stack(path, array, layout or _stack_layout(path, array))
     except ValueError as error:
@@ -117,7 +117,7 @@ def _picture_files(folder: Path, recursive: bool) -> list[Path]:
     paths = folder.rglob("*") if recursive else folder.iterdir()
     found = sorted(path for path in paths if path.suffix.lower() in endings and path.is_file())
     if not found:
-        raise CommandError(f"{folder}: no picture files{'' if recursive else '; --recursive looks in its folders too'}")
+        raise CommandError(f"{folder}: no picture files{'' if recursive else '; --recursive searches subfolders'}")
     return found
 
 
@@ -132,7 +132,7 @@ def _stack_layout(path: Path, array: Tensor | np.ndarray) -> str | None:
 
 
 def _read_array(path: Path) -> Tensor | np.ndarray | None:
-    """None: the file is something else. A .npy file is mapped, not read."""
+    """The array in the file, a .npy file memory-mapped; None for other files."""
     if path.suffix in (".npy", ".npz"):
         return _read_numpy(path)
     with path.open("rb") as file:
@@ -147,10 +147,10 @@ def _read_numpy(path: Path) -> np.ndarray:
             return content
         with content:
             if len(content.files) != 1:
-                raise ValueError(f"must hold one array, has {', '.join(content.files) or 'none'}")
+                raise ValueError(f"must contain one array, has {', '.join(content.files) or 'none'}")
             array: np.ndarray = content[content.files[0]]
             return array
     except OSError:
-        raise  # names the file itself
+        raise  # its message names the file
     except Exception as error:  # a damaged file can raise almost anything
         raise CommandError(f"{path}: {error}") from error
