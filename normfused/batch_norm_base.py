@@ -83,6 +83,7 @@ class _BatchNorm(_Base):
 
     def __init__(
         self,
+        # torch.nn's parameters in torch.nn's order, then keywords
         num_features: int,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -390,6 +391,7 @@ class _ActivationBatchNorm(_BatchNorm):
 
     def __init__(
         self,
+        # torch.nn's parameters in torch.nn's order, after the activation, then keywords
         num_features: int,
         activation: str | None = "relu",
         activation_param: float | None = None,
@@ -443,6 +445,7 @@ class _LazyBatchNorm(_BatchNorm):
 
     def __init__(
         self,
+        # torch.nn's parameters in torch.nn's order, then keywords
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,

@@ -14,6 +14,7 @@ from normfused.activations import ACTIVATIONS
 
 
 def batch_norm_inference(
+    # the parameters of the operator
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,

@@ -15,6 +15,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ def _batch_statistics(x: Tensor, all_sum: Callable[[Tensor], Tensor] | None) -> 
 
 
 def batch_norm(
+    # the parameters of functional.batch_norm
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -108,8 +110,9 @@ def batch_norm(
         if count != 0 and (update_in_backward or not is_in_backward()):
             new_var = var * count / (count - running_var_correction)
             updates = None if update_in_backward or not torch.compiler.is_compiling() else _outside_backward(mean)
-            statistics = mean.detach(), new_var.detach()  # buffers have no derivative, in either mode
-            _update(running_mean, running_var, num_batches_tracked, nonfinite_batches, momentum, *statistics, updates)
+            buffers = _Buffers(running_mean, running_var, num_batches_tracked, nonfinite_batches)
+            # Detached, because buffers have no derivative, in reverse or forward mode.
+            _update(buffers, momentum, mean.detach(), new_var.detach(), updates)
     else:
         assert running_mean is not None
         assert running_var is not None
@@ -137,19 +140,22 @@ def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.bool)
 
 
+class _Buffers(NamedTuple):
+    """What a training forward updates in place."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    nonfinite_batches: Tensor | None
+
+
 @torch.no_grad()
 def _update(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    nonfinite_batches: Tensor | None,
-    momentum: float | None,
-    new_mean: Tensor,
-    new_var: Tensor,
-    updates: Tensor | None,
+    buffers: _Buffers, momentum: float | None, new_mean: Tensor, new_var: Tensor, updates: Tensor | None
 ) -> None:
     """Update the buffers in place. ``updates``, a 0-d bool tensor, says whether to; ``None``: yes."""
-    written = [b for b in (running_mean, running_var, num_batches_tracked, nonfinite_batches) if b is not None]
+    running_mean, running_var, num_batches_tracked, nonfinite_batches = buffers
+    written = [b for b in buffers if b is not None]
     for b in written:
         _check_can_be_updated(b, new_mean)
     for b in written:

@@ -28,7 +28,7 @@ Part = tuple[str, ChannelStats]
 
 def dataset_stats(
     data: Any,
-    *,
+    *,  # independent options, each with a default
     layout: str | None = None,
     scale: float | None = None,
     key: Any = None,

@@ -19,7 +19,7 @@ def normalize(
     input: Tensor,
     mean: float | Sequence[float] | Tensor,
     std: float | Sequence[float] | Tensor,
-    *,
+    *,  # independent options, each with a default
     scale: float | None = None,
     eps: float = 0.0,
     dtype: torch.dtype | None = None,

@@ -156,6 +156,7 @@ class SyncBatchNorm(_Synchronized, nn.SyncBatchNorm):
 
     def __init__(
         self,
+        # torch.nn's parameters in torch.nn's order, then keywords
         num_features: int,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -209,6 +210,7 @@ class SyncBatchNormAct(_ActivationBatchNorm, _Synchronized, _torch_private.Batch
 
     def __init__(
         self,
+        # torch.nn's parameters in torch.nn's order, after the activation, then keywords
         num_features: int,
         activation: str | None = "relu",
         activation_param: float | None = None,
