@@ -134,7 +134,7 @@ class BatchNormAct1d(_ActivationBatchNorm, _SequenceBatchNorm, BatchNormBase):
     Args:
         num_features: number of channels ``C``.
         activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``,
-            ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, or ``"identity"``, of which ``None`` is a synonym.
+            ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, or ``"identity"``; ``None`` means ``"identity"``.
         activation_param: negative slope of leaky ReLU (default 0.01) or alpha of ELU (default 1).
         inplace: as in :class:`BatchNorm1d`; for ``"identity"`` and for leaky ReLU with a positive slope.
         eps, momentum, affine, track_running_stats, device, dtype, bias, running_var_correction, nonfinite: as in

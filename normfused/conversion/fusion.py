@@ -147,10 +147,10 @@ def what_follows(node: fx.Node) -> Match | str:
     """The nodes that can be fused with the batch norm that ``node`` calls, or the reason why there are none."""
     given = arguments_of(node)
     if given["residual"] is not None or given["activation"] != "identity":
-        return "it already has an activation or a residual of its own"
+        return "the call already has an activation or residual"
     output = _single_user(node)
     if output is None or output.target is not operator.getitem or output.args[1] != 0:
-        return "its statistics are used as well"
+        return "its statistics are used too"
     chain = [node, output]
     if (after := _skip_identities(chain)) is None:
         return _why_not_single(chain[-1])
@@ -164,7 +164,7 @@ def what_follows(node: fx.Node) -> Match | str:
     first, second = after.args
     residual = second if first is chain[-1] else first
     if not isinstance(residual, fx.Node) or residual is chain[-1]:
-        return "what is added to it is not another tensor"
+        return "the addend is not another tensor"
     if residual is first and (after.target is operator.iadd or after.target == "add_"):
         return "it is added in place to another tensor"
     chain.append(after)
@@ -191,28 +191,28 @@ def _fusion_blocker(match: Match, inputs: set[int]) -> str | None:
     source = g.value_of(given["input"])
     for other in (g.value_of(last), *([g.value_of(match.residual)] if match.residual is not None else [])):
         if type(other) is not type(source) and not isinstance(source, torch.nn.Parameter):
-            return "the tensors are of different classes"
+            return "the tensors have different classes"
         if not isinstance(other, Tensor) or other.dtype != source.dtype or other.device != source.device:
-            return "what is added differs in dtype or device"
+            return "the addend has another dtype or device"
         if len(other.shape) != len(source.shape) or not all(
             statically_known_true(a == b) for a, b in zip(other.shape, source.shape, strict=True)
         ):
-            return "what is added differs in shape"
+            return "the addend has another shape"
     operands = [value for value in (*given.values(), match.residual) if isinstance(value, fx.Node)]
     state = [given[name] for name in _STATE if isinstance(given.get(name), fx.Node)]
     between = node.next
     while between is not last:
         if between not in match.chain:
             if _writes(between, operands, inputs):
-                return "what it reads is changed in between"
+                return "its operands are changed in between"
             if any(g.may_share_memory(read, state, set()) for read in between.all_input_nodes):
                 return "its running statistics are used in between"
             if g.changes_context(between):
-                return f"{g._name_of(between)} comes in between"
+                return f"{g._name_of(between)} runs in between"
         between = between.next
     saves_residual = match.residual is not None and match.activation[0] not in ("identity", "relu", "leaky_relu")
     if saves_residual and _is_written_after(match.residual, last, inputs):
-        return "what is added to it is changed later"
+        return "the addend is changed later"
     return None
 
 
