@@ -18,7 +18,7 @@ from timing import FULL, TINY, Budget, interleave, make_stopwatch, ratios
 from torch import Tensor, nn
 
 import normfused
-from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS
+from normfused.activations import ACTIVATION_PARAMS, ACTIVATIONS
 
 # Maximum time relative to ReLU. The activations not listed compute exponentials or the error function.
 CHEAP = {"identity": 1.15, "relu6": 1.15, "leaky_relu": 1.15, "hardswish": 1.15}

@@ -111,10 +111,8 @@ def batch(device: str) -> Case:
     values = torch.randn(images.numel() * 5 // 8, device=device)  # 1 byte read and 4 written per element; 8 in a copy
     buffer = values.clone()
     calls: Calls = {
-        "normfused": lambda: normfused.standardize(images, *IMAGENET, out=out),
-        "the same, a new output": lambda: normfused.standardize(
-            images, *IMAGENET, memory_format=torch.contiguous_format
-        ),
+        "normfused": lambda: normfused.normalize(images, *IMAGENET, out=out),
+        "the same, a new output": lambda: normfused.normalize(images, *IMAGENET, memory_format=torch.contiguous_format),
         "copy of as many bytes": lambda: buffer.copy_(values),
     }
     what = "batch, uint8 HWC to normalized float32 CHW"
@@ -132,7 +130,7 @@ def data_set(name: str, shape: tuple[int, ...], layout: str, device: str) -> Cas
 
     def ours() -> tuple[Tensor, Tensor]:
         stats = normfused.ChannelStats().update(x)
-        return stats.mean, stats.std()
+        return stats.mean, stats.std
 
     calls: Calls = {"normfused": ours, "float().mean, std": recipe}
     return Case(

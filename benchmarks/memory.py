@@ -28,7 +28,7 @@ from resnet50 import frozen, images, resnet50
 from torch import Tensor, nn
 
 import normfused
-from normfused.conversion import kept_for_backward
+from normfused.conversion import bytes_saved_for_backward
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -91,7 +91,7 @@ def saved_by_block(mode: Mode, shape: tuple[int, ...], dtype: torch.dtype, devic
     result = {}
     for name, block in (("alone", Block), ("of a sum", ResidualBlock)):
         model = mode.change(block(shape[1], mode.activation()).to(device, dtype))
-        result[name] = kept_for_backward(model, x) / x.nbytes - 1  # the first convolution's input
+        result[name] = bytes_saved_for_backward(model, x) / x.nbytes - 1  # the first convolution's input
     return result
 
 
@@ -114,7 +114,7 @@ def measure_step(name: str, batch: int, side: int, device: str, threads: int) ->
     before = _peak_start(device)
     model(x).square().mean().backward()
     peak = _peak(device) - before
-    return Step(name, batch, kept_for_backward(model, x), peak)
+    return Step(name, batch, bytes_saved_for_backward(model, x), peak)
 
 
 def _run_in_process(function: Callable[..., Step], *arguments: Any) -> Step:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 import normfused
-from normfused.demo.data import find_dataset
-from normfused.demo.experiments import cnn
+from normfused.cli.demo.data import find_dataset
+from normfused.cli.demo.experiments import cnn
 from normfused.transforms import Normalize
 
 INTERRUPTED = 130  # exit code after SIGINT, by the shell's convention
@@ -55,8 +55,8 @@ def train(arguments: argparse.Namespace, rank: int, ranks: int, device: torch.de
     """Trains, prints and saves after each epoch, and returns the exit code."""
     split = find_dataset(arguments.data).limited(arguments.limit).train
     group = distributed.group.WORLD if ranks > 1 else None
-    stats = normfused.dataset_stats(split.images, layout="NCHW", group=group, progress=False)
-    normalize = Normalize(stats.mean, stats.std())
+    stats = normfused.dataset_stats(split.images, layout="NCHW", process_group=group, progress=False)
+    normalize = Normalize(stats.mean, stats.std)
     images, labels = normalize(split.images.to(device)), split.labels.to(device)
 
     torch.manual_seed(arguments.seed)
@@ -65,7 +65,7 @@ def train(arguments: argparse.Namespace, rank: int, ranks: int, device: torch.de
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     curve = load(arguments.checkpoint, model, optimizer) if arguments.resume else []
     if rank == 0:
-        print(f"{len(images)} images, {ranks} processes on {device.type}; mean {stats.mean}, std {stats.std()}")
+        print(f"{len(images)} images, {ranks} processes on {device.type}; mean {stats.mean}, std {stats.std}")
 
     interrupted = Interrupt(device)
     for epoch in range(len(curve), arguments.epochs):

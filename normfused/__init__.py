@@ -11,16 +11,16 @@ from normfused.conversion import (
     register_conversion,
     revert,
 )
-from normfused.dataset import dataset_stats
-from normfused.distributed import SyncBatchNorm, SyncBatchNormAct, sync_running_stats
-from normfused.folding import fold_bn
+from normfused.conversion.folding import fold_bn
+from normfused.data.dataset import dataset_stats
+from normfused.data.stats import ChannelStats
+from normfused.distributed.layers import SyncBatchNorm, SyncBatchNormAct
+from normfused.distributed.running_stats import sync_running_stats
 from normfused.functional import (
-    ChannelMoments,
-    ChannelSums,
     channel_moments,
     channel_sums,
-    standardize,
-    standardize_,
+    normalize,
+    normalize_,
 )
 from normfused.modules import (
     BatchNorm1d,
@@ -35,7 +35,7 @@ from normfused.modules import (
     LocalResponseNorm,
     no_stats_update,
 )
-from normfused.stats import ChannelStats
+from normfused.results import ChannelMoments, ChannelSums
 
 __all__ = [
     "BatchNorm1d",
@@ -65,12 +65,12 @@ __all__ = [
     "functional",
     "info",
     "no_stats_update",
+    "normalize",
+    "normalize_",
     "quantization",
     "reference",
     "register_conversion",
     "revert",
-    "standardize",
-    "standardize_",
     "sync_running_stats",
     "transforms",
 ]

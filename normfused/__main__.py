@@ -1,5 +1,5 @@
 """``python -m normfused``: the same as the command ``normfused``."""
 
-from normfused.cli import main
+from normfused.cli.main import main
 
 raise SystemExit(main())

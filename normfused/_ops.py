@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from normfused import _torch_private, decompositions
-from normfused.reference import as_dense
+from normfused.layout import as_dense
 
 _Function = Callable[..., Any]
 

@@ -1,4 +1,7 @@
-"""The private functions of torch that the package uses, each with what it does where torch lacks it."""
+"""The private functions and classes of torch that the package uses.
+
+Each has one wrapper here. A wrapper states what it returns if the installed torch lacks the private name.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,144 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-
-from normfused.checks import is_transformed
+from torch import Tensor, distributed, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 _Function = Callable[..., Any]
+
+# Base classes without public names: of BatchNorm1d/2d/3d and SyncBatchNorm; of these and the instance norms.
+BatchNormBase = nn.modules.batchnorm._BatchNorm
+NormBase = nn.modules.batchnorm._NormBase
+InstanceNormBase = nn.modules.instancenorm._InstanceNorm
+
+OpOverload = torch._ops.OpOverload
+OpOverloadPacket = torch._ops.OpOverloadPacket
+HigherOrderOperator = torch._ops.HigherOrderOperator
+
+suggest_memory_format = torch._prims_common.suggest_memory_format
+assert_async = torch._assert_async  # checks a 0-d tensor without waiting for the device
+is_jit_tracing = torch._C._is_tracing
+
+# ---- transforms and autograd -----------------------------------------------------------------------------------------
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is active. In-place operators have no derivative there."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def is_in_functorch() -> bool:
+    """Whether a transform of torch.func is active."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def is_functionalized() -> bool:
+    """Whether :func:`torch.func.functionalize` is active."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == torch._C._functorch.TransformType.Functionalize for interpreter in stack)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation follows this tensor."""
+    if forward_ad._current_level < 0:
+        return False
+    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None
+
+
+def is_in_backward() -> bool:
+    """Whether this thread is inside a backward pass. False while compiling, because compiled code runs later."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements of ``tensor`` certainly share memory, as those of an expanded tensor do."""
+    return torch._debug_has_internal_overlap(tensor) == 1
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func wraps ``tensor``. False while compiling, because Dynamo cannot trace this."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether :func:`torch.func.vmap` batches ``tensor``, at any level."""
+    while is_wrapped(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def write_buffer(buffer: Tensor, values: Tensor) -> None:
+    """Copy ``values`` into ``buffer``. If only ``values`` are wrapped by transforms, write below the transforms."""
+    if not is_wrapped(values) or is_wrapped(buffer):
+        buffer.copy_(values)
+        return
+    while is_wrapped(values):
+        if torch._is_functional_tensor(values):
+            torch._functionalize_sync(values)
+        values = torch._C._functorch.get_unwrapped(values)
+    with temporarily_clear_interpreter_stack():
+        buffer.copy_(values)
+
+
+def view_base(tensor: Tensor) -> Tensor | None:
+    """The tensor that ``tensor`` is a view of; ``tensor`` itself if it is no view."""
+    return tensor._base if tensor._is_view() else tensor
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """``tree``, nested tuples, lists and dicts, with ``function`` applied to each tensor."""
+    return _pytree.tree_map_only(Tensor, function, tree)
+
+
+def below_autograd() -> Any:
+    """A context in which operators skip autograd."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+# ---- process groups --------------------------------------------------------------------------------------------------
+
+
+def resolve_process_group(name: str) -> Any:
+    """The process group of that name."""
+    c10d: Any = distributed.distributed_c10d
+    return c10d._resolve_process_group(name)
+
+
+def prefix_store(prefix: str) -> Any:
+    """The key-value store of the default process group, for keys that begin with ``prefix``."""
+    c10d: Any = distributed.distributed_c10d
+    return c10d.PrefixStore(prefix, c10d._get_default_store())
+
+
+def patch_ddp_check(replace: Callable[[_Function], _Function]) -> None:
+    """Replace ``DistributedDataParallel``'s check for SyncBatchNorm. No effect if this torch has no such check."""
+    ddp: Any = nn.parallel.DistributedDataParallel
+    check = getattr(ddp, "_passing_sync_batchnorm_handle", None)
+    if check is not None:
+        ddp._passing_sync_batchnorm_handle = replace(check)
+
+
+# ---- quantization ----------------------------------------------------------------------------------------------------
+
+
+def quantization_tables() -> tuple[dict[Any, Any], dict[Any, Any]] | None:
+    """The tables of fuser methods and of static quantization in ``torch.ao.quantization``; None if torch lacks them."""
+    try:
+        from torch.ao.quantization.fuser_method_mappings import _DEFAULT_OP_LIST_TO_FUSER_METHOD as FUSERS
+        from torch.ao.quantization.quantization_mappings import DEFAULT_STATIC_QUANT_MODULE_MAPPINGS as STATIC
+    except ImportError:
+        return None
+    return FUSERS, STATIC
+
+
+# ---- Dynamo ----------------------------------------------------------------------------------------------------------
 
 _GLOBAL_HOOKS = [
     hooks
@@ -21,8 +158,11 @@ _GLOBAL_HOOKS = [
 ]
 
 
-def why_eager() -> str | None:
-    """What is at work, if anything, that Dynamo's captures would not see, or that must see the module calls itself."""
+def eager_reason() -> str | None:
+    """Why this call must not be captured, as a phrase that follows "calls"; ``None`` if it can be captured.
+
+    Dynamo does not see these states, or they have to see the module calls themselves.
+    """
     if torch._C._get_tracing_state() is not None:
         return "under torch.jit.trace"
     if torch._C._len_torch_dispatch_stack() > 0:
@@ -34,10 +174,46 @@ def why_eager() -> str | None:
     return "under torch.func or forward-mode differentiation" if is_transformed() else None
 
 
-def compile_apart(function: Callable[..., Any], backend: Callable[..., Any], limit: int) -> Callable[..., Any]:
-    """``torch.compile(function)`` whose captures are counted apart from all others, up to ``limit``.
+def dynamo_unavailable_reason() -> str | None:
+    """Why Dynamo cannot capture anything in this process; ``None`` if it can."""
+    if torch._dynamo.config.disable:
+        return "Dynamo is disabled"
+    try:
+        torch.compile(lambda: None, backend="eager")
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
-    Before torch 2.13 they are counted by code object, and the limit is that of Dynamo's configuration.
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """The compiler backend of that name."""
+    lookup: Any = torch._dynamo.lookup_backend
+    backend: Callable[..., Any] = lookup(name)
+    return backend
+
+
+def skip_frame(message: str) -> Exception:
+    """The exception by which a backend tells Dynamo to run a frame uncompiled."""
+    return torch._dynamo.exc.SkipFrame(message)
+
+
+def compiled_call(module: Any) -> Any:
+    """The function that ``module.__call__`` runs in place of the module's own call, as ``module.compile()`` sets it."""
+    return getattr(module, "_compiled_call_impl", None)
+
+
+def set_compiled_call(module: Any, function: Callable[..., Any] | None) -> None:
+    """Have ``module.__call__`` run ``function``; ``None`` restores the module's own call."""
+    if function is None:
+        del module._compiled_call_impl
+    else:
+        module._compiled_call_impl = function
+
+
+def compile_apart(function: Callable[..., Any], backend: Callable[..., Any], limit: int) -> Callable[..., Any]:
+    """``torch.compile(function)``, with a limit on its own captures only.
+
+    Before torch 2.13 captures are counted for each code object, and the limit is that of Dynamo's configuration.
     """
     make: Any = torch.compile
     known = inspect.signature(make).parameters
@@ -49,9 +225,9 @@ def compile_apart(function: Callable[..., Any], backend: Callable[..., Any], lim
 
 
 def captures_refused() -> int:
-    """How many captures Dynamo has refused in this process because of its limit.
+    """Number of captures that Dynamo has refused in this process because of its limit.
 
-    They are found by the text of the refusal; of a torch that says it in other words there are none.
+    Refusals are recognized by their text. The number is 0 if this torch words it differently.
     """
     from torch._dynamo.utils import counters
 
@@ -59,10 +235,11 @@ def captures_refused() -> int:
 
 
 def dynamo_patcher(**changes: Any) -> Callable[[], Callable[[], None]]:
-    """A function that sets entries of Dynamo's configuration in this thread, and returns one that undoes it.
+    """A function that sets entries of Dynamo's configuration in this thread. It returns a function that undoes it.
 
-    Entries that this torch lacks are left out. ``config.patch`` and its faster sibling do the same, but also see to a
-    hash of the configuration, by which compiled code is cached on disk. There is none here, and this runs in each call.
+    Entries that this torch lacks are left out. ``config.patch`` does the same, but also updates a hash of the
+    configuration, which is the key of compiled code cached on disk. No such code exists here, and this function runs in
+    each call.
     """
     import torch._dynamo
 
@@ -94,15 +271,15 @@ def dynamo_patcher(**changes: Any) -> Callable[[], Callable[[], None]]:
 
 
 def register_decomposition(operator: torch._ops.OpOverload, table: str) -> Callable[[_Function], _Function]:
-    """Add a function to one of torch's tables of decompositions; nothing where torch has none."""
+    """A decorator that adds a decomposition to one of torch's tables. No effect if this torch has no such tables."""
     register = getattr(torch._decomp, "register_decomposition", None)
     return register(operator, type=table) if register else lambda function: function
 
 
 def call_from_inductor(operator: torch._ops.OpOverload) -> None:
-    """Let Inductor, where it is imported, call ``operator`` although torch knows a decomposition of it.
+    """Let Inductor, if it is imported, call ``operator`` although torch has a decomposition of it.
 
-    It would do so by itself, but raises where the environment variable ``CI`` is set.
+    Inductor does so by default, but raises if the environment variable ``CI`` is set.
     """
     lowering: Any = sys.modules.get("torch._inductor.lowering")
     if lowering is None or operator in lowering.lowerings:

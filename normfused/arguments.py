@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from normfused.checks import DTYPES, check_can_be_overwritten, check_device, has_tangent
-from normfused.reference import ACTIVATIONS
+from normfused._torch_private import has_tangent
+from normfused.activations import ACTIVATIONS
+from normfused.checks import DTYPES, check_can_be_overwritten, check_device
 from normfused.residuals import check_residual
 
 

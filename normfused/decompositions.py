@@ -1,7 +1,7 @@
-"""The operators of evaluation in terms of torch's own: what jit traces, ONNX exporters and decompositions get.
+"""The operators of evaluation composed of torch's own operators, for jit traces, ONNX export and decompositions.
 
-What torch knows about ``aten::batch_norm`` then applies, such as folding it into a convolution. Results agree with the
-kernels' to the rounding of the input's dtype. Everything here is differentiable by torch's autograd.
+torch's passes for ``aten::batch_norm``, such as folding into a convolution, then apply. Results agree with those of the
+kernels up to rounding of the input's dtype. Autograd differentiates all functions.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normfused.reference import ACTIVATIONS
+from normfused.activations import ACTIVATIONS
 
 
 def batch_norm_inference(
+    # the parameters of the operator
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -24,7 +25,7 @@ def batch_norm_inference(
     activation: str = "identity",
     activation_param: float = 0.0,
 ) -> Tensor:
-    """``activation(batch_norm(input) + residual)`` by running statistics."""
+    """``activation(batch_norm(input) + residual)`` with running statistics. Arguments are those of the operator."""
     output = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     if residual is not None:
         output = output + residual
@@ -32,7 +33,7 @@ def batch_norm_inference(
 
 
 def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    """As the operator of that name; float16 and bfloat16, for which torch has no pooling on the CPU, in float32."""
+    """The operator ``local_response_norm``. float16 and bfloat16 are computed in float32, which torch can pool."""
     dtype = torch.promote_types(input.dtype, torch.float32)
     return F.local_response_norm(input.to(dtype), size, alpha, beta, k).to(input.dtype)
 
@@ -45,15 +46,15 @@ def standardize(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
-    """As the operator of that name, in float32 where neither input nor output is float64."""
+    """The operator ``standardize``. The arithmetic is in float64 if input or output is, else in float32."""
     dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
     wide = torch.promote_types(torch.promote_types(input.dtype, dtype), torch.float32)
-    # Not torch.tensor, which a trace cannot hold as a function.
-    centre, deviation = (
+    # torch.tensor cannot be part of a trace as a function; torch.full can.
+    center, deviation = (
         torch.stack([torch.full((1, 1), value, dtype=wide, device=input.device) for value in values])
         for values in (mean, std)
     )
-    output = ((input.to(wide) * scale - centre) / deviation).to(dtype)
+    output = ((input.to(wide) * scale - center) / deviation).to(dtype)
     if memory_format in (None, torch.preserve_format):
         return output
     return output.contiguous(memory_format=memory_format)

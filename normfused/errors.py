@@ -1,5 +1,5 @@
-"""The one exception of the commands."""
+"""The exception of the commands."""
 
 
 class CommandError(Exception):
-    """What keeps a command from running, as one line for its user."""
+    """A command cannot run. The message is one line for the user."""

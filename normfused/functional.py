@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.jit._trace import TracerWarning
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from normfused import _extension, decompositions, dtensor, reference
+from normfused import _extension, decompositions, reference
+from normfused._torch_private import is_functionalized, is_transformed
+from normfused.activations import ACTIVATION_PARAMS, ACTIVATIONS
 from normfused.arguments import (
     check_activation,
     check_arguments,
@@ -21,16 +23,13 @@ from normfused.arguments import (
     check_shape,
     check_statistics_input,
 )
-from normfused.checks import (
-    DTYPES,
-    is_functionalized,
-    is_transformed,
-    needs_torchs_operators,
-)
+from normfused.checks import DTYPES, needs_torchs_operators
+from normfused.data.normalization import normalize, normalize_
+from normfused.distributed import dtensor
+from normfused.layout import values_per_channel
 from normfused.masks import check_mask, masked_rows, masked_zeros, some_positions_of, unmasked
-from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS, ChannelMoments, ChannelSums, values_per_channel
 from normfused.residuals import split_residual
-from normfused.standardization import standardize, standardize_
+from normfused.results import ChannelMoments, ChannelSums
 
 __all__ = [
     "ChannelMoments",
@@ -39,8 +38,8 @@ __all__ = [
     "channel_moments",
     "channel_sums",
     "local_response_norm",
-    "standardize",
-    "standardize_",
+    "normalize",
+    "normalize_",
 ]
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

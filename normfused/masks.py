@@ -1,16 +1,17 @@
-"""Positions that are left out: masks are checked, and what they name is brought together and put back."""
+"""Masks: checks, and gathering and scattering of the positions that are present."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from normfused import reference
+from normfused._torch_private import assert_async
+from normfused.layout import as_dense, laid_out_as
 from normfused.residuals import check_residual
 
 
 def check_mask(name: str, mask: Tensor, input: Tensor) -> None:
-    """Raise where ``mask`` does not name positions of ``input``."""
+    """Raise ``TypeError`` or ``ValueError`` if ``mask`` is not a mask of the positions of ``input``."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name}: mask must be a bool tensor, got {got}")
@@ -24,18 +25,23 @@ def check_mask(name: str, mask: Tensor, input: Tensor) -> None:
 
 
 def positions_of(mask: Tensor) -> tuple[Tensor, ...]:
-    """The indices of the positions that are present. Their number is not known before the device has counted them.
+    """The indices of the positions that are present, one tensor for each dimension of ``mask``.
 
-    This is the one point where a call with a mask waits for the device. Indexing by the mask would wait each time.
+    The number of positions depends on values, so this waits for the device. It is the only wait of a call with a mask;
+    indexing with the mask itself would wait each time.
     """
     return mask.nonzero().unbind(1)
 
 
 def some_positions_of(name: str, mask: Tensor, input: Tensor) -> tuple[Tensor, ...]:
-    """The same. Raises where there is nothing to train with; compiled code raises ``RuntimeError`` when it runs."""
+    """:func:`positions_of` for training.
+
+    Raises:
+        ValueError: no position is present. Compiled code raises ``RuntimeError`` when it runs, for less than two.
+    """
     compiling = torch.compiler.is_compiling()
-    if compiling:  # first, because compilers check the number of positions too, with a message of their own
-        torch._assert_async((mask.sum() > 1) | (input.numel() == 0), f"{name}: mask has less than 2 valid positions")
+    if compiling:  # before nonzero(), after which compilers check the number with another message
+        assert_async((mask.sum() > 1) | (input.numel() == 0), f"{name}: mask has less than 2 valid positions")
     positions = positions_of(mask)
     if not compiling and input.numel() != 0 and positions[0].numel() == 0:
         raise ValueError(f"{name}: mask has no valid position")
@@ -43,7 +49,7 @@ def some_positions_of(name: str, mask: Tensor, input: Tensor) -> tuple[Tensor, .
 
 
 def masked_rows(positions: tuple[Tensor, ...], input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """These positions of ``input`` and ``residual``, as the rows of matrices."""
+    """The given positions of ``input`` and ``residual`` as matrices of shape (positions, C)."""
     if residual is not None:
         check_residual(input, residual)
         residual = residual.movedim(1, -1)[positions]
@@ -51,14 +57,14 @@ def masked_rows(positions: tuple[Tensor, ...], input: Tensor, residual: Tensor |
 
 
 def masked_zeros(mask: Tensor, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``input`` and ``residual`` with zeros at the positions that are left out."""
+    """``input`` and ``residual`` with zeros at the excluded positions."""
     if residual is not None:
         check_residual(input, residual)
         residual = torch.where(mask.unsqueeze(1), residual, 0)
-    return torch.where(mask.unsqueeze(1), reference.as_dense(input), 0), residual
+    return torch.where(mask.unsqueeze(1), as_dense(input), 0), residual
 
 
 def unmasked(positions: tuple[Tensor, ...], rows: Tensor, input: Tensor) -> Tensor:
-    """The rows put back to their positions in a tensor of ``input``'s shape; zeros elsewhere."""
+    """A tensor of the shape and layout of ``input`` with the rows at their positions and zeros elsewhere."""
     output = rows.new_zeros(input.movedim(1, -1).shape).index_put(positions, rows).movedim(-1, 1)
-    return reference.laid_out_as(output, input)
+    return laid_out_as(output, input)

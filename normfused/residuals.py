@@ -1,4 +1,4 @@
-"""What is added to a normalized tensor before its activation: checks, and dtypes other than the input's."""
+"""The residual, which is added before the activation: checks, and dtypes that differ from the input's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from normfused.checks import DTYPES
 
 
 def check_residual(input: Tensor, residual: Tensor) -> None:
-    """Raise where ``residual`` cannot be added to ``input``."""
+    """Raise ``TypeError`` or ``ValueError`` if ``residual`` cannot be added to ``input``."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"batch_norm: residual must be a tensor or None, got {type(residual).__name__}")
     if residual.shape != input.shape:
@@ -23,10 +23,11 @@ def check_residual(input: Tensor, residual: Tensor) -> None:
 
 
 def split_residual(input: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """``residual`` in ``input``'s dtype, for the operators to add; or None, and ``residual`` to be added afterwards.
+    """Split ``residual`` into the part that the operators add, and the part to add after them. One of them is None.
 
-    The operators know one dtype. torch's addition promotes to the wider one: where that is not ``input``'s, the sum is
-    that of the output, rounded to ``input``'s dtype, and ``residual``.
+    The operators need a residual in the dtype of ``input``. torch's addition promotes to the wider dtype. If that is
+    the dtype of ``input``, the residual is converted. Otherwise the residual is added to the output of the operator,
+    which is rounded to the dtype of ``input``.
     """
     if residual is None or getattr(residual, "dtype", None) == input.dtype:
         return residual, None

@@ -1,6 +1,6 @@
-"""What ``torch.jit.script`` compiles in place of our layers: torch.nn's, of the same parameters and buffers.
+"""The torch.nn layers that ``torch.jit.script`` compiles in place of this package's, with the same parameters.
 
-``torch.jit.script`` asks modules for that by ``__prepare_scriptable__`` and puts the answer into the model it is given.
+``torch.jit.script`` calls ``__prepare_scriptable__`` of each module and replaces the module in the model by the result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from normfused.reference import ACTIVATION_PARAMS
+from normfused._torch_private import BatchNormBase
+from normfused.activations import ACTIVATION_PARAMS
 
 _MODULES: dict[str, Callable[[float], nn.Module]] = {
     "identity": lambda _: nn.Identity(),
@@ -31,18 +32,18 @@ _MODULES: dict[str, Callable[[float], nn.Module]] = {
 
 
 def _named(name: str, function: Any) -> Any:
-    """The function under another name: TorchScript compiles a method by the name that its function has."""
+    """A copy of ``function`` with another name: TorchScript compiles a method under the name of its function."""
     copied = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
     copied.__annotations__ = function.__annotations__
     return copied
 
 
-class _BatchNormAct(nn.modules.batchnorm._BatchNorm):
-    """Batch norm, addition and activation by torch.nn's layers; ``state_dict`` has batch norm's keys alone."""
+class _BatchNormAct(BatchNormBase):
+    """Batch norm, addition and activation by torch.nn's layers. ``state_dict`` has only the keys of the batch norm."""
 
-    if TYPE_CHECKING:  # TorchScript reads annotations
+    if TYPE_CHECKING:  # hidden from TorchScript, which reads annotations
         follow: Any
-    _normalize = _named("_normalize", nn.modules.batchnorm._BatchNorm.forward)
+    _normalize = _named("_normalize", BatchNormBase.forward)
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 (TorchScript reads it)
         output = self._normalize(input)
@@ -74,24 +75,24 @@ _SCRIPTABLE: dict[str, type[nn.Module]] = {
 }
 
 
-# torch.jit.script remembers by id() the modules that it has seen, and drops those that it replaces: another module at
-# the same address would be confused with the one before. So a replaced layer lives as long as what replaces it.
+# torch.jit.script stores the id() of each module that it has seen, and drops modules that it replaces. A new module at
+# the same address would be confused with the dropped one. So a replaced layer is kept alive by its replacement.
 _REPLACED: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def scriptable(layer: Any, options: dict[str, Any]) -> nn.Module:
-    """The layer as ``torch.jit.script`` can compile it, with the same parameters, buffers and hooks.
+    """The torch.nn layer for ``torch.jit.script``, with the same parameters, buffers and hooks.
 
     Raises:
-        RuntimeError: the layer is of another class, or has one of ``options``, which TorchScript would lose.
+        RuntimeError: a layer of another class, or one with ``options`` that TorchScript would lose.
     """
     name = type(layer).__name__
     cls = _SCRIPTABLE.get(name) if type(layer).__module__.startswith("normfused.") else None
     if cls is None:
-        raise RuntimeError(f"torch.jit.script cannot compile {name}; normfused.revert gives layers that it can")
+        raise RuntimeError(f"torch.jit.script cannot compile {name}; call normfused.revert first")
     lost = ", ".join(f"{option}={value!r}" for option, value in options.items() if not option.startswith("activation"))
     if lost:
-        raise RuntimeError(f"torch.jit.script would lose {lost} of {name}; reset it before, on a copy of the model")
+        raise RuntimeError(f"torch.jit.script would lose {lost} of {name}; reset it on a copy of the model first")
     twin = copy.copy(layer)
     twin.__class__ = cls
     if issubclass(cls, _BatchNormAct):

@@ -1,4 +1,4 @@
-"""Image transforms in the style of torchvision's, which they compose with and do not need."""
+"""Image transforms in the style of torchvision. They compose with torchvision's and do not require it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normfused.images import as_array, as_nchw
-from normfused.standardization import ImageConstants, check_image
-from normfused.stats import ChannelStats, measure
+from normfused.data.images import as_array, as_nchw
+from normfused.data.normalization import ImageConstants, check_image
+from normfused.data.stats import ChannelStats, measure
 
 __all__ = [
     "CIFAR10",
@@ -29,38 +29,52 @@ Numbers = float | Sequence[float] | Tensor
 
 
 class Preset(NamedTuple):
-    """Constants of a data set, for values in 0..1: ``Normalize(*IMAGENET)``."""
+    """Mean and standard deviation of a data set per channel, for values in 0..1.
+
+    Example:
+        >>> from normfused.transforms import IMAGENET, Normalize
+        >>> Normalize(*IMAGENET)
+        Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-# As torchvision's pretrained models expect them: from a random subset of the training images, resized and cropped. The
-# std is the mean of single images' standard deviations, smaller than that of all pixels:
+# The values that torchvision's pretrained models expect, from a random subset of the training images, resized and
+# cropped. The std is the mean of the standard deviations of single images, which is smaller than that of all pixels:
 # https://github.com/pytorch/vision/pull/1965.
 IMAGENET = Preset((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# Of all pixels of the 50,000 training images. The std of (0.2023, 0.1994, 0.2010), often seen, is single images' mean.
+# All pixels of the 50,000 training images. The std (0.2023, 0.1994, 0.2010) that is often used is the mean of the
+# standard deviations of single images.
 CIFAR10 = Preset((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-# Of all pixels of the 60,000 training images: normfused stats train-images-idx3-ubyte.gz.
+# All pixels of the 60,000 training images, by normfused stats train-images-idx3-ubyte.gz.
 FASHION_MNIST = Preset((0.2860,), (0.3530,))
 
 
 class Normalize(nn.Module):
-    """``(x * scale - mean) / std`` for each channel: torchvision's ``Normalize``, which takes bytes too.
+    """``(x * scale - mean) / std`` for each channel: torchvision's ``Normalize`` that also accepts uint8.
 
-    One pass over memory, and one launch on CUDA, where the constants travel with the launch.
+    It needs one pass over memory, and one kernel launch on CUDA; the constants are arguments of the launch.
 
     Args:
-        mean, std: a number for all channels, or one for each, of values times ``scale``.
-        inplace: write over floating input, and return that.
-        scale: default 1/255 for uint8 input, 1 for floating.
-        eps: the least divisor: a ``std`` below it counts as ``eps``.
-        dtype: of the output; default the input's, float32 for uint8.
-        memory_format: of the output; default the input's.
+        mean, std: one number, or one per channel, for values after scaling.
+        inplace: overwrite and return the input, which must be floating.
+        scale: factor of the input; default 1/255 for uint8, 1 otherwise.
+        eps: minimum divisor: a ``std`` below it is replaced by it.
+        dtype: dtype of the output; default that of the input, float32 for uint8.
+        memory_format: of the output; default that of the input.
 
     Raises:
-        ValueError: a ``std`` that is not above 0 where ``eps`` is 0; constants that are not finite, or do not fit each
-        other. What a call raises: :func:`normfused.functional.standardize`.
+        ValueError: ``std`` that is not positive with ``eps=0``; constants that are not finite; different numbers of
+            means and stds; ``inplace`` with ``dtype`` or ``memory_format``. A call raises as
+            :func:`normfused.functional.normalize`.
+
+    Example:
+        >>> import torch
+        >>> from normfused.transforms import Normalize
+        >>> Normalize(mean=0.5, std=0.5)(torch.zeros(3, 2, 2, dtype=torch.uint8)).unique()
+        tensor([-1.])
 
     Source: https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.Normalize.html
     """
@@ -82,25 +96,34 @@ class Normalize(nn.Module):
         self.dtype = dtype
         self.memory_format = memory_format
         if inplace and (dtype is not None or memory_format != torch.preserve_format):
-            raise ValueError(f"{type(self).__name__}: inplace=True leaves dtype and memory_format as they are")
+            raise ValueError(f"{type(self).__name__}: inplace=True excludes dtype and memory_format")
 
     def forward(self, image: Tensor) -> Tensor:
-        """Of shape ``(..., C, H, W)``, uint8 or floating, on any device."""
+        """Normalize images of shape ``(..., C, H, W)``, uint8 or floating, on any device."""
         if self.inplace:
-            return self.constants.standardize_(image)
-        return self.constants.standardize(image, self.dtype, self.memory_format)
+            return self.constants.normalize_(image)
+        return self.constants.normalize(image, self.dtype, self.memory_format)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"mean={self.constants.mean}, std={self.constants.std}"
 
 
 class ToNormalizedTensor(Normalize):
-    """``ToTensor`` and ``Normalize`` in one pass: a PIL image, an array or a tensor to a normalized tensor.
+    """``ToTensor`` and ``Normalize`` in one pass: from a PIL image, array or tensor to a normalized tensor.
 
     Args:
-        mean, std, scale, eps: as for :class:`Normalize`.
-        dtype: of the output.
-        memory_format: of the output: ``torch.contiguous_format``, or ``torch.channels_last``.
+        mean, std, scale, eps: as in :class:`Normalize`.
+        dtype: dtype of the output, default float32.
+        memory_format: of the output: ``torch.contiguous_format``, the default, or ``torch.channels_last``.
+
+    Raises:
+        ValueError: as :class:`Normalize`.
+
+    Example:
+        >>> import numpy as np
+        >>> from normfused.transforms import ToNormalizedTensor
+        >>> ToNormalizedTensor(mean=0.5, std=0.5)(np.zeros((4, 6, 3), dtype=np.uint8)).shape
+        torch.Size([3, 4, 6])
     """
 
     def __init__(
@@ -116,19 +139,35 @@ class ToNormalizedTensor(Normalize):
         super().__init__(mean, std, scale=scale, eps=eps, dtype=dtype, memory_format=memory_format)
 
     def forward(self, image: Any) -> Tensor:
-        """Of a PIL image, an array ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)``, or a tensor ``(..., C, H, W)``.
+        """Normalize a PIL image, an array or a tensor, uint8 or floating, which is not changed.
 
-        uint8 or floating; never written. Returns a new tensor of shape ``(..., C, H, W)``.
+        Args:
+            image: a PIL image, an array of shape ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)``, or a tensor of shape
+                ``(..., C, H, W)``.
+
+        Returns:
+            A new tensor of shape ``(..., C, H, W)``.
         """
         return super().forward(_as_tensor(image))
 
 
 class Denormalize(nn.Module):
-    """Undoes :class:`Normalize`: ``x * std + mean``, in 0..1 where that came from bytes.
+    """The inverse of :class:`Normalize`: ``x * std + mean``, which is in 0..1 for images that were uint8.
 
     Args:
-        mean, std: as they were given to ``Normalize``.
-        dtype: of the output, default the input's; ``torch.uint8`` gives ``x * 255``, rounded and kept within 0..255.
+        mean, std: the arguments of ``Normalize``.
+        dtype: dtype of the output, default that of the input. ``torch.uint8``: the result times 255, rounded and
+            clamped to 0..255.
+
+    Raises:
+        ValueError: ``std`` that is not positive; constants that are not finite; different numbers of means and stds.
+
+    Example:
+        >>> import torch
+        >>> from normfused.transforms import Denormalize, Normalize
+        >>> image = torch.tensor([[[0, 128, 255]]], dtype=torch.uint8)
+        >>> Denormalize(0.5, 0.5, dtype=torch.uint8)(Normalize(0.5, 0.5)(image))
+        tensor([[[  0, 128, 255]]], dtype=torch.uint8)
     """
 
     def __init__(self, mean: Numbers, std: Numbers, *, dtype: torch.dtype | None = None) -> None:
@@ -143,10 +182,10 @@ class Denormalize(nn.Module):
         self.mean, self.std, self.dtype = given.mean, given.std, dtype
 
     def forward(self, image: Tensor) -> Tensor:
-        """Of shape ``(..., C, H, W)``, floating."""
+        """Denormalize images of shape ``(..., C, H, W)``, floating. Returns a new tensor."""
         if self.dtype != torch.uint8:
-            return self.constants.standardize(image, self.dtype)
-        white = self.constants.standardize(image, torch.promote_types(image.dtype, torch.float32))
+            return self.constants.normalize(image, self.dtype)
+        white = self.constants.normalize(image, torch.promote_types(image.dtype, torch.float32))
         return white.round_().clamp_(0, 255).to(torch.uint8)
 
     def extra_repr(self) -> str:  # noqa: D102
@@ -154,7 +193,7 @@ class Denormalize(nn.Module):
 
 
 class _ByOwnStatistics(nn.Module):
-    """Normalizes images by what they are themselves."""
+    """Normalizes images by their own statistics."""
 
     def __init__(self, over: str, per_channel: bool, eps: float, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -166,7 +205,7 @@ class _ByOwnStatistics(nn.Module):
         self.over, self.per_channel, self.eps, self.dtype = over, per_channel, eps, dtype
 
     def _mean_and_std(self, stats: ChannelStats) -> tuple[Tensor, Tensor]:
-        """What is taken off, and what the rest is divided by, shape (C,)."""
+        """The subtrahend and the divisor of each channel, shape (C,)."""
         raise NotImplementedError
 
     def forward(self, image: Any) -> Tensor:
@@ -175,13 +214,13 @@ class _ByOwnStatistics(nn.Module):
         check_image(name, x)
         *batch, channels, height, width = x.shape
         images = math.prod(batch)
-        # Values that share their statistics become a channel.
+        # Reshape so that values that share their statistics are one channel.
         if self.over == "image":
             grouped = x.reshape((1, images * channels, height, width) if self.per_channel else (1, images, -1, width))
         else:
             grouped = x.reshape((images, channels, height, width) if self.per_channel else (1, 1, -1, width))
         mean, std = self._mean_and_std(measure(grouped, "NCHW", None))
-        output = ImageConstants(name, mean, std).standardize(grouped, self.dtype)
+        output = ImageConstants(name, mean, std).normalize(grouped, self.dtype)
         return output.reshape(x.shape)
 
     def extra_repr(self) -> str:
@@ -189,16 +228,27 @@ class _ByOwnStatistics(nn.Module):
 
 
 class Standardize(_ByOwnStatistics):
-    """The z-score of images by their own mean and standard deviation, which are constants to autograd.
+    """Subtract the mean of the images and divide by their standard deviation (z-score).
+
+    The statistics are the images' own, exclude NaN and infinities, and are constants to autograd. To normalize by given
+    constants use :class:`Normalize`. Input is that of :meth:`ToNormalizedTensor.forward`.
 
     Args:
-        over: ``"image"``: each image by its own statistics; ``"batch"``: all images together.
-        per_channel: each channel by its own statistics, or all channels together.
-        correction: what is taken off the count in the variance: 0 or 1.
-        eps: deviations up to it, of bytes in 0..1, are not divided by: what is constant becomes 0.
-        dtype: of the output; default the input's, float32 for uint8.
+        over: ``"image"``: statistics of each image; ``"batch"``: of all images together.
+        per_channel: statistics of each channel, or of all channels together.
+        correction: subtracted from the count in the variance, as in :func:`torch.var`: 0 or 1.
+        eps: a standard deviation up to it (for uint8 after scaling to 0..1) is replaced by 1, so that a constant image
+            becomes 0.
+        dtype: dtype of the output; default that of the input, float32 for uint8.
 
-    NaN and infinities are left out of the statistics. Called as :meth:`ToNormalizedTensor.forward`.
+    Raises:
+        ValueError: an argument that is not listed. A call raises as :func:`normfused.functional.normalize`.
+
+    Example:
+        >>> import torch
+        >>> from normfused.transforms import Standardize
+        >>> Standardize()(torch.tensor([[[1.0, 3.0]]]))
+        tensor([[[-1.,  1.]]])
     """
 
     def __init__(
@@ -216,17 +266,28 @@ class Standardize(_ByOwnStatistics):
         self.correction = correction
 
     def _mean_and_std(self, stats: ChannelStats) -> tuple[Tensor, Tensor]:
-        std = stats.std(self.correction)
+        std = (stats.m2 / (stats.count - self.correction)).sqrt()
         return stats.mean, torch.where(std > self.eps, std, 1.0)
 
 
 class MinMaxNormalize(_ByOwnStatistics):
-    """Images stretched from their own least and greatest value to a range; both are constants to autograd.
+    """Map images linearly from their minimum and maximum to a range. Both are constants to autograd.
 
     Args:
-        range: what the least and the greatest value become.
-        over, per_channel, dtype: as for :class:`Standardize`.
-        eps: extents up to it, of bytes in 0..1, are not stretched: what is constant becomes the range's first end.
+        range: the values that minimum and maximum are mapped to.
+        over, per_channel, dtype: as in :class:`Standardize`; ``per_channel`` is False by default.
+        eps: an extent up to it (for uint8 after scaling to 0..1) is replaced by 1: a constant image becomes
+            ``range[0]``.
+
+    Raises:
+        ValueError: ``range`` is not two finite numbers in ascending order. A call raises as
+            :func:`normfused.functional.normalize`.
+
+    Example:
+        >>> import torch
+        >>> from normfused.transforms import MinMaxNormalize
+        >>> MinMaxNormalize((-1, 1))(torch.tensor([[[2.0, 3.0, 4.0]]]))
+        tensor([[[-1.,  0.,  1.]]])
     """
 
     def __init__(
@@ -241,7 +302,7 @@ class MinMaxNormalize(_ByOwnStatistics):
         super().__init__(over, per_channel, eps, dtype)
         low, high = range
         if not -math.inf < low < high < math.inf:
-            raise ValueError(f"MinMaxNormalize: range must be two finite numbers, the lesser first, got {range}")
+            raise ValueError(f"MinMaxNormalize: range must be two finite numbers in ascending order, got {range}")
         self.range = low, high
 
     def _mean_and_std(self, stats: ChannelStats) -> tuple[Tensor, Tensor]:
@@ -251,8 +312,8 @@ class MinMaxNormalize(_ByOwnStatistics):
         return stats.min - low * std, std
 
     def forward(self, image: Any) -> Tensor:
-        """As :meth:`ToNormalizedTensor.forward`."""
-        # Rounding may lead an ulp out of the range.
+        """Map images to the range; input as in :meth:`ToNormalizedTensor.forward`. Returns a new tensor."""
+        # Clamped, because rounding can exceed the range by one unit in the last place.
         return super().forward(image).clamp_(*self.range)
 
     def extra_repr(self) -> str:  # noqa: D102
@@ -260,7 +321,7 @@ class MinMaxNormalize(_ByOwnStatistics):
 
 
 def _as_tensor(image: Any) -> Tensor:
-    """A tensor as it is; of anything else a view of shape (..., C, H, W)."""
+    """A tensor unchanged; anything else as a view of shape (..., C, H, W)."""
     if isinstance(image, Tensor):
         return image
     array = as_array(image)

@@ -22,7 +22,7 @@ def module_for(x: torch.Tensor, **arguments) -> nn.Module:
 @pytest.mark.parametrize("grad_layout", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
-def test_b08_every_layout_is_as_close_as_torch(
+def test_every_layout_is_as_close_as_torch(
     device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], layout: str, grad_layout: str, training: bool
 ) -> None:
     for affine in (True, False):
@@ -38,7 +38,7 @@ def test_b08_every_layout_is_as_close_as_torch(
     [(7, 3), (300, 17), (2, 64), (3, 5, 9), (2, 33, 1), (2, 3, 4, 5, 6), (5, 1, 7, 7), (2, 40, 31, 33)],
     ids=str,
 )
-def test_b07_every_rank_is_as_close_as_torch(
+def test_every_rank_is_as_close_as_torch(
     device: torch.device, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], training: bool
 ) -> None:
     for layout in ("contiguous", "channels_last"):
@@ -50,7 +50,7 @@ def test_b07_every_rank_is_as_close_as_torch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (3, 4, 5, 2), (3, 4, 2, 3, 2)], ids=str)
-def test_b07_module_is_the_function(
+def test_module_is_the_function(
     device: torch.device, shape: tuple[int, ...], training: bool, dtype: torch.dtype
 ) -> None:
     arguments = make_arguments(shape, dtype, dtype, device)
@@ -72,7 +72,7 @@ def test_b07_module_is_the_function(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_b07_autocast_keeps_dtypes_as_torch_does(device: torch.device, dtype: torch.dtype) -> None:
+def test_autocast_keeps_dtypes_as_torch_does(device: torch.device, dtype: torch.dtype) -> None:
     x = torch.randn(4, 3, 5, 5, device=device, dtype=dtype)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         ours, theirs = normfused.BatchNorm2d(3, device=device)(x), nn.BatchNorm2d(3, device=device)(x)
@@ -80,7 +80,7 @@ def test_b07_autocast_keeps_dtypes_as_torch_does(device: torch.device, dtype: to
     torch.testing.assert_close(ours, theirs)
 
 
-def test_b07_running_var_is_unbiased_and_output_biased(device: torch.device) -> None:
+def test_running_var_is_unbiased_and_output_biased(device: torch.device) -> None:
     x = torch.tensor([[1.0], [3.0]], device=device)
     running_mean, running_var = torch.zeros(1, device=device), torch.zeros(1, device=device)
     y = batch_norm(x, running_mean, running_var, training=True, momentum=1.0, eps=0.0)
@@ -90,7 +90,7 @@ def test_b07_running_var_is_unbiased_and_output_biased(device: torch.device) -> 
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-def test_b07_parameters_and_buffers_of_any_stride(device: torch.device, strided: bool) -> None:
+def test_parameters_and_buffers_of_any_stride(device: torch.device, strided: bool) -> None:
     arguments = make_arguments((5, 4, 3), torch.float32, torch.float32, device)
     expected = run(batch_norm, arguments, training=True)
 
@@ -112,7 +112,7 @@ def test_b07_parameters_and_buffers_of_any_stride(device: torch.device, strided:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (4, 3, 0, 5), (0, 3, 4, 5), (0, 3, 4, 5, 6), (4, 0, 5)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_b06_empty_batches(
+def test_empty_batches(
     device: torch.device, shape: tuple[int, ...], layout: str, training: bool, dtype: torch.dtype
 ) -> None:
     x = lay_out(torch.empty(shape, device=device, dtype=dtype), layout).requires_grad_()
@@ -132,7 +132,7 @@ def test_b06_empty_batches(
         assert_same_bits(value, before[name])
 
 
-def test_b06_empty_batch_needs_no_momentum(device: torch.device) -> None:
+def test_empty_batch_needs_no_momentum(device: torch.device) -> None:
     module = normfused.BatchNorm1d(3, momentum=None, device=device)
     assert module(torch.empty(0, 3, device=device)).shape == (0, 3)
     assert module.num_batches_tracked == 0
@@ -146,7 +146,7 @@ AMBIGUOUS = [(4, 1, 3, 3), (4, 3, 1, 1), (1, 3, 4, 4), (1, 3, 1, 4), (4, 1, 1, 1
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "torch channels_last"])
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6), (2, 3, 4, 5, 6), *AMBIGUOUS], ids=str)
-def test_b08_dense_formats_are_kept(device: torch.device, shape: tuple[int, ...], layout: str, training: bool) -> None:
+def test_dense_formats_are_kept(device: torch.device, shape: tuple[int, ...], layout: str, training: bool) -> None:
     x = torch.randn(shape, device=device)
     if layout == "torch channels_last":
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -164,9 +164,7 @@ def test_b08_dense_formats_are_kept(device: torch.device, shape: tuple[int, ...]
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["permuted", "sliced", "expanded"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_b08_other_formats_become_torchs(
-    device: torch.device, layout: str, channels_last: bool, training: bool
-) -> None:
+def test_other_formats_become_torchs(device: torch.device, layout: str, channels_last: bool, training: bool) -> None:
     x = torch.randn(4, 6, 5, 6, device=device)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -183,7 +181,7 @@ def test_b08_other_formats_become_torchs(
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", AMBIGUOUS, ids=str)
-def test_b08_ambiguous_shapes_are_as_close_as_torch(
+def test_ambiguous_shapes_are_as_close_as_torch(
     device: torch.device, shape: tuple[int, ...], layout: str, training: bool
 ) -> None:
     for grad_layout in ("contiguous", "channels_last", "expanded"):
@@ -206,7 +204,7 @@ def allocated(function) -> int:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
 @pytest.mark.parametrize("shape", [(8, 16, 512), (8, 16, 32, 32), (8, 16, 8, 8, 8), (4096, 16)], ids=str)
-def test_b08_no_hidden_copy(shape: tuple[int, ...], layout: str, training: bool) -> None:
+def test_no_hidden_copy(shape: tuple[int, ...], layout: str, training: bool) -> None:
     x = lay_out(torch.randn(shape), layout).requires_grad_()
     grad_output = lay_out(torch.randn(shape), layout)
     module = module_for(x).train(training)
@@ -228,7 +226,7 @@ def test_b08_no_hidden_copy(shape: tuple[int, ...], layout: str, training: bool)
     ],
     ids=str,
 )
-def test_b09_large_and_lopsided_shapes(device: torch.device, shape: tuple[int, ...], layout: str) -> None:
+def test_large_and_lopsided_shapes(device: torch.device, shape: tuple[int, ...], layout: str) -> None:
     arguments = make_arguments(shape, torch.float32, torch.float32, device, layout, layout)
     for training in (True, False):
         ours = run(batch_norm, arguments, training)
@@ -247,7 +245,7 @@ def test_b09_large_and_lopsided_shapes(device: torch.device, shape: tuple[int, .
         close(ours.running_var.double(), theirs.running_var, rtol=1e-6, atol=1e-6)
 
 
-def test_b11_buffers_may_change_before_backward(device: torch.device) -> None:
+def test_buffers_may_change_before_backward(device: torch.device) -> None:
     arguments = make_arguments((6, 3, 4), torch.float32, torch.float32, device)
     for training in (True, False):
         expected = run(batch_norm, arguments, training)
@@ -262,7 +260,7 @@ def test_b11_buffers_may_change_before_backward(device: torch.device) -> None:
         assert_same_bits(grad_weight, expected.grad_weight)
 
 
-def test_b11_two_forwards_then_two_backwards(device: torch.device) -> None:
+def test_two_forwards_then_two_backwards(device: torch.device) -> None:
     module = normfused.BatchNorm1d(3, device=device).double()
     theirs = nn.BatchNorm1d(3, device=device).double()
     inputs = [torch.randn(8, 3, device=device, dtype=torch.float64) for _ in range(2)]
@@ -274,7 +272,7 @@ def test_b11_two_forwards_then_two_backwards(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("needs_extension")  # the fallback works on a copy in float64
-def test_b11_written_input_is_noticed(device: torch.device) -> None:
+def test_written_input_is_noticed(device: torch.device) -> None:
     x = torch.randn(8, 3, device=device)
     weight = torch.ones(3, device=device, requires_grad=True)
     y = batch_norm(x, None, None, weight, None, True)
@@ -284,7 +282,7 @@ def test_b11_written_input_is_noticed(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
-def test_b13_cumulative_average_is_torchs(device: torch.device, dtype: torch.dtype) -> None:
+def test_cumulative_average_is_torchs(device: torch.device, dtype: torch.dtype) -> None:
     ours = normfused.BatchNorm1d(3, momentum=None, device=device)
     theirs = nn.BatchNorm1d(3, momentum=None, device=device)
     if dtype == torch.float64:
@@ -299,7 +297,7 @@ def test_b13_cumulative_average_is_torchs(device: torch.device, dtype: torch.dty
     torch.testing.assert_close(ours.running_mean.double(), means, rtol=1e-5, atol=1e-5)
 
 
-def test_b14_counter_counts_in_place(device: torch.device) -> None:
+def test_counter_counts_in_place(device: torch.device) -> None:
     module = normfused.BatchNorm1d(3, device=device)
     counter = module.num_batches_tracked
     x = torch.randn(4, 3, device=device)
@@ -316,7 +314,7 @@ def test_b14_counter_counts_in_place(device: torch.device) -> None:
     assert all(b > a for a, b in zip(versions, after, strict=True))
 
 
-def test_b14_functional_counts_too(device: torch.device) -> None:
+def test_functional_counts_too(device: torch.device) -> None:
     counter = torch.tensor(41, device=device)
     x = torch.randn(4, 3, device=device)
     buffers = torch.zeros(3, device=device), torch.ones(3, device=device)
@@ -333,7 +331,7 @@ DETERMINISM_SHAPES = [(4, 2, 120, 120), (16, 96, 7, 7), (2000, 24), (3, 1, 131, 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", DETERMINISM_SHAPES, ids=str)
-def test_b16_twenty_runs_are_equal_to_the_bit(
+def test_twenty_runs_are_equal_to_the_bit(
     device: torch.device, shape: tuple[int, ...], layout: str, training: bool
 ) -> None:
     arguments = make_arguments(shape, torch.float32, torch.float32, device, layout, layout)
@@ -348,7 +346,7 @@ def test_b16_twenty_runs_are_equal_to_the_bit(
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", DETERMINISM_SHAPES, ids=str)
-def test_b16_thread_count_never_changes_the_bits(shape: tuple[int, ...], layout: str, training: bool) -> None:
+def test_thread_count_never_changes_the_bits(shape: tuple[int, ...], layout: str, training: bool) -> None:
     arguments = make_arguments(shape, torch.float32, torch.float32, torch.device("cpu"), layout, layout)
     results = []
     for threads in (1, 2, 3):
@@ -359,7 +357,7 @@ def test_b16_thread_count_never_changes_the_bits(shape: tuple[int, ...], layout:
             assert_same_bits(getattr(other, name), value)
 
 
-def test_b16_deterministic_algorithms_are_allowed(device: torch.device) -> None:
+def test_deterministic_algorithms_are_allowed(device: torch.device) -> None:
     arguments = make_arguments((4, 3, 5), torch.float32, torch.float32, device)
     expected = run(batch_norm, arguments, training=True)
     torch.use_deterministic_algorithms(True)
@@ -372,7 +370,7 @@ def test_b16_deterministic_algorithms_are_allowed(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_b18_second_order_is_torchs(device: torch.device, training: bool) -> None:
+def test_second_order_is_torchs(device: torch.device, training: bool) -> None:
     arguments = make_arguments((5, 3, 4), torch.float64, torch.float64, device)
     results = []
     for function in (batch_norm, F.batch_norm):

@@ -22,7 +22,7 @@ def rows_of(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_b08_moments(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+def test_moments(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     x = lay_out((torch.randn(shape) * 3 + 2).to(device, dtype), layout)
     moments = channel_moments(x)
     rows = rows_of(x.double())
@@ -44,7 +44,7 @@ def test_b08_moments(device: torch.device, shape: tuple[int, ...], dtype: torch.
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_b08_sums(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+def test_sums(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     x = lay_out((torch.randn(shape) * 3 + 2).to(device, dtype), layout)
     sums = channel_sums(x)
     rows = rows_of(x.double())
@@ -59,7 +59,7 @@ def test_b08_sums(device: torch.device, shape: tuple[int, ...], dtype: torch.dty
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", INTEGERS, ids=dtype_id)
-def test_b38_integers_are_exact(device: torch.device, dtype: torch.dtype, layout: str) -> None:
+def test_integers_are_exact(device: torch.device, dtype: torch.dtype, layout: str) -> None:
     limits = torch.iinfo(dtype)
     low, high = max(limits.min, -(2**25)), min(limits.max, 2**25)
     x = lay_out(torch.randint(low, high + 1, (6, 3, 40, 5)).to(device, dtype), layout)
@@ -75,14 +75,14 @@ def test_b38_integers_are_exact(device: torch.device, dtype: torch.dtype, layout
     assert sums.max.tolist() == [max(row) for row in rows]
 
 
-def test_b38_many_bytes(device: torch.device) -> None:
+def test_many_bytes(device: torch.device) -> None:
     x = torch.full((1, 2, 3000, 1000), 255, dtype=torch.uint8, device=device)
     sums = channel_sums(x)
     assert sums.sum.tolist() == [3_000_000 * 255] * 2
     assert sums.sum_of_squares.tolist() == [3_000_000 * 255**2] * 2
 
 
-def test_b38_more_rows_of_bytes_than_32_bits_hold(device: torch.device) -> None:
+def test_more_rows_of_bytes_than_32_bits_hold(device: torch.device) -> None:
     x = torch.full((1, 8400, 8400, 3), 255, dtype=torch.uint8, device=device).movedim(-1, 1)
     sums = channel_sums(x)
     assert sums.sum.tolist() == [8400**2 * 255] * 3
@@ -91,7 +91,7 @@ def test_b38_more_rows_of_bytes_than_32_bits_hold(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 3, 0), (0, 3, 5, 5), (5, 0), (2, 0, 3)], ids=str)
-def test_b06_empty(device: torch.device, shape: tuple[int, ...]) -> None:
+def test_empty(device: torch.device, shape: tuple[int, ...]) -> None:
     moments = channel_moments(torch.empty(shape, device=device))
     if shape[1]:
         assert moments.count == 0
@@ -112,7 +112,7 @@ def test_b06_empty(device: torch.device, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("position", [0, 63, 64, -1])
 @pytest.mark.parametrize("shape", [(100, 5), (3, 5, 300)], ids=str)
-def test_b15_nan_stays_in_its_channel(
+def test_nan_stays_in_its_channel(
     device: torch.device, shape: tuple[int, ...], position: int, layout: str, dtype: torch.dtype
 ) -> None:
     clean = torch.randn(shape).to(device, dtype)
@@ -138,7 +138,7 @@ def test_infinities_of_both_signs_are_no_nan_among_the_extremes(device: torch.de
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-def test_b15_infinity(device: torch.device, value: float) -> None:
+def test_infinity(device: torch.device, value: float) -> None:
     x = torch.randn(100, 3, device=device)
     x[50, 1] = value
     moments, sums = channel_moments(x), channel_sums(x)
@@ -153,7 +153,7 @@ def test_b15_infinity(device: torch.device, value: float) -> None:
 @pytest.mark.usefixtures("thread_count")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(4, 2, 40_000), (5000, 24)], ids=str)
-def test_b16_bits_are_the_same_whatever_the_threads(shape: tuple[int, ...], layout: str) -> None:
+def test_bits_are_the_same_whatever_the_threads(shape: tuple[int, ...], layout: str) -> None:
     x = lay_out(torch.randn(shape), layout)
     results = []
     for threads in (1, 2, 3, 2):
@@ -164,7 +164,7 @@ def test_b16_bits_are_the_same_whatever_the_threads(shape: tuple[int, ...], layo
             assert_same_bits(a, b)
 
 
-def test_b08_not_differentiable_and_reference_agrees(device: torch.device) -> None:
+def test_not_differentiable_and_reference_agrees(device: torch.device) -> None:
     x = torch.randn(5, 3, 4, device=device, requires_grad=True)
     for name in ("channel_moments", "channel_sums"):
         results = getattr(functional, name)(x)
@@ -188,7 +188,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("function", "x", "kind", "message"), BAD, ids=[case[3][:60] for case in BAD])
-def test_b10_bad_input(function, x: Tensor, kind: type[Exception], message: str) -> None:
+def test_bad_input(function, x: Tensor, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind) as error:
         function(x)
     assert str(error.value) == message

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import normfused
-from normfused.cli import main
+from normfused.cli.main import main
 
 
 def test_info_prints_one_line_per_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,9 +31,7 @@ layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sli
     ],
     ids=dtype_id,
 )
-def test_b28_opcheck_forward(
-    layout: str, dtypes: tuple[torch.dtype, torch.dtype], affine: bool, training: bool
-) -> None:
+def test_opcheck_forward(layout: str, dtypes: tuple[torch.dtype, torch.dtype], affine: bool, training: bool) -> None:
     dtype, parameter_dtype = dtypes
     x = lay_out(torch.randn(4, 3, 2, 5).to(dtype), layout).requires_grad_()
     parameters = [torch.randn(3).to(parameter_dtype).requires_grad_() if affine else None for _ in range(2)]
@@ -57,7 +55,7 @@ def test_b28_opcheck_forward(
         ("permuted", [True, True, True, True], False),
     ],
 )
-def test_b28_opcheck_backward(layout: str, mask: list[bool], affine: bool, training: bool) -> None:
+def test_opcheck_backward(layout: str, mask: list[bool], affine: bool, training: bool) -> None:
     x = lay_out(torch.randn(4, 3, 2, 5), layout).requires_grad_()
     g = torch.randn(4, 3, 2, 5, requires_grad=True)
     weight = torch.randn(3, requires_grad=True) if affine else None
@@ -67,7 +65,7 @@ def test_b28_opcheck_backward(layout: str, mask: list[bool], affine: bool, train
 
 @layouts
 @pytest.mark.parametrize("shape", [(4, 3, 2, 5), (0, 3, 2, 2)], ids=str)
-def test_b28_opcheck_channel_statistics(shape: tuple[int, ...], layout: str) -> None:
+def test_opcheck_channel_statistics(shape: tuple[int, ...], layout: str) -> None:
     x = lay_out(torch.randn(shape), layout)
     torch.library.opcheck(ops.channel_moments.default, (x,))
     torch.library.opcheck(ops.channel_sums.default, (x,))
@@ -114,26 +112,26 @@ def compiled_equals_eager(backend: str, training: bool, arguments: dict, dtype: 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("training", "arguments"), [k[1:] for k in KINDS], ids=[k[0] for k in KINDS])
-def test_b28_compiled_is_eager(training: bool, arguments: dict, layout: str) -> None:
+def test_compiled_is_eager(training: bool, arguments: dict, layout: str) -> None:
     compiled_equals_eager("aot_eager", training, arguments, torch.float32, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-def test_b28_compiled_is_eager_in_half_precision(dtype: torch.dtype) -> None:
+def test_compiled_is_eager_in_half_precision(dtype: torch.dtype) -> None:
     compiled_equals_eager("aot_eager", True, {}, dtype, "contiguous")
 
 
-def test_b28_compiled_by_inductor_is_eager() -> None:
+def test_compiled_by_inductor_is_eager() -> None:
     compiled_equals_eager("inductor", True, {}, torch.float32, "contiguous")
 
 
-def test_b28_compiled_one_value_per_channel_says_so() -> None:
+def test_compiled_one_value_per_channel_says_so() -> None:
     compiled = torch.compile(normfused.BatchNorm1d(3), backend="eager")
     with pytest.raises(Exception, match="expected more than 1 value per channel when training"):
         compiled(torch.randn(1, 3))
 
 
-def test_b28_compiled_functions() -> None:
+def test_compiled_functions() -> None:
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def statistics(x: Tensor) -> tuple[Tensor, ...]:
         moments, sums = normfused.channel_moments(x), normfused.channel_sums(x)
@@ -147,7 +145,7 @@ def test_b28_compiled_functions() -> None:
 
 
 @modes
-def test_b30_export(training: bool) -> None:
+def test_export(training: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), normfused.BatchNorm2d(4), nn.ReLU()).train(training)
     eager = copy.deepcopy(model)
     x = torch.randn(2, 3, 8, 8)
@@ -170,7 +168,7 @@ def double(*shape: int) -> Tensor:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
 @modes
-def test_b18_gradcheck_and_gradgradcheck(training: bool, affine: str, layout: str) -> None:
+def test_gradcheck_and_gradgradcheck(training: bool, affine: str, layout: str) -> None:
     x = lay_out(double(4, 3, 2), layout).requires_grad_()
     present = {"both": (True, True), "weight": (True, False), "bias": (False, True), "none": (False, False)}
     parameters = [double(3).requires_grad_() if there else None for there in present[affine]]
@@ -189,7 +187,7 @@ def test_b18_gradcheck_and_gradgradcheck(training: bool, affine: str, layout: st
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
 @modes
-def test_b18_frozen_inputs(training: bool, frozen: str) -> None:
+def test_frozen_inputs(training: bool, frozen: str) -> None:
     values = {"input": double(4, 3, 2), "weight": double(3), "bias": double(3)}
     results = []
     for function in (batch_norm, F.batch_norm):
@@ -205,7 +203,7 @@ def test_b18_frozen_inputs(training: bool, frozen: str) -> None:
 
 
 @modes
-def test_b30_func_grad(training: bool) -> None:
+def test_func_grad(training: bool) -> None:
     x, w, b, g = double(4, 3, 2), double(3), double(3), double(4, 3, 2)
     buffers = double(3), double(3).abs() + 0.5
 
@@ -220,7 +218,7 @@ def test_b30_func_grad(training: bool) -> None:
 
 
 @modes
-def test_b30_vmap(training: bool) -> None:
+def test_vmap(training: bool) -> None:
     x, w, b = double(5, 4, 3, 2), double(3), double(3)
     statistics = (None, None) if training else (double(3), double(3).abs() + 0.5)
     y = torch.func.vmap(lambda x: batch_norm(x, *statistics, w, b, training))(x)
@@ -228,7 +226,7 @@ def test_b30_vmap(training: bool) -> None:
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_b30_per_sample_gradients_of_a_module() -> None:
+def test_per_sample_gradients_of_a_module() -> None:
     module = normfused.BatchNorm1d(3).double().eval()
     parameters = {n: p.detach() for n, p in module.named_parameters()}
     x = double(5, 3)

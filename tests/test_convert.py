@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from zoo import EXPECTED, ZOO, TimmNet
 
 import normfused
-from normfused.conversion import kept_for_backward
+from normfused.conversion import bytes_saved_for_backward
 
 models = pytest.mark.parametrize("make", ZOO.values(), ids=ZOO.keys())
 pytestmark = pytest.mark.usefixtures("needs_extension", "_fresh_compiler")
@@ -84,7 +84,7 @@ def test_families_of_networks(record_property: Callable[[str, object], None]) ->
         assert evaluated <= 1e-10, name
         assert steps <= max(1e-10, limit), name
         assert (len(report.replaced), fused) == EXPECTED[name]
-        assert (report.skipped, report.waiting) == ([], []), name
+        assert (report.skipped, report.pending) == ([], []), name
         # Without a break: for a batch of 6, for any batch, in evaluation.
         assert report.graphs <= 4, name
     record_property("table", "\n".join(lines))
@@ -139,7 +139,7 @@ def test_report_before_and_after_the_first_call() -> None:
     lines = str(normfused.conversion_report(model)).splitlines()
     assert lines[:2] == [
         "20 batch norms replaced, 0 fused",
-        "what is fused is known after the first call, or with example_inputs",
+        "fusions are known after the first call, or with example_inputs",
     ]
     model(images(dtype=torch.float32))
     report = normfused.conversion_report(model)
@@ -193,7 +193,7 @@ def test_saved_bytes_are_counted() -> None:
     x = torch.randn(4, 8, 6, 6)
     size = x.numel() * 4
     layers = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Sigmoid())
-    assert kept_for_backward(layers, x) == 3 * size  # the input, ReLU's output, Sigmoid's output
+    assert bytes_saved_for_backward(layers, x) == 3 * size  # the input, ReLU's output, Sigmoid's output
 
 
 def test_a_block_with_a_silu_saves_less() -> None:
@@ -201,8 +201,8 @@ def test_a_block_with_a_silu_saves_less() -> None:
     size = x.numel() * 4
     model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.SiLU())
     small = 4 * 2 * 8 * 8
-    assert abs(kept_for_backward(model, x) - 3 * size) < small  # the input, the norm's input, SiLU's input
-    assert abs(kept_for_backward(normfused.convert(model), x) - 2 * size) < small
+    assert abs(bytes_saved_for_backward(model, x) - 3 * size) < small  # the input, the norm's input, SiLU's input
+    assert abs(bytes_saved_for_backward(normfused.convert(model), x) - 2 * size) < small
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -331,7 +331,7 @@ def test_blocks_of_many_widths_are_all_fused() -> None:
         model(images(dtype=torch.float32))
         report = normfused.conversion_report(model)
         assert len(report.fused) == 20
-        assert report.waiting == []
+        assert report.pending == []
 
 
 def test_the_limit_of_graphs_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_the_limit_of_graphs_is_said_once(monkeypatch: pytest.MonkeyPatch) -> No
             warned += [str(w.message) for w in caught if "normfused.convert" in str(w.message)]
         torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
     assert len(warned) == 1
-    assert "captured in 2 ways" in warned[0]
+    assert "has 2 captured graphs" in warned[0]
     assert "the limit of 2 graphs for a module is reached" in str(normfused.conversion_report(ours))
 
 
@@ -438,7 +438,7 @@ def test_a_network_of_leaky_relus_in_place() -> None:
         results.append([y, *(p.grad for p in model.parameters()), *model.buffers()])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
     assert set(normfused.conversion_report(ours).fused.values()) == {"leaky_relu, in place"}
-    assert kept_for_backward(ours, images()) < 0.7 * kept_for_backward(stock, images())
+    assert bytes_saved_for_backward(ours, images()) < 0.7 * bytes_saved_for_backward(stock, images())
 
 
 def test_resnet50_is_reported_as_a_table() -> None:

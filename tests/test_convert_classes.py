@@ -218,10 +218,10 @@ def test_registered_with_a_target() -> None:
     ("arguments", "message"),
     [
         ((3,), r"register_conversion: source must be a subclass of torch\.nn\.Module, got 3"),
-        ((Mine,), r"register_conversion: Mine is no subclass of torch\.nn's batch norms, and needs a target"),
+        ((Mine,), r"register_conversion: Mine needs a target, because it is not a subclass of torch"),
         ((Mine, nn.ReLU()), r"register_conversion: target must be a subclass of torch\.nn\.Module, got ReLU\(\)"),
-        ((nn.BatchNorm2d,), r"register_conversion: BatchNorm2d is no subclass of .*, and needs a target"),
-        ((normfused.BatchNorm2d,), r"register_conversion: BatchNorm2d is no subclass of .*, and needs a target"),
+        ((nn.BatchNorm2d,), r"register_conversion: BatchNorm2d needs a target, because"),
+        ((normfused.BatchNorm2d,), r"register_conversion: BatchNorm2d needs a target, because"),
     ],
 )
 def test_bad_registrations_are_refused(arguments: tuple, message: str) -> None:

@@ -237,23 +237,23 @@ def dropped_out(m: Case, x: Tensor) -> Tensor:
 
 NOT_FUSED: list[tuple[Callable[[Case, Tensor], Tensor], str]] = [
     (read_twice, "its output is used more than once"),
-    (input_changed, "what it reads is changed in between"),
-    (input_changed_through_a_chunk, "what it reads is changed in between"),
-    (input_changed_through_its_base, "what it reads is changed in between"),
-    (residual_changed, "what it reads is changed in between"),
-    (residual_changed_through_a_slice, "what it reads is changed in between"),
-    (residual_changed_by_out, "what it reads is changed in between"),
-    (residual_changed_by_inplace_relu, "what it reads is changed in between"),
+    (input_changed, "its operands are changed in between"),
+    (input_changed_through_a_chunk, "its operands are changed in between"),
+    (input_changed_through_its_base, "its operands are changed in between"),
+    (residual_changed, "its operands are changed in between"),
+    (residual_changed_through_a_slice, "its operands are changed in between"),
+    (residual_changed_by_out, "its operands are changed in between"),
+    (residual_changed_by_inplace_relu, "its operands are changed in between"),
     (added_to_another, "it is added in place to another tensor"),
     (added_to_what_is_viewed, "it is added in place to another tensor"),
-    (saved_residual_changed_later, "what is added to it is changed later"),
-    (weight_changed, "what it reads is changed in between"),
+    (saved_residual_changed_later, "the addend is changed later"),
+    (weight_changed, "its operands are changed in between"),
     (statistics_read, "its running statistics are used in between"),
     (counter_read, "its running statistics are used in between"),
-    (layer_called_in_between, "what it reads is changed in between"),
+    (layer_called_in_between, "its operands are changed in between"),
     (output_viewed, "its output is used more than once"),
-    (number_added, "what is added to it is not another tensor"),
-    (scalar_tensor_added, "what is added differs in shape"),
+    (number_added, "the addend is not another tensor"),
+    (scalar_tensor_added, "the addend has another shape"),
     (scaled_addition, "it is followed by add"),
     (dropped_out, "it is followed by dropout"),
 ]
@@ -275,7 +275,7 @@ def test_what_is_not_fused(function: Callable[[Case, Tensor], Tensor], reason: s
 
 def test_a_residual_of_one_channel_is_left_alone() -> None:
     report = converted_is_the_same(lambda m, x: torch.relu(m.a(x) + x[:, :1]))
-    assert report.unfused["a"] == "what is added differs in shape"
+    assert report.unfused["a"] == "the addend has another shape"
 
 
 def test_a_residual_of_another_dtype_is_left_alone() -> None:
@@ -285,7 +285,7 @@ def test_a_residual_of_another_dtype_is_left_alone() -> None:
     x = torch.randn(4, 4, 5, 5)
     assert ours(x).dtype == torch.float64
     torch.testing.assert_close(ours(x), stock(x), rtol=1e-5, atol=1e-5)
-    assert normfused.conversion_report(ours).unfused["a"] == "what is added differs in dtype or device"
+    assert normfused.conversion_report(ours).unfused["a"] == "the addend has another dtype or device"
 
 
 # ---- in place --------------------------------------------------------------------------------------------------------

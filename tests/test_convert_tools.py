@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import EXPECTED, ZOO
 
 import normfused
-from normfused.conversion import kept_for_backward
+from normfused.conversion import bytes_saved_for_backward
 
 pytestmark = pytest.mark.usefixtures("needs_extension", "_fresh_compiler")
 
@@ -47,7 +47,7 @@ def test_copies(copied: Callable[[nn.Module], nn.Module], name: str, called: boo
     other = copied(model)
     assert types(other) == types(model)
     torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"of a copy, or after loading, call normfused\.convert again"):
+    with pytest.raises(ValueError, match=r"after copying or loading a model, call normfused\.convert again"):
         normfused.conversion_report(other)
     if copied is not copy.copy:
         normfused.convert(other)
@@ -157,7 +157,7 @@ def test_the_backend_by_name(options: dict[str, str]) -> None:
         y.square().sum().backward()
         results.append([y, x.grad])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-    saved = [kept_for_backward(m, images()) for m in (compiled, ours)]
+    saved = [bytes_saved_for_backward(m, images()) for m in (compiled, ours)]
     assert saved[0] < saved[1]
 
 

@@ -48,7 +48,7 @@ def test_every_run_gives_the_same_bits(inputs: tuple[normfused.BatchNorm2d, Tens
     beside.synchronize()
 
 
-def test_b29_graph_replays_equal_eager_steps(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
+def test_graph_replays_equal_eager_steps(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
     layer, x, grad_output = inputs
     eager = normfused.BatchNorm2d(x.size(1)).to(x.device)
     eager.load_state_dict(layer.state_dict())
@@ -137,11 +137,11 @@ def test_images_are_standardized_from_and_to_either_layout(
     device: torch.device, memory_format: torch.memory_format
 ) -> None:
     images = torch.randint(0, 256, (2, 3, 31, 44), dtype=torch.uint8)
-    want = functional.standardize(images, 0.5, 0.25)
+    want = functional.normalize(images, 0.5, 0.25)
     for wide in (images, images.float() / 255):
         for into in FORMATS:
             x = wide.to(device).contiguous(memory_format=memory_format)
-            got = functional.standardize(x, 0.5, 0.25, memory_format=into)
+            got = functional.normalize(x, 0.5, 0.25, memory_format=into)
             torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
 
 

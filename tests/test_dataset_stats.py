@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from normfused import ChannelStats, dataset_stats
-from normfused.dataset import collect
+from normfused.data.dataset import collect
 
 
 class Items(Dataset[Any]):
@@ -79,11 +79,11 @@ def batches_of_one() -> list[Tensor]:
     ids=["list", "tuple", "iterator", "dataset", "iterable", "pairs", "dicts", "pixels", "loader", "loader of pairs"],
 )
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_b37_dataset_stats(data: Callable[[], Any], batch_size: int) -> None:
+def test_dataset_stats(data: Callable[[], Any], batch_size: int) -> None:
     assert_is_of_all_pixels(dataset_stats(data(), batch_size=batch_size))
 
 
-def test_b37_key_names_the_image() -> None:
+def test_key_names_the_image() -> None:
     assert_is_of_all_pixels(dataset_stats(Items([{"scan": i, "image": 1} for i in IMAGES]), key="scan"))
     assert_is_of_all_pixels(dataset_stats(Items([(7, i) for i in IMAGES]), key=1))
 
@@ -97,14 +97,14 @@ def test_b37_key_names_the_image() -> None:
     ],
 )
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_b37_array_of_images(data: Any, layout: str | None, batch_size: int) -> None:
+def test_array_of_images(data: Any, layout: str | None, batch_size: int) -> None:
     stats = dataset_stats(data, layout=layout, batch_size=batch_size)
     assert stats.sums == tuple(s.merge(s).merge(s) for s in exact_sums(HWC.reshape(-1, 3)))
     assert stats.images == 3
 
 
 def test_one_image_is_no_data_set() -> None:
-    message = r"^data of shape \(60, 28, 28\) is one image as CHW: pass layout='NHW' for many grayscale ones$"
+    message = r"^data of shape \(60, 28, 28\) is one image in layout CHW: pass layout='NHW' for many grayscale images$"
     with pytest.raises(ValueError, match=message):
         dataset_stats(torch.zeros(60, 28, 28))
     assert dataset_stats(torch.zeros(60, 28, 28), layout="NHW").images == 60
@@ -120,22 +120,22 @@ def start_method() -> Iterator[Callable[[str], None]]:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("method", "workers"), [("fork", 4), ("spawn", 2)])
-def test_b43_workers(start_method: Callable[[str], None], method: str, workers: int) -> None:
+def test_workers(start_method: Callable[[str], None], method: str, workers: int) -> None:
     start_method(method)
     torch.ones(1 << 20).sum()  # this process has used its threads
     assert_is_of_all_pixels(dataset_stats(Threads(IMAGES), num_workers=workers, batch_size=2))
 
 
-def test_b43_workers_of_an_iterable_dataset() -> None:
+def test_workers_of_an_iterable_dataset() -> None:
     assert_is_of_all_pixels(dataset_stats(Shard(IMAGES), num_workers=2))
 
 
-def test_b43_workers_give_the_same_bits() -> None:
+def test_workers_give_the_same_bits() -> None:
     floats = Items([torch.randn(3, 5 + i, 9) for i in range(10)])
     assert dataset_stats(floats, num_workers=2, batch_size=3) == dataset_stats(floats, batch_size=3)
 
 
-def test_b43_random_numbers_stay_as_they_are() -> None:
+def test_random_numbers_stay_as_they_are() -> None:
     state = torch.get_rng_state()
     dataset_stats(Items(IMAGES))
     assert torch.equal(state, torch.get_rng_state())
@@ -152,7 +152,7 @@ def test_b43_random_numbers_stay_as_they_are() -> None:
         (
             lambda: Items([{"scan": HWC, "y": 3}]),
             ValueError,
-            "item 0: a dict of scan, y: pass key= to say which is the image",
+            "item 0: a dict with the keys scan, y: pass key= to select the image",
         ),
         (lambda: [], ValueError, "data holds no images"),
         (lambda: Items([]), ValueError, "data holds no images"),
@@ -190,10 +190,10 @@ def test_bad_arguments() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_b44_interrupted(batch_size: int) -> None:
+def test_interrupted(batch_size: int) -> None:
     done = 5 // batch_size * batch_size
     data = Items(IMAGES, fails_at=5, error=KeyboardInterrupt)
-    message = f"^interrupted: the statistics are those of {done} of {len(IMAGES)} images$"
+    message = f"^interrupted: the statistics cover {done} of {len(IMAGES)} images$"
     with pytest.warns(RuntimeWarning, match=message):
         stats = dataset_stats(data, batch_size=batch_size)
     assert not stats.complete
@@ -202,22 +202,22 @@ def test_b44_interrupted(batch_size: int) -> None:
     assert not ChannelStats().merge(stats).complete
 
 
-def test_b44_interrupted_generator() -> None:
+def test_interrupted_generator() -> None:
     def images() -> Iterator[np.ndarray]:
         yield from IMAGES[:3]
         raise KeyboardInterrupt
 
-    with pytest.warns(RuntimeWarning, match="^interrupted: the statistics are those of 3 images$"):
+    with pytest.warns(RuntimeWarning, match="^interrupted: the statistics cover 3 images$"):
         assert dataset_stats(images()).images == 3
 
 
-def test_b44_interrupted_before_the_first() -> None:
+def test_interrupted_before_the_first() -> None:
     with pytest.warns(RuntimeWarning, match="those of 0 of 9 images"):
         stats = dataset_stats(Items(IMAGES, fails_at=0, error=KeyboardInterrupt))
     assert (stats.images, stats.complete) == (0, False)
 
 
-def test_b44_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     dataset_stats(IMAGES, batch_size=4)
     assert capsys.readouterr().err == ""  # no terminal
     dataset_stats(IMAGES, batch_size=4, progress=True)
@@ -227,13 +227,13 @@ def test_b44_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert_is_of_all_pixels(dataset_stats(IMAGES, progress=True))
 
 
-def test_b37_collect_names_the_part() -> None:
+def test_collect_names_the_part() -> None:
     parts = [("first.png", ChannelStats().update(CHW)), ("second.png", ChannelStats().update(CHW[:1]))]
     with pytest.raises(ValueError, match=f"^second.png: {OTHER_CHANNELS}$"):
         collect(parts, None, None, False)
 
 
-def test_b15_dataset_stats_warns_once() -> None:
+def test_dataset_stats_warns_once() -> None:
     x = torch.zeros(300, 1, 2, 2)
     x[::2, 0, 0, 0] = torch.nan
     with pytest.warns(RuntimeWarning) as warned:
@@ -271,7 +271,7 @@ distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
-def test_b37_all_reduce(tmp_path: Path) -> None:
+def test_all_reduce(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "store"), str(tmp_path / "stats")]
     command = [sys.executable, "-W", "ignore", "-c", ALL_REDUCE]
     # Not in the checkout, whose folder normfused has no extension.
@@ -290,7 +290,7 @@ def test_b37_all_reduce(tmp_path: Path) -> None:
         alone.update(torch.randn(3, 4, 4))
     assert first.sums == alone.sums
     assert first.images == 10
-    torch.testing.assert_close(first.std(), alone.std(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(first.std, alone.std, rtol=1e-13, atol=0)
 
 
 def test_all_reduce_without_a_group() -> None:
@@ -328,5 +328,5 @@ assert sum(s.sum_of_squares for s in stats.sums) == squares
 
 @pytest.mark.large
 @pytest.mark.usefixtures("needs_extension")
-def test_b38_a_billion_bytes_in_no_more_memory(tmp_path: Path) -> None:
+def test_a_billion_bytes_in_no_more_memory(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", BILLION], check=True, timeout=900, cwd=tmp_path)

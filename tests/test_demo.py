@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import normfused
-from normfused import demo
-from normfused.cli import main
-from normfused.demo import cifar, data, experiments
-from normfused.demo.dataset import Dataset, Split, Standardization
-from normfused.demo.errors import DemoError
-from normfused.demo.report import Comparison, compare
-from normfused.demo.training import Curve, Epoch, Examples, Training, accuracy
+from normfused.cli import demo
+from normfused.cli.demo import cifar, data, experiments
+from normfused.cli.demo.dataset import Dataset, Split, Standardization
+from normfused.cli.demo.errors import DemoError
+from normfused.cli.demo.report import Comparison, compare
+from normfused.cli.demo.training import Curve, Epoch, Examples, Training, accuracy
+from normfused.cli.main import main
+from normfused.data.files import read_idx
 from normfused.errors import CommandError
-from normfused.files import read_idx
 
 IMAGES = torch.arange(20 * 6 * 5).remainder(251).to(torch.uint8).view(20, 6, 5)
 LABELS = torch.arange(20).remainder(10).to(torch.uint8)
@@ -101,9 +101,9 @@ def test_idx_folder_without_test_split(tmp_path: Path) -> None:
             "not an IDX file of unsigned bytes in 3D: starts with 00 00 08 01, not 00 00 08 03",
         ),
         (idx_bytes(IMAGES)[:9], "ends in its header, after 9 of 16 bytes"),
-        (idx_bytes(IMAGES)[:-1], "sizes (20, 6, 5) need 600 bytes, the file holds 599"),
-        (idx_bytes(IMAGES) + b"\0", "sizes (20, 6, 5) need 600 bytes, the file holds 601"),
-        (idx_bytes(IMAGES[:0]), "sizes (0, 6, 5) need 0 bytes, the file holds 0"),
+        (idx_bytes(IMAGES)[:-1], "sizes (20, 6, 5) need 600 bytes, the file has 599"),
+        (idx_bytes(IMAGES) + b"\0", "sizes (20, 6, 5) need 600 bytes, the file has 601"),
+        (idx_bytes(IMAGES[:0]), "sizes (0, 6, 5) need 0 bytes, the file has 0"),
     ],
 )
 def test_malformed_idx_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -277,7 +277,7 @@ def test_binary_batch_of_another_size_is_named(tmp_path: Path, size: int) -> Non
     path.write_bytes(bytes(size))
     with pytest.raises(DemoError) as raised:
         cifar.read_records(path)
-    expected = f"{size} bytes are not a number of CIFAR-10 records of 3073 bytes"
+    expected = f"{size} bytes are not a multiple of the record size of 3073 bytes"
     assert str(raised.value) == f"{path}: {expected}"
 
 
@@ -423,7 +423,7 @@ def test_accuracy_is_that_of_eval_mode() -> None:
 def test_comparison_takes_largest_difference_and_best_epochs() -> None:
     ours = Curve(experiments.OURS, [Epoch(0.5, 1.0, 9.0), Epoch(0.75, 0.5, 2.0)], None, 100)
     theirs = Curve(experiments.THEIRS, [Epoch(0.25, 1.0, 3.0), Epoch(0.75, 0.5, 4.0)], None, 125)
-    assert compare([ours, theirs]) == Comparison(largest_difference=0.25, time_ratio=1.5, kept_ratio=1.25)
+    assert compare([ours, theirs]) == Comparison(largest_difference=0.25, time_ratio=1.5, saved_ratio=1.25)
     assert compare([ours]) is None
 
 
@@ -469,10 +469,10 @@ def test_resnet_is_converted_and_trains_alike(tmp_path: Path) -> None:
     assert list(runs) == ["batch norm", "batch norm, in place", "batch norm (torch.nn)"]
     first = [run["epochs"][0]["loss"] for run in runs.values()]
     assert first == pytest.approx([first[-1]] * 3, rel=0.01)
-    kept = [run["kept_bytes"] for run in runs.values()]
+    saved = [run["saved_bytes"] for run in runs.values()]
     if normfused.info()["extension"] == "loaded":
-        assert kept[1] < 0.8 * kept[2]
-        assert kept[0] < 1.01 * kept[2]
+        assert saved[1] < 0.8 * saved[2]
+        assert saved[0] < 1.01 * saved[2]
 
 
 @pytest.mark.usefixtures("nothing_installed")
@@ -502,7 +502,7 @@ def test_ctrl_c_keeps_the_runs_before_it(
 
     monkeypatch.setattr(demo, "train", train_until_interrupted)
     assert main(["demo", "--epochs", "1", "--out", str(tmp_path)]) == 130
-    message = f"\ninterrupted: 2 of 4 runs are done and kept in {tmp_path}\n"
+    message = f"\ninterrupted: 2 of 4 runs are complete and saved in {tmp_path}\n"
     assert capsys.readouterr().err == message
     results = json.loads((tmp_path / "results.json").read_text())
     assert [curve["run"] for curve in results["runs"]] == ["batch norm", "no batch norm"]

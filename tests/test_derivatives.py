@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import normfused
-from normfused.functional import batch_norm, local_response_norm, standardize, standardize_
-from normfused.reference import ACTIVATIONS
+from normfused.activations import ACTIVATIONS
+from normfused.functional import batch_norm, local_response_norm, normalize, normalize_
 
 Function = Callable[..., Any]
 CHANNELS = 3
@@ -69,9 +69,9 @@ def of_local_response_norm() -> Any:
 def of_standardize(inplace: bool = False) -> Any:
     mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (MEAN, STD))
     if inplace:
-        return lambda x: standardize_(x * 1, MEAN, STD).square(), lambda x: ((x - mean) / std) ** 2, [double(*SHAPE)]
+        return lambda x: normalize_(x * 1, MEAN, STD).square(), lambda x: ((x - mean) / std) ** 2, [double(*SHAPE)]
     return (
-        lambda x: standardize(x, MEAN, STD, scale=0.5).square(),
+        lambda x: normalize(x, MEAN, STD, scale=0.5).square(),
         lambda x: ((x * 0.5 - mean) / std) ** 2,
         [double(*SHAPE)],
     )

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch wa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_b33_one_collective_each_way(needs_extension: None, ranks: Ranks, dtype: torch.dtype) -> None:
+def test_one_collective_each_way(needs_extension: None, ranks: Ranks, dtype: torch.dtype) -> None:
     ranks.run(2, one_collective_each_way, dtype)
 
 
@@ -54,7 +54,7 @@ def one_collective_each_way(dtype: torch.dtype) -> None:
     assert traffic.calls == []
 
 
-def test_b33_evaluation_and_one_process_need_no_group() -> None:
+def test_evaluation_and_one_process_need_no_group() -> None:
     x = torch.randn(4, 3, 5, requires_grad=True)
     layer, alone = normfused.SyncBatchNormAct(3, activation="relu"), normfused.BatchNormAct1d(3, activation="relu")
     for training in (True, False):
@@ -76,7 +76,7 @@ def fake_group(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("fake_group", [2, 64, 1024], indirect=True, ids=str)
-def test_b33_a_whole_network_by_count(needs_extension: None, fake_group: None) -> None:
+def test_a_whole_network_by_count(needs_extension: None, fake_group: None) -> None:
     model = normfused.convert_sync_batchnorm(resnet50())
     layers = [m for m in model.modules() if isinstance(m, normfused.SyncBatchNorm)]
     channels = sum(layer.num_features for layer in layers)
@@ -115,7 +115,7 @@ def layers_together() -> None:
         residual = torch.ones(shapes[1])
         with Traffic() as traffic:
             if coalesced:
-                outputs = normfused.SyncBatchNorm.together(
+                outputs = normfused.SyncBatchNorm.forward_many(
                     [(layers[0], xs[0]), (layers[1], xs[1], residual), (layers[2], xs[2])]
                 )
             else:
@@ -128,14 +128,14 @@ def layers_together() -> None:
     layers = build()
     layers[1].eval()
     with Traffic() as traffic:
-        normfused.SyncBatchNorm.together(list(zip(layers, inputs, strict=True)))
+        normfused.SyncBatchNorm.forward_many(list(zip(layers, inputs, strict=True)))
     assert len(traffic.calls) == 1
     layers[0].process_group = distributed.new_group([0, 1])
     with pytest.raises(ValueError, match="different process groups"):
-        normfused.SyncBatchNorm.together(list(zip(layers, inputs, strict=True)))
+        normfused.SyncBatchNorm.forward_many(list(zip(layers, inputs, strict=True)))
 
 
-def test_b34_process_groups(ranks: Ranks) -> None:
+def test_process_groups(ranks: Ranks) -> None:
     ranks.run(4, process_groups)
 
 
@@ -153,12 +153,12 @@ def process_groups() -> None:
         layer(x)
     layer.process_group = groups[rank % 2]
     distributed.destroy_process_group(groups[rank % 2])
-    with pytest.raises(RuntimeError, match=r"^SyncBatchNorm\(3\): its process group is gone"):
+    with pytest.raises(RuntimeError, match=r"^SyncBatchNorm\(3\): its process group is destroyed"):
         layer(x)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_b34_compiled_whole(ranks: Ranks, needs_extension: None, dynamic: bool) -> None:
+def test_compiled_whole(ranks: Ranks, needs_extension: None, dynamic: bool) -> None:
     ranks.run(2, compiled_whole, dynamic, timeout=300)
 
 
@@ -192,7 +192,7 @@ def compiled_whole(dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", ["broadcast", "mean", "pooled"])
-def test_b36_sync_running_stats(ranks: Ranks, mode: str) -> None:
+def test_sync_running_stats(ranks: Ranks, mode: str) -> None:
     ranks.run(3, sync_running_stats, mode)
 
 
@@ -222,7 +222,7 @@ def sync_running_stats(mode: str) -> None:
         assert layer.num_batches_tracked == (1 if mode == "broadcast" else 3)
 
 
-def test_b36_bad_arguments() -> None:
+def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"^sync_running_stats: mode must be one of .*, pooled, got 'sum'$"):
         normfused.sync_running_stats(nn.BatchNorm1d(3), "sum")
     with pytest.raises(RuntimeError, match="needs a process group"):
@@ -244,7 +244,7 @@ DEBUG = {"NORMFUSED_SYNC_DEBUG": "1", "NORMFUSED_SYNC_DEBUG_TIMEOUT": "2"}
 
 
 @pytest.mark.parametrize("difference", ["layer", "channels", "gradients", "absence", "mode", "backward"])
-def test_b35_ranks_that_diverge_raise(ranks: Ranks, difference: str) -> None:
+def test_ranks_that_diverge_raise(ranks: Ranks, difference: str) -> None:
     first, second = ranks.run(2, diverge, difference, **DEBUG)
     here, there = "SyncBatchNorm(3) first", {"layer": "SyncBatchNorm(3) second", "channels": "5 channels"}
     if difference in ("layer", "channels", "gradients"):
@@ -255,7 +255,7 @@ def test_b35_ranks_that_diverge_raise(ranks: Ranks, difference: str) -> None:
     else:
         direction = "backward" if difference == "backward" else "forward"
         assert first.startswith(f"RuntimeError: rank 0 is at {direction} of {here}")
-        assert first.endswith("where rank 1 has not come within 2 s")
+        assert first.endswith("but rank 1 has not arrived within 2 s")
         assert second == ""
 
 
@@ -312,7 +312,7 @@ def test_ranks_with_other_channels_do_not_hang(ranks: Ranks) -> None:
     for rank in (1, 3):
         assert errors[rank] == f"RuntimeError: ranks diverge: rank {rank} is at {one}, rank 2 at {other}"
     # Rank 0 knows of nothing, but does not wait for ever.
-    assert errors[0].startswith("RuntimeError: SyncBatchNorm(3): the ranks' exchange failed: ")
+    assert errors[0].startswith("RuntimeError: SyncBatchNorm(3): the collective failed: ")
 
 
 def other_channels(other: int = 1) -> str:
@@ -414,7 +414,7 @@ def test_convert_refuses_layers_in_place_before_it_changes_any() -> None:
         normfused.convert_sync_batchnorm([])
 
 
-def test_b24_torchs_converter_keeps_or_refuses() -> None:
+def test_torchs_converter_keeps_or_refuses() -> None:
     plain = nn.Sequential(normfused.BatchNorm2d(3), normfused.SyncBatchNorm(3))
     assert [type(m) for m in nn.SyncBatchNorm.convert_sync_batchnorm(plain)] == [nn.SyncBatchNorm] * 2
     for layer in (normfused.BatchNormAct2d(3, activation="relu"), normfused.SyncBatchNorm(3, nonfinite="skip")):
@@ -445,7 +445,7 @@ def test_a_lazy_layer_is_synchronized_from_its_first_input(cls: type) -> None:
     assert set(vars(model[0])) == set(vars(nn.BatchNorm2d(3)))
 
 
-def test_b37_dataset_statistics_over_ranks(ranks: Ranks) -> None:
+def test_dataset_statistics_over_ranks(ranks: Ranks) -> None:
     for size in (2, 3):
         ranks.run(size, dataset_statistics)
 
@@ -469,25 +469,29 @@ def dataset_statistics() -> None:
     images = torch.randint(0, 256, (23, 3, 5, 4), dtype=torch.uint8)
     wanted = normfused.dataset_stats(images, layout="NCHW")
     data = Images(images)
-    assert normfused.dataset_stats(data, group=world, batch_size=2, layout="CHW") == wanted
+    assert normfused.dataset_stats(data, process_group=world, batch_size=2, layout="CHW") == wanted
     assert data.read == list(range(23 * rank // size, 23 * (rank + 1) // size))
-    assert normfused.dataset_stats(images, group=world, layout="NCHW") == wanted
+    assert normfused.dataset_stats(images, process_group=world, layout="NCHW") == wanted
     shares = images[rank::size]
-    assert normfused.dataset_stats(iter(shares), group=world, layout="CHW") == wanted
+    assert normfused.dataset_stats(iter(shares), process_group=world, layout="CHW") == wanted
     assert normfused.ChannelStats().update(shares, "NCHW").all_reduce() == wanted
     floats = images.double().div(7)
-    stats = normfused.dataset_stats(floats, group=world, layout="NCHW")
-    assert_same_everywhere(stats.mean, stats.std())
-    assert_close(stats.std(), normfused.dataset_stats(floats, layout="NCHW").std(), 1e-12)
+    stats = normfused.dataset_stats(floats, process_group=world, layout="NCHW")
+    assert_same_everywhere(stats.mean, stats.std)
+    assert_close(stats.std, normfused.dataset_stats(floats, layout="NCHW").std, 1e-12)
     fewer = images[:1]  # of which most ranks have nothing
-    assert normfused.dataset_stats(fewer, group=world, layout="NCHW") == normfused.dataset_stats(fewer, layout="NCHW")
-    errors = everyones_text(error_of(lambda: normfused.dataset_stats(Images(images, bad=2), group=world, layout="CHW")))
+    assert normfused.dataset_stats(fewer, process_group=world, layout="NCHW") == normfused.dataset_stats(
+        fewer, layout="NCHW"
+    )
+    errors = everyones_text(
+        error_of(lambda: normfused.dataset_stats(Images(images, bad=2), process_group=world, layout="CHW"))
+    )
     assert errors[0] == "RuntimeError: item 2: OSError('unreadable')"
     assert set(errors[1:]) == {"RuntimeError: rank 0: RuntimeError(\"item 2: OSError('unreadable')\")"}
     grey = images[:, : 1 + 2 * (rank == 0)]
-    error = error_of(lambda: normfused.dataset_stats(iter(grey), group=world, layout="CHW"))
+    error = error_of(lambda: normfused.dataset_stats(iter(grey), process_group=world, layout="CHW"))
     assert error == "ValueError: rank 1: channels: got 1, but the images before have 3"
-    nothing = error_of(lambda: normfused.dataset_stats(images[:0], group=world, layout="NCHW"))
+    nothing = error_of(lambda: normfused.dataset_stats(images[:0], process_group=world, layout="NCHW"))
     assert nothing == "ValueError: data holds no images"
 
 

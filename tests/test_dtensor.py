@@ -172,7 +172,7 @@ def refused() -> None:
     partial.running_mean = DTensor.from_local(torch.zeros(6), mesh, [placement("partial")])
     mixed = distribute_layer(normfused.BatchNorm1d(6), mesh, "replicated")
     mixed.running_var = distributed(torch.ones(6), mesh, "0")
-    unsupported = "input is a DTensor, with which mask, lengths and inplace are not supported"
+    unsupported = "mask, lengths and inplace are not supported for a DTensor"
     plain = "must be a plain tensor, got a DTensor; call it on input.to_local()"
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: normfused.BatchNorm1d(6)(dx), "TypeError: BatchNorm1d: running_mean must be a DTensor as input is"),
@@ -184,8 +184,8 @@ def refused() -> None:
         (lambda: mixed(dx), "ValueError: BatchNorm1d: running_var must have the placements (Replicate(),)"),
         (lambda: layer(distributed(x, mesh_of((1, 2)), "0")), "ValueError: BatchNorm1d: running_mean is on another"),
         (lambda: normfused.SyncBatchNorm(6)(dx), f"TypeError: SyncBatchNorm: input {plain}"),
-        (lambda: normfused.standardize(images, 0.0, 1.0), f"TypeError: standardize: input {plain}"),
-        (lambda: normfused.standardize_(images, 0.0, 1.0), f"TypeError: standardize_: input {plain}"),
+        (lambda: normfused.normalize(images, 0.0, 1.0), f"TypeError: normalize: input {plain}"),
+        (lambda: normfused.normalize_(images, 0.0, 1.0), f"TypeError: normalize_: input {plain}"),
     ]
     for call, message in cases:
         assert error_of(call).startswith(message), (error_of(call), message)

@@ -126,13 +126,13 @@ row(
 
 
 @pytest.mark.parametrize(("given", "kind", "message"), ROWS, ids=[f"{i}-{r[2][12:70]}" for i, r in enumerate(ROWS)])
-def test_b10_says_what_is_wrong(given: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_says_what_is_wrong(given: dict[str, Any], kind: type[Exception], message: str) -> None:
     tensors = [t for t in given.values() if isinstance(t, Tensor) and not t.is_meta]
     assert assert_raises_and_writes_nothing(lambda: batch_norm(**given), tensors, kind) == message
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_b10_good_arguments_pass(requires_grad: bool) -> None:
+def test_good_arguments_pass(requires_grad: bool) -> None:
     given = arguments()
     given["input"].requires_grad_(requires_grad)
     assert batch_norm(**given).requires_grad == requires_grad
@@ -148,7 +148,7 @@ RANKS = [
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize(("cls", "dims", "shape"), [(c, d, s) for c, d, shapes in RANKS for s in shapes], ids=str)
-def test_b10_rank(device: torch.device, cls: type, dims: str, shape: tuple[int, ...], training: bool) -> None:
+def test_rank(device: torch.device, cls: type, dims: str, shape: tuple[int, ...], training: bool) -> None:
     module = cls(3, device=device).train(training)
     message = assert_raises_and_writes_nothing(
         lambda: module(torch.zeros(shape, device=device)), [*module.state_dict().values()], ValueError
@@ -157,7 +157,7 @@ def test_b10_rank(device: torch.device, cls: type, dims: str, shape: tuple[int, 
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_b10_wrong_channel_count(device: torch.device, training: bool) -> None:
+def test_wrong_channel_count(device: torch.device, training: bool) -> None:
     module = normfused.BatchNorm2d(3, device=device).train(training)
     message = assert_raises_and_writes_nothing(
         lambda: module(torch.zeros(2, 4, 5, 5, device=device)), [*module.state_dict().values()], ValueError
@@ -165,7 +165,7 @@ def test_b10_wrong_channel_count(device: torch.device, training: bool) -> None:
     assert message == "batch_norm: weight has 3 elements, but input of shape (2, 4, 5, 5) has 4 channels (dim 1)"
 
 
-def test_b10_cuda_tensor_and_cpu_build() -> None:
+def test_cuda_tensor_and_cpu_build() -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     if normfused.info()["cuda"]:
@@ -176,21 +176,21 @@ def test_b10_cuda_tensor_and_cpu_build() -> None:
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
-def test_b10_buffer_that_overlaps_itself(name: str) -> None:
+def test_buffer_that_overlaps_itself(name: str) -> None:
     """There is no telling which of its values such a buffer should keep."""
     given = arguments(**{name: torch.ones(1).expand(3)})
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
     assert_raises_and_writes_nothing(lambda: batch_norm(**given), tensors, (ValueError, RuntimeError))
 
 
-def test_b10_counter_elsewhere() -> None:
+def test_counter_elsewhere() -> None:
     given = arguments(num_batches_tracked=torch.tensor(0, device="meta"))
     tensors = [given["running_mean"], given["running_var"]]
     message = assert_raises_and_writes_nothing(lambda: batch_norm(**given), tensors, ValueError)
     assert message == "batch_norm: num_batches_tracked is on meta, but input is on cpu"
 
 
-def test_b10_inference_tensors_are_not_written_outside() -> None:
+def test_inference_tensors_are_not_written_outside() -> None:
     with torch.inference_mode():
         module = normfused.BatchNorm1d(3)
         theirs = nn.BatchNorm1d(3)
@@ -269,14 +269,14 @@ def assert_good_or_refused(
 
 @fuzz
 @hypothesis.given(calls())
-def test_b10_fuzz(given: dict[str, Any]) -> None:
+def test_fuzz(given: dict[str, Any]) -> None:
     assert_good_or_refused(lambda: batch_norm(**given), given, (ValueError, TypeError))
 
 
 @pytest.mark.usefixtures("needs_extension")
 @fuzz
 @hypothesis.given(calls())
-def test_b10_fuzz_operators(given: dict[str, Any]) -> None:
+def test_fuzz_operators(given: dict[str, Any]) -> None:
     """Called without the checks of functional.py, too, the operators refuse and do not crash."""
     given = {n: t for n, t in given.items() if not (isinstance(t, Tensor) and t.is_meta)}
     names = ("input", "weight", "bias", "running_mean", "running_var")
@@ -305,7 +305,7 @@ def test_b10_fuzz_operators(given: dict[str, Any]) -> None:
     ],
     ids=lambda v: dtype_id(v) if isinstance(v, str) else "",
 )
-def test_b10_backward_operator(changed: dict[str, Tensor], message: str) -> None:
+def test_backward_operator(changed: dict[str, Tensor], message: str) -> None:
     good = {
         "grad_output": torch.zeros(4, 3, 5),
         "input": torch.zeros(4, 3, 5),

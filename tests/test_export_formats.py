@@ -105,7 +105,7 @@ def test_onnx_of_activations_and_residuals(dynamo: bool) -> None:
 def test_onnx_of_standardized_images(dtype: torch.dtype, dynamo: bool) -> None:
     class Images(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return normfused.standardize(x, [0.1, 0.2, 0.3], [1.0, 2.0, 3.0])
+            return normfused.normalize(x, [0.1, 0.2, 0.3], [1.0, 2.0, 3.0])
 
     x = torch.randint(0, 255, (2, 3, 5, 4)).to(dtype)
     got, _ = to_onnx(Images(), x, dynamo)

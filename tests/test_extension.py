@@ -77,7 +77,7 @@ THIS = f"this is torch {torch.__version__}"
         (other_series, "built for torch 1.13.1+cu117", "built for torch 1.13.1+cu117"),
     ],
 )
-def test_b02_an_unusable_extension_gives_the_fallback_and_one_warning(
+def test_an_unusable_extension_gives_the_fallback_and_one_warning(
     package: Path, spoil, begins: str, built_for: str
 ) -> None:
     spoil(package)
@@ -97,7 +97,7 @@ def test_b02_an_unusable_extension_gives_the_fallback_and_one_warning(
     assert error < 1e-12
 
 
-def test_b02_strict_makes_the_fallback_an_import_error(package: Path) -> None:
+def test_strict_makes_the_fallback_an_import_error(package: Path) -> None:
     done = run(package, "import normfused", NORMFUSED_STRICT="1")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
@@ -106,7 +106,7 @@ def test_b02_strict_makes_the_fallback_an_import_error(package: Path) -> None:
 
 
 @pytest.mark.usefixtures("needs_extension")
-def test_b02_the_extension_is_that_of_this_torch_and_loads_without_a_word() -> None:
+def test_the_extension_is_that_of_this_torch_and_loads_without_a_word() -> None:
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", "import normfused"]
     subprocess.run(command, check=True, cwd=Path(sys.executable).parent)
     info = normfused.info()
@@ -114,3 +114,17 @@ def test_b02_the_extension_is_that_of_this_torch_and_loads_without_a_word() -> N
     assert info["built_torch"] == torch.__version__
     assert info["built_version"] == normfused.__version__
     assert info["cpu_capability"] in {"avx512", "avx2", "baseline"}
+
+
+def test_import_leaves_ddp_unpatched_until_a_synchronized_layer_is_made() -> None:
+    code = """
+import sys
+from torch.nn.parallel import DistributedDataParallel as DDP
+check = DDP._passing_sync_batchnorm_handle
+import normfused
+assert DDP._passing_sync_batchnorm_handle is check
+assert not any(name.startswith("normfused.cli") for name in sys.modules)
+normfused.SyncBatchNorm(3)
+assert DDP._passing_sync_batchnorm_handle is not check
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

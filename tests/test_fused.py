@@ -1,4 +1,4 @@
-"""Activation and residual in the same pass (B18 to B20), and what a layer can be told (B12, B17, B22, B23, B27)."""
+"""Activation and residual in the same pass, and the options of the layers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def results(
 @residuals
 @activations
 @pytest.mark.parametrize("shape", [(4, 3, 5, 7), (8, 64, 9), (40, 33), (2, 70, 7, 7), (5, 1, 3, 3, 3)], ids=str)
-def test_b19_is_the_separate_layers(
+def test_is_the_separate_layers(
     shape: tuple[int, ...], activation: str | None, with_residual: bool, training: bool, device: torch.device
 ) -> None:
     x, residual, grad = (double(*shape).to(device) for _ in range(3))
@@ -82,7 +82,7 @@ def test_b19_is_the_separate_layers(
 @activations
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_id)
-def test_b19_in_every_dtype_and_layout(
+def test_in_every_dtype_and_layout(
     dtype: torch.dtype, layout: str, activation: str | None, with_residual: bool, training: bool, device: torch.device
 ) -> None:
     """Against float64 arithmetic on the same values: off by the rounding of the result, and some of the sums."""
@@ -111,7 +111,7 @@ def test_b19_in_every_dtype_and_layout(
 @modes
 @residuals
 @activations
-def test_b18_second_derivatives(activation: str | None, with_residual: bool, training: bool) -> None:
+def test_second_derivatives(activation: str | None, with_residual: bool, training: bool) -> None:
     x, w, b = (double(*s).requires_grad_() for s in ((3, 2, 3), (2,), (2,)))
     # Away from the kinks of the piecewise activations.
     residual = (torch.tensor([-2.0, 1.7]).double().view(1, 2, 1) + 0.1 * double(3, 2, 3)).requires_grad_()
@@ -144,7 +144,7 @@ def saved_bytes(function: Callable[[], Tensor]) -> tuple[int, set[int]]:
 
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_b20_what_is_kept_for_backward(dtype: torch.dtype) -> None:
+def test_what_is_kept_for_backward(dtype: torch.dtype) -> None:
     shape, channels = (8, 16, 14, 14), 16
     x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     size, few = x.numel() * x.element_size(), 64 * channels
@@ -162,7 +162,7 @@ def test_b20_what_is_kept_for_backward(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize(("activation", "bits"), [(None, 0), ("relu", 1)])
-def test_b23_frozen_keeps_no_activation(activation: str | None, bits: int) -> None:
+def test_frozen_keeps_no_activation(activation: str | None, bits: int) -> None:
     x = torch.randn(8, 16, 14, 14, requires_grad=True)
     layer = normfused.BatchNormAct2d(16, activation=activation).freeze().requires_grad_(False)
     kept, _ = saved_bytes(lambda: layer(x))
@@ -176,7 +176,7 @@ def test_b23_frozen_keeps_no_activation(activation: str | None, bits: int) -> No
     assert grad.stride() == x.stride()
 
 
-def test_b23_frozen_stays_frozen() -> None:
+def test_frozen_stays_frozen() -> None:
     model = nn.Sequential(normfused.BatchNorm1d(3), nn.Linear(3, 3))
     layer = model[0]
     layer.freeze()
@@ -194,7 +194,7 @@ def test_b23_frozen_stays_frozen() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_b12_evaluation_equals_training_without_correction(momentum: float | None, device: torch.device) -> None:
+def test_evaluation_equals_training_without_correction(momentum: float | None, device: torch.device) -> None:
     layer = normfused.BatchNorm2d(3, momentum=1.0 if momentum else None, running_var_correction=0).to(device)
     x = torch.randn(4, 3, 5, 5, device=device)
     trained = layer(x)
@@ -206,7 +206,7 @@ def test_b12_evaluation_equals_training_without_correction(momentum: float | Non
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_b17_a_bad_batch_is_skipped_per_channel(bad: float, layout: str, device: torch.device) -> None:
+def test_a_bad_batch_is_skipped_per_channel(bad: float, layout: str, device: torch.device) -> None:
     layer = normfused.BatchNorm2d(4, nonfinite="skip").to(device)
     clean = normfused.BatchNorm2d(4).to(device)
     x = torch.randn(3, 4, 5, 5, device=device)
@@ -231,7 +231,7 @@ def test_b17_a_bad_batch_is_skipped_per_channel(bad: float, layout: str, device:
     assert not propagating.running_var[2].isfinite()
 
 
-def test_b22_no_stats_update() -> None:
+def test_no_stats_update() -> None:
     layer = normfused.BatchNorm1d(3)
     before = copy.deepcopy(layer.state_dict())
     x = torch.randn(6, 3)
@@ -246,7 +246,7 @@ def test_b22_no_stats_update() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_b22_checkpointing_updates_once(reentrant: bool) -> None:
+def test_checkpointing_updates_once(reentrant: bool) -> None:
     layer, plain = normfused.BatchNormAct2d(3, activation="relu"), normfused.BatchNormAct2d(3, activation="relu")
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
     checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
@@ -291,7 +291,7 @@ BAD = [
     (
         lambda: normfused.BatchNormAct2d(3, activation="relu", activation_param=0.1),
         ValueError,
-        "BatchNormAct2d: activation_param is for leaky_relu and elu, got it for 'relu'",
+        "BatchNormAct2d: activation_param applies to leaky_relu and elu only, got it for 'relu'",
     ),
     (
         lambda: normfused.BatchNormAct2d(3, activation="elu", activation_param=float("nan")),
@@ -328,7 +328,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), BAD, ids=[message[:60] for _, _, message in BAD])
-def test_b10_bad_arguments(call: Callable[[], object], kind: type[Exception], message: str) -> None:
+def test_bad_arguments(call: Callable[[], object], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind) as error:
         call()
     assert str(error.value) == message
@@ -340,7 +340,7 @@ def test_b10_bad_arguments(call: Callable[[], object], kind: type[Exception], me
 @pytest.mark.parametrize(
     ("activation", "with_residual"), [("relu", True), ("silu", True), ("leaky_relu", False), ("identity", True)]
 )
-def test_b28_opcheck(activation: str, with_residual: bool, layout: str, training: bool) -> None:
+def test_opcheck(activation: str, with_residual: bool, layout: str, training: bool) -> None:
     x, r = (lay_out(torch.randn(4, 3, 2, 5), layout).requires_grad_() for _ in range(2))
     parameters = [torch.randn(3).requires_grad_() for _ in range(2)]
     buffers = torch.zeros(3), torch.ones(3)
@@ -369,7 +369,7 @@ class Block(nn.Module):
 @pytest.mark.usefixtures("needs_extension")
 @modes
 @pytest.mark.parametrize("activation", ["relu", "gelu", "hardswish"])
-def test_b28_compiled_is_eager(activation: str, training: bool) -> None:
+def test_compiled_is_eager(activation: str, training: bool) -> None:
     torch._dynamo.reset()
     eager = Block(activation).train(training)
     model = copy.deepcopy(eager)

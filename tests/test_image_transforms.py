@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from normfused import transforms
-from normfused.functional import standardize
+from normfused.functional import normalize
 from normfused.transforms import (
     CIFAR10,
     FASHION_MNIST,
@@ -47,15 +47,15 @@ def test_normalize_keeps_torchvisions_contract(device: torch.device) -> None:
 def test_normalize_takes_bytes(device: torch.device) -> None:
     x = pixels(2, 3, 5, 6).to(device)
     y = Normalize(*IMAGENET, dtype=torch.bfloat16, memory_format=torch.channels_last)(x)
-    assert_same_bits(y, standardize(x, *IMAGENET, dtype=torch.bfloat16, memory_format=torch.channels_last))
+    assert_same_bits(y, normalize(x, *IMAGENET, dtype=torch.bfloat16, memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_b39_to_normalized_tensor_takes_anything(memory_format: torch.memory_format) -> None:
+def test_to_normalized_tensor_takes_anything(memory_format: torch.memory_format) -> None:
     array = pixels(7, 9, 3).numpy()
     transform = ToNormalizedTensor(*IMAGENET, memory_format=memory_format)
-    want = standardize(torch.from_numpy(array).permute(2, 0, 1), *IMAGENET)
+    want = normalize(torch.from_numpy(array).permute(2, 0, 1), *IMAGENET)
     for image in (array, Image.fromarray(array), torch.from_numpy(array).permute(2, 0, 1)):
         before = np.array(image)
         y = transform(image)
@@ -66,7 +66,7 @@ def test_b39_to_normalized_tensor_takes_anything(memory_format: torch.memory_for
         assert np.array_equal(np.array(image), before)
 
 
-def test_b39_to_normalized_tensor_of_gray_images_and_batches() -> None:
+def test_to_normalized_tensor_of_gray_images_and_batches() -> None:
     transform = ToNormalizedTensor(*FASHION_MNIST)
     gray = pixels(7, 9).numpy()
     want = (gray[None] / 255 - FASHION_MNIST.mean[0]) / FASHION_MNIST.std[0]
@@ -99,7 +99,7 @@ def test_denormalize_undoes(device: torch.device) -> None:
 @pytest.mark.parametrize("over", ["image", "batch"])
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("kind", ["uint8", "float", "channels_last"])
-def test_b45_standardize_by_own_statistics(device: torch.device, kind: str, per_channel: bool, over: str) -> None:
+def test_standardize_by_own_statistics(device: torch.device, kind: str, per_channel: bool, over: str) -> None:
     x = pixels(4, 3, 10, 11).to(device)
     x = x if kind == "uint8" else x.float() * 3 - 100
     x = x.contiguous(memory_format=torch.channels_last) if kind == "channels_last" else x
@@ -112,7 +112,7 @@ def test_b45_standardize_by_own_statistics(device: torch.device, kind: str, per_
         torch.testing.assert_close(Standardize(over, per_channel)(x[1]), y[1])
 
 
-def test_b45_standardize_with_bessels_correction() -> None:
+def test_standardize_with_bessels_correction() -> None:
     x = torch.randn(1, 4, 5)
     torch.testing.assert_close(Standardize(correction=1)(x), (x - x.mean()) / x.std())
 
@@ -120,7 +120,7 @@ def test_b45_standardize_with_bessels_correction() -> None:
 @pytest.mark.parametrize("over", ["image", "batch"])
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.float16], ids=str)
-def test_b45_min_max(device: torch.device, dtype: torch.dtype, per_channel: bool, over: str) -> None:
+def test_min_max(device: torch.device, dtype: torch.dtype, per_channel: bool, over: str) -> None:
     x = (torch.rand(4, 3, 10, 11) * 200 + 3).to(device, dtype)
     y = MinMaxNormalize((-1.0, 2.0), over, per_channel)(x)
     dims = [d for d in range(4) if not (d == 0 and over == "image") and not (d == 1 and per_channel)]
@@ -133,7 +133,7 @@ def test_b45_min_max(device: torch.device, dtype: torch.dtype, per_channel: bool
 
 
 @pytest.mark.parametrize("value", [0, 77, 255])
-def test_b45_constant_images(value: int) -> None:
+def test_constant_images(value: int) -> None:
     x = torch.full((3, 5, 5), value, dtype=torch.uint8)
     for image in (x, x.float() / 3):
         assert MinMaxNormalize((0.25, 0.75))(image).unique().tolist() == [0.25]
@@ -154,7 +154,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_b43_in_loader_workers(context: str) -> None:
+def test_in_loader_workers(context: str) -> None:
     alone = [image for image, _ in (Pictures()[i] for i in range(8))]
     for i, (images, threads) in enumerate(
         DataLoader(Pictures(), batch_size=4, num_workers=2, multiprocessing_context=context)
@@ -173,7 +173,7 @@ TRANSFORMS = [
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: type(t).__name__)
-def test_b43_copies_and_pickles(transform: torch.nn.Module) -> None:
+def test_copies_and_pickles(transform: torch.nn.Module) -> None:
     x = torch.rand(3, 8, 8)
     want = transform(x)
     for again in (copy.deepcopy(transform), pickle.loads(pickle.dumps(transform))):
@@ -200,24 +200,24 @@ ERRORS = [
     (
         lambda: Normalize(0.5, 0.5, inplace=True, dtype=torch.half),
         ValueError,
-        "Normalize: inplace=True leaves dtype and memory_format as they are",
+        "Normalize: inplace=True excludes dtype and memory_format",
     ),
     (
         lambda: ToNormalizedTensor(0.5, 0.5)(np.zeros((4, 4), np.uint16)),
         TypeError,
         "ToNormalizedTensor: input must be one of uint8, float32, float64, float16, bfloat16, got torch.int32",
     ),
-    (lambda: ToNormalizedTensor(0.5, 0.5)(Image.new("P", (4, 4))), ValueError, "a palette image holds indices"),
+    (lambda: ToNormalizedTensor(0.5, 0.5)(Image.new("P", (4, 4))), ValueError, "a palette image contains indices"),
     (
         lambda: ToNormalizedTensor(*IMAGENET)(np.zeros((3, 48, 64), np.uint8)),
         ValueError,
-        "images of shape (3, 48, 64) would have 64 channels as HWC, which arrays are taken for: pass layout='CHW'",
+        "images of shape (3, 48, 64) would have 64 channels in layout HWC, the default for arrays: pass layout='CHW'",
     ),
     (lambda: Standardize("row"), ValueError, "Standardize: over must be 'image' or 'batch', got 'row'"),
     (lambda: MinMaxNormalize(eps=-1.0), ValueError, "MinMaxNormalize: eps must be a non-negative finite number, got"),
     (lambda: MinMaxNormalize((1.0, 0.0)), ValueError, "MinMaxNormalize: range must be two finite numbers, the lesser"),
     (lambda: Standardize(correction=2), ValueError, "Standardize: correction must be 0 or 1, got 2"),
-    (lambda: Standardize()(torch.rand(3, 0, 4)), ValueError, "images of shape (1, 3, 0, 4) hold no values"),
+    (lambda: Standardize()(torch.rand(3, 0, 4)), ValueError, "images of shape (1, 3, 0, 4) have no values"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Batch norm over its own input: backward from the output (B21). Runs on the fallback too, but for what is kept."""
+"""In-place batch norm: backward from the output. Also runs on the fallback, except for the saved bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import normfused
-from normfused.conversion import kept_for_backward
+from normfused.conversion import bytes_saved_for_backward
 from normfused.functional import batch_norm
 
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -61,7 +61,7 @@ PARAMETERS: dict[str, Callable[[int], tuple[Tensor | None, Tensor | None]]] = {
 @activations
 @pytest.mark.parametrize("parameters", list(PARAMETERS))
 @pytest.mark.parametrize("shape", [(4, 7, 5, 3), (64, 33), (3, 1, 70)], ids=str)
-def test_b21_is_out_of_place(
+def test_is_out_of_place(
     shape: tuple[int, ...],
     parameters: str,
     activation: str | None,
@@ -83,7 +83,7 @@ def test_b21_is_out_of_place(
 @modes
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
-def test_b21_in_every_dtype_and_layout(
+def test_in_every_dtype_and_layout(
     dtypes: tuple[torch.dtype, torch.dtype], layout: str, training: bool, device: torch.device
 ) -> None:
     dtype, parameter_dtype = dtypes
@@ -103,7 +103,7 @@ def test_b21_in_every_dtype_and_layout(
 @modes
 @pytest.mark.parametrize("frozen", [[], [0], [1, 2]], ids=["all", "constant input", "constant parameters"])
 @pytest.mark.parametrize("weights", [[0.7, -1.3, 0.5], [0.7, 0.0, 0.5]], ids=["told", "kept"])
-def test_b18_second_derivatives(weights: list[float], frozen: list[int], training: bool) -> None:
+def test_second_derivatives(weights: list[float], frozen: list[int], training: bool) -> None:
     x, weight, bias = torch.randn(4, 3, 2, dtype=torch.float64), torch.tensor(weights).double(), torch.randn(3).double()
     buffers = torch.zeros(3).double(), torch.ones(3).double()
     inputs = [t.requires_grad_(i not in frozen) for i, t in enumerate((x, weight, bias))]
@@ -127,7 +127,7 @@ def test_b18_second_derivatives(weights: list[float], frozen: list[int], trainin
 
 
 @modes
-def test_b21_only_parameters_learn(training: bool, device: torch.device) -> None:
+def test_only_parameters_learn(training: bool, device: torch.device) -> None:
     x = torch.randn(5, 3, 4, device=device)
     layer = normfused.BatchNorm1d(3, inplace=True, device=device).train(training)
     values = x.clone()
@@ -141,7 +141,7 @@ def test_b21_only_parameters_learn(training: bool, device: torch.device) -> None
 
 
 @modes
-def test_b21_without_gradients(training: bool, device: torch.device) -> None:
+def test_without_gradients(training: bool, device: torch.device) -> None:
     x = torch.randn(5, 3, 4, device=device)
     layer = normfused.BatchNormAct1d(3, inplace=True, activation="leaky_relu", device=device).train(training)
     stock = nn.BatchNorm1d(3, device=device).train(training)
@@ -152,7 +152,7 @@ def test_b21_without_gradients(training: bool, device: torch.device) -> None:
     torch.testing.assert_close(values, F.leaky_relu(stock(x)).detach())
 
 
-def test_b21_empty_batch(device: torch.device) -> None:
+def test_empty_batch(device: torch.device) -> None:
     layer = normfused.BatchNorm2d(3, inplace=True, device=device)
     x = torch.zeros(0, 3, 2, 2, device=device, requires_grad=True)
     layer(made(x)).sum().backward()
@@ -161,7 +161,7 @@ def test_b21_empty_batch(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_b21_a_view_of_what_others_read(layout: str, device: torch.device) -> None:
+def test_a_view_of_what_others_read(layout: str, device: torch.device) -> None:
     """Half of the channels normalized in place, then all of them read."""
     x = torch.randn(4, 6, 5, dtype=torch.float64, device=device)
     weight = torch.randn(3, dtype=torch.float64, device=device)
@@ -182,7 +182,7 @@ def test_b21_a_view_of_what_others_read(layout: str, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("kind", ["whole", "view"])
-def test_b21_graphs_are_freed(kind: str) -> None:
+def test_graphs_are_freed(kind: str) -> None:
     class Tag:
         pass
 
@@ -206,7 +206,7 @@ def test_b21_graphs_are_freed(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("needs_extension")  # the fallback keeps values of its own
-def test_b21_later_changes_are_noticed() -> None:
+def test_later_changes_are_noticed() -> None:
     layer = normfused.BatchNorm1d(3, inplace=True)
     y = layer(made(torch.randn(4, 3, requires_grad=True)))
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_b21_later_changes_are_noticed() -> None:
         y.sum().backward()
 
 
-def test_b21_what_others_have_kept_is_noticed() -> None:
+def test_what_others_have_kept_is_noticed() -> None:
     layer = normfused.BatchNorm1d(3, inplace=True)
     x = made(torch.randn(4, 3, requires_grad=True))
     kept = x.square()
@@ -226,7 +226,7 @@ def test_b21_what_others_have_kept_is_noticed() -> None:
 
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("small", [0, 3])
-def test_b21_what_is_kept_for_backward(small: int) -> None:
+def test_what_is_kept_for_backward(small: int) -> None:
     """The output, which the next layer keeps anyway, and the channels that it does not tell."""
     layer = normfused.BatchNormAct2d(16, activation="leaky_relu", inplace=True)
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_b21_what_is_kept_for_backward(small: int) -> None:
     assert 0 <= share <= 64 * 16
 
 
-def test_b21_a_network_of_blocks(device: torch.device) -> None:
+def test_a_network_of_blocks(device: torch.device) -> None:
     """Leaky ResNet-like stack: one tensor a block is kept, and the gradients are those of the separate layers."""
 
     def stack(ours: bool) -> nn.Sequential:
@@ -267,14 +267,14 @@ def test_b21_a_network_of_blocks(device: torch.device) -> None:
         model = stack(ours)
         model(x).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
-        kept.append(kept_for_backward(model, x))
+        kept.append(bytes_saved_for_backward(model, x))
     for a, e in zip(*gradients, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
     if normfused.info()["extension"] == "loaded":
         assert kept[0] < 0.6 * kept[1]
 
 
-def test_b21_a_resnet_with_its_weights(device: torch.device) -> None:
+def test_a_resnet_with_its_weights(device: torch.device) -> None:
     """Weights of a model with torch.nn's layers load, and give the same logits."""
     stock = resnet18().to(device, torch.float64).eval()
     with torch.no_grad():
@@ -292,7 +292,7 @@ def test_b21_a_resnet_with_its_weights(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_b22_checkpointing(reentrant: bool) -> None:
+def test_checkpointing(reentrant: bool) -> None:
     def run(inplace: bool) -> list[Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv1d(3, 4, 3), normfused.BatchNorm1d(4, inplace=inplace), nn.Conv1d(4, 2, 3))
@@ -307,7 +307,7 @@ def test_b22_checkpointing(reentrant: bool) -> None:
 
 @modes
 @pytest.mark.usefixtures("needs_extension")
-def test_b28_compiled_is_eager(training: bool) -> None:
+def test_compiled_is_eager(training: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv1d(3, 4, 3), normfused.BatchNormAct1d(4, inplace=True, activation="leaky_relu"), nn.Conv1d(4, 2, 3)
@@ -329,7 +329,7 @@ def test_b28_compiled_is_eager(training: bool) -> None:
 @pytest.mark.usefixtures("needs_extension")
 @modes
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_b28_opcheck(layout: str, training: bool) -> None:
+def test_opcheck(layout: str, training: bool) -> None:
     ops = torch.ops.normfused
     x = lay_out(torch.randn(4, 3, 2, 5), layout)
     parameters, buffers = (torch.randn(3), torch.randn(3)), (torch.zeros(3), torch.ones(3))
@@ -423,13 +423,13 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), BAD, ids=range(len(BAD)))
-def test_b10_bad_arguments(call: Callable[[], object], kind: type[Exception], message: str) -> None:
+def test_bad_arguments(call: Callable[[], object], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind) as info:
         call()
     assert str(info.value) == message
 
 
-def test_b10_nothing_is_written_where_it_raises() -> None:
+def test_nothing_is_written_where_it_raises() -> None:
     for x in (leaf(), leaf().sigmoid(), leaf()[:, :2]):
         values, version = x.detach().clone(), x._version
         mean, var, batches = torch.zeros(x.size(1)), torch.ones(x.size(1)), torch.tensor(0)
@@ -447,10 +447,10 @@ def test_b10_nothing_is_written_where_it_raises() -> None:
 def test_convert_leaves_it_as_it_is() -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 3), normfused.BatchNorm1d(4, inplace=True), nn.ReLU())
     x = torch.randn(8, 3, 16)
-    expected, kept = model(x), kept_for_backward(model, x)
+    expected, kept = model(x), bytes_saved_for_backward(model, x)
     torch.testing.assert_close(normfused.convert(model)(x), expected)
     assert normfused.conversion_report(model).fused == {}
-    assert kept_for_backward(model, x) == kept
+    assert bytes_saved_for_backward(model, x) == kept
     assert "inplace=True" in repr(model[1])
     assert normfused.revert(model) is model
     assert type(model[1]) is normfused.BatchNorm1d

@@ -100,7 +100,7 @@ NO_SOURCES = CUDA._replace(has_sources=False)
         (NO_SOURCES, None, False, "this version has no CUDA kernels"),
     ],
 )
-def test_b01_cuda_is_built_where_it_can_be_and_is_wanted(
+def test_cuda_is_built_where_it_can_be_and_is_wanted(
     facts: Facts, forced: str | None, build: bool, reason: str
 ) -> None:
     decision = decide(facts, {} if forced is None else {"NORMFUSED_CUDA": forced})
@@ -134,13 +134,13 @@ def test_b01_cuda_is_built_where_it_can_be_and_is_wanted(
         ),
     ],
 )
-def test_b01_cuda_that_is_forced_but_impossible_is_one_clear_line(facts: Facts, message: str) -> None:
+def test_cuda_that_is_forced_but_impossible_is_one_clear_line(facts: Facts, message: str) -> None:
     with pytest.raises(RuntimeError) as error:
         decide(facts, {"NORMFUSED_CUDA": "1"})
     assert str(error.value) == message
 
 
-def test_b01_cuda_is_forced_by_0_or_1() -> None:
+def test_cuda_is_forced_by_0_or_1() -> None:
     with pytest.raises(RuntimeError, match=r"^NORMFUSED_CUDA must be 0 or 1, got 'yes'$"):
         decide(CUDA, {"NORMFUSED_CUDA": "yes"})
 
@@ -175,26 +175,26 @@ def torch_knows(architecture: str) -> bool:
         ([], [], None, "", "7.5;8.0;9.0;10.0;12.0"),
     ],
 )
-def test_b01_architectures(
+def test_architectures(
     nvcc: list[str], gpus: list[tuple[int, int]], asked: str | None, chosen: str, dropped: str
 ) -> None:
     found = choose_architectures(asked, gpus, nvcc, torch_knows)
     assert (";".join(found.chosen), ";".join(found.dropped)) == (chosen, dropped)
 
 
-def test_b01_architectures_that_cannot_be_are_named() -> None:
+def test_architectures_that_cannot_be_are_named() -> None:
     some = CUDA._replace(architectures=Architectures(["8.0"], ["7.0"]))
     assert decide(some, {}).warning == "nvcc 13.0 or torch 2.13.0+cu130 cannot compile for 7.0"
     none = CUDA._replace(architectures=Architectures([], ["6.1"]))
     assert decide(none, {})[:2] == (False, "nvcc 13.0 or torch 2.13.0+cu130 cannot compile for 6.1")
 
 
-def test_b01_toolkits_that_were_passed_over_are_named() -> None:
+def test_toolkits_that_were_passed_over_are_named() -> None:
     assert decide(CUDA._replace(problems=("no nvcc in CUDA_HOME=/cuda",)), {}).warning == "no nvcc in CUDA_HOME=/cuda"
 
 
 @pytest.mark.parametrize("place", ["site-packages", "outside", "nowhere"])
-def test_b01_the_isolated_build_finds_the_torch_of_the_environment(place: str, tmp_path: Path, isolated: Path) -> None:
+def test_the_isolated_build_finds_the_torch_of_the_environment(place: str, tmp_path: Path, isolated: Path) -> None:
     venv.create(tmp_path / "environment", symlinks=True)
     python = tmp_path / "environment" / "bin" / "python"
     (site,) = (tmp_path / "environment").glob("lib/python*/site-packages")
@@ -223,7 +223,7 @@ print(json.dumps([*found, backend.get_requires_for_build_wheel(), backend.get_re
     assert requires == ([["torch"]] * 2 if home is None else [[]] * 2)
 
 
-def test_b01_a_source_distribution_needs_no_torch_and_holds_all_that_a_build_does(
+def test_a_source_distribution_needs_no_torch_and_holds_all_that_a_build_does(
     checkout: Path, isolated: Path, tmp_path: Path
 ) -> None:
     (isolated / "torch").mkdir()
@@ -243,7 +243,7 @@ def test_b01_a_source_distribution_needs_no_torch_and_holds_all_that_a_build_doe
     assert "torch>=2.6" in metadata.get_all("Requires-Dist")
 
 
-def test_b01_a_wheel_asks_for_the_torch_series_it_was_built_with(checkout: Path) -> None:
+def test_a_wheel_asks_for_the_torch_series_it_was_built_with(checkout: Path) -> None:
     folder = call("import backend; print(backend.prepare_metadata_for_build_wheel('.'))", checkout)
     metadata = message_from_string((checkout / folder / "METADATA").read_text())
     requires = metadata.get_all("Requires-Dist")
@@ -253,7 +253,7 @@ def test_b01_a_wheel_asks_for_the_torch_series_it_was_built_with(checkout: Path)
     assert metadata["Requires-Python"] == ">=3.10"
 
 
-def test_b01_a_build_without_torch_says_so(checkout: Path, isolated: Path) -> None:
+def test_a_build_without_torch_says_so(checkout: Path, isolated: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(isolated)}
     command = [sys.executable, "setup.py", "build_ext"]
     run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)

@@ -33,7 +33,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("numel", [2**31 - 8, 2**31, 2**31 + 8])
-def test_b09_more_values_than_32_bits_count(device: torch.device, numel: int, channels_last: bool) -> None:
+def test_more_values_than_32_bits_count(device: torch.device, numel: int, channels_last: bool) -> None:
     if free_bytes(device) < NEEDED:
         pytest.skip(f"needs {NEEDED >> 30} GB")
     channels = 8

@@ -1,4 +1,4 @@
-"""Positions that are left out, by ``mask`` or ``lengths`` (B27)."""
+"""Positions excluded by ``mask`` or ``lengths``."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ BAD: list[tuple[Case, type[Exception], str]] = [
     (
         of_sequences(torch.ones(4).long(), mask=torch.ones(4, 6, dtype=torch.bool)),
         ValueError,
-        "mask and lengths say the same, got both",
+        "mask and lengths exclude each other, got both",
     ),
 ]
 TRAINING_ONLY: list[tuple[Case, type[Exception], str]] = [

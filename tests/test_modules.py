@@ -40,7 +40,7 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
 
 
 @pairs
-def test_b03_subclasses(device: torch.device, ours: type, theirs: type, shape: tuple[int, ...]) -> None:
+def test_subclasses(device: torch.device, ours: type, theirs: type, shape: tuple[int, ...]) -> None:
     module = ours(4, device=device)
     assert isinstance(module, theirs)
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -49,7 +49,7 @@ def test_b03_subclasses(device: torch.device, ours: type, theirs: type, shape: t
 
 
 @pairs
-def test_b03_state_dict_both_ways(device: torch.device, ours: type, theirs: type, shape: tuple[int, ...]) -> None:
+def test_state_dict_both_ways(device: torch.device, ours: type, theirs: type, shape: tuple[int, ...]) -> None:
     for source, target in ((ours, theirs), (theirs, ours)):
         a, b = trained(source(4, device=device), shape), target(4, device=device)
         b.load_state_dict(a.state_dict(), strict=True)
@@ -59,7 +59,7 @@ def test_b03_state_dict_both_ways(device: torch.device, ours: type, theirs: type
 
 
 @pytest.mark.parametrize("arguments", [{"affine": False}, {"track_running_stats": False}, {"bias": False}], ids=str)
-def test_b03_state_dict_keys_of_every_kind(device: torch.device, arguments: dict[str, bool]) -> None:
+def test_state_dict_keys_of_every_kind(device: torch.device, arguments: dict[str, bool]) -> None:
     ours = normfused.BatchNorm2d(4, device=device, **arguments)
     theirs = nn.BatchNorm2d(4, device=device, **arguments)
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -81,7 +81,7 @@ def save_and_load(module: nn.Module) -> nn.Module:
     ids=["deepcopy", "pickle", "save"],
 )
 @pairs
-def test_b03_copies(device: torch.device, ours: type, theirs: type, shape: tuple[int, ...], copied) -> None:
+def test_copies(device: torch.device, ours: type, theirs: type, shape: tuple[int, ...], copied) -> None:
     module = trained(ours(4, eps=1e-3, momentum=0.2, device=device), shape)
     other = copied(module)
     assert type(other) is ours
@@ -95,7 +95,7 @@ def test_b03_copies(device: torch.device, ours: type, theirs: type, shape: tuple
     assert other.num_batches_tracked == 3
 
 
-def test_b03_hooks(device: torch.device) -> None:
+def test_hooks(device: torch.device) -> None:
     module = normfused.BatchNorm1d(3, device=device)
     seen: list[str] = []
     module.register_forward_pre_hook(lambda m, args: (seen.append("pre"), (args[0] * 2,))[1])
@@ -109,7 +109,7 @@ def test_b03_hooks(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_b03_fx(device: torch.device, training: bool) -> None:
+def test_fx(device: torch.device, training: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), normfused.BatchNorm2d(4), nn.ReLU()).to(device).train(training)
     traced = torch.fx.symbolic_trace(copy.deepcopy(model))
     inlined = torch.fx.symbolic_trace(copy.deepcopy(model[1]))
@@ -121,7 +121,7 @@ def test_b03_fx(device: torch.device, training: bool) -> None:
     assert_same_bits(inlined(h), model[1](h))
 
 
-def test_b03_fx_follows_train_and_eval(device: torch.device) -> None:
+def test_fx_follows_train_and_eval(device: torch.device) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(normfused.BatchNorm1d(3)), normfused.BatchNorm1d(3)).to(device)
     traced = torch.fx.symbolic_trace(copy.deepcopy(model))
     x = torch.randn(5, 3, device=device)
@@ -130,7 +130,7 @@ def test_b03_fx_follows_train_and_eval(device: torch.device) -> None:
     assert_same_state(traced, model)
 
 
-def test_b03_fx_traces_into_the_module(device: torch.device) -> None:
+def test_fx_traces_into_the_module(device: torch.device) -> None:
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, m: nn.Module, name: str) -> bool:
             return False
@@ -143,7 +143,7 @@ def test_b03_fx_traces_into_the_module(device: torch.device) -> None:
     assert_same_bits(graph.running_var, module.running_var)
 
 
-def test_b03_parametrizations(device: torch.device) -> None:
+def test_parametrizations(device: torch.device) -> None:
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return 2 * weight
@@ -161,7 +161,7 @@ def test_b03_parametrizations(device: torch.device) -> None:
     torch.testing.assert_close(*original)
 
 
-def test_b03_shared_and_frozen_parameters(device: torch.device) -> None:
+def test_shared_and_frozen_parameters(device: torch.device) -> None:
     module = normfused.BatchNorm1d(3, device=device)
     module.weight.requires_grad_(False)
     x = torch.randn(5, 3, device=device)
@@ -176,7 +176,7 @@ def test_b03_shared_and_frozen_parameters(device: torch.device) -> None:
 @pytest.mark.parametrize("track", [True, False], ids=["track", "no track"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pairs
-def test_b04_truth_table(
+def test_truth_table(
     device: torch.device,
     ours: type,
     theirs: type,
@@ -212,7 +212,7 @@ def test_b04_truth_table(
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("missing", ["running_mean", "running_var"])
-def test_b04_only_one_buffer(device: torch.device, missing: str, training: bool) -> None:
+def test_only_one_buffer(device: torch.device, missing: str, training: bool) -> None:
     module = normfused.BatchNorm1d(3, device=device).train(training)
     setattr(module, missing, None)
     given = "running_var" if missing == "running_mean" else "running_mean"
@@ -232,7 +232,7 @@ SINGLE = [
 
 
 @pytest.mark.parametrize(("cls", "shape"), SINGLE, ids=str)
-def test_b05_one_value_per_channel(device: torch.device, cls: type, shape: tuple[int, ...]) -> None:
+def test_one_value_per_channel(device: torch.device, cls: type, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, device=device)
     for arguments in ({}, {"momentum": None}, {"affine": False}):
         module = cls(shape[1], device=device, **arguments)
@@ -250,7 +250,7 @@ def test_b05_one_value_per_channel(device: torch.device, cls: type, shape: tuple
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize(("cls", "shape"), SINGLE, ids=str)
-def test_b05_one_value_per_channel_without_buffers(
+def test_one_value_per_channel_without_buffers(
     device: torch.device, cls: type, shape: tuple[int, ...], training: bool
 ) -> None:
     module = cls(shape[1], device=device, track_running_stats=False).train(training)
@@ -263,7 +263,7 @@ def test_b05_one_value_per_channel_without_buffers(
     )
 
 
-def test_b13_cumulative_average_without_a_counter_stands_still(device: torch.device) -> None:
+def test_cumulative_average_without_a_counter_stands_still(device: torch.device) -> None:
     ours, theirs = (cls(3, momentum=None, device=device) for cls in (normfused.BatchNorm1d, nn.BatchNorm1d))
     x = torch.randn(8, 3, device=device)
     for module in (ours, theirs):
@@ -274,13 +274,13 @@ def test_b13_cumulative_average_without_a_counter_stands_still(device: torch.dev
 
 
 @pytest.mark.parametrize(("cls", "shape"), SINGLE, ids=str)
-def test_b05_one_value_in_eval(device: torch.device, cls: type, shape: tuple[int, ...]) -> None:
+def test_one_value_in_eval(device: torch.device, cls: type, shape: tuple[int, ...]) -> None:
     module = cls(shape[1], device=device).eval()
     x = torch.randn(shape, device=device)
     torch.testing.assert_close(module(x), x / (1 + 1e-5) ** 0.5)
 
 
-def test_b05_names_a_subclass(device: torch.device) -> None:
+def test_names_a_subclass(device: torch.device) -> None:
     class MyNorm(normfused.BatchNorm1d):
         pass
 
@@ -303,7 +303,7 @@ def test_b05_names_a_subclass(device: torch.device) -> None:
     ids=str,
 )
 @pairs
-def test_b03_constructor_arguments(
+def test_constructor_arguments(
     device: torch.device, ours: type, theirs: type, shape: tuple[int, ...], arguments: dict[str, object]
 ) -> None:
     a, b = (cls(4, device=device, dtype=torch.float64, **arguments) for cls in (ours, theirs))
@@ -325,7 +325,7 @@ def test_b03_constructor_arguments(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pairs
-def test_b03_device_and_dtype(
+def test_device_and_dtype(
     device: torch.device, ours: type, theirs: type, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     module = ours(4, device=device, dtype=dtype)
@@ -339,7 +339,7 @@ def test_b03_device_and_dtype(
     assert moved.num_batches_tracked == 2
 
 
-def test_b03_meta_device() -> None:
+def test_meta_device() -> None:
     module = normfused.BatchNorm2d(4, device="meta")
     assert module.weight.is_meta
     assert module(torch.empty(2, 4, 3, 3, device="meta")).shape == (2, 4, 3, 3)

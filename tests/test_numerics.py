@@ -29,9 +29,7 @@ def statistics(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
 @layouts
 @pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
 @pytest.mark.parametrize("shape", [(2, 2, 500_000), (100_000, 10), (64, 8, 49), (3, 5)], ids=str)
-def test_b15_variance_beside_a_large_mean(
-    device: torch.device, shape: tuple[int, ...], ratio: float, layout: str
-) -> None:
+def test_variance_beside_a_large_mean(device: torch.device, shape: tuple[int, ...], ratio: float, layout: str) -> None:
     sign = torch.where(torch.arange(shape[1]) % 2 == 0, 1.0, -1.0).view(-1, *[1] * (len(shape) - 2))
     x = lay_out((torch.randn(shape) + ratio * sign).to(device), layout)
     axes = [axis for axis in range(x.dim()) if axis != 1]
@@ -52,7 +50,7 @@ def test_b15_variance_beside_a_large_mean(
 @layouts
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("shape", [(7, 6), (64, 6, 7, 7), (3, 6, 333), (2, 6, 70_001)], ids=str)
-def test_b15_constant_channel(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+def test_constant_channel(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     constants = torch.tensor([0.0, 1.0, 0.1, -1e4, 1 / 3, 6e-5]).to(device, dtype)
     x = constants.view(-1, *[1] * (len(shape) - 2)).expand(shape)
     x = lay_out(x, layout)
@@ -68,7 +66,7 @@ def test_b15_constant_channel(device: torch.device, shape: tuple[int, ...], dtyp
     assert torch.equal(moments.mean, constants.double())
 
 
-def test_b15_three_consecutive_numbers(device: torch.device) -> None:
+def test_three_consecutive_numbers(device: torch.device) -> None:
     x = torch.tensor([[10000.0], [10001.0], [10002.0]], device=device)
     y, mean, var = statistics(x, eps=0.0)
     assert mean.item() == 10001
@@ -79,7 +77,7 @@ def test_b15_three_consecutive_numbers(device: torch.device) -> None:
 
 
 @layouts
-def test_b15_half_precision_does_not_overflow(device: torch.device, layout: str) -> None:
+def test_half_precision_does_not_overflow(device: torch.device, layout: str) -> None:
     x = lay_out(torch.full((1000, 1, 1000), 200.0, device=device, dtype=torch.float16), layout)
     y, mean, var = statistics(x)
     assert mean.item() == 200
@@ -92,7 +90,7 @@ def test_b15_half_precision_does_not_overflow(device: torch.device, layout: str)
 
 
 @layouts
-def test_b15_bfloat16_beside_a_large_mean(device: torch.device, layout: str) -> None:
+def test_bfloat16_beside_a_large_mean(device: torch.device, layout: str) -> None:
     x = lay_out((torch.randn(64, 4, 28, 28) * 0.1 + 5).to(device, torch.bfloat16), layout)
     y, _, _ = statistics(x)
     std = y.double().std(dim=(0, 2, 3), correction=0)
@@ -101,7 +99,7 @@ def test_b15_bfloat16_beside_a_large_mean(device: torch.device, layout: str) -> 
 
 @layouts
 @pytest.mark.parametrize("size", [1e19, 1e30, 3e38])
-def test_b15_moments_of_huge_values_are_finite(device: torch.device, size: float, layout: str) -> None:
+def test_moments_of_huge_values_are_finite(device: torch.device, size: float, layout: str) -> None:
     x = lay_out((torch.rand(40, 3, 50) * 2 - 1).mul(size).to(device), layout)
     moments = normfused.channel_moments(x)
     var, mean = torch.var_mean(x.double(), (0, 2), correction=0)
@@ -112,7 +110,7 @@ def test_b15_moments_of_huge_values_are_finite(device: torch.device, size: float
 
 
 @layouts
-def test_b15_batch_norm_around_1e19(device: torch.device, layout: str) -> None:
+def test_batch_norm_around_1e19(device: torch.device, layout: str) -> None:
     x = lay_out((torch.randn(40, 3, 50) * 1e18 + 1e19).to(device), layout)
     y, mean, var = statistics(x)
     exact_var, exact_mean = torch.var_mean(x.double(), (0, 2))
@@ -126,7 +124,7 @@ def test_b15_batch_norm_around_1e19(device: torch.device, layout: str) -> None:
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("shape", [(9, 20), (4, 20, 30), (3, 20, 40, 41)], ids=str)
 @layouts
-def test_b15_nonfinite_stays_in_its_channel(
+def test_nonfinite_stays_in_its_channel(
     device: torch.device, shape: tuple[int, ...], value: float, dtype: torch.dtype, layout: str, training: bool
 ) -> None:
     clean = torch.randn(shape).to(device, dtype)
@@ -202,7 +200,7 @@ def test_nonfinite_statistics_are_skipped_and_counted(
 @layouts
 @pytest.mark.parametrize("payload", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001], ids=hex)
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
-def test_b15_nan_in_a_parameter_is_nan_in_a_narrow_output(
+def test_nan_in_a_parameter_is_nan_in_a_narrow_output(
     device: torch.device, name: str, payload: int, layout: str
 ) -> None:
     """Rounding to bfloat16 adds to a float's bits, which could carry a NaN over to a number."""
@@ -216,7 +214,7 @@ def test_b15_nan_in_a_parameter_is_nan_in_a_narrow_output(
 
 
 @layouts
-def test_b15_grad_weight_over_a_million_values(device: torch.device, layout: str) -> None:
+def test_grad_weight_over_a_million_values(device: torch.device, layout: str) -> None:
     values = torch.randn(500, 2, 2000) + torch.tensor([[100.0], [-100.0]])
     x = lay_out(values.to(device), layout)
     weight = torch.ones(2, device=device, requires_grad=True)
@@ -232,7 +230,7 @@ def test_b15_grad_weight_over_a_million_values(device: torch.device, layout: str
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
-def test_b15_subnormal_and_tiny_values(device: torch.device, dtype: torch.dtype) -> None:
+def test_subnormal_and_tiny_values(device: torch.device, dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).smallest_normal
     x = (torch.randn(50, 3) * 16).to(device, dtype) * tiny
     y, _, _ = statistics(x)

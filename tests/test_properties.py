@@ -60,7 +60,7 @@ def randn(draw: Callable[..., Any], *shape: int, dtype: torch.dtype = torch.floa
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
 @check
 @hypothesis.given(data=st.data(), shape=shapes())
-def test_b08_any_strides_are_as_close_as_torch(
+def test_any_strides_are_as_close_as_torch(
     data: st.DataObject, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], training: bool
 ) -> None:
     draw = data.draw
@@ -82,7 +82,7 @@ def test_b08_any_strides_are_as_close_as_torch(
 
 @check
 @hypothesis.given(st.data(), shapes(), st.booleans())
-def test_b08_output_is_dense_and_input_unwritten(data: st.DataObject, shape: tuple[int, ...], training: bool) -> None:
+def test_output_is_dense_and_input_unwritten(data: st.DataObject, shape: tuple[int, ...], training: bool) -> None:
     x = data.draw(strided(randn(data.draw, *shape)))
     before = x.clone()
     y = batch_norm(x, torch.zeros(shape[1]), torch.ones(shape[1]), training=training)
@@ -93,7 +93,7 @@ def test_b08_output_is_dense_and_input_unwritten(data: st.DataObject, shape: tup
 
 @check
 @hypothesis.given(st.data(), shapes(), st.sampled_from(DTYPES))
-def test_b16_eval_knows_only_the_value_and_its_channel(
+def test_eval_knows_only_the_value_and_its_channel(
     data: st.DataObject, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     x = randn(data.draw, *shape, dtype=dtypes[0])
@@ -109,7 +109,7 @@ def test_b16_eval_knows_only_the_value_and_its_channel(
 
 @check
 @hypothesis.given(st.data(), shapes(), st.sampled_from(["contiguous", "channels_last"]))
-def test_b15_a_channel_knows_nothing_of_the_others(data: st.DataObject, shape: tuple[int, ...], layout: str) -> None:
+def test_a_channel_knows_nothing_of_the_others(data: st.DataObject, shape: tuple[int, ...], layout: str) -> None:
     c = data.draw(st.integers(0, shape[1] - 1))
     x, g = randn(data.draw, *shape), randn(data.draw, *shape)
     others = data.draw(st.sampled_from([0.0, 1e10, torch.inf, torch.nan]))
@@ -126,7 +126,7 @@ def test_b15_a_channel_knows_nothing_of_the_others(data: st.DataObject, shape: t
 
 @check
 @hypothesis.given(st.data(), shapes(least_values=3), st.floats(0.01, 100), st.floats(-100, 100))
-def test_b15_scale_and_shift_of_the_input_are_taken_out(
+def test_scale_and_shift_of_the_input_are_taken_out(
     data: st.DataObject, shape: tuple[int, ...], scale: float, shift: float
 ) -> None:
     x = randn(data.draw, *shape, dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_b15_scale_and_shift_of_the_input_are_taken_out(
 
 @check
 @hypothesis.given(st.data(), shapes())
-def test_b15_grad_input_leaves_mean_and_variance_alone(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_grad_input_leaves_mean_and_variance_alone(data: st.DataObject, shape: tuple[int, ...]) -> None:
     x = randn(data.draw, *shape, dtype=torch.float64).requires_grad_()
     axes = [axis for axis in range(x.dim()) if axis != 1]
     hypothesis.assume(x.std(axes).min() > 1e-2)
@@ -158,7 +158,7 @@ def test_b15_grad_input_leaves_mean_and_variance_alone(data: st.DataObject, shap
 
 @check
 @hypothesis.given(st.data(), shapes(least_values=1), st.sampled_from([d for d, _ in DTYPES]))
-def test_b15_moments_of_parts_merge_to_those_of_the_whole(
+def test_moments_of_parts_merge_to_those_of_the_whole(
     data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x = data.draw(strided(randn(data.draw, *shape, dtype=dtype) + 3))

@@ -63,7 +63,7 @@ def test_shares_give_what_the_whole_gives(
         assert (a.double() - b).abs().max() <= 60 * epsilon * max(1, b.abs().max())
 
 
-def test_b28_opcheck(device: torch.device) -> None:
+def test_opcheck(device: torch.device) -> None:
     """What compilers are told of the operators is true; and they refuse what would crash them."""
     ops = torch.ops.normfused
     for dtype in (torch.float32, torch.float64, torch.bfloat16):

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 import normfused
 from normfused import _extension
+from normfused.activations import ACTIVATION_PARAMS, ACTIVATIONS
 from normfused.functional import batch_norm
-from normfused.reference import ACTIVATION_PARAMS, ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PAIRS = [pair for pair in itertools.product(DTYPES, DTYPES) if pair[0] != pair[1]]

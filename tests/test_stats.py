@@ -20,7 +20,7 @@ from torch import Tensor
 
 import normfused
 from normfused import ChannelStats, dataset_stats
-from normfused.stats import Moments
+from normfused.data.stats import Moments
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -29,34 +29,34 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # --- what the figures are ----------------------------------------------------------------------
 
 
-def test_b37_images_of_different_sizes() -> None:
+def test_images_of_different_sizes() -> None:
     stats = ChannelStats()
     for image in IMAGES:
         assert stats.update(image) is stats
     assert_is_of_all_pixels(stats)
 
 
-def test_b37_not_the_mean_of_the_images_stds() -> None:
+def test_not_the_mean_of_the_images_stds() -> None:
     stats = dataset_stats(IMAGES)
     mean_of_stds = np.mean([image.reshape(-1, 3).std(0) / 255 for image in IMAGES], axis=0)
     mean_of_means = np.mean([image.reshape(-1, 3).mean(0) / 255 for image in IMAGES], axis=0)
-    assert (abs(stats.std().numpy() - mean_of_stds) > 0.01).all()
+    assert (abs(stats.std.numpy() - mean_of_stds) > 0.01).all()
     assert (abs(stats.mean.numpy() - mean_of_means) > 0.001).all()
     assert_is_of_all_pixels(stats)
 
 
-def test_b37_fashion_mnist() -> None:
+def test_fashion_mnist() -> None:
     path = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
     if not path.is_file():
         pytest.skip(f"{path} is missing: apt install dataset-fashion-mnist")
-    stats = dataset_stats(normfused.files.read_idx(path), layout="NHW", batch_size=10_000)
+    stats = dataset_stats(normfused.data.files.read_idx(path), layout="NHW", batch_size=10_000)
     assert (stats.images, stats.count.tolist()) == (60_000, [47_040_000])
-    assert f"{stats.mean.item():.5f}, {stats.std().item():.5f}" == "0.28604, 0.35302"
+    assert f"{stats.mean.item():.5f}, {stats.std.item():.5f}" == "0.28604, 0.35302"
     assert str(stats).endswith("normfused.transforms.Normalize(mean=[0.2860], std=[0.3530])")
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=dtype_id)
-def test_b38_integers_are_exact(dtype: torch.dtype) -> None:
+def test_integers_are_exact(dtype: torch.dtype) -> None:
     limits = torch.iinfo(dtype)
     # Where the extremes of a type have squares beyond int64, 64-bit sums wrap.
     values = torch.randint(max(limits.min, -(2**40)), min(limits.max, 2**40) + 1, (4, 2, 9, 5))
@@ -68,18 +68,18 @@ def test_b38_integers_are_exact(dtype: torch.dtype) -> None:
     for channel, (count, total, squares, low, high) in enumerate(exact):
         variance = Fraction(squares, count) - Fraction(total, count) ** 2
         assert stats.mean[channel].item() == pytest.approx(float(Fraction(total, count) / 2), rel=1e-14)
-        assert stats.var()[channel].item() == pytest.approx(float(variance / 4), rel=1e-14)
+        assert stats.var[channel].item() == pytest.approx(float(variance / 4), rel=1e-14)
         assert stats.min[channel].item() == low / 2
         assert stats.max[channel].item() == high / 2
 
 
-def test_b38_nothing_cancels() -> None:
+def test_nothing_cancels() -> None:
     x = torch.tensor([2**31 - 3, 2**31 - 2, 2**31 - 1]).view(1, 1, 3, 1)
-    assert_close(ChannelStats().update(x.int()).var(), [2 / 3], rtol=1e-15)
+    assert_close(ChannelStats().update(x.int()).var, [2 / 3], rtol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-def test_b37_floats(dtype: torch.dtype) -> None:
+def test_floats(dtype: torch.dtype) -> None:
     x = (torch.randn(6, 3, 10, 9) * 2 + 5).to(dtype)
     stats = ChannelStats()
     for part in x.split([1, 3, 2]):
@@ -90,25 +90,25 @@ def test_b37_floats(dtype: torch.dtype) -> None:
     # Parts of narrow types may be added up in float32.
     rtol = 1e-12 if dtype == torch.float64 else 2e-6
     assert_close(stats.mean, rows.mean(1), rtol)
-    assert_close(stats.var(), rows.var(1, correction=0), rtol)
+    assert_close(stats.var, rows.var(1, correction=0), rtol)
     assert torch.equal(stats.min, rows.amin(1))
     assert torch.equal(stats.max, rows.amax(1))
 
 
-def test_b37_a_large_mean_costs_no_digits() -> None:
+def test_a_large_mean_costs_no_digits() -> None:
     x = torch.randn(8, 1, 50, 50, dtype=torch.float64) + 1e6
     stats = ChannelStats()
     for image in x:
         stats.update(image)
-    assert_close(stats.var(), [x.numpy().var()], rtol=1e-9)
+    assert_close(stats.var, [x.numpy().var()], rtol=1e-9)
 
 
-def test_b37_integers_and_floats_together() -> None:
+def test_integers_and_floats_together() -> None:
     stats = ChannelStats().update(IMAGES[0]).update(torch.full((3, 4, 4), 2.0)).update(IMAGES[1])
     pixels = np.concatenate([*(i.reshape(-1, 3) / 255.0 for i in IMAGES[:2]), np.full((16, 3), 2.0)])
     assert stats.count.tolist() == [len(pixels)] * 3
     assert_close(stats.mean, pixels.mean(0))
-    assert_close(stats.std(), pixels.std(0))
+    assert_close(stats.std, pixels.std(0))
     assert_close(stats.min, pixels.min(0))
     assert stats.max.tolist() == [2.0] * 3
 
@@ -124,44 +124,44 @@ def test_b37_integers_and_floats_together() -> None:
         (torch.float64, 4, 4),
     ],
 )
-def test_b37_scale(dtype: torch.dtype, scale: float | None, factor: float) -> None:
+def test_scale(dtype: torch.dtype, scale: float | None, factor: float) -> None:
     x = torch.randint(0, 100, (2, 3, 8, 8))
     stats = ChannelStats(scale).update(x.to(dtype))
     rows = x.double().transpose(0, 1).flatten(1) * factor
     for got, expected in (
         (stats.mean, rows.mean(1)),
-        (stats.std(), rows.std(1, correction=0)),
+        (stats.std, rows.std(1, correction=0)),
         (stats.min, rows.amin(1)),
         (stats.max, rows.amax(1)),
     ):
         assert_close(got, expected)
 
 
-def test_b37_white_is_one() -> None:
+def test_white_is_one() -> None:
     assert ChannelStats().update(torch.full((1, 3, 3), 255, dtype=torch.uint8)).max.item() == 1.0
 
 
-def test_b37_constant_channel() -> None:
+def test_constant_channel() -> None:
     x = torch.full((2, 3, 5, 5), 77, dtype=torch.uint8)
     x[:, 1, 0] = 3
     for values in (x, x.float() * 0.1):
         stats = ChannelStats().update(values).update(values[:1])
-        assert stats.std()[[0, 2]].tolist() == [0, 0]
-        assert stats.std()[1] > 0
+        assert stats.std[[0, 2]].tolist() == [0, 0]
+        assert stats.std[1] > 0
         assert str(stats).endswith("  # constant, with a std of 0: channel 0, 2")
 
 
-def test_b37_one_value() -> None:
+def test_one_value() -> None:
     stats = ChannelStats().update(np.array([[7]], dtype=np.uint8))
-    assert stats.var().tolist() == [0.0]
-    assert stats.var(correction=1).isnan().all()
+    assert stats.var.tolist() == [0.0]
+    assert (stats.m2 / (stats.count - 1)).isnan().all()
 
 
 # --- NaN and infinity --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-def test_b15_nonfinite_values_are_left_out_and_counted(dtype: torch.dtype) -> None:
+def test_nonfinite_values_are_left_out_and_counted(dtype: torch.dtype) -> None:
     x = torch.randn(4, 3, 6, 6).to(dtype)
     dirty = x.clone()
     dirty[0, 1, 2, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan])
@@ -177,7 +177,7 @@ def test_b15_nonfinite_values_are_left_out_and_counted(dtype: torch.dtype) -> No
         values = torch.cat([dirty[:, channel], dirty[:1, channel]]).double()
         values = values[values.isfinite()]
         assert stats.mean[channel].item() == pytest.approx(values.mean().item(), rel=2e-6)
-        assert stats.var()[channel].item() == pytest.approx(values.var(correction=0).item(), rel=2e-6)
+        assert stats.var[channel].item() == pytest.approx(values.var(correction=0).item(), rel=2e-6)
         assert stats.min[channel] == values.min()
         assert stats.max[channel] == values.max()
     lines = str(stats).splitlines()
@@ -185,14 +185,14 @@ def test_b15_nonfinite_values_are_left_out_and_counted(dtype: torch.dtype) -> No
     assert lines[3].split()[-1] == "8"
 
 
-@pytest.mark.filterwarnings("ignore:the images hold NaN:RuntimeWarning")
-def test_b15_channel_without_a_finite_value() -> None:
+@pytest.mark.filterwarnings("ignore:the images contain NaN:RuntimeWarning")
+def test_channel_without_a_finite_value() -> None:
     nothing = torch.full((2, 4, 4), torch.nan)
     nothing[1] = 3
     stats = ChannelStats().update(nothing)
     assert stats.count.tolist() == [0, 16]
     assert stats.mean[0].isnan()
-    assert stats.std()[0].isnan()
+    assert stats.std[0].isnan()
     assert stats.mean[1] == 3
     stats.update(torch.ones(2, 4, 4))
     assert stats.mean.tolist() == [1.0, 2.0]
@@ -224,7 +224,7 @@ def stats_of(images: list[Tensor]) -> ChannelStats:
 
 @settings(deadline=None, max_examples=60)
 @given(images_strategy, st.data())
-def test_b37_merge_is_associative_and_commutative(parameters: list[tuple[int, int, int]], data: Any) -> None:
+def test_merge_is_associative_and_commutative(parameters: list[tuple[int, int, int]], data: Any) -> None:
     images = images_from(parameters, torch.uint8)
     whole = stats_of(images)
     first, second = sorted(data.draw(st.tuples(*[st.integers(0, len(images))] * 2)))
@@ -241,16 +241,16 @@ def test_b37_merge_is_associative_and_commutative(parameters: list[tuple[int, in
 
 @settings(deadline=None, max_examples=60)
 @given(images_strategy, st.integers(0, 8))
-def test_b37_merge_of_floats_is_associative_to_rounding(parameters: list[tuple[int, int, int]], cut: int) -> None:
+def test_merge_of_floats_is_associative_to_rounding(parameters: list[tuple[int, int, int]], cut: int) -> None:
     images = images_from(parameters, torch.float64)
     whole, parts = stats_of(images), stats_of(images[cut:]).merge(stats_of(images[:cut]))
     assert parts.count.tolist() == whole.count.tolist()
     torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-13, atol=0)
-    torch.testing.assert_close(parts.var(), whole.var(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.var, whole.var, rtol=1e-12, atol=1e-12)
     assert torch.equal(parts.max, whole.max)
 
 
-def test_b37_merge_leaves_the_other_as_it_is() -> None:
+def test_merge_leaves_the_other_as_it_is() -> None:
     a, b = stats_of(images_from([(3, 3, 1)], torch.uint8)), stats_of(images_from([(4, 2, 2)], torch.uint8))
     before = pickle.dumps(b)
     assert a.merge(b) is a
@@ -260,7 +260,7 @@ def test_b37_merge_leaves_the_other_as_it_is() -> None:
     assert a.merge(ChannelStats()).images == 2
 
 
-def test_b37_equality() -> None:
+def test_equality() -> None:
     a, b = ChannelStats().update(IMAGES[0]), ChannelStats().update(IMAGES[0])
     assert a == b
     assert a != b.update(IMAGES[1])
@@ -268,7 +268,7 @@ def test_b37_equality() -> None:
     assert a != "statistics"
 
 
-def test_b43_pickle_and_json_keep_every_bit(tmp_path: Path) -> None:
+def test_pickle_and_json_keep_every_bit(tmp_path: Path) -> None:
     stats = ChannelStats().update(IMAGES[0]).update(torch.randn(3, 7, 7, dtype=torch.float64) / 3)
     stats.complete = False
     path = tmp_path / "stats.json"
@@ -277,7 +277,7 @@ def test_b43_pickle_and_json_keep_every_bit(tmp_path: Path) -> None:
     for copy in (pickle.loads(pickle.dumps(stats)), ChannelStats.from_dict(stats.to_dict()), ChannelStats.load(path)):
         assert copy == stats
         assert copy.complete is False
-        assert torch.equal(copy.std(), stats.std())
+        assert torch.equal(copy.std, stats.std)
         assert copy.update(IMAGES[1]) != stats
     assert [file.name for file in tmp_path.iterdir()] == ["stats.json"]
 
@@ -333,3 +333,9 @@ def test_table() -> None:
 )
 def test_table_says_how_values_were_scaled(stats: Callable[[], ChannelStats], first_line: str) -> None:
     assert str(stats()).splitlines()[0] == first_line
+
+
+def test_repr_names_images_channels_mean_and_std() -> None:
+    assert repr(ChannelStats()) == "ChannelStats(images=0)"
+    stats = ChannelStats().update(torch.tensor([[[0, 255]], [[255, 255]]], dtype=torch.uint8))
+    assert repr(stats) == "ChannelStats(images=1, channels=2, mean=[0.5000, 1.0000], std=[0.5000, 0.0000])"

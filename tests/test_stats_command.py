@@ -20,10 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-from normfused import ChannelStats, stats_command
-from normfused.cli import main
-from normfused.stats_command import histogram
-from normfused.stats_command.readers import Pictures
+from normfused import ChannelStats
+from normfused.cli import stats as stats_command
+from normfused.cli.main import main
+from normfused.cli.stats import histogram
+from normfused.cli.stats.readers import Pictures
 
 RANDOM = np.random.default_rng(0)
 PICTURES = [RANDOM.integers(0, 250 - 20 * i, (6 + i, 9, 3), dtype=np.uint8) for i in range(5)]
@@ -62,15 +63,15 @@ def fails_with(message: str, capsys: pytest.CaptureFixture[str], *arguments: Any
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_folder(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, folder, "--workers", workers) == (0, f"{expected(PICTURES)}\n", "")
 
 
-def test_b44_one_picture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_picture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, folder / "0.png") == (0, f"{expected(PICTURES[:1])}\n", "")
 
 
-def test_b44_recursive(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recursive(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(PICTURES[0]).save(folder / "more" / "0.png")
     assert run(capsys, folder) == (0, f"{expected(PICTURES)}\n", "")
     assert run(capsys, folder, "--recursive") == (0, f"{expected([*PICTURES, PICTURES[0]])}\n", "")
@@ -89,9 +90,7 @@ def idx_bytes(values: np.ndarray) -> bytes:
         ("images.npz", lambda path: np.savez(path, only=STACK[..., None])),
     ],
 )
-def test_b44_arrays(
-    tmp_path: Path, name: str, write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arrays(tmp_path: Path, name: str, write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / name
     write(path)
     assert run(capsys, path) == (0, f"{expected([STACK], 'NHW')}\n", "")
@@ -108,7 +107,7 @@ def test_b44_arrays(
         (STACK.reshape(-1, 5), "NC", 120),
     ],
 )
-def test_b44_layout(
+def test_layout(
     tmp_path: Path, array: np.ndarray, layout: str | None, images: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "images.npy"
@@ -118,10 +117,10 @@ def test_b44_layout(
     assert run(capsys, path, *(("--layout", layout) if layout else ())) == (0, f"{stats}\n", "")
 
 
-def test_b44_an_array_is_read_in_pieces(
+def test_an_array_is_read_in_pieces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("normfused.stats_command.readers._VALUES_AT_A_TIME", 7 * 30)
+    monkeypatch.setattr("normfused.cli.stats.readers._VALUES_AT_A_TIME", 7 * 30)
     path = tmp_path / "images.npy"
     np.save(path, STACK)
     pieces: list[int] = []
@@ -131,7 +130,7 @@ def test_b44_an_array_is_read_in_pieces(
     assert pieces == [7, 7, 6]
 
 
-def test_b44_npy_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npy_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "images.npy"
     np.save(path, STACK)
     source = stats_command.open_source(path, "NHW", None, False)
@@ -139,7 +138,7 @@ def test_b44_npy_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert isinstance(source.array, np.memmap)
 
 
-def test_b44_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
     if not path.is_file():
         pytest.skip(f"{path} is missing: apt install dataset-fashion-mnist")
@@ -184,19 +183,19 @@ def transparent_palette() -> Image.Image:
         (Image.fromarray(STACK[0].astype(np.uint16) * 257), "gray", STACK[0].astype(np.int64) * 257),
     ],
 )
-def test_b44_modes(tmp_path: Path, image: Image.Image, channels: str | None, pixels: np.ndarray) -> None:
+def test_modes(tmp_path: Path, image: Image.Image, channels: str | None, pixels: np.ndarray) -> None:
     got = one_picture(tmp_path, image, channels)
     assert got.dtype != bool
     assert (got == pixels).all()
 
 
-def test_b44_first_frame(tmp_path: Path) -> None:
+def test_first_frame(tmp_path: Path) -> None:
     path = tmp_path / "two.tiff"
     GRAY.save(path, save_all=True, append_images=[Image.fromarray(STACK[1])])
     assert (Pictures([path], None)[0] == STACK[0]).all()
 
 
-def test_b44_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "deep.png"
     Image.fromarray(STACK[0].astype(np.uint16)).save(path)
     code, _, error = run(capsys, path, "--channels", "rgb")
@@ -207,7 +206,7 @@ def test_b44_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_mixed_channel_counts(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixed_channel_counts(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     GRAY.save(folder / "3a.png")
     message = f"{folder / '3a.png'}: channels: got 1, but the images before have 3"
     assert fails_with(message, capsys, folder, "--workers", workers)
@@ -231,16 +230,12 @@ def truncated(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_fail_names_the_file(
-    folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fail_names_the_file(folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails_with(f"{truncated}: image file is truncated", capsys, folder, "--workers", workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_skip_lists_and_counts(
-    folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_skip_lists_and_counts(folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "out.json"
     options = ("--on-error", "skip", "--workers", workers, "--json", out, "--plot", folder / "out.png")
     code, table, error = run(capsys, folder, *options)
@@ -257,7 +252,7 @@ def test_b44_skip_lists_and_counts(
     assert written["images"] == 5
 
 
-def test_b44_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "only.png"
     path.write_bytes(b"no picture")
     code, table, error = run(capsys, path, "--on-error", "skip")
@@ -272,8 +267,8 @@ def test_b44_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
         ("missing", None, "[Errno 2] No such file or directory: '{path}'"),
         ("a.npy", lambda path: path.write_bytes(b""), "{path}: No data left in file"),
         ("a.npz", lambda path: path.write_bytes(b"PK\x03\x04 and no more"), "{path}: File is not a zip file"),
-        ("a.npz", lambda path: np.savez(path, x=STACK, y=STACK), "{path}: must hold one array, has x, y"),
-        ("a.npz", lambda path: np.savez(path), "{path}: must hold one array, has none"),
+        ("a.npz", lambda path: np.savez(path, x=STACK, y=STACK), "{path}: must contain one array, has x, y"),
+        ("a.npz", lambda path: np.savez(path), "{path}: must contain one array, has none"),
         (
             "a.npy",
             lambda path: np.save(path, np.array([None])),
@@ -287,8 +282,8 @@ def test_b44_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
         (
             "a.npy",
             lambda path: np.save(path, STACK.reshape(20, 3, 2, 5)),
-            "{path}: images of shape (20, 3, 2, 5) would have 5 channels as NHWC, which arrays are taken for: "
-            "pass layout='NCHW' for 3, or layout='NHWC' to insist",
+            "{path}: images of shape (20, 3, 2, 5) would have 5 channels in layout NHWC, the default for arrays: "
+            "pass layout='NCHW' for 3 channels, or layout='NHWC' for 5",
         ),
         (
             "labels-idx1-ubyte",
@@ -298,7 +293,7 @@ def test_b44_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
         (
             "images-idx3-ubyte",
             lambda path: path.write_bytes(idx_bytes(STACK)[:-1]),
-            "{path}: sizes (20, 6, 5) need 600 bytes, the file holds 599",
+            "{path}: sizes (20, 6, 5) need 600 bytes, the file has 599",
         ),
         (
             "images.gz",
@@ -307,7 +302,7 @@ def test_b44_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
         ),
     ],
 )
-def test_b44_array_that_cannot_be_used(
+def test_array_that_cannot_be_used(
     tmp_path: Path,
     name: str,
     write: Callable[[Path], None] | None,
@@ -320,16 +315,16 @@ def test_b44_array_that_cannot_be_used(
     assert fails_with(message.format(path=path), capsys, path)
 
 
-def test_b44_options_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "images.npy"
     np.save(path, STACK[0])
-    message = f"--channels converts pictures, and {path} holds an array"
+    message = f"--channels applies to pictures, but {path} contains an array"
     assert fails_with(message, capsys, path, "--channels", "gray")
-    message = "--layout is for arrays: a picture file says itself what is what"
+    message = "--layout applies to arrays; a picture file defines its own layout"
     assert fails_with(message, capsys, folder, "--layout", "HWC")
-    message = f"{folder / 'more'}: no picture files; --recursive looks in its folders too"
+    message = f"{folder / 'more'}: no picture files; --recursive searches subfolders"
     assert fails_with(message, capsys, folder / "more")
-    message = f"--json {tmp_path}/none/out.json: there is no folder {tmp_path}/none"
+    message = f"--json {tmp_path}/none/out.json: the folder {tmp_path}/none does not exist"
     assert fails_with(message, capsys, folder, "--json", tmp_path / "none" / "out.json")
 
 
@@ -343,16 +338,14 @@ def test_b44_options_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytes
         (["x", "--workers", "-1"], "argument --workers: must be at least 0, got -1"),
     ],
 )
-def test_b44_bad_option(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_option(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["stats", *arguments])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"normfused stats: error: {message}\n"
 
 
-def test_b44_missing_packages(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_packages(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     how = "pip install 'normfused[data]'"
     assert fails_with(f"pillow not installed: {how}", capsys, folder)
@@ -363,7 +356,7 @@ def test_b44_missing_packages(
 # --- what it writes ----------------------------------------------------------------------------
 
 
-def test_b44_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     code, _, _ = run(capsys, folder, "--json", out, "--scale", "0.5")
     written = json.loads(out.read_text())
@@ -373,7 +366,7 @@ def test_b44_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert written["settings"]["path"] == str(folder)
     assert written["settings"]["scale"] == 0.5
     assert (written["images"], written["complete"], written["skipped"]) == (5, True, {})
-    for name, values in {"mean": stats.mean, "std": stats.std(), "min": stats.min, "max": stats.max}.items():
+    for name, values in {"mean": stats.mean, "std": stats.std, "min": stats.min, "max": stats.max}.items():
         assert written[name] == values.tolist()
     assert written["count"] == stats.count.tolist()
 
@@ -396,7 +389,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     ],
     ids=["uint8", "float32", "int16"],
 )
-def test_b44_histogram_counts(
+def test_histogram_counts(
     tmp_path: Path,
     images: list[np.ndarray],
     bins: Callable[[np.ndarray], np.ndarray] | None,
@@ -407,7 +400,7 @@ def test_b44_histogram_counts(
     path, out = tmp_path / "images.npy", tmp_path / "out.png"
     np.save(path, np.stack([image[:6] for image in images]))
     pixels = np.concatenate([image[:6].reshape(-1, 3) for image in images])
-    monkeypatch.setattr("normfused.stats_command.readers._VALUES_AT_A_TIME", 300)
+    monkeypatch.setattr("normfused.cli.stats.readers._VALUES_AT_A_TIME", 300)
     assert run(capsys, path, "--plot", out)[0] == 0
     counts, stats, low, high, name = drawn[0]
     assert name == "images.npy"
@@ -427,7 +420,7 @@ def test_b44_histogram_counts(
 
 @pytest.mark.usefixtures("truncated")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_histogram_leaves_out_what_was_skipped(
+def test_histogram_leaves_out_what_was_skipped(
     folder: Path, workers: int, drawn: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, folder, "--on-error", "skip", "--plot", folder / "out.png", "--workers", workers)[0] == 0
@@ -443,7 +436,7 @@ def test_b44_histogram_leaves_out_what_was_skipped(
         (np.full((2, 4, 4, 1), 9.0), 8.5, 9.5),
     ],
 )
-def test_b44_histogram_of_a_constant(
+def test_histogram_of_a_constant(
     tmp_path: Path, images: np.ndarray, low: float, high: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert histogram.value_range(expected([images])) == pytest.approx((low, high))
@@ -453,7 +446,7 @@ def test_b44_histogram_of_a_constant(
     assert out.stat().st_size > 1000
 
 
-def test_b44_no_histogram_of_nothing_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_histogram_of_nothing_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "images.npy", tmp_path / "out.png"
     np.save(path, np.full((2, 4, 4, 1), np.nan))
     code, table, error = run(capsys, path, "--plot", out)
@@ -467,7 +460,7 @@ def test_b44_no_histogram_of_nothing_finite(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("done", [0, 3])
-def test_b44_interrupted(
+def test_interrupted(
     folder: Path, tmp_path: Path, done: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Pictures.__getitem__
@@ -482,14 +475,14 @@ def test_b44_interrupted(
     code, table, error = run(capsys, folder, "--json", out, "--plot", plot)
     stats = expected(PICTURES[:done])
     assert (code, table) == (130, f"{stats}\n")
-    assert error == f"interrupted: these are the figures of {done} of 5 images\n"
+    assert error == f"interrupted: the statistics cover {done} of 5 images\n"
     written = json.loads(out.read_text())
     assert (written["images"], written["complete"]) == (done, False)
     assert ChannelStats.from_dict(written["stats"]).sums == stats.sums
     assert not plot.exists()
 
 
-def test_b44_interrupted_while_drawing(
+def test_interrupted_while_drawing(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any) -> bytes:
@@ -501,15 +494,15 @@ def test_b44_interrupted_while_drawing(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_b44_a_real_interrupt(tmp_path: Path, workers: int) -> None:
+def test_a_real_interrupt(tmp_path: Path, workers: int) -> None:
     for i in range(200):
         (tmp_path / f"{i:03}.slow").touch()
     out = tmp_path / "out.json"
     slow = f"""
 import sys, time
 import numpy as np
-from normfused.cli import main
-from normfused.stats_command import readers
+from normfused.cli.main import main
+from normfused.cli.stats import readers
 from pathlib import Path
 
 def read(self, index):
@@ -548,13 +541,13 @@ sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {
     done = written["images"]
     assert 0 < done < 200
     assert table == f"{expected([np.full((4, 4), i, dtype=np.uint8) for i in range(done)])}\n"
-    assert error == f"interrupted: these are the figures of {done} of 200 images\n"
+    assert error == f"interrupted: the statistics cover {done} of 200 images\n"
 
 
-def test_b44_output_is_the_same_from_python(folder: Path) -> None:
+def test_output_is_the_same_from_python(folder: Path) -> None:
     loaded = [np.asarray(Image.open(path)) for path in sorted(folder.iterdir()) if path.suffix not in ("", ".txt")]
     assert expected(loaded) == expected(PICTURES)
     assert ChannelStats().update(Image.fromarray(PICTURES[0])) == expected(PICTURES[:1])
-    with pytest.raises(ValueError, match="a palette image holds indices"):
+    with pytest.raises(ValueError, match="a palette image contains indices"):
         ChannelStats().update(RGB.quantize(8))
     assert torch.equal(ChannelStats().update(GRAY).mean, expected([STACK[0]]).mean)

@@ -47,7 +47,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
         (HWC.reshape(-1, 3), "NC", HWC.shape[0] * HWC.shape[1]),
     ],
 )
-def test_b43_layouts(images: Any, layout: str | None, count: int) -> None:
+def test_layouts(images: Any, layout: str | None, count: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stats = ChannelStats().update(images, layout)
@@ -61,18 +61,18 @@ def test_b43_layouts(images: Any, layout: str | None, count: int) -> None:
     ("images", "layout"),
     [(HWC[..., 0], None), (CHW[0], None), (CHW[0], "HW"), (HWC[None, ..., 0], "NHW"), (HWC[..., :1], None)],
 )
-def test_b43_grayscale(images: Any, layout: str | None) -> None:
+def test_grayscale(images: Any, layout: str | None) -> None:
     stats = ChannelStats().update(images, layout)
     assert (stats.sums, stats.images) == (exact_sums(HWC[..., 0].reshape(-1, 1)), 1)
 
 
 @pytest.mark.parametrize("dtype", [">u2", ">i4", ">f4", "<u2", ">f8"])
-def test_b43_reversed_bytes(dtype: str) -> None:
+def test_reversed_bytes(dtype: str) -> None:
     stats = ChannelStats(scale=1).update((HWC.astype(np.int64) + 200).astype(dtype))
     assert_close(stats.mean, HWC.reshape(-1, 3).mean(0) + 200, rtol=2e-6)
 
 
-def test_b43_input_is_not_written() -> None:
+def test_input_is_not_written() -> None:
     before = HWC.copy()
     ChannelStats().update(read_only(HWC)).update(HWC)
     assert (before == HWC).all()
@@ -86,28 +86,28 @@ BAD_IMAGES = [
     ("picture.png", None, TypeError, BOOLS + "str352"),
     (torch.zeros(4), None, ValueError, "images need 2, 3 or 4 dimensions, got shape (4,)"),
     (np.zeros((1, 2, 3, 4, 5)), None, ValueError, "images need 2, 3 or 4 dimensions, got shape (1, 2, 3, 4, 5)"),
-    (torch.zeros(3, 0, 4), None, ValueError, "images of shape (3, 0, 4) hold no values"),
-    (torch.zeros(0, 3, 4, 4), None, ValueError, "images of shape (0, 3, 4, 4) hold no values"),
+    (torch.zeros(3, 0, 4), None, ValueError, "images of shape (3, 0, 4) have no values"),
+    (torch.zeros(0, 3, 4, 4), None, ValueError, "images of shape (0, 3, 4, 4) have no values"),
     (
         torch.zeros(32, 32, 3),
         None,
         ValueError,
-        "images of shape (32, 32, 3) would have 32 channels as CHW, which tensors are taken for: "
-        "pass layout='HWC' for 3, or layout='CHW' to insist",
+        "images of shape (32, 32, 3) would have 32 channels in layout CHW, the default for tensors: "
+        "pass layout='HWC' for 3 channels, or layout='CHW' for 32",
     ),
     (
         np.zeros((3, 32, 32)),
         None,
         ValueError,
-        "images of shape (3, 32, 32) would have 32 channels as HWC, which arrays are taken for: "
-        "pass layout='CHW' for 3, or layout='HWC' to insist",
+        "images of shape (3, 32, 32) would have 32 channels in layout HWC, the default for arrays: "
+        "pass layout='CHW' for 3 channels, or layout='HWC' for 32",
     ),
     (
         np.zeros((8, 1, 28, 28)),
         None,
         ValueError,
-        "images of shape (8, 1, 28, 28) would have 28 channels as NHWC, which arrays are taken for: "
-        "pass layout='NCHW' for 1, or layout='NHWC' to insist",
+        "images of shape (8, 1, 28, 28) would have 28 channels in layout NHWC, the default for arrays: "
+        "pass layout='NCHW' for 1 channels, or layout='NHWC' for 28",
     ),
     (
         torch.zeros(3, 4, 4),
@@ -125,7 +125,7 @@ BAD_IMAGES = [
         LikePillow(HWC[..., 0].copy(), "P"),
         None,
         ValueError,
-        "a palette image holds indices, not colors: convert it to RGB first",
+        "a palette image contains indices, not colors: convert it to RGB first",
     ),
 ]
 

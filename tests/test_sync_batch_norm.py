@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import normfused
 from normfused import reference
-from normfused.conversion import kept_for_backward
+from normfused.conversion import bytes_saved_for_backward
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without torch.distributed")
 
@@ -104,12 +104,12 @@ UNEVEN = {2: (3, 5), 3: (4, 1, 2), 4: (1, 3, 0, 2)}
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 3, 7), (0, 4, 5, 3), (0, 2, 3, 4, 2)], ids=str)
 @pytest.mark.parametrize("size", UNEVEN)
-def test_b31_as_one_process(ranks: Ranks, size: int, shape: tuple[int, ...]) -> None:
+def test_as_one_process(ranks: Ranks, size: int, shape: tuple[int, ...]) -> None:
     ranks.run(size, as_one_process, UNEVEN[size], shape)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "permuted", "sliced"])
-def test_b34_layouts(ranks: Ranks, layout: str) -> None:
+def test_layouts(ranks: Ranks, layout: str) -> None:
     ranks.run(2, as_one_process, (3, 5), (0, 4, 5, 3), torch.float64, layout, True)
 
 
@@ -124,7 +124,7 @@ def test_b34_layouts(ranks: Ranks, layout: str) -> None:
     ],
     ids=str,
 )
-def test_b34_dtypes(ranks: Ranks, dtype: torch.dtype, parameter_dtype: torch.dtype, tolerance: float) -> None:
+def test_dtypes(ranks: Ranks, dtype: torch.dtype, parameter_dtype: torch.dtype, tolerance: float) -> None:
     sizes, shape = (1, 3, 0), (0, 6, 4, 4)
     ranks.run(3, as_one_process, sizes, shape, dtype, "contiguous", True, False, tolerance, parameter_dtype)
 
@@ -140,7 +140,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
-def test_b34_options(ranks: Ranks, options: dict[str, Any]) -> None:
+def test_options(ranks: Ranks, options: dict[str, Any]) -> None:
     ranks.run(2, with_options, options)
 
 
@@ -150,7 +150,7 @@ def with_options(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
-def test_b34_activations_and_residuals(ranks: Ranks, activation: str, residual: bool) -> None:
+def test_activations_and_residuals(ranks: Ranks, activation: str, residual: bool) -> None:
     ranks.run(2, with_activation, activation, residual)
 
 
@@ -158,7 +158,7 @@ def with_activation(activation: str, residual: bool) -> None:
     as_one_process((3, 2), (0, 3, 4, 4), residual=residual, activation=activation)
 
 
-def test_b34_masks(ranks: Ranks) -> None:
+def test_masks(ranks: Ranks) -> None:
     ranks.run(3, with_masks)
 
 
@@ -179,13 +179,13 @@ SIZES = [(3, 5), (1, 1), (4, 0), (0, 4), (1, 0, 1)]
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 1.6e-2)], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_b32_shares_of_any_size(ranks: Ranks, sizes: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+def test_shares_of_any_size(ranks: Ranks, sizes: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
     for shape in ((0, 3), (0, 3, 4, 4)):
         ranks.run(len(sizes), as_one_process, sizes, shape, dtype, "contiguous", False, False, tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_b32_nothing_anywhere(ranks: Ranks, dtype: torch.dtype) -> None:
+def test_nothing_anywhere(ranks: Ranks, dtype: torch.dtype) -> None:
     ranks.run(2, nothing_anywhere, dtype)
 
 
@@ -203,7 +203,7 @@ def nothing_anywhere(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 0), (0, 0, 1)], ids=str)
-def test_b32_one_value_on_all_ranks_together(ranks: Ranks, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_one_value_on_all_ranks_together(ranks: Ranks, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     errors = ranks.run(len(sizes), one_value, sizes, dtype)
     assert len(set(errors)) == 1
     assert errors[0] == (
@@ -243,7 +243,7 @@ def hard_numbers(dtype: torch.dtype) -> None:
     assert torch.allclose(layer.running_mean.double(), exact.mean(1), rtol=2e-3 if dtype == torch.float16 else 1e-6)
 
 
-def test_b34_nonfinite_values_are_skipped_by_all(ranks: Ranks) -> None:
+def test_nonfinite_values_are_skipped_by_all(ranks: Ranks) -> None:
     ranks.run(2, nonfinite)
 
 
@@ -264,7 +264,7 @@ def nonfinite() -> None:
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "silu"])
-def test_b34_second_derivatives(ranks: Ranks, activation: str, residual: bool) -> None:
+def test_second_derivatives(ranks: Ranks, activation: str, residual: bool) -> None:
     ranks.run(2, second_derivatives, activation, residual)
 
 
@@ -323,7 +323,7 @@ def some_gradients(activation: str) -> None:
                     assert torch.equal(leaf.grad, wanted.setdefault(name, leaf.grad.clone()))
 
 
-def test_b20_a_bit_a_value_is_kept_of_what_relu_took_in(needs_extension: None, ranks: Ranks) -> None:
+def test_a_bit_a_value_is_kept_of_what_relu_took_in(needs_extension: None, ranks: Ranks) -> None:
     for nbytes in ranks.run(2, kept):
         assert nbytes < 16 * 8 * 100 * 4 * 1.05
 
@@ -331,11 +331,11 @@ def test_b20_a_bit_a_value_is_kept_of_what_relu_took_in(needs_extension: None, r
 def kept() -> int:
     layer = normfused.SyncBatchNormAct(8, activation="relu")
     x, r = (torch.randn(16, 8, 100, requires_grad=True) for _ in range(2))
-    return kept_for_backward(layer, x, r)
+    return bytes_saved_for_backward(layer, x, r)
 
 
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "selective"])
-def test_b22_checkpointing(ranks: Ranks, needs_extension: None, how: str) -> None:
+def test_checkpointing(ranks: Ranks, needs_extension: None, how: str) -> None:
     ranks.run(2, checkpointed, how)
 
 

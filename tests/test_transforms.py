@@ -29,14 +29,14 @@ def assert_close(ours: object, theirs: object) -> None:
 
 @pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.jacrev], ids=["jacfwd", "jacrev"])
 @modes
-def test_b30_jacobians(training: bool, transform) -> None:
+def test_jacobians(training: bool, transform) -> None:
     ours, theirs = both(training)
     x, w = double(4, 3, 2), double(3)
     assert_close(transform(ours, argnums=(0, 1))(x, w), transform(theirs, argnums=(0, 1))(x, w))
 
 
 @modes
-def test_b30_jvp_and_linearize(training: bool) -> None:
+def test_jvp_and_linearize(training: bool) -> None:
     ours, theirs = both(training)
     values, tangents = (double(4, 3, 2), double(3)), (double(4, 3, 2), double(3))
     expected = torch.func.jvp(theirs, values, tangents)
@@ -46,7 +46,7 @@ def test_b30_jvp_and_linearize(training: bool) -> None:
 
 
 @modes
-def test_b30_hessian(training: bool) -> None:
+def test_hessian(training: bool) -> None:
     x, w = double(4, 3, 2), double(3)
     hessians = [torch.func.hessian(lambda x, f=f: (f(x, w) ** 3).sum())(x) for f in both(training)]
     assert hessians[1].abs().max() > 0.1
@@ -54,7 +54,7 @@ def test_b30_hessian(training: bool) -> None:
 
 
 @modes
-def test_b30_forward_mode_keeps_tangents(training: bool) -> None:
+def test_forward_mode_keeps_tangents(training: bool) -> None:
     x, w, tangents = double(4, 3, 2), double(3), (double(4, 3, 2), double(3))
     results = []
     for function in both(training):
@@ -65,13 +65,13 @@ def test_b30_forward_mode_keeps_tangents(training: bool) -> None:
 
 
 @modes
-def test_b30_vmap_over_parameters_alone(training: bool) -> None:
+def test_vmap_over_parameters_alone(training: bool) -> None:
     x, weights = double(4, 3, 2), double(5, 3)
     assert_close(*(torch.func.vmap(function, in_dims=(None, 0))(x, weights) for function in both(training)))
 
 
 @modes
-def test_b30_batched_gradients(training: bool) -> None:
+def test_batched_gradients(training: bool) -> None:
     x, w, grads = double(4, 3, 2).requires_grad_(), double(3).requires_grad_(), double(5, 4, 3, 2)
     results = [torch.autograd.grad(function(x, w), (x, w), grads, is_grads_batched=True) for function in both(training)]
     assert_close(*results)

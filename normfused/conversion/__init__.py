@@ -1,15 +1,15 @@
-"""Whole models: batch norms replaced by ours and back, and fused with what follows them."""
+"""Whole models: replace batch norms and back, fuse them with the operations that follow, fold them into layers."""
 
 from normfused.conversion.api import convert, convert_sync_batchnorm, revert
 from normfused.conversion.classes import register_conversion
-from normfused.conversion.report import ConversionReport, conversion_report, kept_for_backward
+from normfused.conversion.report import ConversionReport, bytes_saved_for_backward, conversion_report
 
 __all__ = [
     "ConversionReport",
+    "bytes_saved_for_backward",
     "conversion_report",
     "convert",
     "convert_sync_batchnorm",
-    "kept_for_backward",
     "register_conversion",
     "revert",
 ]

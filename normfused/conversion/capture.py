@@ -1,8 +1,8 @@
-"""How a converted model is entered: each module with batch norms through Dynamo, by a frame of its own.
+"""Calls of a converted model through Dynamo. Each module with batch norms is captured from a frame of its own.
 
-``nn.Module.__call__`` calls ``_compiled_call_impl`` where a module has one; that is what ``nn.Module.compile`` sets.
-Dynamo skips frames of torch.nn, so that a bare ``nn.Sequential`` would be captured child by child. The functions here
-are frames outside of torch.nn, and capture the module that they call as a whole.
+``nn.Module.__call__`` calls the attribute ``_compiled_call_impl`` if a module has it; ``nn.Module.compile`` sets it.
+Dynamo skips frames of torch.nn, so it would capture a plain ``nn.Sequential`` child by child. The functions here are
+frames outside of torch.nn, from which Dynamo captures the module that they call as a whole.
 """
 
 from __future__ import annotations
@@ -19,63 +19,51 @@ from normfused import _torch_private
 from normfused.conversion import fusion
 from normfused.conversion.report import ConversionReport
 
-# Captures of one module: training, evaluation, gradient modes, autocast, and sizes that are static, then dynamic.
+# Captures of one module: for training, evaluation, gradient modes, autocast, and static and dynamic sizes.
 RECOMPILE_LIMIT = 64
 
 _CONFIG = {
     "accumulated_recompile_limit": 4096,
-    # What Dynamo cannot capture runs as it is, and raises its own errors.
+    # Code that Dynamo cannot capture runs uncompiled, and raises its own errors.
     "suppress_errors": True,
     "fail_on_recompile_limit_hit": False,
-    # Hooks that are added to a module after a capture count.
+    # Hooks that are added to a module after a capture cause a new capture.
     "skip_nnmodule_hook_guards": False,
-    # NumPy stays NumPy: Dynamo would draw its random numbers from torch's generator.
+    # Otherwise Dynamo would draw NumPy's random numbers from torch's generator.
     "trace_numpy": False,
-    # Buckets of DistributedDataParallel do not split graphs: autograd stays eager, and overlaps by itself.
+    # No graph breaks at the buckets of DistributedDataParallel: autograd is eager, so gradients overlap anyway.
     "optimize_ddp": False,
     "capture_scalar_outputs": False,
     "capture_dynamic_output_shape_ops": False,
 }
 
 
-def why_not() -> str | None:
-    """Why Dynamo cannot capture anything in this process; ``None`` if it can."""
-    if torch._dynamo.config.disable:
-        return "Dynamo is disabled"
-    try:
-        torch.compile(lambda: None, backend="eager")
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
-
-
 def install(model: nn.Module, report: ConversionReport) -> None:
-    """Let every module of ``model`` that holds batch norms of ours be called through Dynamo."""
+    """Call each module of ``model`` that contains batch norms of this package through Dynamo."""
     norms: dict[int | None, str] = {id(layer): path for path, layer in report.layers(model)}
     for module in _holders(model):
-        module._compiled_call_impl = _entry(module, report, norms)
+        _torch_private.set_compiled_call(module, _entry(module, report, norms))
 
 
 def uninstall(model: nn.Module) -> None:
-    """Undo :func:`install`; what the user has compiled stays compiled."""
+    """Undo :func:`install`. Modules that the user has compiled stay compiled."""
     for module in model.modules():
         if is_installed(module):
-            del module._compiled_call_impl
+            _torch_private.set_compiled_call(module, None)
 
 
 def is_installed(module: nn.Module) -> bool:
     """Whether calls of ``module`` are captured by :func:`install`."""
-    return isinstance(module.__dict__.get("_compiled_call_impl"), FunctionType) and hasattr(
-        module.__dict__["_compiled_call_impl"], "normfused_report"
-    )
+    call = _torch_private.compiled_call(module)
+    return isinstance(call, FunctionType) and hasattr(call, "normfused_report")
 
 
 def _holders(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that hold a batch norm of ours and are called: not the layers, nor torch.nn's lists."""
+    """The modules that contain a batch norm of this package, without the layers themselves and lists of modules."""
     from normfused.conversion.classes import is_ours
 
     for module in model.modules():
-        compiled = module.__dict__.get("_compiled_call_impl") is not None and not is_installed(module)
+        compiled = _torch_private.compiled_call(module) is not None and not is_installed(module)
         if is_ours(module) or compiled or type(module) in (nn.ModuleList, nn.ModuleDict):
             continue
         if any(map(is_ours, module.modules())):
@@ -83,14 +71,14 @@ def _holders(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _with_own_code(function: Any) -> Any:
-    """A copy of ``function`` with a code object of its own: Dynamo stores captures, and counts them, by code object."""
+    """A copy of ``function`` with its own code object: Dynamo stores and counts captures for each code object."""
     code = function.__code__.replace()
     copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     return copy
 
 
 def _entry(module: Any, report: ConversionReport, norms: dict[int | None, str]) -> Callable[..., Any]:
-    """What ``module.__call__`` is to call."""
+    """The function that ``module.__call__`` calls."""
     compiled: Callable[..., Any] | None = None
     configure: Callable[[], Callable[[], None]] | None = None
 
@@ -101,14 +89,14 @@ def _entry(module: Any, report: ConversionReport, norms: dict[int | None, str]) 
         return _backend(gm, report, norms)
 
     def enter(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # in a larger graph
+        if torch.compiler.is_compiling():  # the module is part of a larger graph
             return module._call_impl(*args, **kwargs)
         nonlocal compiled, configure
         caller: Any = sys._getframe(1).f_locals.get("self")
-        if caller is not module and getattr(caller, "_compiled_call_impl", None) is entry:
-            return caller._call_impl(*args, **kwargs)  # a shallow copy of the module, as nn.DataParallel makes them
-        report.last_eager = _torch_private.why_eager()
-        if report.last_eager is not None:
+        if caller is not module and _torch_private.compiled_call(caller) is entry:
+            return caller._call_impl(*args, **kwargs)  # a shallow copy of the module, as nn.DataParallel makes
+        report.eager_reason = _torch_private.eager_reason()
+        if report.eager_reason is not None:
             return module._call_impl(*args, **kwargs)
         if compiled is None:
             compiled = _torch_private.compile_apart(_with_own_code(call), compile_for, RECOMPILE_LIMIT)
@@ -130,7 +118,7 @@ def _entry(module: Any, report: ConversionReport, norms: dict[int | None, str]) 
 def _backend(gm: fx.GraphModule, report: ConversionReport, norms: dict[int | None, str]) -> Callable[..., Any]:
     fusion.check_is_flat(gm)
     outcomes = fusion.fuse(gm, report.inplace)
-    # What is of no layer is a call of functional.batch_norm.
+    # A batch norm without a layer is a call of functional.batch_norm.
     report.record({norms.get(layer, "functional.batch_norm"): outcome for layer, outcome in outcomes.items()})
     fusion.run_directly(gm)
     return gm.forward

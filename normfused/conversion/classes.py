@@ -1,6 +1,6 @@
-"""Which class a layer becomes: torch.nn's batch norms, those of known libraries, and those that users register.
+"""Which class replaces a layer's class: for torch.nn, known libraries, and classes that users register.
 
-Classes are compared exactly. A subclass may have a forward of its own, and is only replaced where it is registered.
+Classes are compared exactly. A subclass may override forward, so it is replaced only if it is registered.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from normfused import functional, modules
-from normfused.distributed import SyncBatchNorm, SyncBatchNormAct
+from normfused._torch_private import BatchNormBase, InstanceNormBase
+from normfused.batch_norm_base import _BatchNorm, nondefault_options
+from normfused.distributed.layers import SyncBatchNorm, SyncBatchNormAct
 
-# torch.nn's layers change their class and nothing else.
+# For torch.nn's layers only the class changes.
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: modules.BatchNorm1d,
     nn.BatchNorm2d: modules.BatchNorm2d,
@@ -29,12 +31,12 @@ _registered: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _Adapted:
-    """A layer of another library whose batch norm is ours: a subclass of that layer's class, made when it is met."""
+    """A layer of another library with this package's batch norm: a subclass of its class, created on demand."""
 
     converted_from: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is not found by its name: copies and pickles name the class that it was made from.
+        # The class cannot be imported by name. Copies and pickles store the class that it was derived from.
         return _rebuild, (type(self).converted_from,), self.__getstate__()
 
 
@@ -45,7 +47,7 @@ def _rebuild(source: type[nn.Module]) -> nn.Module:
 
 
 class _NormThenDropThenAct:
-    """timm's layers: batch norm, ``self.drop`` and ``self.act``."""
+    """Layers of timm: batch norm, then ``self.drop`` and ``self.act``."""
 
     def forward(self, x: Tensor) -> Tensor:
         normalized: Tensor = super().forward(x)  # type: ignore[misc]
@@ -54,10 +56,10 @@ class _NormThenDropThenAct:
 
 
 class _Frozen:
-    """Layers whose statistics, weight and bias are all buffers, and constant."""
+    """Layers whose statistics, weight and bias are constant buffers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:  # type: ignore[attr-defined]  # the result would be promoted
+        if x.dtype != self.weight.dtype:  # type: ignore[attr-defined]  # torch promotes the result to the wider dtype
             result: Tensor = super().forward(x)  # type: ignore[misc]
             return result
         constants = (self.running_mean, self.running_var, self.weight, self.bias)  # type: ignore[attr-defined]
@@ -65,7 +67,7 @@ class _Frozen:
 
 
 class _FrozenThenDropThenAct(_Frozen):
-    """timm's frozen layer."""
+    """The frozen layer of timm."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:  # type: ignore[attr-defined]
@@ -74,8 +76,8 @@ class _FrozenThenDropThenAct(_Frozen):
         return result
 
 
-# By module and name, so that no library is imported: the classes from which the replacement inherits, before the class
-# itself, and the submodules that its forward needs.
+# Keys are module and class names, so that no library is imported. Values are the classes that the replacement inherits
+# from, before the class itself, and the attributes that its forward needs.
 _TIMM = ("timm.layers.norm_act", "timm.models.layers.norm_act")
 _KNOWN: dict[tuple[str, str], tuple[tuple[type, ...], tuple[str, ...]]] = {
     **{(m, "BatchNormAct2d"): ((_NormThenDropThenAct, modules.BatchNorm2d), ("drop", "act")) for m in _TIMM},
@@ -87,16 +89,28 @@ _KNOWN: dict[tuple[str, str], tuple[tuple[type, ...], tuple[str, ...]]] = {
 
 
 def register_conversion(source: type[nn.Module], target: type[nn.Module] | None = None) -> None:
-    """Let :func:`normfused.convert` replace layers of a class of your own.
+    """Let :func:`normfused.convert` replace layers of another class, in this process.
 
     Args:
-        source: the class, compared exactly. Its subclasses are not replaced.
-        target: what its layers become: a class that does the same with the same attributes. By default ``source`` must
-            be a subclass of ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm`` that calls
-            ``super().forward``; its layers become a subclass of ``source`` in which that call is ours.
+        source: the class to replace, compared exactly. Its subclasses are not replaced.
+        target: the class that replaces it. It must compute the same from the same attributes. By default ``source``
+            must be a subclass of ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm`` that calls
+            ``super().forward``. Its layers then become a subclass of ``source`` in which that call runs this package's
+            batch norm.
 
     Raises:
         TypeError: an argument is not a module class, or ``source`` needs a ``target``.
+
+    Example:
+        >>> import normfused
+        >>> from torch import nn
+        >>> class ScaledBatchNorm2d(nn.BatchNorm2d):
+        ...     def forward(self, x):
+        ...         return super().forward(x) * 2
+        >>> normfused.register_conversion(ScaledBatchNorm2d)
+        >>> model = normfused.convert(nn.Sequential(ScaledBatchNorm2d(8)), fuse=False)
+        >>> normfused.conversion_report(model).skipped
+        []
     """
     for name, value in (("source", source), ("target", target)):
         if not (isinstance(value, type) and issubclass(value, nn.Module)) and not (name == "target" and value is None):
@@ -105,7 +119,8 @@ def register_conversion(source: type[nn.Module], target: type[nn.Module] | None 
         bases = [ours for stock, ours in PLAIN.items() if issubclass(source, stock)]
         if not bases or source in PLAIN or is_ours_class(source):
             raise TypeError(
-                f"register_conversion: {source.__name__} is no subclass of torch.nn's batch norms, and needs a target"
+                f"register_conversion: {source.__name__} needs a target, "
+                "because it is not a subclass of torch.nn's batch norms"
             )
         target = _adapt(source, (bases[0],))
     _registered[source] = target
@@ -114,7 +129,7 @@ def register_conversion(source: type[nn.Module], target: type[nn.Module] | None 
 def _adapt(source: type[nn.Module], before: tuple[type, ...]) -> type[nn.Module]:
     own: list[type] = [base for base in before if issubclass(base, nn.Module)]
     other: list[type] = [base for base in before if base not in own]
-    # What `source` itself defines wins over our layers, except for a forward that is replaced as a whole.
+    # Methods of `source` override those of this package, unless its forward is replaced as a whole.
     bases: tuple[type, ...] = (_Adapted, *other, *own, source) if other else (_Adapted, source, *own)
     attributes = {"converted_from": source, "__module__": source.__module__, "__qualname__": source.__qualname__}
     adapted: type[nn.Module] = type(source.__name__, bases, attributes)
@@ -122,8 +137,8 @@ def _adapt(source: type[nn.Module], before: tuple[type, ...]) -> type[nn.Module]
 
 
 def class_for(source: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that layers of exactly this class become; ``None`` if they are not replaced."""
-    if issubclass(source, _Adapted):  # its name is that of the class it was made from
+    """The class that replaces exactly this class; ``None`` if its layers are not replaced."""
+    if issubclass(source, _Adapted):  # it has the name of the class that it was derived from
         return None
     target = PLAIN.get(source) or _registered.get(source)
     if target is None and (known := _KNOWN.get((source.__module__, source.__qualname__))) is not None:
@@ -131,8 +146,8 @@ def class_for(source: type[nn.Module]) -> type[nn.Module] | None:
     return target
 
 
-def why_not(layer: nn.Module) -> str | None:
-    """Why a layer whose class is known is left alone; ``None`` if it is replaced."""
+def skip_reason(layer: nn.Module) -> str | None:
+    """Why a layer of a known class is not replaced; ``None`` if it is."""
     known = _KNOWN.get((type(layer).__module__, type(layer).__qualname__))
     missing = [name for name in (known[1] if known is not None else ()) if not hasattr(layer, name)]
     if missing:
@@ -141,28 +156,31 @@ def why_not(layer: nn.Module) -> str | None:
 
 
 def source_of(layer: nn.Module) -> type[nn.Module] | None:
-    """The class that a converted layer had before; ``None`` for a layer that is not ours, or that has our options."""
+    """The class of a converted layer before the conversion.
+
+    ``None`` if it was not converted, or if it has options that the former class lacks.
+    """
     kind = type(layer)
     if kind in STOCK:
-        return None if modules.own_options(layer) else STOCK[kind]
+        return None if nondefault_options(layer) else STOCK[kind]
     if issubclass(kind, _Adapted):
         return kind.converted_from
     return next((source for source, target in _registered.items() if target is kind), None)
 
 
 def is_ours_class(kind: type) -> bool:
-    """Whether layers of this class run our batch norm."""
-    return issubclass(kind, (modules._BatchNorm, _Adapted)) or kind in _registered.values()
+    """Whether layers of this class run this package's batch norm."""
+    return issubclass(kind, (_BatchNorm, _Adapted)) or kind in _registered.values()
 
 
 def is_ours(layer: nn.Module) -> bool:
-    """Whether ``layer`` runs our batch norm."""
+    """Whether ``layer`` runs this package's batch norm."""
     return is_ours_class(type(layer))
 
 
 def is_foreign_batch_norm(layer: nn.Module) -> bool:
-    """Whether ``layer`` is a batch norm of a class that is not known, which the report names."""
-    if is_ours(layer) or isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+    """Whether ``layer`` is a batch norm of an unknown class, which the report lists."""
+    if is_ours(layer) or isinstance(layer, InstanceNormBase):
         return False
     looks_like_one = {"running_mean", "running_var"} <= {*layer._buffers, *layer._parameters}
-    return isinstance(layer, nn.modules.batchnorm._BatchNorm) or looks_like_one
+    return isinstance(layer, BatchNormBase) or looks_like_one

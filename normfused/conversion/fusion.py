@@ -1,7 +1,8 @@
-"""The compiler backend ``"normfused"``: batch norms of a captured graph fused with what follows them.
+"""The compiler backend ``"normfused"``: fuses the batch norms of a captured graph with the operations that follow.
 
 In Dynamo's graph a batch norm is a call of ``normfused::batch_norm_training`` or ``batch_norm_inference``, followed by
-``getitem`` 0, and possibly by an addition and an activation. Those become arguments of the call. All other nodes stay.
+``getitem`` 0, and possibly by an addition and an activation. These become arguments of the call. Other nodes do not
+change.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from normfused import _extension
+from normfused._torch_private import HigherOrderOperator, lookup_backend, skip_frame
 from normfused.conversion import graph as g
 
-# By layer, see layer_of(): what follows it in the same pass and True, or why nothing does and False.
+# For each layer, see layer_of(): the fused operations and True, or the reason against fusion and False.
 Outcomes = dict[int | None, tuple[str, bool]]
 
 _OPERATORS = ("batch_norm_training", "batch_norm_inference")
@@ -25,7 +27,7 @@ _STATE = ("running_mean", "running_var", "num_batches_tracked", "nonfinite_batch
 
 
 class Match(NamedTuple):
-    """What can be fused with a batch norm."""
+    """The nodes that can be fused with a batch norm."""
 
     chain: list[fx.Node]  # from the call of the operator to the last node that it replaces
     residual: fx.Node | None
@@ -41,10 +43,12 @@ class Match(NamedTuple):
 def backend(
     gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Fuse the batch norms of ``gm``, then run it: for ``torch.compile(model, backend="normfused")``.
+    """Fuse the batch norms of ``gm`` and return a function that runs it.
+
+    It is the backend of ``torch.compile(model, backend="normfused")``.
 
     Args:
-        gm, example_inputs: a graph as Dynamo captures it; it is changed.
+        gm, example_inputs: a graph that Dynamo has captured, which is changed, and its inputs.
         options: ``{"then": name}`` passes the rewritten graph to another backend, such as ``"inductor"``; by default
             its nodes run one by one, with eager autograd. ``{"inplace": True}``: as in :func:`normfused.convert`.
 
@@ -61,35 +65,35 @@ def backend(
     if then is None:
         run_directly(gm)
         return gm.forward
-    lookup: Any = torch._dynamo.lookup_backend(then) if isinstance(then, str) else then
+    lookup = lookup_backend(then) if isinstance(then, str) else then
     compiled: Callable[..., Any] = lookup(gm, example_inputs)
     return compiled
 
 
 def check_is_flat(gm: fx.GraphModule) -> None:
-    """Have Dynamo run the frame as it is if parts of it would become graphs in the graph.
+    """Have Dynamo run the frame uncompiled if parts of it would become nested graphs.
 
-    Checkpointing and Python's ``autograd.Function`` do. They are defined by how they run the user's function, which
-    eager calls do best; Dynamo goes on to capture the frames that they call.
+    Checkpointing and Python's ``autograd.Function`` become nested graphs. What they do depends on how they run the
+    user's function, so they run eagerly. Dynamo still captures the frames that they call.
 
     Raises:
-        torch._dynamo.exc.SkipFrame: that there is such a part.
+        SkipFrame: the graph has a nested graph.
     """
-    nested = next((n for n in gm.graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)), None)
+    nested = next((n for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator)), None)
     if nested is not None:
-        raise torch._dynamo.exc.SkipFrame(f"normfused: {nested.target} runs as it is")
+        raise skip_frame(f"normfused: {nested.target} runs uncompiled")
 
 
 def fuse(gm: fx.GraphModule, inplace: bool) -> Outcomes:
-    """Fuse what can be fused in ``gm``, and return what was found for each batch norm, by :func:`layer_of`."""
+    """Fuse the batch norms of ``gm`` in place. Returns the outcome for each layer, see :func:`layer_of`."""
     outcomes: Outcomes = {}
     inputs = g.storages(node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr"))
     for node in list(gm.graph.nodes):
         if operator_of(node) is None:
             continue
         layer, match = layer_of(node), what_follows(node)
-        before = outcomes.get(layer)  # of a layer that is called more than once
-        reason = match if isinstance(match, str) else obstacle(match, inputs)
+        before = outcomes.get(layer)  # not None if the layer is called more than once
+        reason = match if isinstance(match, str) else _fusion_blocker(match, inputs)
         if isinstance(match, str) or reason is not None:
             outcomes[layer] = (reason or "", False)
             continue
@@ -104,7 +108,7 @@ def fuse(gm: fx.GraphModule, inplace: bool) -> Outcomes:
 
 
 def operator_of(node: fx.Node) -> str | None:
-    """The name of the batch norm operator that ``node`` calls."""
+    """The name of the batch norm operator that ``node`` calls; ``None`` if it calls none."""
     if node.op != "call_function":
         return None
     for name in _OPERATORS:
@@ -128,7 +132,7 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 def layer_of(node: fx.Node) -> int | None:
     """The ``id`` of the module that called the operator, as Dynamo records it; ``None`` if it does not."""
     stack = node.meta.get("nn_module_stack") or {"": None}
-    key = next(reversed(stack)).split("@")[0]  # the number of the call follows
+    key = next(reversed(stack)).split("@")[0]  # the text after @ is the number of the call
     return int(key) if key.isdigit() else None
 
 
@@ -140,13 +144,13 @@ def _single_user(node: fx.Node) -> fx.Node | None:
 
 
 def what_follows(node: fx.Node) -> Match | str:
-    """What can be fused with the batch norm that ``node`` calls, or why nothing can."""
+    """The nodes that can be fused with the batch norm that ``node`` calls, or the reason why there are none."""
     given = arguments_of(node)
     if given["residual"] is not None or given["activation"] != "identity":
-        return "it already has an activation or a residual of its own"
+        return "the call already has an activation or residual"
     output = _single_user(node)
     if output is None or output.target is not operator.getitem or output.args[1] != 0:
-        return "its statistics are used as well"
+        return "its statistics are used too"
     chain = [node, output]
     if (after := _skip_identities(chain)) is None:
         return _why_not_single(chain[-1])
@@ -160,7 +164,7 @@ def what_follows(node: fx.Node) -> Match | str:
     first, second = after.args
     residual = second if first is chain[-1] else first
     if not isinstance(residual, fx.Node) or residual is chain[-1]:
-        return "what is added to it is not another tensor"
+        return "the addend is not another tensor"
     if residual is first and (after.target is operator.iadd or after.target == "add_"):
         return "it is added in place to another tensor"
     chain.append(after)
@@ -170,7 +174,7 @@ def what_follows(node: fx.Node) -> Match | str:
 
 
 def _skip_identities(chain: list[fx.Node]) -> fx.Node | None:
-    """The only user of the last node of ``chain``, to which the identities on the way are added."""
+    """The only user of the last node of ``chain`` after appending identities to ``chain``; ``None`` if not single."""
     while (user := _single_user(chain[-1])) is not None and g.is_identity(user):
         chain.append(user)
     return user
@@ -180,41 +184,42 @@ def _why_not_single(node: fx.Node) -> str:
     return "its output is used more than once" if node.users else "its output is not used"
 
 
-def obstacle(match: Match, inputs: set[int]) -> str | None:
-    """Why computing all of ``match`` where its last node is would not be the same; ``None`` if it is the same."""
+def _fusion_blocker(match: Match, inputs: set[int]) -> str | None:
+    """Why computing ``match`` at the place of its last node would change results; ``None`` if it would not."""
     node, last = match.chain[0], match.chain[-1]
     given = arguments_of(node)
     source = g.value_of(given["input"])
     for other in (g.value_of(last), *([g.value_of(match.residual)] if match.residual is not None else [])):
         if type(other) is not type(source) and not isinstance(source, torch.nn.Parameter):
-            return "the tensors are of different classes"
+            return "the tensors have different classes"
         if not isinstance(other, Tensor) or other.dtype != source.dtype or other.device != source.device:
-            return "what is added differs in dtype or device"
+            return "the addend has another dtype or device"
         if len(other.shape) != len(source.shape) or not all(
             statically_known_true(a == b) for a, b in zip(other.shape, source.shape, strict=True)
         ):
-            return "what is added differs in shape"
+            return "the addend has another shape"
     operands = [value for value in (*given.values(), match.residual) if isinstance(value, fx.Node)]
     state = [given[name] for name in _STATE if isinstance(given.get(name), fx.Node)]
     between = node.next
     while between is not last:
         if between not in match.chain:
             if _writes(between, operands, inputs):
-                return "what it reads is changed in between"
+                return "its operands are changed in between"
             if any(g.may_share_memory(read, state, set()) for read in between.all_input_nodes):
                 return "its running statistics are used in between"
             if g.changes_context(between):
-                return f"{g._name_of(between)} comes in between"
+                return f"{g._name_of(between)} runs in between"
         between = between.next
     saves_residual = match.residual is not None and match.activation[0] not in ("identity", "relu", "leaky_relu")
     if saves_residual and _is_written_after(match.residual, last, inputs):
-        return "what is added to it is changed later"
+        return "the addend is changed later"
     return None
 
 
 def _writes(node: fx.Node, values: list[fx.Node], inputs: set[int]) -> bool:
     """Whether ``node`` may change one of ``values``."""
-    # The running statistics of another layer overlap with nothing, unless they did when the graph was captured.
+    # A batch norm writes its running statistics only. They overlap with other inputs in later calls only if they did
+    # when the graph was captured.
     may_overlap = set() if operator_of(node) is not None else inputs
     return any(g.may_share_memory(written, values, may_overlap) for written in g.written_by(node))
 
@@ -229,7 +234,10 @@ def _is_written_after(value: Any, last: fx.Node, inputs: set[int]) -> bool:
 
 
 def may_write_over_input(match: Match) -> bool:
-    """Whether the output may be written over the input: nothing else reads that, and nothing overwrites the output."""
+    """Whether the output may be written over the input.
+
+    Nothing else may read the input, and nothing may overwrite the output.
+    """
     name, parameter = match.activation
     source = arguments_of(match.chain[0])["input"]
     if match.residual is not None or name != "leaky_relu" or parameter <= 0 or len(source.users) != 1:
@@ -259,7 +267,7 @@ def rewrite(match: Match, over_input: bool) -> None:
 
 
 def run_directly(gm: fx.GraphModule) -> None:
-    """Rewrite what was written for compilers, in a graph whose nodes will run one by one."""
+    """Replace calls made for compilers by direct calls, in a graph whose nodes run one by one."""
     for node in list(gm.graph.nodes):
         if operator_of(node) is not None and not _write_in_place(node) and _extension.C is not None:
             _call_kernel(node)
@@ -268,7 +276,10 @@ def run_directly(gm: fx.GraphModule) -> None:
 
 
 def _write_in_place(node: fx.Node) -> bool:
-    """For compilers, a layer with ``inplace=True`` reads a clone and copies its output over the input. Undo that."""
+    """Call the in-place operator if the graph clones the input and copies the output over it. Returns whether it did.
+
+    While compiling, a layer with ``inplace=True`` records such a clone and copy.
+    """
     given, output = arguments_of(node), _single_user(node)
     clone: fx.Node = given["input"]
     copy = None if output is None else _single_user(output)
@@ -292,7 +303,7 @@ def _call_in_place(node: fx.Node, given: dict[str, Any], before: fx.Node) -> Non
 
 
 def _call_kernel(node: fx.Node) -> None:
-    """Call the extension itself if only the output is used: without the argument matching of ``torch.ops``."""
+    """Call the extension directly if only the output is used, which avoids the overhead of ``torch.ops``."""
     output = _single_user(node)
     if output is None or output.target is not operator.getitem or output.args[1] != 0:
         return

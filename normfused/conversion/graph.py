@@ -1,7 +1,7 @@
-"""What a captured FX graph says: which values a node writes, what shares memory, which activation a node computes.
+"""Analysis of a captured FX graph: what a node writes, which values share memory, which activation a node computes.
 
-The graphs are Dynamo's. They are not functionalized: a node may write its operands, and views share memory with what
-they view. Every answer is conservative. A node that is not understood counts as one that writes all that it reads.
+The graphs are Dynamo's. They are not functionalized: a node may write its operands, and views share memory with their
+bases. All answers are conservative: an unknown node counts as one that writes all its operands.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from normfused.reference import ACTIVATION_PARAMS
+from normfused._torch_private import HigherOrderOperator, OpOverload, OpOverloadPacket
+from normfused.activations import ACTIVATION_PARAMS
 
-Activation = tuple[str, float]  # the name and the parameter of an activation
+Activation = tuple[str, float]  # name and parameter
 
 
 def value_of(node: fx.Node) -> Any:
@@ -35,15 +36,15 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def storages(nodes: Iterable[fx.Node]) -> set[int]:
-    """The memory of the results of ``nodes``: a view has the storage of its base."""
+    """The storages of the results of ``nodes``. A view has the storage of its base."""
     return {t.untyped_storage()._cdata for node in nodes for t in tensors_in(value_of(node))}
 
 
 def may_share_memory(first: fx.Node, others: Iterable[fx.Node], inputs: set[int]) -> bool:
-    """Whether a result of ``first`` may be in the memory of a result of ``others``.
+    """Whether a result of ``first`` may share memory with a result of ``others``.
 
-    ``inputs`` holds the storages of the graph's inputs. Two of them may overlap in a later call, even though they did
-    not when the graph was captured.
+    ``inputs`` are the storages of the inputs of the graph. Two inputs may overlap in a later call even if they did not
+    when the graph was captured.
     """
     mine, theirs = storages([first]), storages(others)
     return bool(mine & theirs) or bool(mine & inputs and theirs & inputs)
@@ -81,12 +82,12 @@ _VIEWS = frozenset(
 
 
 def _is_inplace(node: fx.Node) -> bool:
-    """Whether the call has an argument ``inplace`` that is not False, by keyword or by position."""
+    """Whether the call has an argument ``inplace``, by keyword or position, that is not False."""
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is not False
     try:
         parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # a builtin; those have no such argument
+    except (TypeError, ValueError):  # builtins have no such argument
         return False
     position = parameters.index("inplace") if "inplace" in parameters else len(node.args)
     return position < len(node.args) and node.args[position] is not False
@@ -97,8 +98,8 @@ def _name_of(node: fx.Node) -> str:
 
 
 def _is_known_function(target: Any) -> bool:
-    """Whether ``target`` is a function of torch's or of the operator module, and not one with a graph of its own."""
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    """Whether ``target`` is a function of torch or Python's operator module, and has no nested graph."""
+    if isinstance(target, HigherOrderOperator):
         return False
     module = getattr(target, "__module__", None) or ""
     described = module.split(".")[0] in ("torch", "_operator", "operator", "math", "builtins")
@@ -121,8 +122,8 @@ def written_by(node: fx.Node) -> list[fx.Node]:
         return []
     operands = node.all_input_nodes
     target: Any = node.target
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        schemas = [target._schema] if isinstance(target, torch._ops.OpOverload) else [*target._schemas.values()]
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        schemas = [target._schema] if isinstance(target, OpOverload) else [*target._schemas.values()]
         return [operand for schema in schemas for operand in _schema_writes(node, schema)]
     if node.op == "call_module" or (node.op == "call_function" and not _is_known_function(target)):
         return operands
@@ -134,20 +135,20 @@ def written_by(node: fx.Node) -> list[fx.Node]:
         return operands if "foreach" in name else first
     if node.kwargs.get("out") is not None:
         return [node.kwargs["out"]] if isinstance(node.kwargs["out"], fx.Node) else operands
-    # Whatever returns the memory of an operand and is no view may have written it.
+    # A node that returns the memory of an operand and is not a view may have written it.
     if name not in _VIEWS and storages([node]) & storages(operands):
         return operands
     return []
 
 
 def changes_context(node: fx.Node) -> bool:
-    """Whether ``node`` may change how later nodes run: gradient mode, autocast, hooks, a stream.
+    """Whether ``node`` may change how later nodes run: gradient mode, autocast, hooks or stream.
 
-    Such nodes have no result. A node without any result that can be understood counts as one of them.
+    Such nodes have no result. A node without a result of a known type counts as one of them.
     """
     if node.op in ("placeholder", "get_attr", "output") or node.target in _IN_PLACE_OPERATORS:
         return False
-    if node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
         return True
     numbers = (int, float, bool, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
     known = (Tensor, *numbers, str, torch.Size, torch.dtype, torch.device)
@@ -184,7 +185,7 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
 def activation_of(node: fx.Node) -> Activation | None:
-    """The activation that ``node`` computes of its first operand; ``None`` if it is none that can be fused."""
+    """The activation that ``node`` computes from its first operand; ``None`` if it computes none that can be fused."""
     name = _ACTIVATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
     if name is None or not node.args:
         return None
@@ -210,7 +211,7 @@ def is_addition(node: fx.Node) -> bool:
 
 
 def is_identity(node: fx.Node) -> bool:
-    """Whether ``node`` returns its first operand as it is: dropout in evaluation, or of nothing."""
+    """Whether ``node`` returns its first operand unchanged: dropout in evaluation, or with probability 0."""
     if node.target is not F.dropout or not node.args:
         return False
     names = ("input", "p", "training", "inplace")
@@ -219,7 +220,7 @@ def is_identity(node: fx.Node) -> bool:
 
 
 def producer_overwrites_nothing(node: fx.Node) -> bool:
-    """Whether ``node`` is a convolution or a linear layer: its result is new, and nothing keeps it for backward."""
+    """Whether ``node`` is a convolution or linear layer: its result is new, and not saved for backward."""
     convolutions = (torch.conv1d, torch.conv2d, torch.conv3d)
     transposed = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
     return node.op == "call_function" and node.target in (*convolutions, *transposed, F.linear)

@@ -1,0 +1,1 @@
+"""The command ``normfused``. Nothing here is imported by ``import normfused``."""

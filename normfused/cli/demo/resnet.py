@@ -1,0 +1,47 @@
+"""A small residual network (He et al., 2015, arXiv:1512.03385) with leaky ReLUs.
+
+Leaky ReLU is invertible, so ``normfused.convert`` can apply all its optimizations, including in-place batch norm.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions with a residual connection; (N, C, H, W) to (N, C', H / stride, W / stride)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = _conv(outputs, outputs, 3, 1), nn.BatchNorm2d(outputs)
+        self.relu = nn.LeakyReLU(inplace=True)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y)) + self.shortcut(x)
+        return cast(Tensor, self.relu(y))
+
+
+class ResNet(nn.Module):
+    """Three blocks, of 16, 32 and 64 channels, for images of shape (C, H, W); 78,000 parameters."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv(channels, 16, 3, 1), nn.BatchNorm2d(16), nn.LeakyReLU(inplace=True))
+        self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (N, classes)."""
+        return cast(Tensor, self.head(self.blocks(self.stem(x)).mean((2, 3))))

@@ -1,0 +1,155 @@
+"""The command ``normfused stats``: channel statistics of images in files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from normfused._version import __version__
+from normfused.cli.stats.readers import Pictures, Source, open_source
+from normfused.data import files
+from normfused.data.dataset import Part, collect, progress_bar
+from normfused.data.stats import ChannelStats, measure
+from normfused.errors import CommandError
+
+__all__ = ["Settings", "run_stats"]
+
+_Item = TypeVar("_Item")
+
+INTERRUPTED = 130  # a shell's exit code for Ctrl-C
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the command.
+
+    ``layout`` and ``scale`` are those of :class:`normfused.ChannelStats`. ``channels`` None: pictures as stored.
+    ``json`` and ``plot`` None: no such file. ``skip``: skip unreadable files; otherwise they end the command.
+    """
+
+    path: Path
+    layout: str | None
+    scale: float | None
+    channels: str | None
+    json: Path | None
+    plot: Path | None
+    workers: int
+    skip: bool
+    recursive: bool
+
+
+def run_stats(settings: Settings) -> int:
+    """Print the table, write the files, and return the exit code.
+
+    After Ctrl-C the results are those of the images so far, without a plot.
+
+    Raises:
+        CommandError, OSError: an input or output cannot be used; the message is one line.
+    """
+    _check_outputs(settings)
+    source = open_source(settings.path, settings.layout, settings.channels, settings.recursive)
+    skipped: dict[int, str] = {}
+    try:
+        stats = collect(_parts(source, settings, skipped), settings.scale, source.images, None)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if not stats.images and stats.complete:
+        raise CommandError(f"{settings.path}: no image could be read")
+    print(stats)
+    for index, reason in skipped.items():
+        print(f"skipped {source.name(index)}: {reason}", file=sys.stderr)
+    if skipped:
+        print(f"{len(skipped)} of {len(source)} files were skipped", file=sys.stderr)
+    if settings.json:
+        files.replace(settings.json, _as_json(stats, source, settings, skipped))
+    if not stats.complete:
+        print(f"interrupted: the statistics cover {stats.images} of {source.images} images", file=sys.stderr)
+        return INTERRUPTED
+    if settings.plot:
+        try:
+            files.replace(settings.plot, _plot(stats, source, settings, skipped))
+        except KeyboardInterrupt:
+            print("interrupted: there is no plot", file=sys.stderr)
+            return INTERRUPTED
+    return 0
+
+
+def _check_outputs(settings: Settings) -> None:
+    # Checked before the images are read, not after.
+    for option, path in (("--json", settings.json), ("--plot", settings.plot)):
+        if path and not path.parent.is_dir():
+            raise CommandError(f"{option} {path}: the folder {path.parent} does not exist")
+    if settings.plot and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("matplotlib not installed: pip install 'normfused[data]'")
+
+
+class _Measured(Dataset[ChannelStats | str]):
+    """Of each item of the source its statistics, or why there are none."""
+
+    def __init__(self, source: Source, scale: float | None) -> None:
+        self.source, self.scale = source, scale
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> ChannelStats | str:
+        try:
+            return measure(self.source[index], self.source.layout, self.scale)
+        except Exception as error:  # a damaged file can raise almost anything
+            return str(error) or repr(error)
+
+
+def _read(dataset: Dataset[_Item], source: Source, settings: Settings) -> DataLoader[_Item]:
+    # An array needs no decoding, and would be sent whole to spawned workers.
+    workers = settings.workers if isinstance(source, Pictures) else 0
+    return DataLoader(dataset, batch_size=None, num_workers=workers)
+
+
+def _parts(source: Source, settings: Settings, skipped: dict[int, str]) -> Iterator[Part]:
+    """Statistics of the items that could be read. The reasons for the others are added to ``skipped``."""
+    for index, part in enumerate(_read(_Measured(source, settings.scale), source, settings)):
+        if isinstance(part, ChannelStats):
+            yield source.name(index), part
+        elif settings.skip:
+            skipped[index] = part
+        else:
+            raise CommandError(f"{source.name(index)}: {part}")
+
+
+def _plot(stats: ChannelStats, source: Source, settings: Settings, skipped: dict[int, str]) -> bytes:
+    """The plot as a PNG. Reads the images a second time, because the bins depend on the range of the values."""
+    from normfused.cli.stats import histogram  # only here: matplotlib may be missing
+
+    low, high = histogram.value_range(stats)
+    counts = histogram.Counts(source, settings.scale, low, high)
+    read = Subset(counts, [index for index in range(len(source)) if index not in skipped])
+    total = torch.zeros(1, dtype=torch.float64)
+    with progress_bar(len(read), None) as advance:
+        for part in _read(read, source, settings):
+            total = total + part
+            advance(1)
+    return histogram.draw(total, stats, low, high, settings.path.name)
+
+
+def _as_json(stats: ChannelStats, source: Source, settings: Settings, skipped: dict[int, str]) -> bytes:
+    content = {
+        "normfused": __version__,
+        "settings": asdict(settings),
+        "images": stats.images,
+        "complete": stats.complete,
+        "skipped": {source.name(index): reason for index, reason in skipped.items()},
+    }
+    if stats.images:
+        names = ("count", "mean", "std", "min", "max", "nonfinite")
+        values = (stats.count, stats.mean, stats.std, stats.min, stats.max, stats.nonfinite)
+        content |= {name: value.tolist() for name, value in zip(names, values, strict=True)}
+    content["stats"] = stats.to_dict()  # exact, for ChannelStats.load
+    return json.dumps(content, indent=2, default=str).encode() + b"\n"

@@ -1,0 +1,76 @@
+"""Histograms of the values of each channel, and their plot."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from normfused.cli.stats.readers import Source
+from normfused.data.images import as_nchw
+from normfused.data.stats import ChannelStats, scale_of
+from normfused.errors import CommandError
+
+BINS = 256
+_RGB = ("#c8453b", "#3c9d6b", "#3b6fc8")
+_OTHER = "#5b6470"
+
+
+def value_range(stats: ChannelStats) -> tuple[float, float]:
+    """The range of the bins: one bin per integer if few integers occur, else from minimum to maximum.
+
+    Raises:
+        CommandError: no value is finite.
+    """
+    low, high = stats.min.min().item(), stats.max.max().item()
+    if low > high:
+        raise CommandError("--plot: all values are NaN or infinite")
+    scale = stats.integer_scale
+    if scale and stats.sums[0].count == stats.count[0]:  # integers only
+        lowest, highest = min(c.min for c in stats.sums), max(c.max for c in stats.sums)
+        if highest - lowest < BINS:
+            first = 0 if lowest >= 0 and highest < BINS else lowest
+            return (first - 0.5) * scale, (first + BINS - 0.5) * scale
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+class Counts(Dataset[Tensor]):
+    """The histogram of each item of the source: number of scaled values in each bin, shape (C, 256), float64."""
+
+    def __init__(self, source: Source, scale: float | None, low: float, high: float) -> None:
+        self.source, self.scale, self.low, self.high = source, scale, low, high
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        x = as_nchw(self.source[index], self.source.layout)
+        scale = scale_of(x.dtype, self.scale)
+        return torch.stack([torch.histc(c.double() * scale, BINS, self.low, self.high) for c in x.unbind(1)])
+
+
+def draw(counts: Tensor, stats: ChannelStats, low: float, high: float, name: str) -> bytes:
+    """A PNG with a histogram of each channel, its mean and its standard deviation."""
+    channels = len(counts)
+    figure = Figure(figsize=(8, 1 + 2.4 * channels), dpi=150, layout="constrained")
+    summary = str(stats).partition("\n")[0]
+    figure.suptitle(f"{name}, {summary}")
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+    mean, std = stats.mean.tolist(), stats.std.tolist()
+    for channel, axes in enumerate(figure.subplots(channels, 1, sharex=True, squeeze=False)[:, 0]):
+        color = _RGB[channel] if channels == len(_RGB) else _OTHER
+        axes.stairs(counts[channel].numpy(), edges.numpy(), fill=True, color=color)
+        axes.axvline(mean[channel], color="black", linewidth=1.5)
+        axes.axvspan(mean[channel] - std[channel], mean[channel] + std[channel], color="black", alpha=0.1)
+        figures = f"mean {mean[channel]:.4g} (line), std {std[channel]:.4g} (band: mean ± std)"
+        axes.set_title(f"channel {channel}: {figures}", loc="left", fontsize="medium")
+        axes.set_yscale("log")  # otherwise the value of the background hides all others
+        axes.set_ylabel("number of values")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("value")
+    png = BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()

@@ -1,0 +1,156 @@
+"""Sources of images: picture files, or an array in an IDX, .npy or .npz file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from normfused.data.files import IDX_START, read_idx
+from normfused.data.images import guess_layout
+from normfused.errors import CommandError
+
+# Pillow's modes for --channels, and for modes whose values are not colors: palette indices and single bits.
+_MODES = {"gray": "L", "rgb": "RGB", "P": "RGB", "PA": "RGB", "1": "L"}
+_VALUES_AT_A_TIME = 1 << 24  # as float64, which a histogram needs, 128 MiB
+
+
+class Source(Protocol):
+    """Images, read in parts."""
+
+    layout: str | None  # layout of a part; None: the default
+    images: int
+
+    def __len__(self) -> int:
+        """Number of parts."""
+
+    def __getitem__(self, index: int) -> Tensor | np.ndarray:
+        """A part. Raises the errors of a damaged file, of any type."""
+
+    def name(self, index: int) -> str:
+        """The name of a part in errors."""
+
+
+class Pictures:
+    """Picture files, one at a time."""
+
+    layout: str | None = None
+
+    def __init__(self, paths: Sequence[Path], channels: str | None) -> None:
+        self.paths, self.channels = paths, channels
+        self.images = len(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        from PIL import Image
+
+        with Image.open(self.paths[index]) as file:
+            image: Image.Image = file
+            if image.mode.startswith(("I", "F")):  # gray with more than 8 bits, to which Pillow clips
+                if self.channels == "rgb":
+                    raise ValueError(f"Pillow cannot convert mode {image.mode} to RGB")
+                return np.array(image)
+            mode = self.channels or image.mode
+            if image.mode in ("P", "PA"):
+                image = image.convert("RGBA")  # Pillow warns of transparency if converted to RGB directly
+            return np.array(image.convert(_MODES.get(mode, mode)))
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.paths[index])
+
+
+class Stack:
+    """An array of images, or of one image, read in parts of some megabytes."""
+
+    def __init__(self, path: Path, array: Tensor | np.ndarray, layout: str | None) -> None:
+        layout = layout or guess_layout(array)
+        if not layout.startswith("N"):
+            array, layout = array[None], f"N{layout}"
+        self.path, self.array = path, array
+        self.layout: str | None = layout
+        self.images = len(array)
+        self.step = max(1, _VALUES_AT_A_TIME * len(array) // max(1, int(np.prod(array.shape))))
+
+    def __len__(self) -> int:
+        return -(-self.images // self.step)
+
+    def __getitem__(self, index: int) -> Tensor | np.ndarray:
+        return self.array[index * self.step : (index + 1) * self.step]
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.path)
+
+
+def open_source(path: Path, layout: str | None, channels: str | None, recursive: bool) -> Source:
+    """The images in a file or folder.
+
+    Raises:
+        CommandError, OSError: no images, or an option that does not apply to them; the message names ``path``.
+    """
+    array = None if path.is_dir() else _read_array(path)
+    if array is None:
+        if layout is not None:
+            raise CommandError("--layout applies to arrays; a picture file defines its own layout")
+        if importlib.util.find_spec("PIL") is None:
+            raise CommandError("pillow not installed: pip install 'normfused[data]'")
+        return Pictures(_picture_files(path, recursive) if path.is_dir() else [path], channels)
+    if channels is not None:
+        raise CommandError(f"--channels applies to pictures, but {path} contains an array")
+    try:
+        return Stack(path, array, layout or _stack_layout(path, array))
+    except ValueError as error:
+        raise CommandError(f"{path}: {error}") from error
+
+
+def _picture_files(folder: Path, recursive: bool) -> list[Path]:
+    from PIL import Image
+
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    paths = folder.rglob("*") if recursive else folder.iterdir()
+    found = sorted(path for path in paths if path.suffix.lower() in endings and path.is_file())
+    if not found:
+        raise CommandError(f"{folder}: no picture files{'' if recursive else '; --recursive searches subfolders'}")
+    return found
+
+
+def _stack_layout(path: Path, array: Tensor | np.ndarray) -> str | None:
+    if array.ndim != 3:
+        return None
+    if path.suffix in (".npy", ".npz"):
+        raise ValueError(
+            f"shape {tuple(array.shape)} is --layout NHW for many grayscale images, HWC or CHW for one image"
+        )
+    return "NHW"  # as MNIST's files are
+
+
+def _read_array(path: Path) -> Tensor | np.ndarray | None:
+    """The array in the file, a .npy file memory-mapped; None for other files."""
+    if path.suffix in (".npy", ".npz"):
+        return _read_numpy(path)
+    with path.open("rb") as file:
+        is_idx = path.suffix == ".gz" or file.read(len(IDX_START)) == IDX_START
+    return read_idx(path) if is_idx else None
+
+
+def _read_numpy(path: Path) -> np.ndarray:
+    try:
+        content: Any = np.load(path, mmap_mode="r")
+        if isinstance(content, np.ndarray):
+            return content
+        with content:
+            if len(content.files) != 1:
+                raise ValueError(f"must contain one array, has {', '.join(content.files) or 'none'}")
+            array: np.ndarray = content[content.files[0]]
+            return array
+    except OSError:
+        raise  # its message names the file
+    except Exception as error:  # a damaged file can raise almost anything
+        raise CommandError(f"{path}: {error}") from error

@@ -1,0 +1,250 @@
+"""Statistics of a whole data set, read by one process or several."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from normfused.checks import check_process_group
+from normfused.data.images import guess_layout
+from normfused.data.stats import NONFINITE, ChannelStats, measure
+
+# Minimum number of values of a tensor or array per call. With fewer the overhead of a call outweighs its work.
+_VALUES_AT_A_TIME = 1 << 20
+_IMAGE_KEYS = ("image", "images", "img", "pixel_values")
+
+# A name for the images, used in errors, and their statistics.
+Part = tuple[str, ChannelStats]
+
+
+def dataset_stats(
+    data: Any,
+    *,  # independent options, each with a default
+    layout: str | None = None,
+    scale: float | None = None,
+    key: Any = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: bool | None = None,
+    process_group: Any = None,
+) -> ChannelStats:
+    """Compute the channel statistics of a whole data set.
+
+    Ctrl-C stops the reading and returns the statistics of the images so far, with ``complete=False``.
+
+    Args:
+        data: a tensor or array of images with a first dimension N; a map-style dataset or sequence; an iterable
+            dataset; a ``DataLoader``; any iterable. Items are what :meth:`ChannelStats.update` accepts, or tuples or
+            dicts that contain it.
+        layout: layout of ``data`` if that is a tensor or array, else of each item; see :meth:`ChannelStats.update`.
+        scale: as in :class:`ChannelStats`.
+        key: index or key of the image in an item. Default: 0 for a tuple or list; for a dict the one key of
+            ``"image"``, ``"images"``, ``"img"`` and ``"pixel_values"`` that it has.
+        batch_size: number of images whose statistics are merged at once, or sent by a worker at once.
+        num_workers: processes that read items and compute their statistics; only statistics are sent back. 0: this
+            process, which always reads tensors and arrays. An iterable dataset must give each worker its own share, as
+            for any ``DataLoader``. The result does not depend on it, except for rounding of the floating values of
+            an iterable dataset.
+        progress: whether to show a progress bar, which needs ``tqdm``. Default: only if stderr is a terminal.
+        process_group: a process group of :mod:`torch.distributed`, such as ``torch.distributed.group.WORLD``. Each of
+            its ranks reads a part of the data, and all get the same result. If ``data`` cannot be indexed, each rank
+            passes its own part. Default: this process reads all of ``data``.
+
+    Returns:
+        A new :class:`ChannelStats`. The random number generators of the process are not used.
+
+    Raises:
+        ValueError: no images; an item that cannot be used (the message has its number); ``num_workers`` for data that
+            cannot be divided among processes.
+        TypeError: an item of an unsupported type.
+        RuntimeError: the dataset fails to return an item; an error of another rank of ``process_group``.
+
+    Warns:
+        RuntimeWarning: NaN or infinity in the images; an interruption by Ctrl-C.
+
+    Example:
+        >>> import torch, normfused
+        >>> items = [(torch.full((3, 4, 4), value), "label") for value in (0.0, 1.0)]
+        >>> normfused.dataset_stats(items, progress=False)
+        ChannelStats(images=2, channels=3, mean=[0.5000, 0.5000, 0.5000], std=[0.5000, 0.5000, 0.5000])
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    is_indexed = not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    items = range(len(data)) if is_indexed else None
+    if process_group is not None:
+        check_process_group("dataset_stats", process_group)
+        rank, ranks = distributed.get_rank(process_group), distributed.get_world_size(process_group)
+        progress = progress if rank == 0 else False
+        if items is not None:
+            items = items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
+    own, total = (None, None) if items is None else (len(items), len(data))
+
+    def read() -> ChannelStats:
+        parts: Iterable[Part]
+        if isinstance(data, (Tensor, np.ndarray)):
+            assert items is not None
+            parts = _stack_parts(data, items, layout, scale, batch_size)
+        else:
+            parts = _dataset_parts(data, _Reader(layout, scale, key), items, batch_size, num_workers)
+        return collect(parts, scale, own, progress)
+
+    stats = read() if process_group is None else _of_all_ranks(read, process_group)
+    if stats.images and stats.nonfinite.any():
+        warnings.warn(NONFINITE, RuntimeWarning, stacklevel=2)
+    if not stats.complete:
+        done = f"{stats.images:,}" if total is None else f"{stats.images:,} of {total:,}"
+        warnings.warn(f"interrupted: the statistics cover {done} images", RuntimeWarning, stacklevel=2)
+    elif not stats.images:
+        raise ValueError("data holds no images")
+    return stats
+
+
+def _of_all_ranks(read: Callable[[], ChannelStats], process_group: Any) -> ChannelStats:
+    """The merged statistics of all ranks. An error on one rank raises on all, because all wait for its result."""
+    failure = None
+    own: ChannelStats | str
+    try:
+        own = read()
+    except Exception as error:
+        own, failure = repr(error), error
+    outcomes: list[Any] = [None] * distributed.get_world_size(process_group)
+    distributed.all_gather_object(outcomes, own, group=process_group)
+    if failure is not None:
+        raise failure
+    stats = ChannelStats(outcomes[0].scale if isinstance(outcomes[0], ChannelStats) else None)
+    for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, str):
+            raise RuntimeError(f"rank {rank}: {outcome}")
+        try:
+            stats.merge(outcome)
+        except ValueError as error:
+            raise ValueError(f"rank {rank}: {error}") from error
+    return stats
+
+
+def collect(parts: Iterable[Part], scale: float | None, total: int | None, progress: bool | None) -> ChannelStats:
+    """All parts merged in order, with a progress bar over ``total`` images. Ctrl-C ends the merge early."""
+    stats = ChannelStats(scale)
+    try:
+        with progress_bar(total, progress) as advance:
+            for name, part in parts:
+                try:
+                    stats.merge(part)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+                advance(part.images)
+    except KeyboardInterrupt:
+        stats.complete = False
+    return stats
+
+
+@contextmanager
+def progress_bar(total: int | None, enabled: bool | None) -> Iterator[Callable[[int], object]]:
+    """A context with a progress bar. Its value is a function that advances the bar by a number of images."""
+    if importlib.util.find_spec("tqdm") is None:
+        yield lambda images: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=" images", disable=None if enabled is None else not enabled) as bar:
+        yield bar.update
+
+
+def _stack_parts(
+    images: Tensor | np.ndarray, items: range, layout: str | None, scale: float | None, batch_size: int
+) -> Iterator[Part]:
+    """Statistics of a tensor or array of images with a first dimension N, at least ``batch_size`` images at a time."""
+    layout = layout or guess_layout(images)
+    if not layout.startswith("N"):
+        raise ValueError(
+            f"data of shape {tuple(images.shape)} is one image in layout {layout}: "
+            "pass layout='NHW' for many grayscale images"
+        )
+    step = max(batch_size, _VALUES_AT_A_TIME * len(images) // max(1, math.prod(images.shape)))
+    for first in items[::step]:
+        yield f"item {first}", measure(images[first : min(first + step, items.stop)], layout, scale)
+
+
+class _Reader(NamedTuple):
+    """Computes the statistics of an item."""
+
+    layout: str | None
+    scale: float | None
+    key: Any
+
+    def add(self, item: Any, stats: ChannelStats) -> None:
+        stats.merge(measure(self._image(item), self.layout, self.scale))
+
+    def _image(self, item: Any) -> Any:
+        if self.key is not None:
+            return item[self.key]
+        if isinstance(item, Mapping):
+            found = [name for name in _IMAGE_KEYS if name in item]
+            if len(found) != 1:
+                raise ValueError(f"a dict with the keys {', '.join(map(str, item))}: pass key= to select the image")
+            return item[found[0]]
+        return item[0] if isinstance(item, (tuple, list)) else item
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """A context that adds the number of the item to errors."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"item {index}: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"item {index}: {error!r}") from error
+
+
+class _Batches(Dataset[Part]):
+    """The statistics of the items of a map-style dataset, ``batch_size`` at a time."""
+
+    def __init__(self, data: Sequence[Any], items: range, reader: _Reader, batch_size: int) -> None:
+        self.data, self.items, self.reader, self.batch_size = data, items, reader, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.items) / self.batch_size)
+
+    def __getitem__(self, batch: int) -> Part:
+        items = self.items[batch * self.batch_size :][: self.batch_size]
+        stats = ChannelStats(self.reader.scale)
+        for index in items:
+            with _naming(index):
+                self.reader.add(self.data[index], stats)
+        return f"item {items.start}", stats
+
+
+class _Stream(IterableDataset[Part]):
+    """The statistics of the items of an iterable, one at a time."""
+
+    def __init__(self, data: Iterable[Any], reader: _Reader) -> None:
+        self.data, self.reader = data, reader
+
+    def __iter__(self) -> Iterator[Part]:
+        for index, item in enumerate(self.data):
+            stats = ChannelStats(self.reader.scale)
+            with _naming(index):
+                self.reader.add(item, stats)
+            yield f"item {index}", stats
+
+
+def _dataset_parts(
+    data: Any, reader: _Reader, items: range | None, batch_size: int, num_workers: int
+) -> Iterable[Part]:
+    if num_workers and items is None and not isinstance(data, IterableDataset):
+        raise ValueError(f"num_workers={num_workers} needs a dataset or a sequence, got {type(data).__name__}")
+    source: Dataset[Part] = _Stream(data, reader) if items is None else _Batches(data, items, reader, batch_size)
+    # A separate generator: DataLoader would draw a number from the default one.
+    return DataLoader(source, batch_size=None, num_workers=num_workers, generator=torch.Generator())

@@ -1,0 +1,416 @@
+"""Mean, standard deviation and range of the channels of many images, of any batch and image sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from normfused.checks import check_process_group
+from normfused.data import files
+from normfused.data.images import as_nchw
+from normfused.functional import channel_moments, channel_sums
+
+NONFINITE = "the images contain NaN or infinity; the statistics exclude them and .nonfinite counts them"
+
+
+class Sums(NamedTuple):
+    """Exact sums of the integers of one channel, before any scaling."""
+
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    sum: int
+    sum_of_squares: int
+    min: int
+    max: int
+
+    def merge(self, other: Sums) -> Sums:
+        """The sums of both sets of values."""
+        return Sums(
+            self.count + other.count,
+            self.sum + other.sum,
+            self.sum_of_squares + other.sum_of_squares,
+            min(self.min, other.min),
+            max(self.max, other.max),
+        )
+
+    def moments(self, scale: float) -> Moments:
+        """The moments of the values times ``scale``. The subtraction is of integers, so nothing cancels."""
+        deviations = self.count * self.sum_of_squares - self.sum**2
+        m2 = deviations / self.count * scale**2
+        return Moments(self.count, self.sum / self.count * scale, m2, self.min * scale, self.max * scale)
+
+
+class Moments(NamedTuple):
+    """Moments of the finite floating values of one channel, and the number of values that are not finite."""
+
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    mean: float
+    m2: float
+    min: float
+    max: float
+    nonfinite: int = 0
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of values. Source: Chan, Golub and LeVeque, 1983."""
+        count = self.count + other.count
+        share, delta = other.count / max(count, 1), other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + delta * share,
+            self.m2 + other.m2 + delta**2 * self.count * share,
+            min(self.min, other.min),
+            max(self.max, other.max),
+            self.nonfinite + other.nonfinite,
+        )
+
+    def scaled(self, scale: float) -> Moments:
+        """The moments of the values times ``scale``."""
+        return Moments(
+            self.count, self.mean * scale, self.m2 * scale**2, self.min * scale, self.max * scale, self.nonfinite
+        )
+
+
+_Channel = TypeVar("_Channel", Sums, Moments)
+
+
+def _merged(mine: tuple[_Channel, ...], others: tuple[_Channel, ...]) -> tuple[_Channel, ...]:
+    if not mine or not others:
+        return mine or others
+    return tuple(a.merge(b) for a, b in zip(mine, others, strict=True))
+
+
+class ChannelStats:
+    """Statistics of each channel over all pixels of all images so far. Each pixel has the same weight.
+
+    Integers are summed exactly: any split, order and merge of the images gives bitwise identical results. Floating
+    values are merged in float64. NaN and infinities are excluded and counted. Objects can be pickled, and are equal
+    (``==``) if they hold the same numbers.
+
+    Args:
+        scale: positive factor of the values in all results but ``sums``. Default: 1/255 for uint8, as in torchvision's
+            ``ToTensor``, and 1 otherwise.
+
+    Attributes:
+        scale: the argument.
+        images: number of images.
+        complete: False if :func:`normfused.dataset_stats` was interrupted.
+        integer_scale: factor of integer values; None before the first of them.
+
+    Raises:
+        ValueError: ``scale`` is not a positive number. Results raise it before the first image.
+
+    Example:
+        >>> import torch, normfused
+        >>> stats = normfused.ChannelStats()
+        >>> stats.update(torch.tensor([[[0, 255]], [[255, 255]]], dtype=torch.uint8))
+        ChannelStats(images=1, channels=2, mean=[0.5000, 1.0000], std=[0.5000, 0.0000])
+        >>> stats.mean
+        tensor([0.5000, 1.0000], dtype=torch.float64)
+        >>> print(normfused.ChannelStats().update(torch.tensor([[[0.0, 1.0]]])))
+        1 image
+        channel  count    mean     std     min     max
+              0      2  0.5000  0.5000  0.0000  1.0000
+        normfused.transforms.Normalize(mean=[0.5000], std=[0.5000])
+
+    Source: Chan, Golub and LeVeque, 1983, "Algorithms for Computing the Sample Variance".
+    """
+
+    def __init__(self, scale: float | None = None) -> None:
+        if scale is not None and (not isinstance(scale, (int, float)) or not 0 < scale < math.inf):
+            raise ValueError(f"scale must be a positive number or None, got {scale!r}")
+        self.scale = scale
+        self.images = 0
+        self.complete = True
+        self.integer_scale: float | None = None
+        self._sums: tuple[Sums, ...] = ()  # one per channel; empty before the first integers
+        self._floats: tuple[Moments, ...] = ()  # the same for floating values
+
+    def update(self, images: Any, layout: str | None = None) -> ChannelStats:
+        """Add one image or a batch. Changes this object and returns it.
+
+        Args:
+            images: tensor, NumPy array or PIL image of uint8, int8, int16, uint16, int32, int64, float16, bfloat16,
+                float32 or float64. It is not copied, except for uint16, PIL images, and arrays with reversed byte order
+                or negative strides.
+            layout: ``"HW"``, ``"CHW"``, ``"HWC"``, ``"NHW"``, ``"NCHW"``, ``"NHWC"`` or ``"NC"``. The default depends
+                on the number of dimensions: ``"HW"``, ``"CHW"``, ``"NCHW"`` for a tensor, ``"HW"``, ``"HWC"``,
+                ``"NHWC"`` otherwise.
+
+        Raises:
+            ValueError: no values; a number of channels that differs from the images before; a shape that does not fit
+                ``layout``; a default layout with more than 4 channels if the other layout has at most 4; a PIL image of
+                palette indices; integer dtypes with different default scales.
+            TypeError: an unsupported dtype, such as bool.
+
+        Warns:
+            RuntimeWarning: at the first NaN or infinity.
+
+        Example:
+            >>> import numpy as np, normfused
+            >>> stats = normfused.ChannelStats()
+            >>> for image in np.zeros((3, 4, 4, 3), dtype=np.uint8):  # images of shape (H, W, C)
+            ...     _ = stats.update(image)
+            >>> stats.images, stats.channels
+            (3, 3)
+        """
+        was_finite = not self._has_nonfinite()
+        self.merge(measure(images, layout, self.scale))
+        if was_finite and self._has_nonfinite():
+            warnings.warn(NONFINITE, RuntimeWarning, stacklevel=2)
+        return self
+
+    def merge(self, other: ChannelStats) -> ChannelStats:
+        """Add the images of ``other``, which is not changed. Changes this object and returns it.
+
+        Raises:
+            ValueError: ``other`` has another number of channels or another scale. Neither object has changed then.
+
+        Example:
+            >>> import torch, normfused
+            >>> first, second = (normfused.ChannelStats().update(torch.ones(1, 2, 2) * v) for v in (1, 3))
+            >>> first.merge(second).mean
+            tensor([2.], dtype=torch.float64)
+        """
+        if self.channels and other.channels and self.channels != other.channels:
+            raise ValueError(f"channels: got {other.channels}, but the images before have {self.channels}")
+        if self.scale != other.scale:
+            raise ValueError(f"cannot merge scale={other.scale} into scale={self.scale}")
+        scales = {s.integer_scale for s in (self, other)} - {None}
+        if len(scales) > 1:
+            raise ValueError("uint8 is scaled by 1/255, other integers by 1: pass scale= to scale all images alike")
+        self.__dict__.update(  # in one step, so that Ctrl-C cannot leave half an update
+            images=self.images + other.images,
+            complete=self.complete and other.complete,
+            integer_scale=next(iter(scales), None),
+            _sums=_merged(self._sums, other._sums),
+            _floats=_merged(self._floats, other._floats),
+        )
+        return self
+
+    def all_reduce(self, process_group: distributed.ProcessGroup | None = None) -> ChannelStats:
+        """Merge the statistics of all processes, in the order of their ranks. Changes this object and returns it.
+
+        The result is the same on each rank.
+
+        Args:
+            process_group: the processes; default all.
+
+        Raises:
+            RuntimeError: ``torch.distributed`` is not initialized, or this process is not in the group.
+            ValueError: on each rank, if channels or scales differ between ranks.
+        """
+        check_process_group("all_reduce", process_group)
+        ranks: list[Any] = [None] * distributed.get_world_size(process_group)
+        distributed.all_gather_object(ranks, self, group=process_group)
+        total = ChannelStats(self.scale)
+        for rank in ranks:
+            total.merge(rank)
+        self.__dict__.update(vars(total))
+        return self
+
+    @property
+    def channels(self) -> int | None:
+        """Number of channels; None before the first image."""
+        return len(self._sums or self._floats) or None
+
+    @property
+    def sums(self) -> tuple[Sums, ...]:
+        """Count, sum, sum of squares, minimum and maximum of the integers of each channel; exact and not scaled."""
+        return self._sums
+
+    @property
+    def count(self) -> Tensor:
+        """Number of values of each channel, without those that are not finite, shape (C,), int64."""
+        return torch.tensor([m.count for m in self._moments()])
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Number of NaNs and infinities of each channel, which are excluded, shape (C,), int64."""
+        return torch.tensor([m.nonfinite for m in self._moments()])
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each channel, shape (C,), float64; NaN without values."""
+        return self._result(lambda m: m.mean if m.count else math.nan)
+
+    @property
+    def min(self) -> Tensor:
+        """Minimum of each channel, shape (C,), float64; infinity without values."""
+        return self._result(lambda m: m.min)
+
+    @property
+    def max(self) -> Tensor:
+        """Maximum of each channel, shape (C,), float64; -infinity without values."""
+        return self._result(lambda m: m.max)
+
+    @property
+    def m2(self) -> Tensor:
+        """Sum of squared deviations from the mean, shape (C,), float64.
+
+        ``m2 / (count - 1)`` is the unbiased variance.
+        """
+        return self._result(lambda m: m.m2)
+
+    @property
+    def var(self) -> Tensor:
+        """Biased variance ``m2 / count`` of each channel, shape (C,), float64; NaN without values."""
+        return self._result(lambda m: m.m2 / m.count if m.count else math.nan)
+
+    @property
+    def std(self) -> Tensor:
+        """Square root of :attr:`var`, shape (C,), float64; NaN without values."""
+        return self.var.sqrt()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, exact, as a dict for JSON.
+
+        Example:
+            >>> import torch, normfused
+            >>> stats = normfused.ChannelStats().update(torch.ones(1, 2, 2))
+            >>> normfused.ChannelStats.from_dict(stats.to_dict()) == stats
+            True
+        """
+        return {
+            "scale": self.scale,
+            "images": self.images,
+            "complete": self.complete,
+            "integer_scale": self.integer_scale,
+            "sums": [channel._asdict() for channel in self._sums],
+            "moments": [channel._asdict() for channel in self._floats],
+        }
+
+    @classmethod
+    def from_dict(cls, figures: Mapping[str, Any]) -> ChannelStats:
+        """The inverse of :meth:`to_dict`. Raises ``KeyError`` or ``TypeError`` for other dicts."""
+        stats = cls(figures["scale"])
+        stats.images, stats.complete = figures["images"], figures["complete"]
+        stats.integer_scale = figures["integer_scale"]
+        stats._sums = tuple(Sums(**channel) for channel in figures["sums"])
+        stats._floats = tuple(Moments(**channel) for channel in figures["moments"])
+        return stats
+
+    def save(self, path: str | Path) -> None:
+        """Write all numbers as JSON. An existing file is replaced in one step."""
+        files.replace(Path(path), json.dumps(self.to_dict(), indent=2).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ChannelStats:
+        """Read a file that :meth:`save` or ``normfused stats --json`` wrote.
+
+        Raises:
+            ValueError: other content; the message names the file.
+            OSError: the file cannot be read.
+
+        Example:
+            >>> import tempfile, torch, normfused
+            >>> stats = normfused.ChannelStats().update(torch.ones(1, 2, 2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     stats.save(f"{folder}/stats.json")
+            ...     normfused.ChannelStats.load(f"{folder}/stats.json") == stats
+            True
+        """
+        content = Path(path).read_bytes()
+        try:
+            figures = json.loads(content)
+            return cls.from_dict(figures.get("stats", figures))  # the file of the command holds more
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a saved ChannelStats: {error!r}") from error
+
+    def __eq__(self, other: object) -> bool:
+        return vars(self) == vars(other) if isinstance(other, ChannelStats) else NotImplemented
+
+    def __repr__(self) -> str:
+        if self.channels is None:
+            return "ChannelStats(images=0)"
+        mean, std = (f"[{', '.join(map(_four_digits, values.tolist()))}]" for values in (self.mean, self.std))
+        return f"ChannelStats(images={self.images}, channels={self.channels}, mean={mean}, std={std})"
+
+    def __str__(self) -> str:
+        """A table of the channels, and the code of the matching ``normfused.transforms.Normalize``."""
+        if self.channels is None:
+            return "no images yet"
+        columns = {"count": [f"{count:,}" for count in self.count.tolist()]}
+        figures = {"mean": self.mean, "std": self.std, "min": self.min, "max": self.max}
+        columns |= {name: [_four_digits(v) for v in values.tolist()] for name, values in figures.items()}
+        if self._has_nonfinite():
+            columns["nonfinite"] = [f"{count:,}" for count in self.nonfinite.tolist()]
+        scale = self.integer_scale or self.scale or 1.0
+        what = "integers" if self._floats and not self.scale else "values"
+        lines = [f"{self.images:,} image{'s' if self.images > 1 else ''}"]
+        if scale != 1:
+            lines[0] += f", {what} divided by {1 / scale:g}"
+        table = [["channel", *map(str, range(self.channels))], *([name, *cells] for name, cells in columns.items())]
+        widths = [max(map(len, column)) for column in table]
+        for cells in zip(*table, strict=True):
+            lines.append("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+        mean, std = (", ".join(columns[name]) for name in ("mean", "std"))
+        lines.append(f"normfused.transforms.Normalize(mean=[{mean}], std=[{std}])")
+        constant = [str(channel) for channel, value in enumerate(self.std.tolist()) if value == 0]
+        if constant:
+            lines[-1] += f"  # constant, with a std of 0: channel {', '.join(constant)}"
+        return "\n".join(lines)
+
+    def _moments(self) -> tuple[Moments, ...]:
+        """Scaled moments of each channel, of its integers and floating values together."""
+        if self.channels is None:
+            raise ValueError("no images yet")
+        integers = tuple(channel.moments(self.integer_scale or 1.0) for channel in self._sums)
+        return _merged(integers, tuple(channel.scaled(self.scale or 1.0) for channel in self._floats))
+
+    def _result(self, figure: Callable[[Moments], float]) -> Tensor:
+        return torch.tensor([figure(channel) for channel in self._moments()], dtype=torch.float64)
+
+    def _has_nonfinite(self) -> bool:
+        return any(channel.nonfinite for channel in self._floats)
+
+
+def _four_digits(value: float) -> str:
+    """Four decimals; four significant digits for small values, so that a small std is not shown as 0."""
+    return f"{value:.4f}" if value == 0 or not abs(value) < 0.1 else f"{value:#.4g}"
+
+
+def measure(images: Any, layout: str | None, scale: float | None) -> ChannelStats:
+    """The statistics of these images alone, without warnings. Arguments as in :meth:`ChannelStats.update`."""
+    x = as_nchw(images, layout)
+    stats = ChannelStats(scale)
+    stats.images = x.size(0)
+    if x.is_floating_point():
+        stats._floats = _float_moments(x)
+    else:
+        stats.integer_scale = scale_of(x.dtype, scale)
+        stats._sums = _integer_sums(x)
+    return stats
+
+
+def scale_of(dtype: torch.dtype, scale: float | None) -> float:
+    """The factor of values of ``dtype``; ``scale`` is the one that the user gave."""
+    return scale or (1 / 255 if dtype == torch.uint8 else 1.0)
+
+
+def _integer_sums(x: Tensor) -> tuple[Sums, ...]:
+    count, *figures = channel_sums(x)
+    channels = [Sums(count, *values) for values in zip(*(f.tolist() for f in figures), strict=True)]
+    largest = max(max(-channel.min, channel.max) for channel in channels)
+    if largest**2 * count >= 2**63:  # the int64 sums may have overflowed: sum in Python, whose integers do not
+        lists = (channel.flatten().tolist() for channel in x.unbind(1))
+        channels = [Sums(count, sum(v), sum(i * i for i in v), min(v), max(v)) for v in lists]
+    return tuple(channels)
+
+
+def _float_moments(x: Tensor) -> tuple[Moments, ...]:
+    count, *figures = channel_moments(x)
+    if torch.stack(figures).isfinite().all():
+        return tuple(Moments(count, *values) for values in zip(*(f.tolist() for f in figures), strict=True))
+    return tuple(_finite_moments(channel) for channel in x.unbind(1))
+
+
+def _finite_moments(channel: Tensor) -> Moments:
+    finite = channel[channel.isfinite()]
+    count, *figures = channel_moments(finite.unsqueeze(1))
+    return Moments._make([count, *(f.item() for f in figures), channel.numel() - finite.numel()])

@@ -1,0 +1,24 @@
+"""Every public name has a docstring with an example. ``pytest --doctest-modules normfused`` runs the examples."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+import normfused
+
+DATA = {"__version__", "CIFAR10", "FASHION_MNIST", "IMAGENET"}
+ELSEWHERE = ("normfused.functional", "normfused._extension")
+MODULES = (normfused, normfused.transforms, normfused.reference)
+
+
+def public(module: ModuleType) -> list[tuple[str, object]]:
+    named = [(f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__ if name not in DATA]
+    return [(name, value) for name, value in named if getattr(value, "__module__", None) not in (None, *ELSEWHERE)]
+
+
+@pytest.mark.parametrize(("name", "value"), [item for module in MODULES for item in public(module)])
+def test_docstring_has_an_example(name: str, value: object) -> None:
+    assert ">>>" in (value.__doc__ or ""), f"{name} has no example"
+    assert not isinstance(value, type) or "__doc__" in vars(value), f"{name} inherits its docstring"
