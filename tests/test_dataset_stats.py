@@ -212,7 +212,7 @@ def test_interrupted_generator() -> None:
 
 
 def test_interrupted_before_the_first() -> None:
-    with pytest.warns(RuntimeWarning, match="those of 0 of 9 images"):
+    with pytest.warns(RuntimeWarning, match="cover 0 of 9 images"):
         stats = dataset_stats(Items(IMAGES, fails_at=0, error=KeyboardInterrupt))
     assert (stats.images, stats.complete) == (0, False)
 

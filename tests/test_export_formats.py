@@ -21,7 +21,8 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import normfused
-from normfused import decompositions, reference
+from normfused import decompositions
+from normfused.activations import ACTIVATIONS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -29,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 exporters = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "jit"])
-KINDS = list(reference.ACTIVATIONS)
+KINDS = list(ACTIVATIONS)
 
 
 def trained(model: nn.Module, *shape: int) -> nn.Module:

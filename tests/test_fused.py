@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normfused
 from normfused import reference
+from normfused.activations import ACTIVATION_PARAMS
 from normfused.functional import batch_norm
 
 BLOCKS = {
@@ -91,7 +92,7 @@ def test_in_every_dtype_and_layout(
 
     def with_function(function):
         name = activation or "identity"
-        parameter = reference.ACTIVATION_PARAMS.get(name, 0.0)
+        parameter = ACTIVATION_PARAMS.get(name, 0.0)
         return lambda x, residual, *rest: function(
             x, *rest, training, residual=residual, activation=name, activation_param=parameter
         )

@@ -215,7 +215,7 @@ ERRORS = [
     ),
     (lambda: Standardize("row"), ValueError, "Standardize: over must be 'image' or 'batch', got 'row'"),
     (lambda: MinMaxNormalize(eps=-1.0), ValueError, "MinMaxNormalize: eps must be a non-negative finite number, got"),
-    (lambda: MinMaxNormalize((1.0, 0.0)), ValueError, "MinMaxNormalize: range must be two finite numbers, the lesser"),
+    (lambda: MinMaxNormalize((1.0, 0.0)), ValueError, "MinMaxNormalize: range must be two finite numbers in ascending"),
     (lambda: Standardize(correction=2), ValueError, "Standardize: correction must be 0 or 1, got 2"),
     (lambda: Standardize()(torch.rand(3, 0, 4)), ValueError, "images of shape (1, 3, 0, 4) have no values"),
 ]

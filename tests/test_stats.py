@@ -166,7 +166,7 @@ def test_nonfinite_values_are_left_out_and_counted(dtype: torch.dtype) -> None:
     dirty = x.clone()
     dirty[0, 1, 2, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan])
     stats = ChannelStats()
-    with pytest.warns(RuntimeWarning, match="hold NaN or infinity, left out of the statistics and counted"):
+    with pytest.warns(RuntimeWarning, match="contain NaN or infinity; the statistics exclude them"):
         stats.update(dirty)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once is enough

@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import normfused
 from normfused import reference
+from normfused.activations import ACTIVATION_PARAMS, ACTIVATIONS
 from normfused.conversion import bytes_saved_for_backward
+from normfused.layout import as_dense
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without torch.distributed")
 
@@ -59,7 +61,7 @@ def as_one_process(
     own_mask = share(present, sizes) if present is not None else None
     y = layer(own_x, own_r, own_mask)
     assert y.dtype == dtype
-    assert y.stride() == torch.empty_like(reference.as_dense(own_x)).stride()
+    assert y.stride() == torch.empty_like(as_dense(own_x)).stride()
     y.backward(own[2])
 
     # All of it in float64, positions that are not there left out.
@@ -79,7 +81,7 @@ def as_one_process(
         num_batches_tracked=counter,
         residual=rows[1],
         activation=layer.activation or "identity",
-        activation_param=reference.ACTIVATION_PARAMS.get(layer.activation or "", 0.0),
+        activation_param=ACTIVATION_PARAMS.get(layer.activation or "", 0.0),
     )
     wanted = torch.zeros(n, *shape[2:], channels, dtype=torch.float64)
     wanted = wanted.index_put((kept,), wanted_rows).movedim(-1, 1)
@@ -149,7 +151,7 @@ def with_options(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations_and_residuals(ranks: Ranks, activation: str, residual: bool) -> None:
     ranks.run(2, with_activation, activation, residual)
 
@@ -281,7 +283,7 @@ def second_derivatives(activation: str, residual: bool) -> None:
         mix = (first[0] * u).sum() + (first[1] * v).sum() + (first[2] * w).sum()
         return list(torch.autograd.grad(mix, leaves, allow_unused=True, materialize_grads=True))
 
-    parameter = reference.ACTIVATION_PARAMS.get(activation, 0.0)
+    parameter = ACTIVATION_PARAMS.get(activation, 0.0)
     layer = normfused.SyncBatchNormAct(3, activation=activation, **options)
 
     def ours(x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:

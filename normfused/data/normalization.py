@@ -127,7 +127,7 @@ class ImageConstants:
                 raise ValueError(f"{name}: std must be above 0, got {deviation} for channel {channel}{hint}")
         self.std = [max(deviation, eps) for deviation in self.std]
         if len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
-            raise ValueError(f"{name}: {len(self.mean)} means, but {len(self.std)} stds")
+            raise ValueError(f"{name}: mean has {len(self.mean)} numbers, but std has {len(self.std)}")
 
     def normalize(
         self,

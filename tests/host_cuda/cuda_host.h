@@ -6,7 +6,7 @@
 // contracts a product and a sum.
 #pragma once
 
-#include "simulator.h"
+#include "scheduler.h"
 
 // NVIDIA's headers define __shared__ as nothing, which would make a variable per thread.
 #undef __shared__

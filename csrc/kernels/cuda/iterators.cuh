@@ -101,13 +101,8 @@ class ColumnIterator {
   NF_DEVICE bool done() const { return row_ >= end_; }
   // Whether at least this many rows are left.
   NF_DEVICE bool has(int rows) const { return row_ + (rows - 1) * plan_.height < end_; }
-  // The same, and all their vectors lie within the tensor. Only a matrix with several positions in a row can end inside
-  // its last row.
-  NF_DEVICE bool has_whole(int rows, int64_t numel) const {
-    if (!has(rows)) return false;
-    const int64_t last = (row_ + (rows - 1) * plan_.height) * plan_.columns + column;
-    return plan_.repeat == 1 || last + kValues <= numel;
-  }
+  // The offset of the vector that lies this many rows ahead of the next.
+  NF_DEVICE int64_t ahead(int rows) const { return (row_ + rows * plan_.height) * plan_.columns + column; }
 
   // Returns the offset of the vector in the next row. It can lie beyond the end of the tensor, partly or wholly.
   NF_DEVICE int64_t next() {

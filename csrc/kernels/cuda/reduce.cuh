@@ -246,7 +246,8 @@ NF_DEVICE void accumulate_columns(const Op& op, const ColumnsPlan& plan, ColumnI
   const int64_t numel = plan.view.numel();
   bool first = true;
   int64_t clipped = numel;
-  while (it.has_whole(kRows, numel)) accumulate_rows<true, kRows>(op, it, numel, first, state);
+  while (it.has(kRows) && (plan.repeat == 1 || it.ahead(kRows - 1) + kValues <= numel))
+    accumulate_rows<true, kRows>(op, it, numel, first, state);
   if (!it.done()) clipped = accumulate_rows<false, kRows>(op, it, numel, first, state);
   if (clipped < numel) accumulate_clipped(op, clipped, numel, first, state);
 }
