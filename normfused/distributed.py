@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from normfused import agreement
 from normfused.agreement import Group
+from normfused.arguments import BatchNormFields
 from normfused.checks import check_group
-from normfused.functional import named_batch_norm
+from normfused.functional import run_batch_norm
 from normfused.modules import _OfSequences, _WithActivation
 from normfused.sync_batch_norm import Call, gather, synchronized
 
@@ -69,8 +70,8 @@ class _Synchronized(_OfSequences):
             state["process_group"] = None
         return state
 
-    def _batch_norm(self, *arguments: Any) -> Tensor:
-        return _batch_norms([(self, Call(*arguments))])[0]
+    def _batch_norm(self, fields: BatchNormFields) -> Tensor:
+        return _batch_norms([(self, Call._make(fields))])[0]
 
     @staticmethod
     def together(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
@@ -88,7 +89,7 @@ class _Synchronized(_OfSequences):
         for layer, input, *residual in calls:
             operands = (input, residual[0] if residual else None, None)
             after = (layer.activation or "identity", layer.activation_param, False)
-            prepared.append((layer, Call(*layer._arguments(*operands, *after))))
+            prepared.append((layer, Call._make(layer._call(*operands, *after))))
         return _batch_norms(prepared)
 
 
@@ -213,13 +214,13 @@ def _batch_norms(calls: Sequence[tuple[_Synchronized, Call]]) -> list[Tensor]:
     labels = [_label(layer) for layer, _ in training]
     group = _group_of(groups[0], " and ".join(labels)) if training else None
     if group is None:
-        return [named_batch_norm(*call) for _, call in calls]
+        return [run_batch_norm(call) for _, call in calls]
     for (layer, call), label in zip(training, labels, strict=True):
         call.check()
         kind = "float64" if call.input.dtype == torch.float64 else "float32"
         agreement.meet(group, layer, f"{label} ({call.input.size(1)} channels, statistics in {kind})")
     outputs = iter(synchronized(group, labels, [call for _, call in training]))
-    return [next(outputs) if layer.training else named_batch_norm(*call) for layer, call in calls]
+    return [next(outputs) if layer.training else run_batch_norm(call) for layer, call in calls]
 
 
 def _label(layer: _Synchronized) -> str:

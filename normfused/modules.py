@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from normfused.arguments import check_activation, check_invertible
-from normfused.functional import INTEGERS, local_response_norm, named_batch_norm
+from normfused.arguments import BatchNormFields, check_activation, check_invertible
+from normfused.functional import INTEGERS, local_response_norm, run_batch_norm
 from normfused.reference import ACTIVATION_PARAMS, is_in_backward
 from normfused.scripting import scriptable
 
@@ -163,11 +163,11 @@ class _BatchNorm(_Base):
             if leaf is not None:
                 return leaf
         after = (self.activation or "identity", self.activation_param, self.inplace)
-        return self._batch_norm(*self._arguments(input, residual, mask, *after))
+        return self._batch_norm(self._call(input, residual, mask, *after))
 
-    _batch_norm = staticmethod(named_batch_norm)
+    _batch_norm = staticmethod(run_batch_norm)
 
-    def _arguments(
+    def _call(
         self,
         input: Tensor,
         residual: Tensor | None,
@@ -175,8 +175,8 @@ class _BatchNorm(_Base):
         activation: str,
         activation_param: float | None,
         inplace: bool,
-    ) -> tuple[Any, ...]:
-        """Those of :func:`named_batch_norm`, for a call with an activation and a place other than the layer's own."""
+    ) -> BatchNormFields:
+        """The layer's call with this activation, in place or not."""
         if self._ranks is None:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
         # Which statistics normalize, and which buffers are updated, is torch.nn's truth table.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normfused import _extension, agreement, dtensor, reference
 from normfused.agreement import Group
-from normfused.arguments import check_arguments, check_shape
+from normfused.arguments import BatchNormCall, check_arguments, check_shape
 from normfused.checks import is_transformed
 from normfused.masks import check_mask, masked_rows, positions_of, unmasked
 from normfused.reference import values_per_channel
@@ -19,41 +19,20 @@ from normfused.residuals import split_residual
 Positions = tuple[Tensor, ...]
 
 
-class Call(NamedTuple):
-    """The arguments of :func:`normfused.functional.named_batch_norm`."""
+class Call(BatchNormCall):
+    """A call of a synchronized layer."""
 
-    name: str
-    ranks: tuple[int, ...] | None
-    input: Tensor
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    training: bool
-    momentum: float | None
-    eps: float
-    num_batches_tracked: Tensor | None
-    residual: Tensor | None
-    activation: str
-    activation_param: float
-    mask: Tensor | None
-    running_var_correction: int
-    nonfinite_batches: Tensor | None
-    inplace: bool
-    update_in_backward: bool
+    __slots__ = ()
 
     def check(self) -> None:
         """Raise what is wrong on this rank."""
         dtensor.refuse(self.name, "input", self.input)  # a mesh and a process group are two ways of saying who shares
-        check_shape(self.name, self.ranks, self.input, False, True)
+        check_shape(self.name, self.input_dims, self.input, False, True)
         if self.input.size(1) == 0:
             raise ValueError(f"{self.name}: input of shape {tuple(self.input.shape)} has no channels (dim 1)")
         if self.mask is not None:
             check_mask(self.name, self.mask, self.input)
-        statistics = (self.running_mean, self.running_var, True, self.momentum, self.eps, self.num_batches_tracked)
-        after = (self.residual, self.activation, self.activation_param)
-        updates = (self.running_var_correction, self.nonfinite_batches)
-        check_arguments(self.input, self.weight, self.bias, *statistics, *after, *updates)
+        check_arguments(self._replace(training=True))
 
     def of_rows(self, positions: Positions | None) -> Call:
         """The same of these positions, which are now the rows of a matrix; ``None``: of all."""
