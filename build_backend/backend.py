@@ -1,8 +1,8 @@
-"""PEP 517 backend: setuptools', plus the torch of the environment that is being installed into.
+"""PEP 517 backend: setuptools' backend, with the torch of the target environment on the path.
 
-Under build isolation the packages of that environment are off the path. An extension must be compiled against the very
-torch it will be loaded into, so that one is put back on the path; only where there is none does the build ask for one
-of its own.
+Build isolation hides the packages of the environment that is being installed into. The extension must be compiled
+against the torch that will load it, so this backend adds that torch to the path again. Only if the environment has no
+torch does the build require one.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from setuptools.build_meta import get_requires_for_build_wheel as _wheel_require
 
 
 def target_path() -> list[str]:
-    """Return what the environment's own interpreter imports from.
+    """Return ``sys.path`` of the target environment.
 
-    Asked of the interpreter, because a virtual environment may also see packages from outside of it. Isolation works
-    through PYTHON* variables, which -E ignores.
+    The interpreter reports it, because a virtual environment may also see packages from outside of it. Isolation uses
+    PYTHON* variables, which -E ignores.
     """
     command = [sys.executable, "-E", "-c", "import sys; print(*sys.path[1:], sep='\\n')"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def expose_target() -> None:
-    """Append that path to this interpreter's: last, so that the isolated build's own packages win."""
+    """Append that path to this interpreter's: last, so that packages of the isolated build take precedence."""
     sys.path += [entry for entry in target_path() if entry not in sys.path]
 
 
@@ -38,14 +38,14 @@ def _with_torch(requires: list[str]) -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    """Ask for torch where the target environment has none."""
+    """Require torch if the target environment has none."""
     return _with_torch(_wheel_requires(config_settings))
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    """Ask for torch where the target environment has none."""
+    """Require torch if the target environment has none."""
     return _with_torch(_editable_requires(config_settings))
 
 
-sys.path.insert(0, str(Path(__file__).parent))  # where setup.py finds its helpers
+sys.path.insert(0, str(Path(__file__).parent))  # setup.py imports the other modules of this folder
 expose_target()

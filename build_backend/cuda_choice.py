@@ -1,4 +1,4 @@
-"""Whether the extension is built with CUDA, and for what GPUs, decided from facts alone."""
+"""Decides whether the extension is built with CUDA, and for which GPUs. Pure functions of the facts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-# T4, A100, H100 and H200, B200, RTX 50; the last as PTX too, for what comes after.
+# T4, A100, H100 and H200, B200, RTX 50; the last also as PTX, for later GPUs.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 
 
 class Decision(NamedTuple):
-    """What is built, why, and what else the builder should hear."""
+    """Whether CUDA is built, the reason, how to change it, and a warning for the builder."""
 
     build: bool
     reason: str
@@ -20,35 +20,35 @@ class Decision(NamedTuple):
 
 
 class Architectures(NamedTuple):
-    """What is compiled for, as in ``TORCH_CUDA_ARCH_LIST``; and what was requested but cannot be."""
+    """The architectures to compile for, in the form of ``TORCH_CUDA_ARCH_LIST``, and those that are not possible."""
 
     chosen: list[str]
     dropped: list[str]
 
 
 class Facts(NamedTuple):
-    """What the decision rests on."""
+    """The input of the decision."""
 
     torch: str
     torch_cuda: str | None
     nvcc: str | None
     has_sources: bool
-    problems: tuple[str, ...] = ()  # of toolkits that were looked at
+    problems: tuple[str, ...] = ()  # of the toolkits that were examined
     architectures: Architectures = Architectures(["9.0"], [])
 
 
 def decide(facts: Facts, environ: Mapping[str, str]) -> Decision:
-    """Build for CUDA when torch has CUDA, a matching toolkit is there and there are sources to compile.
+    """Build for CUDA if torch has CUDA, a matching toolkit is present, and there are sources to compile.
 
-    ``NORMFUSED_CUDA=0`` says no; ``NORMFUSED_CUDA=1`` turns every reason against into a RuntimeError.
+    ``NORMFUSED_CUDA=0`` disables CUDA. With ``NORMFUSED_CUDA=1`` every reason against it raises RuntimeError.
     """
-    wanted = environ.get("NORMFUSED_CUDA")
-    if wanted not in (None, "", "0", "1"):
-        raise RuntimeError(f"NORMFUSED_CUDA must be 0 or 1, got {wanted!r}")
-    if wanted == "0":
+    requested = environ.get("NORMFUSED_CUDA")
+    if requested not in (None, "", "0", "1"):
+        raise RuntimeError(f"NORMFUSED_CUDA must be 0 or 1, got {requested!r}")
+    if requested == "0":
         return Decision(False, "NORMFUSED_CUDA=0", "reinstall without NORMFUSED_CUDA=0")
     decision = _judge(facts)
-    if wanted == "1" and not decision.build:
+    if requested == "1" and not decision.build:
         raise RuntimeError(f"NORMFUSED_CUDA=1, but {decision.reason}; {decision.how}")
     return decision
 
@@ -87,9 +87,9 @@ def choose_architectures(
     nvcc: Collection[str],
     torch_knows: Callable[[str], bool],
 ) -> Architectures:
-    """Those requested in the form of ``TORCH_CUDA_ARCH_LIST``, else those of the GPUs in sight, else a default.
+    """Return the requested architectures, otherwise those of the visible GPUs, otherwise the default ones.
 
-    Of these, what both nvcc and torch know.
+    ``requested`` has the form of ``TORCH_CUDA_ARCH_LIST``. Architectures that nvcc or torch do not know are dropped.
     """
     if requested and requested != "native":
         names = requested.replace(";", " ").split()
@@ -105,15 +105,15 @@ def choose_architectures(
 
 
 def _known_by_number(name: str, nvcc: Collection[str]) -> bool:
-    """Whether nvcc knows a requested architecture. Names such as Hopper are known to torch alone, which has numbers."""
+    """Whether nvcc knows a requested architecture. torch maps names such as Hopper to numbers; nvcc cannot be asked."""
     number = re.match(r"\d+\.\d+", name)
     return number is None or number[0] in nvcc
 
 
 def _for_gpus(gpus: Collection[tuple[int, int]], common: Sequence[tuple[int, ...]]) -> Architectures:
-    """For each GPU the latest architecture that is not newer: as PTX too where only that runs on it.
+    """Return for each GPU the latest architecture that is not newer than it, also as PTX if only PTX runs on it.
 
-    Machine code runs on GPUs of its own major version and the same or a later minor one.
+    Machine code runs on GPUs of the same major version and the same or a later minor version.
     """
     with_ptx: dict[tuple[int, ...], bool] = {}
     dropped = []

@@ -1,4 +1,4 @@
-"""The CUDA toolkit that is built with: found by asking nvcc itself, and taken only where it is complete."""
+"""Finds a complete CUDA toolkit to build with, from the output of nvcc."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SYSTEM_HOME = Path("/usr/local/cuda")
 
 
 class Toolkit(NamedTuple):
-    """Where things are, and what its nvcc can compile for."""
+    """Paths of a toolkit, and the architectures that its nvcc can compile for."""
 
-    home: Path  # bin/nvcc is below
+    home: Path  # contains bin/nvcc
     version: str  # such as "13.0"
     include: Path  # the folder of cuda_runtime.h
     cudart: Path  # the shared library
@@ -26,16 +26,16 @@ class Toolkit(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What was found, and in one line each what was found wanting before."""
+    """The toolkit, if any, and one line for each problem with an earlier candidate."""
 
     toolkit: Toolkit | None
     problems: list[str]
 
 
 def find_toolkit(environ: Mapping[str, str], major: str, packages: Path) -> Search:
-    """Look in ``CUDA_HOME``, ``CUDA_PATH``, ``PATH``, ``/usr/local/cuda`` and the wheels below ``packages``, in turn.
+    """Search ``CUDA_HOME``, ``CUDA_PATH``, ``PATH``, ``/usr/local/cuda`` and the wheels in ``packages``, in this order.
 
-    The first complete toolkit of CUDA ``major`` is taken; where there is none, the first complete one.
+    Returns the first complete toolkit of CUDA ``major``, otherwise the first complete one.
     """
     absent, problems, others = [], [], []
     for place, nvcc in _candidates(environ, major, packages):
@@ -55,7 +55,7 @@ def find_toolkit(environ: Mapping[str, str], major: str, packages: Path) -> Sear
 
 
 def _candidates(environ: Mapping[str, str], major: str, packages: Path) -> Iterator[tuple[str, Path | None]]:
-    """The places to look in by name, each with its nvcc."""
+    """The names of the places to search, each with its nvcc."""
     places = [
         (f"{name}={environ[name]}", str(Path(environ[name]) / "bin"))
         for name in ("CUDA_HOME", "CUDA_PATH")
@@ -69,13 +69,13 @@ def _candidates(environ: Mapping[str, str], major: str, packages: Path) -> Itera
 
 
 def _wheels(packages: Path, major: str) -> list[Path]:
-    """The folders of NVIDIA's wheels: from CUDA 13 on one for all of them, before one for each."""
+    """The folders of NVIDIA's wheels: one for all wheels since CUDA 13, one for each before."""
     names = [f"cu{major}"] if int(major) >= 13 else ["cuda_nvcc", "cuda_runtime"]
     return [packages / "nvidia" / name for name in names]
 
 
 def examine(nvcc: Path, packages: Path) -> Toolkit | str:
-    """The toolkit of this nvcc, which may be a script that calls another; or in one line what is missing."""
+    """Return the toolkit of this nvcc, or in one line what is missing. nvcc may be a script that calls another."""
     version = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
     if version is None:
         return f"{nvcc} --version names no release"
@@ -104,7 +104,7 @@ def examine(nvcc: Path, packages: Path) -> Toolkit | str:
 
 
 def _output(*command: str | Path) -> str:
-    """What a command prints, in whatever way it ends; nothing if it cannot be run."""
+    """Return the output of a command, whatever its exit status; empty if it cannot be run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -113,7 +113,7 @@ def _output(*command: str | Path) -> str:
 
 
 def _folders(said: Mapping[str, str], variable: str, flag: str) -> list[Path]:
-    """The folders that nvcc passes on; of libraries those that are not for linking only."""
+    """The folders that nvcc passes to the compiler with this flag, without the folders of stub libraries."""
     folders = [
         Path(word[len(flag) :]).resolve() for word in shlex.split(said.get(variable, "")) if word.startswith(flag)
     ]
@@ -121,7 +121,7 @@ def _folders(said: Mapping[str, str], variable: str, flag: str) -> list[Path]:
 
 
 def _first(folders: Sequence[Path], pattern: str) -> tuple[Path | None, str]:
-    """The first folder that holds such a file; and all of them, for a message."""
+    """Return the first folder with a matching file, and the names of all folders for an error message."""
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
     found = next((folder for folder in folders if any(folder.glob(pattern))), None)
     return found, ", ".join(map(str, folders))

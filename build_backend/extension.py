@@ -1,4 +1,4 @@
-"""The compiled extension: what goes into it, with which flags, and what is written down about the build."""
+"""The compiled extension: sources, flags, and the record of the build."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
 NAME = "normfused._C"
-# -fopenmp compiles at::parallel_for for the OpenMP that torch has loaded; it is not linked, because a second copy would
-# give the process a second pool of threads.
-# -fno-math-errno lets loops with a square root vectorize.
-# GCC 12 takes the reference counts of torch's inlined headers for an overflow of a string.
+# -fopenmp compiles at::parallel_for for the OpenMP runtime that torch has loaded. It is not linked: a second runtime
+# would give the process a second thread pool.
+# -fno-math-errno allows loops with a square root to vectorize.
+# -Wno-stringop-overflow: GCC 12 reports false positives in torch's inlined reference counting.
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-g0", "-fvisibility=hidden", "-fopenmp"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-stringop-overflow"]
 CUDA_SOURCES = ["csrc/ops/cuda/*.cpp", "csrc/kernels/cuda/*.cu"]
-# Kernels use members of structs that the host has too. Half precision goes through functions that say what they do.
+# --expt-relaxed-constexpr: kernels call constexpr member functions of structs that the host uses too. Half precision is
+# converted by explicit functions, so torch's flags that disable its operators and conversions do no harm.
 NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-std=c++17"]
-# Read by no source. Objects are reused between builds, and a change of system headers, which torch's are here, goes
-# unseen: with its version on the command line, another torch in the same place has everything compiled anew.
+# No source reads it. Builds reuse objects and do not track system headers, which torch's headers are here. With the
+# version on the command line, another torch in the same place changes the command, and everything is recompiled.
 TORCH_MACRO = ("NORMFUSED_TORCH_VERSION", torch.__version__)
 
 
 def sources(*patterns: str) -> list[str]:
-    """Return the files below the project's root that match, sorted, so that builds are alike."""
+    """Return the matching files relative to the project's root, sorted for reproducible builds."""
     return sorted(path for pattern in patterns for path in glob(pattern, root_dir=ROOT, recursive=True))
 
 
 @cache
 def cuda() -> tuple[Decision, Facts, Toolkit | None]:
-    """Whether this environment builds for CUDA, what that rests on, and the toolkit if it does."""
+    """Return whether this environment builds for CUDA, the facts of the decision, and the toolkit if it does."""
     version = torch.version.cuda
     packages = Path(torch.__file__).parents[1]
     search = find_toolkit(os.environ, version.split(".")[0], packages) if version else Search(None, [])
@@ -64,7 +65,7 @@ def cuda() -> tuple[Decision, Facts, Toolkit | None]:
 
 
 def _torch_knows(architecture: str) -> bool:
-    """Whether torch's build step compiles for it: it has a list of its own, and raises for what is not in it."""
+    """Whether torch's build step supports the architecture: it raises for those that are not in its own list."""
     before = os.environ.get("TORCH_CUDA_ARCH_LIST")
     os.environ["TORCH_CUDA_ARCH_LIST"] = architecture
     try:
@@ -78,7 +79,7 @@ def _torch_knows(architecture: str) -> bool:
 
 
 def torch_requirement() -> str:
-    """The torch series of this build: another series' binary interface may differ."""
+    """Return the requirement on torch's series: another series may have another binary interface."""
     major, minor = torch.__version__.split(".")[:2]
     return f"torch=={major}.{minor}.*"
 
@@ -87,7 +88,7 @@ def extension() -> Extension:
     """Describe ``normfused._C``."""
     _, _, toolkit = cuda()
     werror = ["-Werror"] if os.environ.get("NORMFUSED_WERROR") == "1" else []
-    if toolkit:  # torch guesses it from where nvcc is, which may be a script elsewhere
+    if toolkit:  # torch guesses it from the path of nvcc, which may be a script elsewhere
         cpp_extension.CUDA_HOME = str(toolkit.home)
     make = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
     described = make(
@@ -96,26 +97,26 @@ def extension() -> Extension:
         include_dirs=[str(ROOT / "csrc"), *_cuda_include(toolkit)],
         define_macros=[TORCH_MACRO, *([("NORMFUSED_WITH_CUDA", "1")] if toolkit else [])],
         extra_compile_args={
-            # As system headers torch's own do not trip our warnings.
+            # -isystem suppresses warnings in torch's headers.
             "cxx": [*CXX_FLAGS, *werror, *(f"-isystem{path}" for path in cpp_extension.include_paths())],
             "nvcc": NVCC_FLAGS,
         },
         depends=sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh"),
     )
-    if toolkit:  # by its path: NVIDIA's wheels have no libcudart.so, which -lcudart looks for
+    if toolkit:  # by path: NVIDIA's wheels lack the file libcudart.so that -lcudart needs
         described.libraries = [name for name in described.libraries if name != "cudart"]
         described.extra_objects.append(str(toolkit.cudart))
     return described
 
 
 def _cuda_include(toolkit: Toolkit | None) -> list[str]:
-    """Where the toolkit's headers are, if neither torch nor the compiler looks there."""
+    """Return the folder of the toolkit's headers unless torch or the compiler searches it anyway."""
     known = toolkit and toolkit.include in (toolkit.home / "include", Path("/usr/include"))
     return [] if toolkit is None or known else [str(toolkit.include)]
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's build step, which also says what it decided and leaves a record beside the extension."""
+    """torch's build step, which also prints its decision and writes a record next to the extension."""
 
     def run(self) -> None:
         """Build, and write ``_build_info.json``."""

@@ -1,4 +1,4 @@
-"""How many compilers to run at once."""
+"""The number of compilers to run in parallel."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ MEMORY_OF_A_JOB = 2**31
 
 
 def default_jobs(root: Path = Path("/")) -> int:
-    """As many as there are cores, or room for: one takes up to 2 GiB.
+    """Return the number of cores, limited by memory: one compiler needs up to 2 GiB.
 
-    Limits of the cgroup, as of a container, count.
+    Limits of the cgroup, such as those of a container, are respected.
     """
     cores, memory = [_cores()], []
-    with suppress(AttributeError, OSError, ValueError):  # not on this system
+    with suppress(AttributeError, OSError, ValueError):  # not on every system
         memory.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for folder in _cgroups(root):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -32,12 +32,12 @@ def default_jobs(root: Path = Path("/")) -> int:
 def _cores() -> int:
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
+    except AttributeError:  # not on every system
         return os.cpu_count() or 1
 
 
 def _cgroups(root: Path) -> Iterator[Path]:
-    """The folders with the limits of this process: of version 1 one a controller, of version 2 one for all."""
+    """The folders with this process's limits: version 1 has one for each controller, version 2 one for all."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -48,12 +48,12 @@ def _cgroups(root: Path) -> Iterator[Path]:
             continue
         top = root / "sys/fs/cgroup" / controllers
         inner = top / path.lstrip("/")
-        # In a container the path may be the host's, and the container's own limits are at the top.
+        # In a container, the path may be the host's; the container's own limits are then at the top.
         yield from (folder for folder in (inner, *inner.parents) if folder == top or top in folder.parents)
 
 
 def _numbers(file: Path) -> list[int]:
-    """The numbers in a file such as ``200000 100000``; none if there is no such file, or no limit."""
+    """The numbers in a file such as ``200000 100000``; empty without such a file or without a limit."""
     try:
         words = file.read_text().split()
     except OSError:

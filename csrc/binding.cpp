@@ -1,119 +1,63 @@
-// The operators' schemas, and the Python module normfused._C. No logic.
+// The Python module normfused._C.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/library.h>
 
 #include "kernels/cpu/kernels.h"
 #include "kernels/cuda/traffic.h"
 #include "ops/batch_norm.h"
+#include "ops/call.h"
 #include "ops/channel_stats.h"
 #include "ops/local_response_norm.h"
 #include "ops/standardize.h"
 #include "ops/sync_moments.h"
 
-TORCH_LIBRARY(normfused, m) {
-  m.def(
-      "batch_norm_training(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, Tensor? residual=None, "
-      "str activation=\"identity\", float activation_param=0., bool save_mask=False, int correction=1, "
-      "Tensor(d!)? nonfinite_batches=None, bool update_in_backward=True) -> (Tensor output, Tensor statistics, Tensor "
-      "mask)");
-  m.def(
-      "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "float eps, Tensor? residual=None, str activation=\"identity\", float activation_param=0., "
-      "bool save_mask=False) -> (Tensor output, Tensor statistics, Tensor mask)");
-  m.def(
-      "batch_norm_training_(Tensor(a!) input, Tensor? weight, Tensor? bias, Tensor(b!)? running_mean, "
-      "Tensor(c!)? running_var, Tensor(d!)? num_batches_tracked, float? momentum, float eps, "
-      "str activation=\"identity\", float activation_param=0., int correction=1, Tensor(e!)? nonfinite_batches=None, "
-      "bool update_in_backward=True) -> Tensor statistics");
-  m.def(
-      "batch_norm_inference_(Tensor(a!) input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "float eps, str activation=\"identity\", float activation_param=0.) -> Tensor statistics");
-  m.def(
-      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor statistics, bool training, "
-      "bool[4] output_mask, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
-      "str activation=\"identity\", float activation_param=0., bool from_output=False, Tensor? sums=None, "
-      "Tensor? count=None) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
-  m.def(
-      "batch_norm_by_statistics(Tensor input, Tensor statistics, Tensor? weight, Tensor? bias, Tensor? residual=None, "
-      "str activation=\"identity\", float activation_param=0., bool save_mask=False) -> (Tensor output, Tensor mask)");
-  m.def("pack_moments(Tensor input) -> Tensor words");
-  m.def(
-      "merge_ranks(Tensor words, int channels, int own_count, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, int correction=1, Tensor(d!)? "
-      "nonfinite_batches=None, "
-      "bool update_in_backward=True) -> (Tensor statistics, Tensor count)");
-  m.def("channel_moments(Tensor input) -> (Tensor mean, Tensor m2, Tensor min, Tensor max)");
-  m.def("channel_sums(Tensor input) -> (Tensor sum, Tensor sum_of_squares, Tensor min, Tensor max)");
-  m.def(
-      "standardize(Tensor input, float[] mean, float[] std, float scale=1., ScalarType? dtype=None, "
-      "MemoryFormat? memory_format=None) -> Tensor");
-  m.def("standardize_out(Tensor input, float[] mean, float[] std, float scale, Tensor(a!) out) -> ()");
-  m.def("standardize_(Tensor(a!) input, float[] mean, float[] std, float scale=1.) -> ()");
-  m.def("local_response_norm(Tensor input, int size, float alpha, float beta, float k) -> Tensor");
-  m.def(
-      "local_response_norm_backward(Tensor grad_output, Tensor input, int size, float alpha, float beta, float k) -> "
-      "Tensor");
-}
-
 namespace {
 
-// The function f, of which Python is to see only the first result: no objects are made of the others.
-template <auto f, class R, class... A>
-auto output_of(R (*)(A...)) {
-  return [](A... arguments) { return std::get<0>(f(arguments...)); };
+namespace py = pybind11;
+using namespace normfused;
+using namespace py::literals;
+
+// `function`, returning only the first of its results: no Python objects are made for the others.
+template <auto function, class R, class... A>
+auto first_result_of(R (*)(A...)) {
+  return [](A... arguments) { return std::get<0>(function(arguments...)); };
 }
-template <auto f>
-auto output_of() {
-  return output_of<f>(f);
+template <auto function>
+auto first_result_of() {
+  return first_result_of<function>(function);
 }
 
-}  // namespace
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  namespace py = pybind11;
-  using namespace normfused;
-  using namespace py::literals;
-  // Without it torch's own error types would all arrive as RuntimeError.
-  py::register_local_exception_translator([](std::exception_ptr e) {
-    if (e) torch::translate_exception_to_python(e);
-  });
-
-  // The eager way in: the same operators without the cost of torch.ops' argument matching.
-  m.def("batch_norm_training", output_of<&ops::batch_norm_training>(), py::call_guard<py::gil_scoped_release>());
-  m.def("batch_norm_inference", output_of<&ops::batch_norm_inference>(), py::call_guard<py::gil_scoped_release>());
-  m.def("batch_norm_training_", &ops::batch_norm_training_, py::call_guard<py::gil_scoped_release>());
-  m.def("batch_norm_inference_", &ops::batch_norm_inference_, py::call_guard<py::gil_scoped_release>());
-  m.def("batch_norm_by_statistics", &ops::batch_norm_by_statistics, py::call_guard<py::gil_scoped_release>());
-  m.def("batch_norm_backward", &ops::batch_norm_backward, py::call_guard<py::gil_scoped_release>());
-  m.def("pack_moments", &ops::pack_moments, py::call_guard<py::gil_scoped_release>());
-  m.def("merge_ranks", &ops::merge_ranks, py::call_guard<py::gil_scoped_release>());
-  m.def("channel_moments", &ops::channel_moments, py::call_guard<py::gil_scoped_release>());
-  m.def("channel_sums", &ops::channel_sums, py::call_guard<py::gil_scoped_release>());
+// The operators for eager mode, without the cost of torch.ops' argument matching.
+void bind_operators(py::module_& m) {
+  const auto define = [&](const char* name, auto function) {
+    m.def(name, function, py::call_guard<py::gil_scoped_release>());
+  };
+  using ops::call_object;
+  define("batch_norm_training", first_result_of<call_object<ops::batch_norm_training>()>());
+  define("batch_norm_inference", first_result_of<call_object<ops::batch_norm_inference>()>());
+  define("batch_norm_training_", call_object<ops::batch_norm_training_>());
+  define("batch_norm_inference_", call_object<ops::batch_norm_inference_>());
+  define("batch_norm_by_statistics", call_object<ops::batch_norm_by_statistics>());
+  define("batch_norm_backward", call_object<ops::batch_norm_backward>());
+  define("pack_moments", &ops::pack_moments);
+  define("merge_ranks", call_object<ops::merge_ranks>());
+  define("channel_moments", &ops::channel_moments);
+  define("channel_sums", &ops::channel_sums);
   using Constants = std::vector<double>;
-  m.def(
-      "standardize",
-      [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale,
-         std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
-        return ops::standardize(input, mean, std, scale, dtype, memory_format);
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "standardize_out",
-      [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale, const at::Tensor& out) {
-        ops::standardize_out(input, mean, std, scale, out);
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "standardize_",
-      [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale) {
-        ops::standardize_(input, mean, std, scale);
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def("local_response_norm", &ops::local_response_norm, py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_capability", &cpu::capability);
-  // What CUDA kernels would do on some device: for tests and reports, on any machine.
+  define("standardize", [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale,
+                           std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
+    return ops::standardize(input, mean, std, scale, dtype, memory_format);
+  });
+  define("standardize_out", [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale,
+                               const at::Tensor& out) { ops::standardize_out(input, mean, std, scale, out); });
+  define("standardize_", [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale) {
+    ops::standardize_(input, mean, std, scale);
+  });
+  define("local_response_norm", &ops::local_response_norm);
+}
+
+// The plans of CUDA operations on a given device, for tests and reports. Needs no GPU.
+void bind_cuda_plans(py::module_& m) {
   py::enum_<cuda::Operation>(m, "Operation")
       .value("TRAINING", cuda::Operation::kTraining)
       .value("INFERENCE", cuda::Operation::kInference)
@@ -137,6 +81,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "operation"_a, "view"_a, "itemsize"_a, "multiprocessors"_a, "l2_bytes"_a,
       "resident"_a = std::array<int, 3>{cuda::kMinBlocks, cuda::kMinBlocks, cuda::kMinBlocks});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  // Otherwise torch's error types would all become RuntimeError.
+  py::register_local_exception_translator([](std::exception_ptr e) {
+    if (e) torch::translate_exception_to_python(e);
+  });
+  bind_operators(m);
+  bind_cuda_plans(m);
+  m.def("cpu_capability", &cpu::capability);
   m.def("has_cuda", [] {
 #if defined(NORMFUSED_WITH_CUDA)
     return true;

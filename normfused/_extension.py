@@ -1,4 +1,4 @@
-"""Loads the compiled extension, or says why it is not in use."""
+"""Loads the compiled extension, or records why the fallback is in use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from normfused._version import __version__
 
 
 def _read_build_info() -> dict[str, Any]:
-    """Return what the build wrote down beside the extension; empty where there is no build."""
+    """Return the record that the build left next to the extension, or an empty one without a build."""
     try:
         info = json.loads(Path(__file__).with_name("_build_info.json").read_text())
     except (OSError, ValueError):
@@ -30,16 +30,16 @@ def _series(version: str) -> str:
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    """Return the extension, or why there is none."""
+    """Return the extension, or None and the reason."""
     built_for = str(_build_info.get("torch", "an unknown version"))
     versions = f"built for torch {built_for}, this is torch {torch.__version__}"
     if "torch" in _build_info and _series(built_for) != _series(torch.__version__):
-        # Not even tried: another series' binary interface can crash instead of raising.
+        # Not imported: another series has another binary interface, and can crash instead of raising.
         return None, versions
     try:
         extension = importlib.import_module("normfused._C")
-        importlib.import_module("normfused._ops")  # what compilers need to know of its operators
-    except Exception as error:  # whatever is wrong with a binary, the package can do without it
+        importlib.import_module("normfused._ops")  # fake kernels and decompositions
+    except Exception as error:  # whatever fails in a binary, the fallback works without it
         return None, f"{type(error).__name__}: {error} ({versions})"
     return extension, None
 
@@ -55,7 +55,7 @@ if fallback_reason is not None:
 
 
 def no_cuda_message() -> str:
-    """Return why this build has no CUDA kernels, and how to get them."""
+    """Return why this build has no CUDA kernels, and how to get them, as an error message."""
     reason = _build_info.get("cuda_reason", "unknown reason")
     how = _build_info.get("cuda_how", "reinstall where torch has CUDA and nvcc is on the PATH")
     return f"normfused was built without CUDA ({reason}); to get it: {how}"
@@ -64,8 +64,13 @@ def no_cuda_message() -> str:
 def info() -> dict[str, Any]:
     """Describe this installation.
 
-    Versions; whether the extension is ``"loaded"`` or a ``"fallback"`` stands in for it, and why; the instruction set
-    and number of threads of its CPU kernels; whether it has CUDA kernels; and, under ``built_...``, how it was built.
+    Returns:
+        Versions; ``extension``, ``"loaded"`` or ``"fallback"``, and ``fallback_reason``; instruction set and number of
+        threads of the CPU kernels; whether there are CUDA kernels; and the record of the build as ``built_...``.
+
+    Example:
+        >>> info()["extension"] in ("loaded", "fallback")
+        True
     """
     return {
         "normfused": __version__,

@@ -1,7 +1,8 @@
-"""What compilers need to know of the operators.
+"""Fake kernels and decompositions of the operators, for compilers and exporters.
 
-Shapes, dtypes and strides of their results, without running them; and how those of evaluation are made of torch's own
-operators, for exporters of formats that have no others.
+A fake kernel returns uninitialized results with the shapes, dtypes and strides of the operator's. Its parameters are
+those of the operator's schema. A decomposition computes an evaluation operator by torch's own operators, for exporters
+of formats that support no others.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def _output_like(input: Tensor) -> Tensor:
 
 
 def _check_device(input: Tensor, *others: Tensor | None) -> None:
-    """Refuse mixed devices: beside a meta tensor, torch calls these functions for real tensors too."""
+    """Raise for mixed devices: if any argument is a meta tensor, torch calls fake kernels with real tensors too."""
     for other in others:
         if other is not None and other.device != input.device:
             raise ValueError(f"input is on {input.device}, another argument on {other.device}")
@@ -34,15 +35,15 @@ def _statistics(input: Tensor) -> Tensor:
     return input.new_empty((2, input.size(1)), dtype=torch.float64)
 
 
-def _mask(input: Tensor, wanted: bool) -> Tensor:
-    return input.new_empty(((input.numel() + 7) // 8 + 8 if wanted else 0,), dtype=torch.uint8)
+def _mask(input: Tensor, save_mask: bool) -> Tensor:
+    return input.new_empty(((input.numel() + 7) // 8 + 8 if save_mask else 0,), dtype=torch.uint8)
 
 
 def _fake_of_decomposed(name: str) -> Callable[[_Function], _Function]:
-    """As ``torch.library.register_fake``, for an operator that has a decomposition, which compilers are not to use.
+    """``torch.library.register_fake`` for an operator with a decomposition that compilers must not use.
 
-    Fake tensors would take their shapes from it, were there no entry in a table of its own for these; and Inductor
-    would want it in place of the operator.
+    Fake tensors prefer a decomposition to a fake kernel, unless torch's "meta" table has an entry. Inductor would
+    replace the operator with its decomposition.
     """
     operator = getattr(torch.ops.normfused, name).default
 
@@ -155,10 +156,10 @@ def _batch_norm_backward(
     else:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     grad_input, grad_residual = (
-        _output_like(input) if wanted else input.new_empty((0,)) for wanted in (output_mask[0], output_mask[3])
+        _output_like(input) if requested else input.new_empty((0,)) for requested in (output_mask[0], output_mask[3])
     )
     grad_weight, grad_bias = (
-        input.new_empty((input.size(1) if wanted else 0,), dtype=dtype) for wanted in output_mask[1:3]
+        input.new_empty((input.size(1) if requested else 0,), dtype=dtype) for requested in output_mask[1:3]
     )
     return grad_input, grad_weight, grad_bias, grad_residual
 
@@ -260,9 +261,9 @@ def _standardize_inplace(input: Tensor, mean: list[float], std: list[float], sca
 
 
 def _decompose(name: str) -> Callable[[_Function], _Function]:
-    """Register how an operator is made of torch's own, in the table that exporters such as torch.onnx look into.
+    """Register a decomposition into torch's operators in the table that exporters such as torch.onnx use.
 
-    Compilers do not look into it: see :func:`_fake_of_decomposed`.
+    Compilers do not use it: see :func:`_fake_of_decomposed`.
     """
     return _torch_private.register_decomposition(getattr(torch.ops.normfused, name).default, "post_autograd")
 
@@ -280,7 +281,7 @@ def _decomposed_batch_norm_inference(
     activation_param: float = 0.0,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if save_mask:  # which only our backward reads
+    if save_mask:  # only batch_norm_backward reads a mask
         return NotImplemented  # type: ignore[no-any-return]
     arguments = (weight, bias, running_mean, running_var, eps, residual, activation, activation_param)
     output = decompositions.batch_norm_inference(input, *arguments)

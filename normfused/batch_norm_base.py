@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from normfused._torch_private import BatchNormBase, assert_async, is_in_backward
 from normfused.activations import ACTIVATION_PARAMS
-from normfused.arguments import check_activation, check_invertible
-from normfused.functional import INTEGERS, named_batch_norm
+from normfused.arguments import BatchNormFields, check_activation, check_invertible
+from normfused.functional import INTEGERS, run_batch_norm
 from normfused.scripting import scriptable
 
 if TYPE_CHECKING:
@@ -166,11 +166,11 @@ class _BatchNorm(_Base):
             if leaf is not None:
                 return leaf
         after = (self.activation or "identity", self.activation_param, self.inplace)
-        return self._batch_norm(*self._arguments(input, residual, mask, *after))
+        return self._batch_norm(self._call(input, residual, mask, *after))
 
-    _batch_norm = staticmethod(named_batch_norm)
+    _batch_norm = staticmethod(run_batch_norm)
 
-    def _arguments(
+    def _call(
         self,
         input: Tensor,
         residual: Tensor | None,
@@ -178,8 +178,8 @@ class _BatchNorm(_Base):
         activation: str,
         activation_param: float | None,
         inplace: bool,
-    ) -> tuple[Any, ...]:
-        """The arguments of :func:`named_batch_norm` for this call."""
+    ) -> BatchNormFields:
+        """The fields of this layer's call with this activation, in place or not."""
         if self._input_dims is None:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
         # Which statistics normalize and which buffers are updated follows torch.nn, for all combinations of training

@@ -16,6 +16,8 @@ from normfused import _extension, decompositions, reference
 from normfused._torch_private import is_functionalized, is_transformed
 from normfused.activations import ACTIVATION_PARAMS, ACTIVATIONS
 from normfused.arguments import (
+    BatchNormCall,
+    BatchNormFields,
     check_activation,
     check_arguments,
     check_inplace,
@@ -64,305 +66,257 @@ def batch_norm(
     nonfinite_batches: Tensor | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """Normalize each channel of ``input`` over all its other dimensions; then, if wanted, add and activate.
+    """Normalize each channel of ``input`` over all other dimensions; optionally add a residual and apply an activation.
 
-    ``activation((input - mean) / sqrt(var + eps) * weight + bias + residual)``, where mean and (biased) variance are
-    the batch's own in training and the running ones otherwise. Drop-in for :func:`torch.nn.functional.batch_norm`.
+    ``activation((input - mean) / sqrt(var + eps) * weight + bias + residual)``. In training, mean and biased variance
+    are those of the batch; otherwise they are the running statistics. A drop-in for
+    :func:`torch.nn.functional.batch_norm`.
 
     Args:
-        input: shape ``(N, C, ...)``, float32, float64, float16 or bfloat16, any strides. Written if ``inplace``.
-        running_mean, running_var: shape ``(C,)``, given together or not at all; needed unless ``training``. In
-            training they are updated in place: ``(1 - momentum) * running + momentum * batch``, also when checkpointing
-            runs this call again, which only the layers can tell. Never saved for backward.
-        weight, bias: shape ``(C,)``; default 1 and 0. Parameters and buffers have ``input``'s dtype, or float32 where
-            that is float16 or bfloat16; all arithmetic is in float32 or wider.
-        training: whether the batch's own statistics are used.
-        momentum: share of the batch in the running statistics. ``None``: cumulative average, which needs
-            ``num_batches_tracked``.
-        eps: added to the variance; finite, not negative.
-        num_batches_tracked: 0-d int64 tensor, counted up in place in training.
-        residual: added before the activation; ``input``'s shape and device. Of another of the four dtypes it is
-            promoted as in ``batch_norm(input) + residual``; if the result's dtype is then not ``input``'s, as for a
-            float32 residual of a float16 input, addition and activation are separate passes by torch's operators.
+        input: shape ``(N, C, ...)``, float32, float64, float16 or bfloat16, any strides. Overwritten if ``inplace``.
+        running_mean, running_var: shape ``(C,)``, given together or not at all; required unless ``training``. Training
+            updates them in place: ``(1 - momentum) * running + momentum * batch``. It does so also when checkpointing
+            recomputes this call; only the layers can tell that. Never saved for backward.
+        weight, bias: shape ``(C,)``; default 1 and 0. Parameters and running statistics have ``input``'s dtype, or
+            float32 if ``input`` is float16 or bfloat16. All arithmetic is in float32 or wider.
+        training: whether the statistics of the batch are used. Default False.
+        momentum: weight of the batch in the running statistics; default 0.1. ``None``: cumulative average, which
+            requires ``num_batches_tracked``.
+        eps: added to the variance; finite and not negative; default 1e-5.
+        num_batches_tracked: 0-d int64 tensor; training increments it in place.
+        residual: added before the activation; ``input``'s shape and device. A different dtype, one of the four, is
+            promoted as in ``batch_norm(input) + residual``. If the promoted dtype is not ``input``'s, as for a float32
+            residual of a float16 input, torch's operators add and activate in separate passes.
         activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``,
-            ``"silu"``, ``"gelu"`` (by erf), ``"gelu_tanh"``, or ``"identity"``, the default.
+            ``"silu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"identity"``, the default.
         activation_param: leaky ReLU's negative slope (default 0.01), ELU's alpha (default 1).
-        mask: bool, shape ``(N, ...)``, which is ``input``'s without the channels: the positions that are present.
-            Results are those of these positions alone; the others give zeros, and have zero gradients. In training at
-            least one position must be present. A training forward waits once for the device, to count the positions;
-            backward and evaluation do not wait. Compiled code needs two positions, and raises ``RuntimeError`` when it
-            runs; without ``fullgraph`` torch may split the graph here, because their number depends on values.
-        running_var_correction: 1 updates ``running_var`` with the unbiased variance, as torch does; 0 with the
-            variance that normalizes, so that ``momentum=1`` makes evaluation equal training.
-        nonfinite_batches: shape ``(C,)``, int64. Where given, a channel whose batch has an infinity or a NaN leaves
-            its running statistics as they are, and is counted up here, in place.
-        inplace: write the output over ``input`` and return that; backward works from the output, and nothing else is
-            kept. For an activation that can be undone, ``"identity"`` or ``"leaky_relu"`` with a positive parameter,
-            without ``residual`` and ``mask``. Gradients are those of the input as the rounded output tells it: in
-            float16 and bfloat16 off by about the output's rounding. A channel whose weight is too small for that
-            (``abs(bias) > 8 * abs(weight)``, or a weight near the least normal number) keeps its input. To find those
-            channels, forward waits once for the device where backward needs the input: in training, or if ``weight``
-            requires grad. Compiled it is out of place, and compilers plan memory themselves.
+        mask: bool, shape ``(N, ...)``, ``input``'s shape without the channels: True at the valid positions. The result
+            is that of the valid positions alone; all others are zero and have zero gradients. Training requires a
+            valid position. A training forward waits once for the device, to count the positions; backward and
+            evaluation do not wait. Compiled code requires two valid positions and raises ``RuntimeError`` at run time;
+            without ``fullgraph``, torch may split the graph here, because the number of positions depends on data.
+        running_var_correction: 1, the default, updates ``running_var`` with the unbiased variance, as torch does; 0
+            with the biased variance, so that ``momentum=1`` makes evaluation equal training.
+        nonfinite_batches: shape ``(C,)``, int64. If given, a channel whose batch contains an infinity or NaN does not
+            update its running statistics, and its counter here is incremented in place.
+        inplace: overwrite ``input`` with the output and return it. Backward uses the output, and nothing else of
+            ``input``'s size is saved. Requires an invertible activation, ``"identity"`` or ``"leaky_relu"`` with a
+            positive parameter, and neither ``residual`` nor ``mask``. Backward recovers the input from the rounded
+            output: in float16 and bfloat16, gradients differ by about the output's rounding error. Channels whose
+            weight is too small for this (``abs(bias) > 8 * abs(weight)``, or a weight near the smallest normal number)
+            save their input. Finding them makes forward wait once for the device if backward needs the input: in
+            training, or if ``weight`` requires grad. Compiled code runs out of place, since compilers plan memory
+            themselves.
 
     Returns:
-        Shape, dtype (see ``residual``) and memory format of ``input``. Derivatives are exact to any order, in reverse
-        and forward mode and under :mod:`torch.func`; running statistics have none. Saved for backward: ``input``; one
-        bit per element for ReLU and leaky ReLU of a sum; for the other activations of a sum the residual. An empty
-        batch gives an empty output and changes no buffer.
+        A tensor of ``input``'s shape, memory format and dtype (but see ``residual``). Differentiable any number of
+        times, in reverse and forward mode and under :mod:`torch.func`; running statistics are not differentiable.
+        Saved for backward: ``input``; or one bit per element for ReLU and leaky ReLU of a sum with a residual; and the
+        residual for other activations. An empty batch returns an empty output and updates nothing.
 
     Raises:
-        ValueError: a shape, device, name or value that does not fit, or one value per channel in training.
-        TypeError: a dtype that is not supported.
-        RuntimeError: a CUDA tensor where the extension was built without CUDA; ``inplace`` for an input that cannot
-            be overwritten: a leaf that requires grad, overlapping memory, one that its producer keeps for backward.
+        ValueError: an invalid shape, device, name or number, or one value per channel in training.
+        TypeError: an unsupported dtype.
+        RuntimeError: a CUDA tensor if the extension was built without CUDA; with ``inplace``, an input that cannot be
+            overwritten: a leaf that requires grad, overlapping memory, or a tensor that autograd has saved.
         NotImplementedError: :func:`torch.func.vmap` over ``input`` in training, but not over the running statistics.
 
-    With a ``DTensor`` as ``input`` all tensors must be DTensors of its mesh (``num_batches_tracked`` may be plain), and
-    ``mask`` and ``inplace`` are refused. Where the running statistics are sharded, or without them the input's
-    channels, each rank computes its own channels. Otherwise a batch is gathered in training, as by torch's own batch
-    norm; in evaluation it stays sharded.
+    If ``input`` is a ``DTensor``, all tensors must be DTensors on its mesh (``num_batches_tracked`` may be plain), and
+    ``mask`` and ``inplace`` are not supported. If the running statistics are sharded, or without them if the input's
+    channels are, each rank computes its own channels. Otherwise training gathers the batch, as torch's own batch norm
+    does, and evaluation leaves it sharded.
+
+    Example:
+        >>> input = torch.arange(8.0).view(2, 2, 2)
+        >>> running_mean, running_var = torch.zeros(2), torch.ones(2)
+        >>> batch_norm(input, running_mean, running_var, training=True, momentum=1.0, activation="relu")
+        tensor([[[0.0000, 0.0000],
+                 [0.0000, 0.0000]],
+        <BLANKLINE>
+                [[0.7276, 1.2127],
+                 [0.7276, 1.2127]]])
+        >>> running_mean
+        tensor([2.5000, 4.5000])
 
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167;
     https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.batch_norm.html; in place: Rota Bulò, Porzi and
     Kontschieder, 2018, arXiv:1712.02616
     """
     activation = "identity" if activation is None else activation
-    return named_batch_norm(
-        "batch_norm",
-        None,
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        num_batches_tracked,
-        residual,
-        activation,
-        ACTIVATION_PARAMS.get(activation, 0.0) if activation_param is None else activation_param,
-        mask,
-        running_var_correction,
-        nonfinite_batches,
-        inplace,
-    )
+    if activation_param is None:
+        activation_param = ACTIVATION_PARAMS.get(activation, 0.0)
+    return run_batch_norm((
+        "batch_norm", None, input, running_mean, running_var, weight, bias, training, momentum, eps,
+        num_batches_tracked, residual, activation, activation_param, mask, running_var_correction,
+        nonfinite_batches, inplace, True,
+    ))  # fmt: skip
 
 
-def named_batch_norm(
-    name: str,
-    ranks: tuple[int, ...] | None,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None = None,
-    activation: str = "identity",
-    activation_param: float = 0.0,
-    mask: Tensor | None = None,
-    running_var_correction: int = 1,
-    nonfinite_batches: Tensor | None = None,
-    inplace: bool = False,
-    update_in_backward: bool = True,
-) -> Tensor:
-    """:func:`batch_norm` for a caller of that name, whose input must have one of these ranks (``None``: any).
+def run_batch_norm(fields: BatchNormFields) -> Tensor:
+    """:func:`batch_norm` for functions and layers, with the fields of a :class:`BatchNormCall`.
 
-    Without ``update_in_backward`` a call inside a backward pass, which is a recomputation, updates no buffer.
-
-    The ranks are looked at here because only here is ``input`` surely a tensor: ``torch.fx`` traces this call whole.
+    ``fields`` may be a plain tuple: the named one takes 0.3 us to build, and the fast path does not need it.
+    The kernels check their arguments tersely. Only after they raise, :func:`check_arguments` raises the full message.
     """
+    (name, input_dims, input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked,
+     residual, activation, activation_param, mask, correction, nonfinite_batches, inplace, update) = fields  # fmt: skip
     tensors = (input, running_mean, running_var, weight, bias, residual, mask)
     if has_torch_function_variadic(*tensors):
-        return handle_torch_function(
-            named_batch_norm,
-            tensors,
-            name,
-            ranks,
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked,
-            residual,
-            activation,
-            activation_param,
-            mask,
-            running_var_correction,
-            nonfinite_batches,
-            inplace,
-            update_in_backward,
-        )
+        return handle_torch_function(run_batch_norm_of, tensors, *fields)
     if type(input) is not Tensor and dtensor.is_dtensor(input):
-        arguments = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, residual)
-        after = (activation, activation_param, mask, running_var_correction, nonfinite_batches, inplace)
-        return dtensor.batch_norm(named_batch_norm, name, ranks, input, *arguments, *after, update_in_backward)
-    check_shape(name, ranks, input, training and mask is None, running_mean is not None)
+        return dtensor.batch_norm(run_batch_norm, BatchNormCall._make(fields))
+    check_shape(name, input_dims, input, training and mask is None, running_mean is not None)
     compiling = torch.compiler.is_compiling()
     traced = not training and needs_torchs_operators(compiling)
     if inplace:
-        check_inplace(name, input, residual, mask, activation, activation_param)
+        call = BatchNormCall._make(fields)
+        check_inplace(call)
         if compiling or traced or _extension.C is None or is_transformed():
-            # Autograd may save what the operators read: nothing must be written over it.
-            output = named_batch_norm(
-                name,
-                ranks,
-                input.clone(),
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                training,
-                momentum,
-                eps,
-                num_batches_tracked,
-                None,
-                activation,
-                activation_param,
-                None,
-                running_var_correction,
-                nonfinite_batches,
-                update_in_backward=update_in_backward,
-            )
-            return input.copy_(output)
+            # Autograd may save tensors that torch's operators read: they must not be overwritten.
+            return input.copy_(run_batch_norm(call._replace(input=input.clone(), inplace=False)))
     if mask is not None:
-        check_mask(name, mask, input)
-        positions: tuple[Tensor, ...] = ()
-        if training:
-            positions = some_positions_of(name, mask, input)
-            part, residual_part = masked_rows(positions, input, residual)
-        else:  # which needs no statistics: all positions are normalized, those that are left out as zeros
-            part, residual_part = masked_zeros(mask, input, residual)
-        if training and torch.compiler.is_compiling():  # what some_positions_of() sees to, for symbolic shapes
-            torch._check(part.numel() != part.size(1))  # type: ignore[no-untyped-call]
-        output = named_batch_norm(
-            name,
-            None,
-            part,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked,
-            residual_part,
-            activation,
-            activation_param,
-            None,
-            running_var_correction,
-            nonfinite_batches,
-            update_in_backward=update_in_backward,
-        )
-        return unmasked(positions, output, input) if training else masked_zeros(mask, output, None)[0]
+        return _run_masked(BatchNormCall._make(fields), mask)
     if residual is not None and getattr(residual, "dtype", None) != input.dtype:
-        residual, rest = split_residual(input, residual)
-        if rest is not None:
-            check_activation("batch_norm", activation, activation_param)
-            statistics = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-            updates = (running_var_correction, nonfinite_batches, False, update_in_backward)
-            output = named_batch_norm(name, ranks, input, *statistics, None, "identity", 0.0, None, *updates)
-            return ACTIVATIONS[activation](output + rest, activation_param)
-    refusal = None
-    if _extension.C is not None and not compiling and not traced:
-        try:
-            kernels = _extension.C
-            first: tuple[Any, ...] = (input, weight, bias, running_mean, running_var)
-            if training:
-                first = (*first, num_batches_tracked, momentum)
-            last = (running_var_correction, nonfinite_batches, update_in_backward) if training else ()
-            if inplace:
-                into = kernels.batch_norm_training_ if training else kernels.batch_norm_inference_
-                into(*first, eps, activation, activation_param, *last)
-                return input
-            function = kernels.batch_norm_training if training else kernels.batch_norm_inference
-            return function(*first, eps, residual, activation, activation_param, False, *last)  # type: ignore[no-any-return]
-        except (RuntimeError, TypeError, ValueError) as error:
-            refusal = error  # in few words; the check finds the argument and says what it must be
-    with _no_tracer_warnings() if traced else nullcontext():
-        check_arguments(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked,
-            residual,
-            activation,
-            activation_param,
-            running_var_correction,
-            nonfinite_batches,
-        )
-    if refusal is not None and not is_functionalized():  # which refuses operators that update buffers
-        raise refusal
-    options: dict[str, Any] = {"residual": residual, "activation": activation, "activation_param": activation_param}
-    if traced:
-        assert running_mean is not None
-        assert running_var is not None
-        return decompositions.batch_norm_inference(input, weight, bias, running_mean, running_var, eps, **options)
-    if compiling and _extension.C is not None:
-        # The operators as compilers see them; the pybind11 module is opaque to them.
-        ops = torch.ops.normfused
+        return _run_mixed(BatchNormCall._make(fields), residual)
+    if compiling or traced or _extension.C is None:
+        return _run_by_torch(BatchNormCall._make(fields), compiling, traced)
+    kernels = _extension.C
+    try:
+        if inplace and training:
+            kernels.batch_norm_training_(
+                input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
+                activation, activation_param, correction, nonfinite_batches, update,
+            )  # fmt: skip
+            return input
+        if inplace:
+            kernels.batch_norm_inference_(
+                input, weight, bias, running_mean, running_var, eps, activation, activation_param
+            )
+            return input
         if training:
-            buffers = (running_mean, running_var, num_batches_tracked)
-            options |= {"correction": running_var_correction, "nonfinite_batches": nonfinite_batches}
-            options["update_in_backward"] = update_in_backward
-            results = ops.batch_norm_training(input, weight, bias, *buffers, momentum, eps, **options)
-        else:
-            results = ops.batch_norm_inference(input, weight, bias, running_mean, running_var, eps, **options)
-        return results[0]  # type: ignore[no-any-return]
+            return kernels.batch_norm_training(  # type: ignore[no-any-return]
+                input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
+                residual, activation, activation_param, False, correction, nonfinite_batches, update,
+            )  # fmt: skip
+        return kernels.batch_norm_inference(  # type: ignore[no-any-return]
+            input, weight, bias, running_mean, running_var, eps, residual, activation, activation_param, False
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
+        refusal = error
+    call = BatchNormCall._make(fields)
+    check_arguments(call)
+    if not is_functionalized():  # functionalization rejects operators that update buffers
+        raise refusal
+    return _run_by_reference(call)
+
+
+def run_batch_norm_of(*fields: Any) -> Tensor:
+    """:func:`run_batch_norm` for ``__torch_function__``, whose overrides often do not look for tensors in tuples."""
+    return run_batch_norm(fields)
+
+
+def _run_masked(call: BatchNormCall, mask: Tensor) -> Tensor:
+    """The call for the valid positions only."""
+    name, input = call.name, call.input
+    check_mask(name, mask, input)
+    call = call._replace(input_dims=None, mask=None)
+    if not call.training:  # which needs no statistics: all positions are normalized, the invalid ones as zeros
+        part, residual = masked_zeros(mask, input, call.residual)
+        return masked_zeros(mask, run_batch_norm(call._replace(input=part, residual=residual)), None)[0]
+    positions = some_positions_of(name, mask, input)
+    part, residual = masked_rows(positions, input, call.residual)
+    if torch.compiler.is_compiling():  # some_positions_of() checks it at run time; this tells the symbolic shapes
+        torch._check(part.numel() != part.size(1))  # type: ignore[no-untyped-call]
+    return unmasked(positions, run_batch_norm(call._replace(input=part, residual=residual)), input)
+
+
+def _run_mixed(call: BatchNormCall, residual: Tensor) -> Tensor:
+    """The call with a residual of another dtype, which is converted, or added afterwards in the promoted dtype."""
+    converted, wide = split_residual(call.input, residual)
+    call = call._replace(residual=converted)
+    if wide is None:
+        return run_batch_norm(call)
+    check_activation("batch_norm", call.activation, call.activation_param)
+    output = run_batch_norm(call._replace(activation="identity", activation_param=0.0))
+    return ACTIVATIONS[call.activation](output + wide, call.activation_param)
+
+
+def _run_by_torch(call: BatchNormCall, compiling: bool, traced: bool) -> Tensor:
+    """The call in operators that a compiler or tracer sees, or without the extension."""
+    with _no_tracer_warnings() if traced else nullcontext():
+        check_arguments(call)
+    input, weight, bias, mean, var = call.input, call.weight, call.bias, call.running_mean, call.running_var
+    after: dict[str, Any] = {
+        "residual": call.residual,
+        "activation": call.activation,
+        "activation_param": call.activation_param,
+    }
+    if traced:
+        assert mean is not None
+        assert var is not None
+        return decompositions.batch_norm_inference(input, weight, bias, mean, var, call.eps, **after)
+    if not compiling or _extension.C is None:
+        return _run_by_reference(call)
+    # torch.ops, because compilers cannot see into functions of pybind11.
+    if call.training:
+        results = torch.ops.normfused.batch_norm_training(
+            *(input, weight, bias, mean, var, call.num_batches_tracked, call.momentum, call.eps),
+            **after,
+            correction=call.running_var_correction,
+            nonfinite_batches=call.nonfinite_batches,
+            update_in_backward=call.update_in_backward,
+        )
+    else:
+        results = torch.ops.normfused.batch_norm_inference(input, weight, bias, mean, var, call.eps, **after)
+    return results[0]  # type: ignore[no-any-return]
+
+
+def _run_by_reference(call: BatchNormCall) -> Tensor:
+    """The call in plain torch."""
     return reference.batch_norm(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        num_batches_tracked=num_batches_tracked,
-        running_var_correction=running_var_correction,
-        nonfinite_batches=nonfinite_batches,
-        update_in_backward=update_in_backward,
-        **options,
+        *(call.input, call.running_mean, call.running_var, call.weight, call.bias),
+        *(call.training, call.momentum, call.eps),
+        num_batches_tracked=call.num_batches_tracked,
+        residual=call.residual,
+        activation=call.activation,
+        activation_param=call.activation_param,
+        running_var_correction=call.running_var_correction,
+        nonfinite_batches=call.nonfinite_batches,
+        update_in_backward=call.update_in_backward,
     )
 
 
 @contextmanager
 def _no_tracer_warnings() -> Iterator[None]:
-    """Without the warnings of ``torch.jit.trace``, which sees each comparison of sizes that a check makes."""
+    """Without the warnings of ``torch.jit.trace`` about comparisons of sizes, which checks make."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TracerWarning)
         yield
 
 
 def channel_sums(input: Tensor) -> ChannelSums:
-    """Count, sum, sum of squares, minimum and maximum of each channel, in one read.
+    """Count, sum, sum of squares, minimum and maximum of each channel, in one read of ``input``.
 
     Args:
-        input: shape ``(N, C, ...)``, any strides. Floating dtypes are summed in float64, integer dtypes exactly in
-            int64 (the sums must fit).
+        input: shape ``(N, C, ...)``, any strides, floating-point or integer. Floating-point dtypes are summed in
+            float64, integers exactly in int64; the sums must fit.
 
     Returns:
-        ``count`` (int, values per channel), and tensors of shape ``(C,)``, float64 or int64: ``sum``,
-        ``sum_of_squares``, ``min``, ``max``. NaN where a channel holds one; for an empty channel 0, 0, and infinities
-        or int64's limits. Not differentiable. For a variance of floating values use :func:`channel_moments`, which does
-        not cancel.
+        ``count`` (int, elements per channel), and ``sum``, ``sum_of_squares``, ``min`` and ``max``: shape ``(C,)``,
+        float64 or int64. NaN for a channel that contains NaN. For empty channels 0, 0, and infinities or int64's
+        limits. Not differentiable. For the variance of floating-point data use :func:`channel_moments`, which does not
+        suffer from cancellation.
 
     Raises:
-        ValueError: fewer than two dimensions. TypeError: bool or complex input.
+        ValueError: fewer than two dimensions.
+        TypeError: bool or complex input.
+
+    Example:
+        >>> sums = channel_sums(torch.tensor([[[1, 2, 3]], [[4, 5, 6]]], dtype=torch.uint8))
+        >>> sums.count, sums.sum, sums.sum_of_squares
+        (6, tensor([21]), tensor([91]))
+
+    Source: :func:`torch.sum`, :func:`torch.aminmax`.
     """
     check_statistics_input("channel_sums", input, DTYPES + INTEGERS)
     input = input.detach()
@@ -375,18 +329,24 @@ def channel_sums(input: Tensor) -> ChannelSums:
 
 
 def channel_moments(input: Tensor) -> ChannelMoments:
-    """Count, mean, squared deviations, minimum and maximum of each channel, in one read.
+    """Count, mean, sum of squared deviations, minimum and maximum of each channel, in one read of ``input``.
 
     Args:
         input: shape ``(N, C, ...)``, float32, float64, float16 or bfloat16, any strides.
 
     Returns:
-        ``count`` (int, values per channel), and float64 tensors of shape ``(C,)``: ``mean``, ``m2`` (the sum of squared
-        deviations from the mean: ``m2 / count`` is the biased variance), ``min``, ``max``. NaN where a channel holds
-        one; for an empty channel 0, 0, inf, -inf. Not differentiable.
+        ``count`` (int, elements per channel), and ``mean``, ``m2``, ``min`` and ``max``: shape ``(C,)``, float64.
+        ``m2`` is the sum of squared deviations from the mean, so ``m2 / count`` is the biased variance. NaN for a
+        channel that contains NaN. For empty channels 0, 0, inf, -inf. Not differentiable.
 
     Raises:
-        ValueError: fewer than two dimensions. TypeError: input that is not floating.
+        ValueError: fewer than two dimensions.
+        TypeError: input that is not floating-point.
+
+    Example:
+        >>> moments = channel_moments(torch.tensor([[[1.0, 2.0, 3.0, 6.0]]]))
+        >>> moments.mean, moments.m2 / moments.count
+        (tensor([3.], dtype=torch.float64), tensor([3.5000], dtype=torch.float64))
 
     Source: Chan, Golub and LeVeque, 1983, "Algorithms for Computing the Sample Variance".
     """
@@ -401,24 +361,31 @@ def channel_moments(input: Tensor) -> ChannelMoments:
 
 
 def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
-    """Divide each value by a power of the squares of the ``size`` channels about it.
+    """Divide each element by a power of the sum of squares over ``size`` neighboring channels.
 
     ``input / (k + alpha / size * sum(input[:, c - size // 2 : c + (size - 1) // 2 + 1] ** 2)) ** beta`` for channel
-    ``c``, with zeros outside of the channels. Drop-in for :func:`torch.nn.functional.local_response_norm`.
+    ``c``, with zeros outside of the channels. A drop-in for :func:`torch.nn.functional.local_response_norm`.
 
     Args:
-        input: shape ``(N, C, ...)`` with at least one more dimension, float32, float64, float16 or bfloat16, any
-            strides. All arithmetic is in float32, or float64 for that.
-        size: channels of the window, at least 1; of an even number one more lies before than after.
-        alpha, beta, k: as above.
+        input: shape ``(N, C, ...)`` with at least 3 dimensions, float32, float64, float16 or bfloat16, any strides.
+            Arithmetic is in float32, or in float64 for float64 input.
+        size: number of channels in the window, at least 1. An even window has one channel more to the left.
+        alpha, beta, k: numbers, as in the formula.
 
     Returns:
-        Shape, dtype and memory format of ``input``. Differentiable any number of times; for backward only ``input`` is
-        kept. An empty input gives an empty output.
+        A new tensor of ``input``'s shape, dtype and memory format. Differentiable any number of times; only ``input``
+        is saved for backward. An empty input returns an empty output.
 
     Raises:
-        ValueError: fewer than three dimensions, or a size below 1. TypeError: a dtype that is not supported, or an
-            argument that is no number. RuntimeError: a CUDA tensor where the extension was built without CUDA.
+        ValueError: fewer than three dimensions, or a size below 1.
+        TypeError: an unsupported dtype, or an argument that is not a number.
+        RuntimeError: a CUDA tensor if the extension was built without CUDA.
+
+    Example:
+        >>> local_response_norm(torch.ones(1, 3, 1), size=2, alpha=2.0, beta=1.0)
+        tensor([[[0.5000],
+                 [0.3333],
+                 [0.3333]]])
 
     Source: Krizhevsky, Sutskever and Hinton, 2012, "ImageNet Classification with Deep Convolutional Neural Networks";
     https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.local_response_norm.html
@@ -434,7 +401,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
         try:
             return _extension.C.local_response_norm(input, size, alpha, beta, k)  # type: ignore[no-any-return]
         except (RuntimeError, TypeError, ValueError) as error:
-            refusal = error  # in few words; the check finds the argument and says what it must be
+            refusal = error  # check_local_response_norm() raises the full message
     check_local_response_norm(input, size, alpha, beta, k)
     if dtensor.is_dtensor(input):
         return dtensor.local_response_norm(local_response_norm, input, size, alpha, beta, k)

@@ -363,7 +363,7 @@ def call(x: Tensor, **options: Any) -> Tensor:
     return batch_norm(x, None, None, training=True, inplace=True, **options)
 
 
-UNDOABLE = "needs an activation that can be undone, 'identity' or 'leaky_relu' with a positive activation_param, got "
+UNDOABLE = "needs an invertible activation, 'identity' or 'leaky_relu' with a positive activation_param, got "
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: call(leaf()), RuntimeError, "batch_norm: inplace=True cannot write over input, a leaf that requires grad"),
     (
@@ -379,13 +379,13 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: call(leaf().sigmoid()),
         RuntimeError,
-        "batch_norm: inplace=True cannot write over input, which SigmoidBackward0 made and keeps for backward; "
+        "batch_norm: inplace=True cannot write over input, which SigmoidBackward0 made and saves for backward; "
         "use inplace=False here",
     ),
     (
         lambda: call(leaf().relu()),
         RuntimeError,
-        "batch_norm: inplace=True cannot write over input, which ReluBackward0 made and keeps for backward; "
+        "batch_norm: inplace=True cannot write over input, which ReluBackward0 made and saves for backward; "
         "use inplace=False here",
     ),
     (
@@ -397,12 +397,12 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: call(torch.randn(4, 3, 5), residual=torch.randn(4, 3, 5)),
         ValueError,
-        "batch_norm: inplace=True takes no residual",
+        "batch_norm: inplace=True does not support residual",
     ),
     (
         lambda: call(torch.randn(4, 3, 5), mask=torch.ones(4, 5, dtype=torch.bool)),
         ValueError,
-        "batch_norm: inplace=True takes no mask",
+        "batch_norm: inplace=True does not support mask",
     ),
     (
         lambda: call(torch.randn(4, 3, 5), activation="relu"),

@@ -101,7 +101,7 @@ def test_opcheck(device: torch.device) -> None:
             assert gradient.numel() == 0
     with pytest.raises(ValueError, match="words must be int64, with the words of 4 channels in each row"):
         ops.merge_ranks(rows, 4, 20, None, None, None, 0.1, 1e-5)
-    with pytest.raises(ValueError, match="sums and count belong together"):
+    with pytest.raises(ValueError, match="sums and count must be given together"):
         ops.batch_norm_backward(*arguments[:-1])
     with pytest.raises(ValueError, match=r"statistics must be contiguous float64 of shape \(2, channels\)"):
         ops.batch_norm_by_statistics(x, statistics[0], None, None)

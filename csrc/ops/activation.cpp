@@ -62,7 +62,7 @@ at::Tensor activate(const Activation& activation, const at::Tensor& z) {
     case ActivationKind::kTanh:
       return at::tanh(z);
     case ActivationKind::kSilu:
-      return z * at::sigmoid(z);  // torch's own has no forward mode over its backward
+      return z * at::sigmoid(z);  // at::silu_backward has no forward-mode derivative
     case ActivationKind::kGelu:
       return at::gelu(z, "none");
     case ActivationKind::kGeluTanh:
@@ -90,8 +90,8 @@ at::Tensor activate_backward(const Activation& activation, const at::Tensor& gra
     case ActivationKind::kTanh:
       return at::tanh_backward(grad_output, at::tanh(z));
     case ActivationKind::kSilu: {
-      const at::Tensor share = at::sigmoid(z);
-      return grad_output * share * (1 + z * (1 - share));
+      const at::Tensor s = at::sigmoid(z);
+      return grad_output * s * (1 + z * (1 - s));
     }
     case ActivationKind::kGelu:
       return at::gelu_backward(grad_output, z, "none");

@@ -1,4 +1,4 @@
-// Activations by the names that users give them.
+// Activations by name, and in ATen operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,24 +9,24 @@
 
 namespace normfused::ops {
 
-// `parameter`: leaky ReLU's negative slope, ELU's alpha. Throws a ValueError that lists the names where there is no
-// such.
+// `parameter`: leaky ReLU's negative slope, ELU's alpha; otherwise ignored. Throws a ValueError that lists the known
+// names for an unknown name.
 Activation activation_of(std::string_view name, double parameter);
 
 std::string_view name_of(const Activation& activation);
 
-// Whether the gradient asks only which values were above zero.
+// Whether the gradient depends only on which arguments were positive.
 inline bool gradient_is_by_sign(const Activation& activation) {
   return activation.kind == ActivationKind::kRelu || activation.kind == ActivationKind::kLeakyRelu;
 }
 
-// Whether z can be told from the activated z.
+// Whether activation(z) determines z.
 inline bool is_invertible(const Activation& activation) {
   return activation.kind == ActivationKind::kIdentity ||
          (activation.kind == ActivationKind::kLeakyRelu && activation.parameter > 0);
 }
 
-// The activation and its gradient, grad_output * activation'(z), in torch's own operators.
+// activation(z), and grad_output * activation'(z), in ATen operators.
 at::Tensor activate(const Activation& activation, const at::Tensor& z);
 at::Tensor activate_backward(const Activation& activation, const at::Tensor& grad_output, const at::Tensor& z);
 

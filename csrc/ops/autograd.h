@@ -1,4 +1,4 @@
-// What the autograd Functions of batch norm have in common.
+// Shared by the autograd Functions of batch norm: what forward saves in the context, and how backward reads it.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -15,17 +15,17 @@ inline OptionalTensor optional(const at::Tensor& tensor) {
 
 inline void check_buffers(const OptionalTensor& running_mean, const OptionalTensor& running_var) {
   TORCH_CHECK_VALUE(!at::GradMode::is_enabled() || (!needs_grad(running_mean) && !needs_grad(running_var)),
-                    "running statistics are not differentiated");
+                    "running statistics are not differentiated: running_mean and running_var must not require grad");
   TORCH_CHECK_VALUE(!has_tangent(running_mean) && !has_tangent(running_var),
                     "running statistics are not differentiated: running_mean and running_var must have no tangent");
 }
 
-// The operators' arguments that have derivatives, in their order.
+// The differentiable arguments of the operators, in schema order.
 enum Argument { kInput, kWeight, kBias, kResidual, kArguments };
 
-// What backward needs besides the tensors: whether the statistics were the batch's own, and what came after them.
+// What backward needs besides tensors.
 struct Mode {
-  bool training;
+  bool training;  // the statistics are the batch's own
   Activation activation;
 
   void save(torch::autograd::AutogradContext* ctx) const {
@@ -43,21 +43,22 @@ struct Mode {
   }
 };
 
-// Only tensors that are there have an edge: notes which are.
-inline void save_given(torch::autograd::AutogradContext* ctx, const OptionalTensor& weight, const OptionalTensor& bias,
-                       const OptionalTensor& residual) {
-  int64_t given = 0;
-  for (const bool there : {true, weight.has_value(), bias.has_value(), residual.has_value()}) given = 2 * given + there;
-  ctx->saved_data["given"] = given;
+// Records which arguments are present: needs_input_grad() counts only those.
+inline void save_present(torch::autograd::AutogradContext* ctx, const OptionalTensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& residual) {
+  int64_t bits = 0;
+  for (const bool present : {true, weight.has_value(), bias.has_value(), residual.has_value()})
+    bits = 2 * bits + present;
+  ctx->saved_data["present"] = bits;
 }
 
-// Of which arguments the gradient is asked for.
-inline std::array<bool, kArguments> wanted_gradients(torch::autograd::AutogradContext* ctx) {
-  std::array<bool, kArguments> wanted{};
-  const int64_t given = ctx->saved_data["given"].toInt();
+// The arguments whose gradients are requested.
+inline std::array<bool, kArguments> requested_gradients(torch::autograd::AutogradContext* ctx) {
+  std::array<bool, kArguments> requested{};
+  const int64_t present = ctx->saved_data["present"].toInt();
   for (size_t argument = 0, edge = 0; argument < kArguments; ++argument)
-    if (given >> (kArguments - 1 - argument) & 1) wanted[argument] = ctx->needs_input_grad(edge++);
-  return wanted;
+    if (present >> (kArguments - 1 - argument) & 1) requested[argument] = ctx->needs_input_grad(edge++);
+  return requested;
 }
 
 }  // namespace normfused::ops

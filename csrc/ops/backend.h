@@ -1,4 +1,4 @@
-// The kernels of each kind of device, behind one table of functions.
+// The kernels of each device type, as a table of functions.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,18 +7,14 @@
 
 namespace normfused::ops {
 
+// Each function runs a kernel of kernels/list.h on `device`, which holds all its tensors; on CUDA asynchronously on the
+// current stream. Throws if a kernel cannot be launched.
 struct Backend {
-  // On `device`, where all tensors are; on CUDA on the current stream. Throw where kernels cannot be started.
-  void (*batch_norm_training)(const BatchNormForward& args, const at::Device& device);
-  void (*batch_norm_inference)(const BatchNormForward& args, const at::Device& device);
-  void (*batch_norm_backward)(const BatchNormBackward& args, const at::Device& device);
-  void (*channel_moments)(const ChannelStats& args, const at::Device& device);
-  void (*channel_sums)(const ChannelStats& args, const at::Device& device);
-  void (*pack_moments)(const PackMoments& args, const at::Device& device);
-  void (*merge_ranks)(const MergeRanks& args, const at::Device& device);
-  void (*standardize)(const Standardize& args, const at::Device& device);
-  // False: nothing is done, because the window is too wide for the kernel.
-  bool (*local_response_norm)(const LocalResponseNorm& args, const at::Device& device);
+#define NF_KERNEL(name, Args) void (*name)(const Args& args, const at::Device& device);
+#include "kernels/list.h"
+
+  // Whether local_response_norm has a kernel for these arguments.
+  bool (*supports)(const LocalResponseNorm& args);
 };
 
 extern const Backend kCpuBackend;

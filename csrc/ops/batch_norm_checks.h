@@ -1,20 +1,22 @@
-// What batch norm's operators check of their arguments, in kernels and composites alike. Terse: functional.py explains
-// refusals to users. These keep a direct call of an operator from crashing.
+// Argument checks of the batch norm operators. They prevent invalid memory accesses by a direct call of an operator;
+// normfused/functional.py repeats a failed call's checks with messages for users.
 #pragma once
 
+#include "ops/activation.h"
 #include "ops/batch_norm.h"
 
 namespace normfused::ops {
 
-void check_input(const at::Tensor& input);
+// Throws unless the tensor has shape (C), the input's device, and the input's dtype or float32 for a 16-bit input.
 void check_channels(const char* name, const OptionalTensor& vector, const at::Tensor& input);
-// Shape, dtype and device are the input's.
+// Throws unless the tensor has the input's shape, dtype and device.
 void check_like_input(const char* name, const OptionalTensor& tensor, const at::Tensor& input);
+// Input, weight, bias and running statistics.
+void check_operands(const BatchNormOptions& options, const OptionalTensor& running_mean,
+                    const OptionalTensor& running_var);
+// Throws if a channel has exactly one element: its variance is 0, and its unbiased variance is not defined.
+void check_training_count(int64_t count, const at::Tensor& input);
 void check_statistics(const at::Tensor& statistics, const at::Tensor& input);
-void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
-                    const at::Tensor& statistics, bool training, std::array<bool, 4> output_mask,
-                    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
-                    std::string_view activation, double activation_param, bool from_output, const OptionalTensor& sums,
-                    const OptionalTensor& count);
+void check_backward(const BatchNormBackwardCall& call);
 
 }  // namespace normfused::ops

@@ -1,4 +1,4 @@
-// Batch norm in torch's own operators; see derivatives.h. The arguments are those of the operators in batch_norm.h.
+// Batch norm in ATen operators: differentiable any number of times, and the batching rule for vmap (see derivatives.h).
 #pragma once
 
 #include "ops/activation.h"
@@ -6,14 +6,15 @@
 
 namespace normfused::ops {
 
-// The output, given the statistics that forward found.
+// A vector of shape (C) in the dtype of `like`, viewed as (1, C, 1, ...) to broadcast with it.
+at::Tensor per_channel(const at::Tensor& vector, const at::Tensor& like);
+
+// The output. `statistics` are those that the forward operator returned; in training their derivative is included.
 at::Tensor batch_norm_composite(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                 const OptionalTensor& residual, const at::Tensor& statistics, bool training,
                                 const Activation& activation);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward_composite(
-    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& statistics,
-    bool training, std::array<bool, 4> output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
-    const OptionalTensor& mask, const Activation& activation);
+// Precondition: neither from_output nor sums.
+BatchNormBackwardCall::Result batch_norm_backward_composite(const BatchNormBackwardCall& call);
 
 }  // namespace normfused::ops

@@ -1,85 +1,81 @@
 #include "ops/channel_stats.h"
 
 #include <ATen/Functions.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
 
 #include <array>
+#include <limits>
 
 #include "ops/backend.h"
-#include "ops/find_operator.h"
 #include "ops/layout.h"
+#include "ops/registration.h"
 
 namespace normfused::ops {
 
 namespace {
 
+using at::Tensor;
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Kernel = void (*)(const ChannelStats&, const at::Device&);
 
-template <size_t count>
-std::array<at::Tensor, count> run(const at::Tensor& input, at::ScalarType type, Kernel kernel) {
-  TORCH_CHECK_VALUE(input.dim() >= 2, "input needs at least 2 dimensions, got shape ", input.sizes());
+// The four results, of dtype `type`. Those of empty channels are 0, 0 and the neutral elements of minimum and maximum.
+Result run(const Tensor& input, at::ScalarType type, Kernel kernel) {
+  check_dims(input);
   const DType dtype = any_dtype_of(input.scalar_type());
-  const at::Tensor dense = as_dense(input);
-  std::array<at::Tensor, count> results;
-  for (at::Tensor& result : results)
-    result = at::empty({input.size(1)}, input.options().dtype(type).memory_format(at::MemoryFormat::Contiguous));
+  const Tensor dense = as_dense(input);
   ChannelStats args{*view_of(dense), dtype, dense.const_data_ptr(), {}};
-  for (size_t i = 0; i < count; ++i) args.results[i] = results[i].mutable_data_ptr();
-  if (input.numel() > 0) kernel(args, input.device());
-  return results;
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments_kernels(const at::Tensor& input) {
-  if (input.is_cpu()) dtype_of(input.scalar_type());  // which throws for integers
-  auto [mean, m2, min, max] = run<4>(input, at::kDouble, backend_of(input).channel_moments);
-  if (input.numel() == 0) {
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    return {mean.zero_(), m2.zero_(), min.fill_(kInfinity), max.fill_(-kInfinity)};
+  std::array<Tensor, 4> results;
+  for (size_t i = 0; i < results.size(); ++i) {
+    results[i] = at::empty({input.size(1)}, input.options().dtype(type).memory_format(at::MemoryFormat::Contiguous));
+    args.results[i] = results[i].mutable_data_ptr();
   }
-  return {mean, m2, min, max};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_sums_kernels(const at::Tensor& input) {
-  const bool floating = at::isFloatingType(input.scalar_type());
-  auto [sum, squares, min, max] = run<4>(input, floating ? at::kDouble : at::kLong, backend_of(input).channel_sums);
-  if (input.numel() == 0) {
+  const auto& [first, second, min, max] = results;
+  if (input.numel() > 0) {
+    kernel(args, input.device());
+  } else if (type == at::kDouble) {
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    sum.zero_(), squares.zero_();
-    if (floating) return {sum, squares, min.fill_(kInfinity), max.fill_(-kInfinity)};
+    first.zero_(), second.zero_(), min.fill_(kInfinity), max.fill_(-kInfinity);
+  } else {
     using Limits = std::numeric_limits<int64_t>;
-    return {sum, squares, min.fill_(Limits::max()), max.fill_(Limits::min())};
+    first.zero_(), second.zero_(), min.fill_(Limits::max()), max.fill_(Limits::min());
   }
-  return {sum, squares, min, max};
+  return {first, second, min, max};
+}
+
+Result channel_moments_kernels(const Tensor& input) {
+  if (input.is_cpu()) dtype_of(input.scalar_type());  // throws for integers, which only CUDA has kernels for
+  return run(input, at::kDouble, backend_of(input).channel_moments);
+}
+
+Result channel_sums_kernels(const Tensor& input) {
+  const at::ScalarType type = at::isFloatingType(input.scalar_type()) ? at::kDouble : at::kLong;
+  return run(input, type, backend_of(input).channel_sums);
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments(const at::Tensor& input) {
+Result channel_moments(const Tensor& input) {
   static const auto op = find_operator<decltype(channel_moments)>("normfused::channel_moments");
   return op.call(input);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_sums(const at::Tensor& input) {
+Result channel_sums(const Tensor& input) {
   static const auto op = find_operator<decltype(channel_sums)>("normfused::channel_sums");
   return op.call(input);
 }
 
-TORCH_LIBRARY_IMPL(normfused, CPU, m) {
-  m.impl("channel_moments", channel_moments_kernels);
-  m.impl("channel_sums", channel_sums_kernels);
+TORCH_LIBRARY_FRAGMENT(normfused, m) {
+  m.def("channel_moments(Tensor input) -> (Tensor mean, Tensor m2, Tensor min, Tensor max)");
+  m.def("channel_sums(Tensor input) -> (Tensor sum, Tensor sum_of_squares, Tensor min, Tensor max)");
 }
 
-#if defined(NORMFUSED_WITH_CUDA)
-TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
+NF_LIBRARY_IMPL_BACKENDS(m) {
   m.impl("channel_moments", channel_moments_kernels);
   m.impl("channel_sums", channel_sums_kernels);
 }
-#endif
 
 TORCH_LIBRARY_IMPL(normfused, Autograd, m) {
-  m.impl("channel_moments", torch::autograd::autogradNotImplementedFallback());
-  m.impl("channel_sums", torch::autograd::autogradNotImplementedFallback());
+  m.impl("channel_moments", not_differentiable());
+  m.impl("channel_sums", not_differentiable());
 }
 
 }  // namespace normfused::ops

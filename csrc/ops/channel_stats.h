@@ -1,4 +1,5 @@
-// Statistics per channel as torch operators, called through the dispatcher; every result has shape (C).
+// Statistics per channel as torch operators, called through the dispatcher. Every result has shape (C). Not
+// differentiable.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,10 +8,10 @@
 
 namespace normfused::ops {
 
-// Mean, sum of squared deviations, least and greatest value, in float64.
+// Mean, sum of squared deviations from the mean, minimum and maximum, in float64.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_moments(const at::Tensor& input);
 
-// Sum, sum of squares, least and greatest value: float64, or int64 for integers.
+// Sum, sum of squares, minimum and maximum: float64, or exact int64 for integers.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_sums(const at::Tensor& input);
 
 }  // namespace normfused::ops

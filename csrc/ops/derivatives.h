@@ -1,8 +1,8 @@
-// When an operator's derivative must be computed in torch's own operators instead of by kernels.
+// Whether an operator's derivative is computed by kernels or by its composite.
 //
-// An autograd Function written in C++ drops the tangents of forward mode and refuses the levels of torch.func. Each
-// operator therefore has a composite: the same formula in ATen operators, which torch differentiates to any order, in
-// either mode and under every transform. It is also the operator's batching rule for vmap.
+// A C++ autograd Function discards forward-mode tangents and does not support the levels of torch.func. Each operator
+// therefore has a composite: the same formula in ATen operators, which torch differentiates to any order, in both modes
+// and under every transform. It is also the operator's batching rule for vmap.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,7 @@ inline bool needs_grad(const std::optional<at::Tensor>& tensor) { return tensor 
 inline bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
 inline bool has_tangent(const std::optional<at::Tensor>& tensor) { return tensor && has_tangent(*tensor); }
 
-// Whether reverse mode records these tensors now.
+// Whether reverse mode records an operation on these tensors.
 template <class... T>
 bool is_recorded(const T&... tensors) {
   return at::GradMode::is_enabled() && (needs_grad(tensors) || ...);
@@ -29,13 +29,13 @@ inline bool in_transform() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
-// Whether a forward operator needs its composite.
+// For forward operators.
 template <class... T>
 bool needs_composite(const T&... tensors) {
   return (has_tangent(tensors) || ...) || (in_transform() && is_recorded(tensors...));
 }
 
-// Whether a backward operator does: it has no autograd Function of its own.
+// For backward operators, which have no autograd Function.
 template <class... T>
 bool backward_needs_composite(const T&... tensors) {
   return (has_tangent(tensors) || ...) || is_recorded(tensors...);

@@ -11,7 +11,7 @@ namespace normfused::ops {
 
 namespace {
 
-// The channels of a channels-last tensor are dense, and the rest is dense around them in its own order.
+// Whether the channels are contiguous, and the other dimensions are dense in their own order outside of them.
 bool is_channels_last(const at::Tensor& tensor) {
   if (tensor.size(1) != 1 && tensor.stride(1) != 1) return false;
   int64_t expected = tensor.size(1);
@@ -23,15 +23,15 @@ bool is_channels_last(const at::Tensor& tensor) {
   return true;
 }
 
-// Asks for huge pages and touches them, all threads at once: left to the kernels, threads would meet at the same pages.
+// Requests huge pages and touches each in parallel. Otherwise the kernels' threads would fault on the same pages.
 void use_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kWorthwhile = 4 << 20;
+  constexpr size_t kMinBytes = 4 << 20;
   constexpr uintptr_t kPage = 4 << 10, kHugePage = 2 << 20;
-  if (bytes < kWorthwhile) return;
+  if (bytes < kMinBytes) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
-  // Only advice: where the system does not take it, pages stay small.
+  // The system may ignore the advice; pages then stay small.
   (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   at::parallel_for(0, static_cast<int64_t>((end - begin) / kHugePage), 1, [&](int64_t first, int64_t last) {
     for (uintptr_t at = begin + first * kHugePage; at < begin + last * kHugePage; at += kHugePage)
@@ -77,13 +77,22 @@ DType any_dtype_of(at::ScalarType type) {
   }
 }
 
+void check_dims(const at::Tensor& input, int64_t dims) {
+  TORCH_CHECK_VALUE(input.dim() >= dims, "input needs at least ", dims, " dimensions, got shape ", input.sizes());
+}
+
+void check_floating(const at::Tensor& input, int64_t dims) {
+  check_dims(input, dims);
+  dtype_of(input.scalar_type());
+}
+
 std::optional<ChannelView> view_of(const at::Tensor& tensor) {
   const int64_t channels = tensor.size(1);
   if (tensor.is_contiguous()) {
     const int64_t outer = tensor.size(0);
     const int64_t rows = outer * channels;
     const int64_t inner = rows == 0 ? 0 : tensor.numel() / rows;
-    // A single channel is one row, whatever the tensor's shape.
+    // A tensor with one channel is a single row of elements, whatever its shape.
     if (channels == 1 && outer * inner > 1) return ChannelView{1, 1, outer * inner};
     return ChannelView{outer, channels, inner};
   }

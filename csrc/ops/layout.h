@@ -1,4 +1,4 @@
-// From tensors to what kernels take: dense views, dtypes, and freshly allocated outputs.
+// From tensors to kernel arguments: dense views, dtypes, and uninitialized outputs.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,25 +9,31 @@
 
 namespace normfused::ops {
 
-// Floating types; any_dtype_of: integers too.
+// The kernels' name of a dtype. Throw for an unsupported one: dtype_of supports floating-point dtypes, any_dtype_of
+// also integers.
 DType dtype_of(at::ScalarType type);
 DType any_dtype_of(at::ScalarType type);
 
-// The view of a tensor that is dense as channels first or as channels last (of any rank >= 2); nothing otherwise.
+// Throws unless the input has at least so many dimensions; check_floating: unless it has also a floating-point dtype.
+void check_dims(const at::Tensor& input, int64_t dims = 2);
+void check_floating(const at::Tensor& input, int64_t dims = 2);
+
+// The view of a tensor of at least 2 dimensions that is dense as channels first or channels last; otherwise none.
 std::optional<ChannelView> view_of(const at::Tensor& tensor);
 
-// The tensor itself where it has a view, else a copy in the memory format torch suggests for it. The one place where
-// inputs are copied.
+// The tensor itself if it has a view, otherwise a copy in the memory format that torch suggests for it. Operators copy
+// inputs nowhere else.
 at::Tensor as_dense(const at::Tensor& tensor);
 
-// Values of `tensor` laid out in memory as those of `like`, which has a view.
+// `tensor`, or a copy, in the memory layout of `like`, which has the same shape and a view.
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like);
 
-// Uninitialized tensors. Large ones are asked for in huge pages: on a fresh output of 100 MB page
-// faults cost more time than all the arithmetic.
+// Uninitialized tensors. On Linux CPUs, those of 4 MiB and more use huge pages: on a new output of 100 MB, page faults
+// take more time than all the arithmetic.
 at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format);
 at::Tensor empty_output_like(const at::Tensor& like);
 
+// Precondition: a contiguous tensor of a floating-point dtype.
 ChannelVector channel_vector(const at::Tensor& tensor);
 ChannelVector channel_vector(const std::optional<at::Tensor>& tensor);
 

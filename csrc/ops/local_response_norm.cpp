@@ -3,12 +3,11 @@
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "ops/backend.h"
 #include "ops/derivatives.h"
-#include "ops/find_operator.h"
 #include "ops/layout.h"
+#include "ops/registration.h"
 
 namespace normfused::ops {
 
@@ -18,7 +17,7 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Sums over windows of channels, zeros outside.
+// out[c] = the sum of values[c - left .. c + right], with zeros outside of the channels.
 Tensor window_sum(const Tensor& values, int64_t left, int64_t right) {
   if (values.numel() == 0) return values;
   at::DimVector padding(2 * (values.dim() - 1), 0);
@@ -28,7 +27,7 @@ Tensor window_sum(const Tensor& values, int64_t left, int64_t right) {
 }
 
 void check(const Tensor& input, int64_t size) {
-  TORCH_CHECK_VALUE(input.dim() >= 3, "input needs at least 3 dimensions, got shape ", input.sizes());
+  check_dims(input, 3);
   TORCH_CHECK_VALUE(size >= 1, "size must be at least 1, got ", size);
   dtype_of(input.scalar_type());
 }
@@ -42,7 +41,8 @@ void check_grad_output(const Tensor& grad_output, const Tensor& input) {
                    ", input ", input.scalar_type());
 }
 
-// The formulas of kernels/math.h in torch's operators, for any derivative and any window; without grad_output forward.
+// The formulas of kernels/math.h in ATen operators: differentiable any number of times, and for windows of any size.
+// Forward if grad_output is undefined.
 Tensor composite(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta, double k) {
   check(input, size);
   if (grad_output.defined()) check_grad_output(grad_output, input);
@@ -56,6 +56,7 @@ Tensor composite(const Tensor& grad_output, const Tensor& input, int64_t size, d
   return (grad * factor - x * shares * (2 * scale * beta)).to(input.scalar_type());
 }
 
+// Forward if grad_output is undefined.
 Tensor run(const Tensor& grad_output, const Tensor& input, int64_t size, double alpha, double beta, double k) {
   check(input, size);
   const DType dtype = dtype_of(input.scalar_type());
@@ -72,7 +73,10 @@ Tensor run(const Tensor& grad_output, const Tensor& input, int64_t size, double 
                                alpha,
                                beta,
                                k};
-  if (!backend_of(input).local_response_norm(args, input.device()))
+  const Backend& backend = backend_of(input);
+  if (backend.supports(args))
+    backend.local_response_norm(args, input.device());
+  else
     output.copy_(composite(grad_output, input, size, alpha, beta, k));
   return output;
 }
@@ -141,17 +145,17 @@ Tensor local_response_norm_backward(const Tensor& grad_output, const Tensor& inp
   return op.call(grad_output, input, size, alpha, beta, k);
 }
 
-TORCH_LIBRARY_IMPL(normfused, CPU, m) {
-  m.impl("local_response_norm", forward_kernels);
-  m.impl("local_response_norm_backward", backward_kernels);
+TORCH_LIBRARY_FRAGMENT(normfused, m) {
+  m.def("local_response_norm(Tensor input, int size, float alpha, float beta, float k) -> Tensor");
+  m.def(
+      "local_response_norm_backward(Tensor grad_output, Tensor input, int size, float alpha, float beta, float k) -> "
+      "Tensor");
 }
 
-#if defined(NORMFUSED_WITH_CUDA)
-TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
+NF_LIBRARY_IMPL_BACKENDS(m) {
   m.impl("local_response_norm", forward_kernels);
   m.impl("local_response_norm_backward", backward_kernels);
 }
-#endif
 
 TORCH_LIBRARY_IMPL(normfused, FuncTorchBatched, m) {
   m.impl("local_response_norm", forward_batched);

@@ -19,20 +19,24 @@ void finish_update(const at::Tensor& tensor, const at::Tensor& written) {
   if (!written.is_same(tensor)) tensor.copy_(written);
 }
 
+void check_eps(double eps) {
+  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be a non-negative finite number, got ", eps);
+}
+
 void RunningStatistics::check(int64_t channels, const at::Device& device) const {
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "running_mean and running_var must be given together");
-  TORCH_CHECK_VALUE(!mean || !mean->is_same(*var), "running_mean and running_var are the same");
+  TORCH_CHECK_VALUE(!mean || !mean->is_same(*var), "running_mean and running_var are the same tensor");
   for (const auto* const buffer : {&mean, &var})
     TORCH_CHECK_VALUE(!*buffer || ((*buffer)->dim() == 1 && (*buffer)->size(0) == channels &&
                                    (*buffer)->is_floating_point() && (*buffer)->device() == device),
-                      "running statistics must be floating tensors of shape (", channels, ") on ", device);
+                      "running statistics must be floating-point tensors of shape (", channels, ") on ", device);
   TORCH_CHECK_VALUE(
       !num_batches_tracked || (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->dim() == 0 &&
                                num_batches_tracked->device() == device),
       "num_batches_tracked must be a 0-d int64 tensor on ", device);
   TORCH_CHECK_VALUE(!momentum || std::isfinite(*momentum), "momentum must be finite, got ", *momentum);
   TORCH_CHECK_VALUE(momentum || num_batches_tracked || !mean, "momentum=None needs num_batches_tracked");
-  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be a non-negative finite number, got ", eps);
+  check_eps(eps);
   TORCH_CHECK_VALUE(correction == 0 || correction == 1, "correction must be 0 or 1, got ", correction);
   TORCH_CHECK_VALUE(!nonfinite_batches || (nonfinite_batches->scalar_type() == at::kLong &&
                                            nonfinite_batches->dim() == 1 && nonfinite_batches->size(0) == channels &&

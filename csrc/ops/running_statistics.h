@@ -1,4 +1,4 @@
-// Running statistics in training: what they must be, and how kernels come to write them.
+// Running statistics in training: argument checks, and the pointers through which kernels update them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,27 +9,37 @@
 
 namespace normfused::ops {
 
-// Refuses a tensor that cannot be written; tells autograd that it changes.
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Throws if the tensor's elements overlap in memory; increments its version for autograd.
 void begin_update(const at::Tensor& tensor);
-// Brings the values home where they were written to a contiguous copy.
+// Copies `written` to `tensor`, unless they are the same tensor.
 void finish_update(const at::Tensor& tensor, const at::Tensor& written);
 
+void check_eps(double eps);
+
+// A batch's contribution to the running statistics. The variance that updates running_var is M2 / (count - correction).
 struct RunningStatistics {
-  const std::optional<at::Tensor>&mean, &var, &num_batches_tracked, &nonfinite_batches;
-  std::optional<double> momentum;  // none: cumulative averages
+  const OptionalTensor& mean;                 // (C), updated in place
+  const OptionalTensor& var;                  // (C), updated in place
+  const OptionalTensor& num_batches_tracked;  // (), int64, incremented
+  // (C), int64: a channel whose statistics are not finite keeps its running statistics and is counted here.
+  const OptionalTensor& nonfinite_batches;
+  std::optional<double> momentum;  // none: cumulative average
   double eps;
   int64_t correction;
   bool update_in_backward;
 
   void check(int64_t channels, const at::Device& device) const;
-  // Not inside a backward pass without update_in_backward: there a forward recomputes what has already updated them.
+  // False in a backward pass without update_in_backward: there checkpointing recomputes a forward that has already
+  // updated the buffers.
   bool are_updated() const;
-  // All buffers are refused before one is written. The arguments point to memory that is kept until finish(), or to
-  // none where the buffers are not updated.
+  // Fills in `args`. The pointers are null if the buffers are not updated, and valid until finish() otherwise. Throws
+  // before anything is written if a buffer cannot be written.
   void begin(BatchStatistics& args);
   void finish();
 
-  std::optional<at::Tensor> dense_mean{}, dense_var{};
+  OptionalTensor dense_mean{}, dense_var{};
 };
 
 }  // namespace normfused::ops

@@ -3,14 +3,12 @@
 #include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "ops/backend.h"
 #include "ops/derivatives.h"
-#include "ops/find_operator.h"
 #include "ops/layout.h"
+#include "ops/registration.h"
 
 namespace normfused::ops {
 
@@ -40,10 +38,10 @@ void check(const Tensor& input, at::ScalarType output, Constants mean, Constants
                       " constants for an input with ", input.size(-3), " channels");
 }
 
-// One image as a batch of one.
+// A single image as a batch of one.
 Tensor as_batch(const Tensor& input) { return input.dim() == 3 ? input.unsqueeze(0) : input; }
 
-// Of dense tensors of the same shape.
+// Precondition: input and output are dense and have the same shape (N, C, H, W).
 void run(const Tensor& input, const Tensor& output, Constants mean, Constants std, double scale) {
   if (input.numel() == 0) return;
   const auto is_last = [](const Tensor& tensor) { return !tensor.is_contiguous(); };
@@ -95,12 +93,12 @@ void standardize_inplace_kernels(const Tensor& input, Constants mean, Constants 
     input.copy_(standardize_kernels(input, mean, std, scale, std::nullopt, std::nullopt));
 }
 
-// The same in torch's own operators; see derivatives.h.
+// standardize in ATen operators; see derivatives.h.
 Tensor composite(const Tensor& input, Constants mean, Constants std, double scale, std::optional<at::ScalarType> dtype,
                  std::optional<at::MemoryFormat> memory_format) {
   const at::ScalarType type = output_type(input, dtype);
   check(input, type, mean, std);
-  // By factory functions, whose tensors compilers and transforms accept.
+  // scalar_tensor, because compilers and torch.func trace tensors from factory functions.
   const auto per_channel = [&](Constants constants) {
     std::vector<Tensor> scalars;
     for (const double constant : constants)
@@ -111,17 +109,18 @@ Tensor composite(const Tensor& input, Constants mean, Constants std, double scal
   return output.to(type, /*non_blocking=*/false, /*copy=*/false, memory_format);
 }
 
-// The gradient, grad_output * scale / std, is a standardization too, and so can be differentiated again.
+// The gradient, grad_output * scale / std, is itself a standardization, and so is differentiable.
 class StandardizeFunction : public torch::autograd::Function<StandardizeFunction> {
  public:
-  template <class Call>
+  // `operate` calls the operator below autograd and returns its output.
+  template <class Operate>
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, Constants std, double scale,
-                        bool inplace, const Call& call) {
+                        bool inplace, const Operate& operate) {
     ctx->saved_data["std"] = std.vec();
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["type"] = input.scalar_type();
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor output = call();
+    const Tensor output = operate();
     if (inplace) ctx->mark_dirty({input});
     return output;
   }
@@ -137,15 +136,15 @@ class StandardizeFunction : public torch::autograd::Function<StandardizeFunction
 
 Tensor standardize_autograd(const Tensor& input, Constants mean, Constants std, double scale,
                             std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {
-  const auto call = [&] { return standardize(input, mean, std, scale, dtype, memory_format); };
+  const auto operate = [&] { return standardize(input, mean, std, scale, dtype, memory_format); };
   if (needs_composite(input)) return composite(input, mean, std, scale, dtype, memory_format);
-  if (is_recorded(input)) return StandardizeFunction::apply(input, std, scale, false, call);
+  if (is_recorded(input)) return StandardizeFunction::apply(input, std, scale, false, operate);
   const at::AutoDispatchBelowADInplaceOrView below;
-  return call();
+  return operate();
 }
 
 void standardize_inplace_autograd(const Tensor& input, Constants mean, Constants std, double scale) {
-  const auto call = [&] {
+  const auto operate = [&] {
     standardize_(input, mean, std, scale);
     return input;
   };
@@ -153,10 +152,10 @@ void standardize_inplace_autograd(const Tensor& input, Constants mean, Constants
                               "standardize_ has no derivative under torch.func or in forward mode; use standardize");
   if (is_recorded(input)) {
     torch::autograd::check_inplace(input, /*requires_grad=*/true);
-    StandardizeFunction::apply(input, std, scale, true, call);
+    StandardizeFunction::apply(input, std, scale, true, operate);
   } else {
     const at::AutoDispatchBelowADInplaceOrView below;
-    call();
+    operate();
   }
 }
 
@@ -178,26 +177,26 @@ void standardize_(const Tensor& input, Constants mean, Constants std, double sca
   op.call(input, mean, std, scale);
 }
 
-TORCH_LIBRARY_IMPL(normfused, CPU, m) {
-  m.impl("standardize", standardize_kernels);
-  m.impl("standardize_", standardize_inplace_kernels);
-  m.impl("standardize_out", standardize_out_kernels);
+TORCH_LIBRARY_FRAGMENT(normfused, m) {
+  m.def(
+      "standardize(Tensor input, float[] mean, float[] std, float scale=1., ScalarType? dtype=None, "
+      "MemoryFormat? memory_format=None) -> Tensor");
+  m.def("standardize_out(Tensor input, float[] mean, float[] std, float scale, Tensor(a!) out) -> ()");
+  m.def("standardize_(Tensor(a!) input, float[] mean, float[] std, float scale=1.) -> ()");
 }
 
-#if defined(NORMFUSED_WITH_CUDA)
-TORCH_LIBRARY_IMPL(normfused, CUDA, m) {
+NF_LIBRARY_IMPL_BACKENDS(m) {
   m.impl("standardize", standardize_kernels);
   m.impl("standardize_", standardize_inplace_kernels);
   m.impl("standardize_out", standardize_out_kernels);
 }
-#endif
 
 TORCH_LIBRARY_IMPL(normfused, FuncTorchBatched, m) { m.impl("standardize", composite); }
 
 TORCH_LIBRARY_IMPL(normfused, Autograd, m) {
   m.impl("standardize", standardize_autograd);
   m.impl("standardize_", standardize_inplace_autograd);
-  m.impl("standardize_out", torch::autograd::autogradNotImplementedFallback());
+  m.impl("standardize_out", not_differentiable());
 }
 
 }  // namespace normfused::ops

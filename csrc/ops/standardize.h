@@ -1,5 +1,5 @@
-// Standardization of images as torch operators, called through the dispatcher: (input * scale - mean) / std for each
-// channel, with constants that stay on the host.
+// Standardization of images as torch operators, called through the dispatcher: (input * scale - mean) / std per
+// channel. mean and std are constants in host memory, one per channel.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,15 +8,16 @@
 
 namespace normfused::ops {
 
-// Of images (N, C, H, W) in any strides, to `dtype` and `memory_format`; by default input's, or float32 of bytes.
+// Input: shape (N, C, H, W) or (C, H, W), any strides. Default dtype: the input's, or float32 for uint8; default
+// memory format: the input's.
 at::Tensor standardize(const at::Tensor& input, at::ArrayRef<double> mean, at::ArrayRef<double> std, double scale,
                        std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format);
 
-// Into `out`, of the same shape. Not differentiable.
+// Writes to `out`, which has the input's shape and must not overlap it. Not differentiable.
 void standardize_out(const at::Tensor& input, at::ArrayRef<double> mean, at::ArrayRef<double> std, double scale,
                      const at::Tensor& out);
 
-// Over the input, which must be floating.
+// In place. Precondition: a floating-point input.
 void standardize_(const at::Tensor& input, at::ArrayRef<double> mean, at::ArrayRef<double> std, double scale);
 
 }  // namespace normfused::ops

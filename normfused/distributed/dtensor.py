@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from normfused.arguments import BatchNormCall
 from normfused.layout import as_dense
 
 if TYPE_CHECKING:
@@ -33,43 +34,24 @@ def refuse(name: str, argument: str, value: object) -> None:
         raise TypeError(f"{name}: {argument} must be a plain tensor, got a DTensor; call it on {argument}.to_local()")
 
 
-def batch_norm(
-    function: Callable[..., Tensor],
-    name: str,
-    input_dims: tuple[int, ...] | None,
-    input: Any,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    activation_param: float,
-    mask: Tensor | None,
-    running_var_correction: int,
-    nonfinite_batches: Tensor | None,
-    inplace: bool,
-    update_in_backward: bool,
-) -> Tensor:
-    """``function``, which is :func:`normfused.functional.named_batch_norm`, for a DTensor as input.
+def batch_norm(function: Callable[[BatchNormCall], Tensor], call: BatchNormCall) -> Tensor:
+    """``function``, which is :func:`normfused.functional.run_batch_norm`, for a DTensor as input.
 
     Running statistics are updated in place, so their placements decide: if they are sharded, the channels of all
     tensors are; if they are replicated, the input is replicated in training. Without running statistics the placements
     of the input decide.
     """
-    if mask is not None or inplace:
+    name = call.name
+    input: Any = call.input
+    if call.mask is not None or call.inplace:
         raise NotImplementedError(f"{name}: mask, lengths and inplace are not supported for a DTensor")
     if input.dim() < 2:
         raise ValueError(f"{name}: input needs at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
-    vectors: dict[str, Any] = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    vectors["nonfinite_batches"] = nonfinite_batches
-    for argument, value in (*vectors.items(), ("residual", residual)):
+    names = ("running_mean", "running_var", "weight", "bias", "nonfinite_batches")
+    vectors: dict[str, Any] = {argument: getattr(call, argument) for argument in names}
+    for argument, value in (*vectors.items(), ("residual", call.residual)):
         _check_mesh(name, argument, value, input)
-    of_values, of_vectors = _placements(name, input, running_mean, training)
+    of_values, of_vectors = _placements(name, input, call.running_mean, call.training)
     for argument in ("running_mean", "running_var", "nonfinite_batches"):
         buffer = vectors[argument]
         if buffer is not None and buffer.placements != of_vectors:
@@ -79,28 +61,17 @@ def batch_norm(
         _partial() if value.is_shard() and vector.is_replicate() else vector
         for value, vector in zip(of_values, of_vectors, strict=True)
     )
-    output = function(
-        name,
-        input_dims,
-        _local(input, of_values),
-        _own(running_mean),
-        _own(running_var),
-        _local(weight, of_vectors, of_gradients),
-        _local(bias, of_vectors, of_gradients),
-        training,
-        momentum,
-        eps,
-        _own(num_batches_tracked),
-        _local(residual, of_values),
-        activation,
-        activation_param,
-        None,
-        running_var_correction,
-        _own(nonfinite_batches),
-        False,
-        update_in_backward,
+    local = call._replace(
+        input=_local(input, of_values),
+        running_mean=_own(call.running_mean),
+        running_var=_own(call.running_var),
+        weight=_local(call.weight, of_vectors, of_gradients),
+        bias=_local(call.bias, of_vectors, of_gradients),
+        num_batches_tracked=_own(call.num_batches_tracked),
+        residual=_local(call.residual, of_values),
+        nonfinite_batches=_own(call.nonfinite_batches),
     )
-    return _distributed_as(output, input, of_values)
+    return _distributed_as(function(local), input, of_values)
 
 
 def local_response_norm(function: Callable[..., Tensor], input: Any, *arguments: Any) -> Tensor:

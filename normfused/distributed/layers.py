@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from normfused import _torch_private
+from normfused.arguments import BatchNormFields
 from normfused.batch_norm_base import _ActivationBatchNorm, _SequenceBatchNorm
 from normfused.distributed import ddp, rank_consistency
 from normfused.distributed.rank_consistency import Group
 from normfused.distributed.sync_batch_norm import Call, synchronized
-from normfused.functional import named_batch_norm
+from normfused.functional import run_batch_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,8 +73,8 @@ class _Synchronized(_SequenceBatchNorm):
             state["process_group"] = None
         return state
 
-    def _batch_norm(self, *arguments: Any) -> Tensor:
-        return _batch_norms([(self, Call(*arguments))])[0]
+    def _batch_norm(self, fields: BatchNormFields) -> Tensor:
+        return _batch_norms([(self, Call._make(fields))])[0]
 
     @staticmethod
     def forward_many(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
@@ -102,7 +103,7 @@ class _Synchronized(_SequenceBatchNorm):
         for layer, input, *residual in calls:
             operands = (input, residual[0] if residual else None, None)
             after = (layer.activation or "identity", layer.activation_param, False)
-            prepared.append((layer, Call(*layer._arguments(*operands, *after))))
+            prepared.append((layer, Call._make(layer._call(*operands, *after))))
         return _batch_norms(prepared)
 
 
@@ -254,13 +255,13 @@ def _batch_norms(calls: Sequence[tuple[_Synchronized, Call]]) -> list[Tensor]:
     labels = [_label(layer) for layer, _ in training]
     group = group_of(groups[0], " and ".join(labels)) if training else None
     if group is None:
-        return [named_batch_norm(*call) for _, call in calls]
+        return [run_batch_norm(call) for _, call in calls]
     for (layer, call), label in zip(training, labels, strict=True):
         call.check()
         kind = "float64" if call.input.dtype == torch.float64 else "float32"
         rank_consistency.check_once(group, layer, f"{label} ({call.input.size(1)} channels, statistics in {kind})")
     outputs = iter(synchronized(group, labels, [call for _, call in training]))
-    return [next(outputs) if layer.training else named_batch_norm(*call) for layer, call in calls]
+    return [next(outputs) if layer.training else run_batch_norm(call) for layer, call in calls]
 
 
 def _label(layer: _Synchronized) -> str:

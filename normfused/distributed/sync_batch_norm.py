@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normfused import _extension, _torch_private, reference
 from normfused.activations import ACTIVATIONS
-from normfused.arguments import check_arguments, check_shape
+from normfused.arguments import BatchNormCall, check_arguments, check_shape
 from normfused.distributed import dtensor, rank_consistency
 from normfused.distributed.rank_consistency import Group
 from normfused.layout import as_dense, values_per_channel
@@ -20,28 +20,10 @@ from normfused.residuals import split_residual
 Positions = tuple[Tensor, ...]
 
 
-class Call(NamedTuple):
-    """The arguments of :func:`normfused.functional.named_batch_norm`."""
+class Call(BatchNormCall):
+    """A call of a synchronized layer."""
 
-    name: str
-    input_dims: tuple[int, ...] | None
-    input: Tensor
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    training: bool
-    momentum: float | None
-    eps: float
-    num_batches_tracked: Tensor | None
-    residual: Tensor | None
-    activation: str
-    activation_param: float
-    mask: Tensor | None
-    running_var_correction: int
-    nonfinite_batches: Tensor | None
-    inplace: bool
-    update_in_backward: bool
+    __slots__ = ()
 
     def check(self) -> None:
         """Raise if an argument of this rank is invalid."""
@@ -51,10 +33,7 @@ class Call(NamedTuple):
             raise ValueError(f"{self.name}: input of shape {tuple(self.input.shape)} has no channels (dim 1)")
         if self.mask is not None:
             check_mask(self.name, self.mask, self.input)
-        statistics = (self.running_mean, self.running_var, True, self.momentum, self.eps, self.num_batches_tracked)
-        after = (self.residual, self.activation, self.activation_param)
-        updates = (self.running_var_correction, self.nonfinite_batches)
-        check_arguments(self.input, self.weight, self.bias, *statistics, *after, *updates)
+        check_arguments(self._replace(training=True))
 
     def of_rows(self, positions: Positions | None) -> Call:
         """The call for these positions only, as rows of a matrix. ``None``: all positions, unchanged."""

@@ -24,19 +24,9 @@ void run(const Args& args, const at::Device&) {
 const char* cpu::capability() { return "cuda"; }
 
 const ops::Backend ops::kCpuBackend{
-    run<BatchNormForward, cuda::batch_norm_training>,
-    run<BatchNormForward, cuda::batch_norm_inference>,
-    run<BatchNormBackward, cuda::batch_norm_backward>,
-    run<ChannelStats, cuda::channel_moments>,
-    run<ChannelStats, cuda::channel_sums>,
-    run<PackMoments, cuda::pack_moments>,
-    run<MergeRanks, cuda::merge_ranks>,
-    run<Standardize, cuda::standardize>,
-    [](const LocalResponseNorm& args, const at::Device& device) {
-      if (cuda::plan_windows(args).chunk == 0) return false;
-      run<LocalResponseNorm, cuda::local_response_norm>(args, device);
-      return true;
-    },
+#define NF_KERNEL(name, Args) run<Args, cuda::name>,
+#include "kernels/list.h"
+    [](const LocalResponseNorm& args) { return cuda::plan_windows(args).chunk > 0; },
 };
 
 }  // namespace normfused

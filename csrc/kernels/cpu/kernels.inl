@@ -16,21 +16,30 @@ namespace normfused::cpu::NF_ISA {
 namespace {
 
 template <class T>
-constexpr KernelsOf make_kernels() {
-  return {batch_norm_training<T>, batch_norm_inference<T>, batch_norm_backward<T>, channel_moments<T>,
-          channel_sums<T>,        pack_moments<T>,         local_response_norm<T>};
+constexpr DTypeKernels make_kernels() {
+  return {
+#define NF_DTYPE_KERNEL(name, Args) name<T>,
+#define NF_UNTYPED_KERNEL(name, Args)
+#include "kernels/list.h"
+  };
+}
+
+constexpr DTypeKernels make_integer_kernels() {
+  DTypeKernels kernels{};
+  kernels.channel_sums = integer_sums_of;
+  return kernels;
 }
 
 }  // namespace
 
 const KernelTable& kernels() {
-  static constexpr KernelTable table{make_kernels<float>(),
-                                     make_kernels<double>(),
-                                     make_kernels<Half>(),
-                                     make_kernels<BFloat16>(),
-                                     integer_sums_of,
-                                     standardize,
-                                     merge_ranks};
+  static constexpr KernelTable table{
+      make_kernels<float>(),    make_kernels<double>(), make_kernels<Half>(),
+      make_kernels<BFloat16>(), make_integer_kernels(),
+#define NF_DTYPE_KERNEL(name, Args)
+#define NF_UNTYPED_KERNEL(name, Args) name,
+#include "kernels/list.h"
+  };
   return table;
 }
 

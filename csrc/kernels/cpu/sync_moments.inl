@@ -45,7 +45,7 @@ void merge_ranks_of(const MergeRanks& args) {
                          [&](int64_t c0, int64_t n) { finish_statistics(args, *args.count, results, factor, c0, n); });
 }
 
-inline void merge_ranks(const MergeRanks& args) {
+inline void merge_ranks(const MergeRanks& args, const Parallel&) {
   args.is_double ? merge_ranks_of<double>(args) : merge_ranks_of<float>(args);
 }
 

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, as function pointers by dtype.
+// Function pointers to the kernels of one instruction set.
 #pragma once
 
 #include "kernels/cpu/parallel.h"
@@ -6,21 +6,33 @@
 
 namespace normfused::cpu {
 
-struct KernelsOf {
-  void (*batch_norm_training)(const BatchNormForward&, const Parallel&);
-  void (*batch_norm_inference)(const BatchNormForward&, const Parallel&);
-  void (*batch_norm_backward)(const BatchNormBackward&, const Parallel&);
-  void (*channel_moments)(const ChannelStats&, const Parallel&);
-  void (*channel_sums)(const ChannelStats&, const Parallel&);
-  void (*pack_moments)(const PackMoments&, const Parallel&);
-  void (*local_response_norm)(const LocalResponseNorm&, const Parallel&);
+// Null where a kernel does not support the dtype.
+struct DTypeKernels {
+#define NF_DTYPE_KERNEL(name, Args) void (*name)(const Args&, const Parallel&);
+#define NF_UNTYPED_KERNEL(name, Args)
+#include "kernels/list.h"
 };
 
 struct KernelTable {
-  KernelsOf float32, float64, float16, bfloat16;
-  void (*integer_sums)(const ChannelStats&, const Parallel&);
-  void (*standardize)(const Standardize&, const Parallel&);
-  void (*merge_ranks)(const MergeRanks&);
+  DTypeKernels float32, float64, float16, bfloat16, integers;
+#define NF_DTYPE_KERNEL(name, Args)
+#define NF_UNTYPED_KERNEL(name, Args) void (*name)(const Args&, const Parallel&);
+#include "kernels/list.h"
+
+  constexpr const DTypeKernels& of(DType dtype) const {
+    switch (dtype) {
+      case DType::kFloat32:
+        return float32;
+      case DType::kFloat64:
+        return float64;
+      case DType::kFloat16:
+        return float16;
+      case DType::kBFloat16:
+        return bfloat16;
+      default:
+        return integers;
+    }
+  }
 };
 
 namespace baseline {

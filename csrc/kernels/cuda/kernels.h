@@ -1,5 +1,6 @@
-// The CUDA kernels as the rest of the library sees them: each starts its launches on a stream and returns the first
-// error. What they compute is said in kernels/cpu/kernels.h; tensors of kernels here are in device memory.
+// The interface of the CUDA kernels. Each launches on the stream of its Resources, does not wait, and returns the first
+// error. kernels/list.h documents what they compute. Pointers in argument structs are to device memory unless the list
+// says otherwise.
 #pragma once
 
 #include <driver_types.h>
@@ -9,40 +10,25 @@
 
 namespace normfused::cuda {
 
-// What launches need of their caller.
+// The resources that launches need from their caller.
 class Resources {
  public:
   Resources(const DeviceLimits& limits, cudaStream_t stream) : limits(limits), stream(stream) {}
   virtual ~Resources() = default;
 
-  // Device memory, uninitialized and aligned to 16 bytes, until the stream has done what is started here.
+  // Uninitialized device memory, aligned to 16 bytes. Valid until the work launched so far on the stream has finished.
   virtual void* scratch(int64_t bytes) = 0;
-  // Zeros; the launches leave them so.
+  // Counters in device memory, initially zero. Launches reset them to zero before they end.
   virtual unsigned* tickets(int64_t count) = 0;
 
   const DeviceLimits limits;
   const cudaStream_t stream;
 };
 
-// Whether the current device and the code compiled for it let launches overlap.
+// Whether the current device, and the code compiled for it, support programmatic dependent launch.
 bool launches_overlap();
 
-cudaError_t batch_norm_training(const BatchNormForward& args, Resources& resources);
-cudaError_t batch_norm_inference(const BatchNormForward& args, Resources& resources);
-cudaError_t batch_norm_backward(const BatchNormBackward& args, Resources& resources);
-
-// Floating and integer dtypes.
-cudaError_t channel_moments(const ChannelStats& args, Resources& resources);
-// Integer dtypes: the results are int64.
-cudaError_t channel_sums(const ChannelStats& args, Resources& resources);
-
-cudaError_t pack_moments(const PackMoments& args, Resources& resources);
-cudaError_t merge_ranks(const MergeRanks& args, Resources& resources);
-
-// One launch for each 128 channels; mean and std are in the host's memory.
-cudaError_t standardize(const Standardize& args, Resources& resources);
-
-// Where plan_windows() has a plan for it.
-cudaError_t local_response_norm(const LocalResponseNorm& args, Resources& resources);
+#define NF_KERNEL(name, Args) cudaError_t name(const Args& args, Resources& resources);
+#include "kernels/list.h"
 
 }  // namespace normfused::cuda

@@ -134,27 +134,9 @@ void run(const char* name, cudaError_t (*kernel)(const Args&, cuda::Resources&),
 }  // namespace
 
 const Backend kCudaBackend{
-    [](const BatchNormForward& args, const at::Device& device) {
-      run("batch_norm_training", cuda::batch_norm_training, args, device);
-    },
-    [](const BatchNormForward& args, const at::Device& device) {
-      run("batch_norm_inference", cuda::batch_norm_inference, args, device);
-    },
-    [](const BatchNormBackward& args, const at::Device& device) {
-      run("batch_norm_backward", cuda::batch_norm_backward, args, device);
-    },
-    [](const ChannelStats& args, const at::Device& device) {
-      run("channel_moments", cuda::channel_moments, args, device);
-    },
-    [](const ChannelStats& args, const at::Device& device) { run("channel_sums", cuda::channel_sums, args, device); },
-    [](const PackMoments& args, const at::Device& device) { run("pack_moments", cuda::pack_moments, args, device); },
-    [](const MergeRanks& args, const at::Device& device) { run("merge_ranks", cuda::merge_ranks, args, device); },
-    [](const Standardize& args, const at::Device& device) { run("standardize", cuda::standardize, args, device); },
-    [](const LocalResponseNorm& args, const at::Device& device) {
-      if (cuda::plan_windows(args).chunk == 0) return false;
-      run("local_response_norm", cuda::local_response_norm, args, device);
-      return true;
-    },
+#define NF_KERNEL(name, Args) [](const Args& args, const at::Device& device) { run(#name, cuda::name, args, device); },
+#include "kernels/list.h"
+    [](const LocalResponseNorm& args) { return cuda::plan_windows(args).chunk > 0; },
 };
 
 }  // namespace normfused::ops
