@@ -20,6 +20,8 @@ HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
 # Processes of pytest-xdist; each has its own CUDA context.
 WORKERS = 8
+# Without the options of pyproject.toml, which ask for pytest-xdist.
+PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
 LARGE_BYTES = 40 << 30  # what tests/test_large.py needs, with a margin
 
 
@@ -111,7 +113,8 @@ def report(
 
 
 def tests(context: Context, seconds: float) -> list[Command]:
-    more = ["--maxfail=60", "--continue-on-collection-errors"]  # a package that few tests need may be missing
+    # A package that few tests need may be missing.
+    more = ["-m", "not large and not exhaustive", "--maxfail=60", "--continue-on-collection-errors"]
     if context.rehearsal:
         chosen = ["-k", "moments and float32 and contiguous", str(TESTS / "test_channel_stats.py")]
         return [pytest(context, "test", 1, *chosen)]
@@ -126,7 +129,7 @@ def files_with_device() -> list[Path]:
 def large(context: Context, seconds: float) -> list[Command] | str:
     chosen = ["-m", "large", str(TESTS / "test_large.py")]
     if context.rehearsal:  # of 34 GB each
-        return [Command([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", *chosen])]
+        return [Command([*PYTEST, "-q", "--collect-only", *chosen])]
     if context.gpu_bytes < LARGE_BYTES:
         return f"needs {LARGE_BYTES >> 30} GiB of memory on the GPU, which has {context.gpu_bytes >> 30}"
     return [pytest(context, "large", 0, *chosen)]
@@ -135,7 +138,7 @@ def large(context: Context, seconds: float) -> list[Command] | str:
 def pytest(context: Context, name: str, workers: int, *arguments: str) -> Command:
     """Runs tests. At least one must pass on the device, none may fail or be skipped for lack of CUDA."""
     record = context.folder / f"{name}.jsonl"
-    argv = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "pytest_record"]
+    argv = [*PYTEST, "-v", "--tb=short", "-p", "pytest_record"]
     note = ""
     if workers and find_spec("xdist"):
         argv += ["-n", str(workers)]

@@ -21,8 +21,9 @@ def _why_no_cuda() -> str | None:
 
 
 _WHY_NO_CUDA = _why_no_cuda()
-# Folders of tests that compile kernels anew, and run them under sanitizers or read their machine code.
-_EXHAUSTIVE = ("cpu_kernels", "cuda_build", "host_cuda")
+# Folders of tests that compile kernels anew, and run them under sanitizers or read their machine code; and torch's own
+# test suites.
+_EXHAUSTIVE = {"cpu_kernels", "cuda_build", "host_cuda", "test_torch_suites.py"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # which share the cores; two threads are what tests of threads need
     torch.set_num_threads(min(torch.get_num_threads(), 2))
@@ -38,7 +39,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 @pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent.name in _EXHAUSTIVE:
+        if {item.path.name, item.path.parent.name} & _EXHAUSTIVE:
             item.add_marker(pytest.mark.exhaustive)
 
 
