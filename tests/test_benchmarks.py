@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ sys.path.append(str(BENCHMARKS))
 
 import cases  # noqa: E402
 import measure  # noqa: E402
+import memory  # noqa: E402
 import operators  # noqa: E402
 import proof  # noqa: E402
 import public_rows  # noqa: E402
 import report  # noqa: E402
+import tables  # noqa: E402
 import timing  # noqa: E402
 
 
@@ -191,6 +195,24 @@ def test_a_call_that_synchronizes_is_counted_as_uncovered(device: Device) -> Non
     stopwatch(call)
     stopwatch(call)
     assert stopwatch.uncovered[call] == 2
+
+
+RESULTS = [file for file in sorted(BENCHMARKS.glob("results/*/*.json")) if not file.parent.name.endswith("-partial")]
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_committed_tables_are_rendered_by_this_code(file: Path) -> None:
+    name = file.stem
+    if name == "public":  # see the next test
+        return
+    content = json.loads(file.read_text())
+    if name == "results":
+        text, table = tables.render(*content.values()), file.with_name("table.md")
+    elif name == "memory":
+        text, table = memory.render(content), file.with_suffix(".md")
+    else:
+        text, table = import_module(name).render(content["machine"], content[name]), file.with_suffix(".md")
+    assert table.read_text() == text, f"python benchmarks/{'report' if name == 'results' else name}.py --render"
 
 
 def test_published_cases_are_rendered_as_not_run_until_they_are_measured() -> None:
