@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the version, the torch requirement and the extension."""
+"""The parts of the build that pyproject.toml cannot express: version, torch requirement and extension."""
 
 import sys
 from importlib.util import find_spec
@@ -14,10 +14,10 @@ VERSION = (ROOT / "normfused" / "_version.py").read_text().split('"')[1]
 
 
 class NoTorch(build_ext):
-    """Stands where torch's build step would, for metadata and source distributions."""
+    """Replaces torch's build step for metadata and source distributions, which need no torch."""
 
     def run(self) -> None:
-        """Refuse in one line."""
+        """Exit with one line of explanation."""
         raise SystemExit(
             "normfused: no torch to build against: install torch, or build with isolation, which asks for it"
         )

@@ -1,4 +1,11 @@
-"""Fast normalization for PyTorch: batch norm, its relatives and per-channel statistics in hand-written C++."""
+"""Fast normalization for PyTorch: batch norm, local response norm and channel statistics in hand-written kernels.
+
+Example:
+    >>> import torch, normfused
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), normfused.BatchNormAct2d(8, "relu"))
+    >>> model(torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 8, 6, 6])
+"""
 
 from normfused import functional, quantization, reference, transforms
 from normfused._extension import info

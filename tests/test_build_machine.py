@@ -1,4 +1,4 @@
-"""What a build learns of its machine: where the CUDA toolkit is, and how many compilers may run at once."""
+"""What a build detects on its machine: the CUDA toolkit, and the number of compilers that may run at once."""
 
 from __future__ import annotations
 

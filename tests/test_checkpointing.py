@@ -1,4 +1,4 @@
-"""Activation checkpointing: a training step updates the running statistics once, however its forward is run again."""
+"""Activation checkpointing: a training step updates the running statistics once, with recomputation too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models converted and reverted: families of networks, the report, copies, other tools around them."""
+"""Whole models are converted and reverted: families of networks, the report, copies, other tools."""
 
 from __future__ import annotations
 

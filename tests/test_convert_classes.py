@@ -1,4 +1,4 @@
-"""Layers of other libraries and of users: which are replaced, which are left alone, and what the report says."""
+"""Layers of other libraries and of users: which are replaced, which are skipped, and the report."""
 
 from __future__ import annotations
 

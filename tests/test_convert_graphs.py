@@ -1,4 +1,4 @@
-"""What is fused in a graph, what is not and why; and that results are the same either way."""
+"""What is fused in a graph, what is not and the reason; results are the same in both cases."""
 
 from __future__ import annotations
 

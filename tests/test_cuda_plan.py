@@ -1,4 +1,4 @@
-"""What CUDA kernels would be launched for a shape, and the bytes they would move: pure functions, tested anywhere."""
+"""Which CUDA kernels a shape launches, and the bytes that they move: pure functions, tested without a GPU."""
 
 from __future__ import annotations
 

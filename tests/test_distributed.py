@@ -1,4 +1,4 @@
-"""How ranks work together: collectives, groups, ranks that diverge, DDP, statistics over real processes."""
+"""Real processes: collectives, groups, ranks that diverge, DDP, data set statistics."""
 
 from __future__ import annotations
 

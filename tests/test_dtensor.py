@@ -1,4 +1,4 @@
-"""DTensors on two ranks: the results of one process, or a refusal by name."""
+"""DTensors on two ranks: the results of one process, or an error that names the argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bad input gives: the exception and its words, and nothing written. Runs on the fallback too."""
+"""Invalid input raises the documented exception and writes nothing. Runs on the fallback too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The extension is loaded, or else the package works without it and says why."""
+"""The extension is loaded; otherwise the package works without it and reports the reason."""
 
 from __future__ import annotations
 

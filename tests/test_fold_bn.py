@@ -1,4 +1,4 @@
-"""Batch norm folded into the layer before it: right, or refused by name with both layers as they were."""
+"""Batch norm folded into the layer before it: correct, or an error that leaves both layers unchanged."""
 
 from __future__ import annotations
 

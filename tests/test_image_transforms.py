@@ -1,4 +1,4 @@
-"""Image transforms: what they take and give, and that they live in data loaders. Runs on the fallback too."""
+"""Image transforms: inputs, results, and use in data loaders. Runs on the fallback too."""
 
 from __future__ import annotations
 

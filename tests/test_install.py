@@ -1,4 +1,4 @@
-"""The build: which torch it takes, whether it compiles CUDA, what the distributions hold and ask for."""
+"""The build: which torch it uses, whether it compiles CUDA, contents and requirements of the distributions."""
 
 from __future__ import annotations
 

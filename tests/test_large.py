@@ -1,4 +1,4 @@
-"""More values than 32 bits count: ``pytest -m large`` (34 GB of memory on the device)."""
+"""More values than 32 bits can count: ``pytest -m large`` (34 GB of memory on the device)."""
 
 from __future__ import annotations
 

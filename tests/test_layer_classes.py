@@ -1,4 +1,4 @@
-"""Constructors and classes of the layers, and what stops code that knows only torch.nn's."""
+"""Constructors and classes of the layers, and the errors for code that supports only torch.nn's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modules stand where torch.nn's stood."""
+"""The modules are drop-in replacements for torch.nn's."""
 
 from __future__ import annotations
 

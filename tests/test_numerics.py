@@ -1,4 +1,4 @@
-"""How close: the hard cases, where shortcuts lose the digits. Runs on the fallback too."""
+"""Accuracy in the hard cases, in which fast formulas lose digits. Runs on the fallback too."""
 
 from __future__ import annotations
 

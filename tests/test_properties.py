@@ -1,4 +1,4 @@
-"""What holds for batch norm whatever the shape, layout, dtype and values. Runs on the fallback too."""
+"""Properties of batch norm for any shape, layout, dtype and values. Runs on the fallback too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators of a batch that is shared out, in one process and without collectives: on every device."""
+"""The operators of synchronized batch norm in one process, without collectives, on each device."""
 
 from __future__ import annotations
 

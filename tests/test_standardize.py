@@ -1,4 +1,4 @@
-"""Standardization of images against its formula in float64. Runs on the fallback too."""
+"""functional.normalize against its formula in float64. Runs on the fallback too."""
 
 from __future__ import annotations
 

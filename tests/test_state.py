@@ -1,4 +1,4 @@
-"""Copies, checkpoints on disk and other ways by which a layer's state comes and goes."""
+"""Copies, checkpoints on disk and other transfers of the state of a layer."""
 
 from __future__ import annotations
 

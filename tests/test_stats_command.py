@@ -1,4 +1,4 @@
-"""``normfused stats``: what it reads, prints and writes, and its exit codes."""
+"""``normfused stats``: inputs, printed and written results, exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ChannelStats takes for an image, and what it refuses. Runs on the fallback too."""
+"""Images that ChannelStats accepts and rejects. Runs on the fallback too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a call waits for the device, as the host must know a value. Counted on the CPU, by the operators called."""
+"""Which calls wait for the device because the host needs a value. Counted on the CPU by the operators called."""
 
 from __future__ import annotations
 
