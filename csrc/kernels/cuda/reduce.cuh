@@ -85,7 +85,7 @@ template <int kValues, int kVectors>
 struct RowVectors {
   int64_t offsets[kVectors];
   uint32_t valid = 0, mask_bits = 0;
-  bool within = true;  // all vectors lie wholly within the tensor
+  bool within;  // all vectors are present and lie wholly within the tensor
 };
 
 // Advances the iterator by kVectors vectors, or with kFull false by those that are left.
