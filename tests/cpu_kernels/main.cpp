@@ -1,6 +1,6 @@
-// Runs every CPU kernel without torch over shapes, dtypes and alignments, and compares it with the definition in
-// double. Built with sanitizers, its exactly sized buffers also show every read or write out of bounds. Prints what it
-// ran.
+// Runs all CPU kernels, without torch, over shapes, dtypes and alignments, and compares them with their definition in
+// double. Buffers have the exact size, so sanitizers detect every access out of bounds. Prints the instruction set and
+// the number of cases.
 #include <thread>
 
 #include "definition.h"
@@ -8,7 +8,7 @@
 #include "kernels/cpu/nontemporal.h"
 #include "kernels/cpu/plan.h"
 
-// In place of nontemporal.cpp: whatever cache this machine has, outputs are streamed that take no time to check.
+// Replaces nontemporal.cpp: on any machine, non-temporal stores are used for outputs that are small enough for a test.
 int64_t normfused::cpu::nontemporal_threshold(int64_t) { return 256 << 10; }
 
 using namespace normfused;
@@ -16,7 +16,7 @@ using namespace normfused::testing;
 
 namespace {
 
-// Three threads whatever the machine has, so that every split is run split.
+// Always three threads, so that splits run in parallel on any machine.
 const cpu::Parallel kThreads{[](int64_t tasks, int64_t grain, cpu::Parallel::Body body, const void* context) {
   const int64_t chunk = std::max(grain, (tasks + 2) / 3);
   std::vector<std::thread> threads;
@@ -38,7 +38,7 @@ struct Cpu {
   void local_response_norm(const LocalResponseNorm& args) { cpu::local_response_norm(args, kThreads); }
 };
 
-// Values that the busiest of some threads has, over its share.
+// The load of the busiest of `threads` threads, relative to an even distribution.
 double load_of_the_busiest(const ChannelView& view, const cpu::Plan& plan, int64_t threads) {
   const int64_t chunk = std::max(cpu::grain(plan), (plan.units() + threads - 1) / threads);
   int64_t busiest = 0;
@@ -54,7 +54,7 @@ double load_of_the_busiest(const ChannelView& view, const cpu::Plan& plan, int64
   return static_cast<double>(busiest * threads) / static_cast<double>(view.numel());
 }
 
-// Two or four threads share each batch norm of ResNet-50 evenly.
+// Each batch norm of ResNet-50 is distributed evenly over two or four threads.
 void run_shares() {
   const int64_t shapes[][2] = {{64, 112}, {64, 56},   {256, 56}, {128, 28}, {512, 28},
                                {256, 14}, {1024, 14}, {512, 7},  {2048, 7}};
@@ -67,22 +67,20 @@ void run_shares() {
                         load_of_the_busiest(view, cpu::plan_reduction(view, itemsize, operands), threads), 1, 0.1);
 }
 
-}  // namespace
+// Channels first: rows shorter and longer than vectors and segments; few and many channels. Channels last: numbers of
+// channels around the size of a vector, of several vectors and of a unit. Short rows in lane layout: too few of them,
+// more than a segment, more channels than lanes, and units that end inside a row.
+const ChannelView kViews[] = {
+    {1, 1, 1},    {1, 1, 2},     {2, 3, 1},    {1, 3, 31},  {4, 3, 49},   {32, 65, 49}, {2, 130, 7},   {3, 2, 4097},
+    {2, 3, 9000}, {5, 2049, 2},  {3, 40, 900}, {7, 16, 64}, {31, 1, 1},   {33, 65, 1},  {700, 96, 1},  {900, 70, 1},
+    {3, 2049, 1}, {60, 1100, 1}, {4000, 3, 1}, {7, 40, 4},  {600, 40, 2}, {9, 65, 16},  {5, 2100, 25}, {13001, 3, 3},
+};
 
-int main() {
-  run_shares();
-  Cpu backend;
-  std::mt19937 random(7);
+// Each returns the number of cases that it ran.
+
+int64_t run_floating(Cpu& backend, std::mt19937& random) {
   int64_t cases = 0;
-  // Channels first: rows shorter and longer than vectors and tiles; few and many channels. Channels last: channel
-  // counts around vector, register tile and unit. Rows of a few values, which are walked as channels last are: too few
-  // of them for that, more than a tile of them, more channels than its lanes hold, and units that end inside a row.
-  const ChannelView views[] = {
-      {1, 1, 1},    {1, 1, 2},     {2, 3, 1},    {1, 3, 31},  {4, 3, 49},   {32, 65, 49}, {2, 130, 7},   {3, 2, 4097},
-      {2, 3, 9000}, {5, 2049, 2},  {3, 40, 900}, {7, 16, 64}, {31, 1, 1},   {33, 65, 1},  {700, 96, 1},  {900, 70, 1},
-      {3, 2049, 1}, {60, 1100, 1}, {4000, 3, 1}, {7, 40, 4},  {600, 40, 2}, {9, 65, 16},  {5, 2100, 25}, {13001, 3, 3},
-  };
-  for (const ChannelView& view : views) {
+  for (const ChannelView& view : kViews) {
     for (const int64_t offset : {0, 1}) {
       run<float>(backend, view, offset, random);
       run<BFloat16>(backend, view, offset, random);
@@ -91,8 +89,12 @@ int main() {
     run<Half>(backend, view, 1, random);
     cases += 6;
   }
-  // Integers; of bytes also so many that 32 bits do not hold their squares.
-  for (const ChannelView& view : views)
+  return cases;
+}
+
+int64_t run_integers(Cpu& backend, std::mt19937& random) {
+  int64_t cases = 0;
+  for (const ChannelView& view : kViews)
     for (const int64_t offset : {0, 1}) {
       run_integer_sums<uint8_t>(backend, DType::kUInt8, view, offset, false, random);
       run_integer_sums<int8_t>(backend, DType::kInt8, view, offset, false, random);
@@ -101,28 +103,49 @@ int main() {
       run_integer_sums<int64_t>(backend, DType::kInt64, view, offset, false, random);
       cases += 5;
     }
+  // So many bytes that the sum of their squares exceeds 32 bits.
   run_integer_sums<uint8_t>(backend, DType::kUInt8, {1, 2, 140000}, 0, true, random);
-  ++cases;
-  // Images: of the numbers of channels that have shuffles of their own and of others, in tiles and parts of tiles.
+  return cases + 1;
+}
+
+// Numbers of channels with and without a specialized transposition, full tiles and partial tiles.
+int64_t run_images(Cpu& backend, std::mt19937& random) {
   const ChannelView images[] = {{2, 3, 35}, {1, 4, 64}, {3, 1, 50}, {2, 5, 1000}, {1, 130, 70}, {2, 3, 5000}};
+  int64_t cases = 0;
   for (const ChannelView& view : images)
     for (const int64_t offset : {0, 1}) {
       run_standardize(backend, view, offset, random);
       ++cases;
     }
-  run_finish(backend);
-  run_nonfinite(backend);
-  // So large that outputs are streamed.
-  run_standardize(backend, {1, 3, 400003}, 1, random);
-  ++cases;
-  // Outputs large enough to be streamed past the caches, from short rows, long rows and channels last. Rows of two
-  // values are not.
+  run_standardize(backend, {1, 3, 400003}, 1, random);  // with non-temporal stores
+  return cases + 1;
+}
+
+// Outputs that are large enough for non-temporal stores: short rows, long rows and channels last. Rows of two values
+// are never stored that way.
+int64_t run_nontemporal(Cpu& backend, std::mt19937& random) {
+  int64_t cases = 0;
   for (const ChannelView& view : {ChannelView{11, 250, 49}, {2, 70, 1000}, {550, 640, 1}, {1200, 64, 2}})
     for (const int64_t offset : {0, 1}) {
       run<float>(backend, view, offset, random);
       run<BFloat16>(backend, view, offset, random);
       cases += 2;
     }
+  return cases;
+}
+
+}  // namespace
+
+int main() {
+  run_shares();
+  Cpu backend;
+  std::mt19937 random(7);
+  int64_t cases = run_floating(backend, random);
+  cases += run_integers(backend, random);
+  cases += run_images(backend, random);
+  run_finish(backend);
+  run_nonfinite(backend);
+  cases += run_nontemporal(backend, random);
   std::printf("%s: %lld cases, %lld values checked\n", cpu::capability(), static_cast<long long>(cases),
               static_cast<long long>(checks));
 }

@@ -1,5 +1,5 @@
-// What becomes of a channel's statistics: which are taken into the running ones, and which are nonfinite_batches and
-// counted.
+// The finish of a channel's statistics: which batches update the running statistics, and which are counted in
+// nonfinite_batches.
 #pragma once
 
 #include "kernels/math.h"
@@ -7,7 +7,7 @@
 
 namespace normfused::testing {
 
-// One channel of each kind, of float64 values, whose squares can overflow.
+// One channel of each kind. The values are float64, whose squares can overflow.
 enum HardChannel { kOrdinary, kConstant, kInfiniteVariance, kInfiniteMean, kNaN, kHardChannels };
 
 inline double hard_value(int64_t channel, int64_t m) {
@@ -30,7 +30,7 @@ struct HardStatistics {
   double mean, variance;
 };
 
-// Of an even number of values. Ranks can send a finite deviation from a mean that is not.
+// For an even number of values. A rank can send a finite deviation with an infinite mean.
 inline HardStatistics hard_statistics(int64_t channel, bool of_ranks) {
   const double infinity = std::numeric_limits<double>::infinity(), nan = std::nan("");
   const HardStatistics of[] = {{2, 0.25}, {0.1, 0}, {0, infinity}, {infinity, of_ranks ? 0.25 : nan}, {nan, nan}};
@@ -58,13 +58,49 @@ inline void expect_finished(const BatchStatistics& args, int64_t positions, bool
   }
 }
 
-// Of one tensor, channels first and last, and of ranks; with eps = 0.
+// The words of two ranks; the second has no values.
+inline std::vector<int64_t> hard_messages(int64_t count, int64_t stride) {
+  std::vector<int64_t> words(2 * stride);
+  words[0] = count;
+  auto* const moments = reinterpret_cast<RankMoments<double>*>(words.data() + 1);
+  for (int64_t c = 0; c < kHardChannels; ++c)
+    moments[c] = {hard_statistics(c, true).mean, std::sqrt(hard_statistics(c, true).variance)};
+  return words;
+}
+
+// Calls the kernel that finishes statistics. `source` is "channels first" or "channels last", one tensor of `count`
+// values per channel, or "ranks".
+template <class Backend>
+void finish_hard_statistics(Backend& backend, const BatchStatistics& statistics, const std::string& source,
+                            int64_t count) {
+  if (source == "ranks") {
+    const int64_t stride = rank_words(kHardChannels, DType::kFloat64);
+    const std::vector<int64_t> words = hard_messages(count, stride);
+    int64_t total;
+    backend.merge_ranks(MergeRanks{statistics, 2, kHardChannels, true, words.data(), stride, &total});
+    return;
+  }
+  const int64_t inner = source == "channels first" ? 12 : 1;
+  Buffer<double> input(count * kHardChannels, 0), output(count * kHardChannels, 0);
+  for (int64_t c = 0; c < kHardChannels; ++c)
+    for (int64_t m = 0; m < count; ++m)
+      input.data[(m / inner * kHardChannels + c) * inner + m % inner] = hard_value(c, m);
+  BatchNormForward forward{};
+  static_cast<BatchStatistics&>(forward) = statistics;
+  forward.view = {count / inner, kHardChannels, inner};
+  forward.dtype = DType::kFloat64;
+  forward.input = input.data;
+  forward.output = output.data;
+  backend.batch_norm_training(forward);
+}
+
+// With eps = 0.
 template <class Backend>
 void run_finish(Backend& backend) {
   constexpr int64_t kCount = 24;
   for (const Updated& updated : {Updated{true, true, true}, Updated{false, false, true}, Updated{true, false, true},
                                  Updated{false, true, true}, Updated{true, true, false}}) {
-    for (const char* const source : {"channels first", "channels last", "ranks"}) {
+    for (const std::string source : {"channels first", "channels last", "ranks"}) {
       current = backend.name() + " finish of " + source + (updated.mean ? ", running mean" : "") +
                 (updated.var ? ", running var" : "") + (updated.nonfinite_batches ? ", skipping" : "");
       std::vector<double> running_mean(kHardChannels, 3), running_var(kHardChannels, 5), mean(kHardChannels),
@@ -77,32 +113,8 @@ void run_finish(Backend& backend) {
       statistics.momentum = 0.25;
       statistics.mean = mean.data();
       statistics.invstd = invstd.data();
-      const bool of_ranks = std::strcmp(source, "ranks") == 0;
-      if (of_ranks) {
-        const int64_t stride = rank_words(kHardChannels, DType::kFloat64);
-        std::vector<int64_t> words(2 * stride);  // the second rank's share is empty
-        words[0] = kCount;
-        auto* const moments = reinterpret_cast<RankMoments<double>*>(words.data() + 1);
-        for (int64_t c = 0; c < kHardChannels; ++c)
-          moments[c] = {hard_statistics(c, true).mean, std::sqrt(hard_statistics(c, true).variance)};
-        int64_t count;
-        backend.merge_ranks(MergeRanks{statistics, 2, kHardChannels, true, words.data(), stride, &count});
-      } else {
-        const bool first = std::strcmp(source, "channels first") == 0;
-        const int64_t inner = first ? 12 : 1;
-        Buffer<double> input(kCount * kHardChannels, 0), output(kCount * kHardChannels, 0);
-        for (int64_t c = 0; c < kHardChannels; ++c)
-          for (int64_t m = 0; m < kCount; ++m)
-            input.data[(m / inner * kHardChannels + c) * inner + m % inner] = hard_value(c, m);
-        BatchNormForward forward{};
-        static_cast<BatchStatistics&>(forward) = statistics;
-        forward.view = {kCount / inner, kHardChannels, inner};
-        forward.dtype = DType::kFloat64;
-        forward.input = input.data;
-        forward.output = output.data;
-        backend.batch_norm_training(forward);
-      }
-      expect_finished(statistics, kCount, of_ranks, updated, running_mean, running_var, nonfinite_batches);
+      finish_hard_statistics(backend, statistics, source, kCount);
+      expect_finished(statistics, kCount, source == "ranks", updated, running_mean, running_var, nonfinite_batches);
     }
   }
 }

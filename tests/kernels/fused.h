@@ -1,4 +1,4 @@
-// Batch norm with what follows it: an activation, a residual, a mask; and in place.
+// Batch norm with an activation, a residual and a sign mask; and in place.
 #pragma once
 
 #include "values.h"
@@ -34,7 +34,7 @@ inline double activate(const Activation& activation, double z) {
   return z;
 }
 
-// By differences, so that no formula is written twice.
+// The derivative by central differences, so that it does not repeat the kernels' formulas.
 inline double slope(const Activation& activation, double z) {
   const double h = 1e-5;
   return (activate(activation, z + h) - activate(activation, z - h)) / (2 * h);
@@ -43,14 +43,16 @@ inline bool near_a_kink(double z) {
   return std::min({std::abs(z), std::abs(z - 3), std::abs(z + 3), std::abs(z - 6)}) < 1e-3;
 }
 
-// Each call takes another activation, every other a residual; where the gradient is by sign, also a mask.
+// next() cycles through the activations, with and without a residual, and with a mask if the gradient depends only on
+// the sign of the input.
 struct Fusion {
   Activation activation;
   bool residual, mask;
 
   static Fusion next() {
     static int turn = 0;
-    const int kind = turn % 11, round = turn / 11;  // of the four dtypes in turn, each meets every kind
+    const int kind = turn % 11,
+              round = turn / 11;  // 11 is coprime to the number of dtypes, so each dtype gets every activation
     ++turn;
     const auto activation = static_cast<ActivationKind>(kind);
     const bool by_sign = activation == ActivationKind::kRelu || activation == ActivationKind::kLeakyRelu;
@@ -58,163 +60,251 @@ struct Fusion {
   }
 };
 
-// What may follow the normalization, forward and backward, given the true statistics.
 template <class T, class Backend>
-void run_fused(Backend& backend, const Fusion& fusion, const Case<T>& data, BatchNormForward forward, int64_t offset,
-               const std::vector<double>& mean, const std::vector<double>& invstd, const std::vector<double>& weight,
-               const std::vector<double>& bias, std::mt19937& random) {
+class FusedCase {
+ public:
+  FusedCase(Backend& backend, const Fusion& fusion, const Case<T>& data, int64_t offset,
+            const AffineStatistics& statistics, std::mt19937& random)
+      : backend_(backend),
+        fusion_(fusion),
+        data_(data),
+        statistics_(statistics),
+        n_(data.view.numel()),
+        residual_(n_, offset),
+        output_(n_, offset),
+        grad_(n_, offset),
+        grad_input_(n_, offset),
+        grad_residual_(n_, offset),
+        mask_(static_cast<size_t>(mask_bytes(n_))),
+        z_(n_),
+        g_(n_) {
+    std::uniform_int_distribution<int> eighths(-16, 16);
+    for (int64_t i = 0; i < n_; ++i) {
+      encode(residual_.data + i, eighths(random) / 8.0);
+      z_[i] = statistics.z(data.x(i), data.channel(i));
+      if (fusion.residual) z_[i] += decode(residual_.data + i);
+      encode(grad_.data + i, near_a_kink(z_[i]) ? 0 : data.g(i));
+      g_[i] = near_a_kink(z_[i]) ? 0 : data.g(i) * slope(fusion.activation, z_[i]);
+    }
+  }
+
+  void run_forward(BatchNormForward args) {
+    args.activation = fusion_.activation;
+    args.output = output_.data;
+    if (fusion_.residual) args.residual = residual_.data;
+    if (fusion_.mask) args.mask = mask_.data();
+    for (const bool training : {true, false}) {
+      std::fill(mask_.begin(), mask_.end(), 0xff);
+      training ? backend_.batch_norm_training(args) : backend_.batch_norm_inference(args);
+      for (int64_t i = 0; i < n_; ++i) {
+        const double want = activate(fusion_.activation, z_[i]);
+        expect_near(training ? "output" : "inference output", i, decode(output_.data + i), want,
+                    1.1 * kEpsilon * std::abs(want) + 40 * kRounding * (1 + std::abs(z_[i])));
+        if (fusion_.mask && !near_a_kink(z_[i])) expect_near("mask", i, mask_[i / 8] >> i % 8 & 1, z_[i] > 0, 0);
+      }
+      for (int64_t i = n_; fusion_.mask && i < 8 * mask_bytes(n_); ++i)
+        expect_near("mask's padding", i, mask_[i / 8] >> i % 8 & 1, 0, 0);
+    }
+  }
+
+  void run_backward(const BatchNormForward& forward) {
+    const int64_t channels = data_.view.channels;
+    for (const bool training : {true, false}) {
+      std::vector<double> grad_weight(channels), grad_bias(channels), total(channels), product(channels),
+          magnitude(channels);
+      for (int64_t i = 0; i < n_; ++i) {
+        const int64_t c = data_.channel(i);
+        const double deviation = data_.x(i) - statistics_.mean[c];
+        total[c] += g_[i];
+        product[c] += g_[i] * deviation;
+        magnitude[c] += std::abs(data_.g(i)) * (1 + std::abs(deviation)) * (1 + std::abs(z_[i]));
+      }
+      BatchNormBackward args = backward(forward, training);
+      args.grad_weight = {grad_weight.data(), DType::kFloat64};
+      args.grad_bias = {grad_bias.data(), DType::kFloat64};
+      backend_.batch_norm_backward(args);
+      check_grad_input(training, total, product);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double tolerance = (40 * kRounding + 10 * kDifference) * magnitude[c];
+        expect_near("grad_weight", c, grad_weight[c], product[c] * statistics_.invstd[c],
+                    tolerance * statistics_.invstd[c]);
+        expect_near("grad_bias", c, grad_bias[c], total[c], tolerance);
+      }
+      backend_.batch_norm_backward(backward(forward, training));
+      check_grad_input(training, total, product);
+    }
+  }
+
+ private:
+  static constexpr double kEpsilon = Format<T>::epsilon, kRounding = Format<T>::rounding;
+  static constexpr double kDifference = 1e-9;  // error of slope()
+
+  BatchNormBackward backward(const BatchNormForward& forward, bool training) {
+    BatchNormBackward args{};
+    args.view = data_.view;
+    args.dtype = Format<T>::dtype;
+    args.grad_output = grad_.data;
+    args.input = data_.input.data;
+    args.grad_input = grad_input_.data;
+    args.weight = forward.weight;
+    args.mean = statistics_.mean.data();
+    args.invstd = statistics_.invstd.data();
+    args.training = training;
+    args.activation = fusion_.activation;
+    args.bias = forward.bias;
+    if (fusion_.mask)
+      args.mask = mask_.data();
+    else if (fusion_.residual)
+      args.residual = residual_.data;
+    if (fusion_.residual) args.grad_residual = grad_residual_.data;
+    return args;
+  }
+
+  // `total` and `product` are the sums of g and of g * deviation per channel.
+  void check_grad_input(bool training, const std::vector<double>& total, const std::vector<double>& product) const {
+    const auto count = static_cast<double>(data_.view.positions());
+    for (int64_t i = 0; i < n_; ++i) {
+      const int64_t c = data_.channel(i);
+      const double invstd = statistics_.invstd[c];
+      double want = g_[i];
+      if (training) want -= (total[c] + (data_.x(i) - statistics_.mean[c]) * invstd * invstd * product[c]) / count;
+      want *= statistics_.weight[c] * invstd;
+      const double scale = (1 + std::abs(z_[i])) * (1 + std::abs(want)) * (1 + invstd);
+      expect_near(training ? "grad_input" : "grad_input in inference", i, decode(grad_input_.data + i), want,
+                  1.1 * kEpsilon * std::abs(want) + (100 * kRounding + 10 * kDifference) * scale);
+      if (fusion_.residual)
+        expect_near("grad_residual", i, decode(grad_residual_.data + i), g_[i],
+                    1.1 * kEpsilon * std::abs(g_[i]) + (40 * kRounding + kDifference) * (1 + std::abs(z_[i])) * 2);
+    }
+  }
+
+  Backend& backend_;
+  const Fusion fusion_;
+  const Case<T>& data_;
+  const AffineStatistics& statistics_;
+  const int64_t n_;
+  Buffer<T> residual_, output_, grad_, grad_input_, grad_residual_;
+  std::vector<uint8_t> mask_;
+  std::vector<double> z_, g_;  // the input of the activation, and its gradient
+};
+
+// `forward` normalizes with `statistics` in training and in inference.
+template <class T, class Backend>
+void run_fused(Backend& backend, const Fusion& fusion, const Case<T>& data, const BatchNormForward& forward,
+               int64_t offset, const AffineStatistics& statistics, std::mt19937& random) {
   current += " activation " + std::to_string(static_cast<int>(fusion.activation.kind)) +
              (fusion.residual ? " with residual" : "") + (fusion.mask ? " with mask" : "");
-  const int64_t n = data.view.numel(), channels = data.view.channels, count = data.view.positions();
-  const double epsilon = Format<T>::epsilon, sums = Format<T>::dtype == DType::kFloat64 ? 6e-16 : 6e-8;
-  const double difference = 1e-9;  // of the slopes that are taken by differences
-  Buffer<T> residual(n, offset), output(n, offset), grad(n, offset), grad_input(n, offset), grad_residual(n, offset);
-  std::vector<uint8_t> mask(static_cast<size_t>(mask_bytes(n)));
-  std::uniform_int_distribution<int> eighths(-16, 16);
-  std::vector<double> z(n), g(n);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t c = data.channel(i);
-    encode(residual.data + i, eighths(random) / 8.0);
-    z[i] = (data.x(i) - mean[c]) * invstd[c] * weight[c] + bias[c];
-    if (fusion.residual) z[i] += decode(residual.data + i);
-    encode(grad.data + i, near_a_kink(z[i]) ? 0 : data.g(i));
-    g[i] = near_a_kink(z[i]) ? 0 : data.g(i) * slope(fusion.activation, z[i]);
-  }
-  forward.activation = fusion.activation;
-  forward.output = output.data;
-  if (fusion.residual) forward.residual = residual.data;
-  if (fusion.mask) forward.mask = mask.data();
-  for (const bool training : {true, false}) {
-    std::fill(mask.begin(), mask.end(), 0xff);
-    training ? backend.batch_norm_training(forward) : backend.batch_norm_inference(forward);
-    for (int64_t i = 0; i < n; ++i) {
-      const double want = activate(fusion.activation, z[i]);
-      expect_near(training ? "output" : "inference output", i, decode(output.data + i), want,
-                  1.1 * epsilon * std::abs(want) + 40 * sums * (1 + std::abs(z[i])));
-      if (fusion.mask && !near_a_kink(z[i])) expect_near("mask", i, mask[i / 8] >> i % 8 & 1, z[i] > 0, 0);
-    }
-    for (int64_t i = n; fusion.mask && i < 8 * mask_bytes(n); ++i)
-      expect_near("mask's padding", i, mask[i / 8] >> i % 8 & 1, 0, 0);
-  }
-
-  for (const bool training : {true, false}) {
-    std::vector<double> grad_weight(channels), grad_bias(channels), total(channels), product(channels), size(channels);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t c = data.channel(i);
-      const double deviation = data.x(i) - mean[c];
-      total[c] += g[i];
-      product[c] += g[i] * deviation;
-      size[c] += std::abs(data.g(i)) * (1 + std::abs(deviation)) * (1 + std::abs(z[i]));
-    }
-    const auto statistics = [&](bool parameters) {
-      BatchNormBackward args{};
-      args.view = data.view;
-      args.dtype = Format<T>::dtype;
-      args.grad_output = grad.data;
-      args.input = data.input.data;
-      args.grad_input = grad_input.data;
-      args.weight = forward.weight;
-      if (parameters) args.grad_weight = {grad_weight.data(), DType::kFloat64};
-      if (parameters) args.grad_bias = {grad_bias.data(), DType::kFloat64};
-      args.mean = mean.data();
-      args.invstd = invstd.data();
-      args.training = training;
-      args.activation = fusion.activation;
-      args.bias = forward.bias;
-      if (fusion.mask)
-        args.mask = mask.data();
-      else if (fusion.residual)
-        args.residual = residual.data;
-      if (fusion.residual) args.grad_residual = grad_residual.data;
-      return args;
-    };
-    const auto check = [&] {
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t c = data.channel(i);
-        double want = g[i];
-        if (training)
-          want -= (total[c] + (data.x(i) - mean[c]) * invstd[c] * invstd[c] * product[c]) / static_cast<double>(count);
-        want *= weight[c] * invstd[c];
-        const double scale = (1 + std::abs(z[i])) * (1 + std::abs(want)) * (1 + invstd[c]);
-        expect_near(training ? "grad_input" : "grad_input in inference", i, decode(grad_input.data + i), want,
-                    1.1 * epsilon * std::abs(want) + (100 * sums + 10 * difference) * scale);
-        if (fusion.residual)
-          expect_near("grad_residual", i, decode(grad_residual.data + i), g[i],
-                      1.1 * epsilon * std::abs(g[i]) + (40 * sums + difference) * (1 + std::abs(z[i])) * 2);
-      }
-    };
-    backend.batch_norm_backward(statistics(true));
-    check();
-    for (int64_t c = 0; c < channels; ++c) {
-      const double tolerance = (40 * sums + 10 * difference) * size[c];
-      expect_near("grad_weight", c, grad_weight[c], product[c] * invstd[c], tolerance * invstd[c]);
-      expect_near("grad_bias", c, grad_bias[c], total[c], tolerance);
-    }
-    backend.batch_norm_backward(statistics(false));
-    check();
-  }
+  FusedCase<T, Backend> fused(backend, fusion, data, offset, statistics, random);
+  fused.run_forward(forward);
+  fused.run_backward(forward);
 }
 
-// Forward over its own input, and backward from what that left there.
+// In place: forward overwrites its input, and backward reads the output.
 template <class T, class Backend>
-void run_in_place(Backend& backend, const Activation& activation, const Case<T>& data, BatchNormForward forward,
-                  int64_t offset, const std::vector<double>& mean, const std::vector<double>& invstd,
-                  const std::vector<double>& weight, const std::vector<double>& bias) {
-  current += " in place, activation " + std::to_string(static_cast<int>(activation.kind));
-  const int64_t n = data.view.numel(), channels = data.view.channels, count = data.view.positions();
-  const double epsilon = Format<T>::epsilon, sums = Format<T>::dtype == DType::kFloat64 ? 6e-16 : 6e-8;
-  Buffer<T> tensor(n, offset), grad_input(n, offset);
-  forward.activation = activation;
-  forward.input = forward.output = tensor.data;
-  for (const bool training : {true, false}) {
-    std::memcpy(tensor.data, data.input.data, static_cast<size_t>(n) * sizeof(T));
-    training ? backend.batch_norm_training(forward) : backend.batch_norm_inference(forward);
-    std::vector<double> d(n), g(n), total(channels), product(channels), size(channels);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t c = data.channel(i);
-      const double z = (data.x(i) - mean[c]) * invstd[c] * weight[c] + bias[c], want = activate(activation, z);
-      const double y = decode(tensor.data + i);
-      expect_near("output", i, y, want, 1.1 * epsilon * std::abs(want) + 40 * sums * (1 + std::abs(z)));
-      const bool scaled = activation.kind == ActivationKind::kLeakyRelu && y <= 0;
-      d[i] = ((scaled ? y / activation.parameter : y) - bias[c]) / weight[c];
-      g[i] = scaled ? data.g(i) * activation.parameter : data.g(i);
-      total[c] += g[i];
-      product[c] += g[i] * d[i];
-      size[c] += std::abs(g[i]) * (2 + std::abs(d[i]));
-    }
+class InPlaceCase {
+ public:
+  InPlaceCase(Backend& backend, const Activation& activation, const Case<T>& data, int64_t offset,
+              const AffineStatistics& statistics)
+      : backend_(backend),
+        activation_(activation),
+        data_(data),
+        statistics_(statistics),
+        n_(data.view.numel()),
+        tensor_(n_, offset),
+        grad_input_(n_, offset),
+        deviation_(n_),
+        g_(n_) {}
 
+  void run_forward(BatchNormForward args, bool training) {
+    args.activation = activation_;
+    args.input = args.output = tensor_.data;
+    std::memcpy(tensor_.data, data_.input.data, static_cast<size_t>(n_) * sizeof(T));
+    training ? backend_.batch_norm_training(args) : backend_.batch_norm_inference(args);
+    for (int64_t i = 0; i < n_; ++i) {
+      const int64_t c = data_.channel(i);
+      const double z = statistics_.z(data_.x(i), c), want = activate(activation_, z), y = decode(tensor_.data + i);
+      expect_near("output", i, y, want, 1.1 * kEpsilon * std::abs(want) + 40 * kRounding * (1 + std::abs(z)));
+      const bool scaled = activation_.kind == ActivationKind::kLeakyRelu && y <= 0;
+      deviation_[i] = ((scaled ? y / activation_.parameter : y) - statistics_.bias[c]) / statistics_.weight[c];
+      g_[i] = scaled ? data_.g(i) * activation_.parameter : data_.g(i);
+    }
+  }
+
+  // From the output that run_forward() left.
+  void run_backward(const BatchNormForward& forward, bool training) {
+    const int64_t channels = data_.view.channels;
+    std::vector<double> total(channels), product(channels), magnitude(channels);
+    for (int64_t i = 0; i < n_; ++i) {
+      const int64_t c = data_.channel(i);
+      total[c] += g_[i];
+      product[c] += g_[i] * deviation_[i];
+      magnitude[c] += std::abs(g_[i]) * (2 + std::abs(deviation_[i]));
+    }
     std::vector<double> grad_weight(channels), grad_bias(channels);
-    BatchNormBackward args{};
-    args.view = data.view;
-    args.dtype = Format<T>::dtype;
-    args.grad_output = data.grad.data;
-    args.input = tensor.data;
-    args.grad_input = grad_input.data;
-    args.weight = forward.weight;
+    BatchNormBackward args = backward(forward, training);
     args.grad_weight = {grad_weight.data(), DType::kFloat64};
     args.grad_bias = {grad_bias.data(), DType::kFloat64};
-    args.mean = mean.data();
-    args.invstd = invstd.data();
-    args.training = training;
-    args.activation = activation;
-    args.bias = forward.bias;
-    args.from_output = true;
     for (const bool parameters : {true, false}) {
       if (!parameters) args.grad_weight = args.grad_bias = {};
-      backend.batch_norm_backward(args);
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t c = data.channel(i);
-        double want = g[i];
-        if (training) want -= (total[c] + d[i] * product[c]) / static_cast<double>(count);
-        want *= weight[c] * invstd[c];
-        expect_near(training ? "grad_input" : "grad_input in inference", i, decode(grad_input.data + i), want,
-                    1.1 * epsilon * std::abs(want) + 100 * sums * (1 + std::abs(want)) * (1 + invstd[c]));
-      }
+      backend_.batch_norm_backward(args);
+      check_grad_input(training, total, product);
     }
     for (int64_t c = 0; c < channels; ++c) {
-      expect_near("grad_weight", c, grad_weight[c], product[c], 40 * sums * size[c]);
-      expect_near("grad_bias", c, grad_bias[c], total[c], 40 * sums * size[c]);
+      expect_near("grad_weight", c, grad_weight[c], product[c], 40 * kRounding * magnitude[c]);
+      expect_near("grad_bias", c, grad_bias[c], total[c], 40 * kRounding * magnitude[c]);
     }
+  }
+
+ private:
+  static constexpr double kEpsilon = Format<T>::epsilon, kRounding = Format<T>::rounding;
+
+  BatchNormBackward backward(const BatchNormForward& forward, bool training) {
+    BatchNormBackward args{};
+    args.view = data_.view;
+    args.dtype = Format<T>::dtype;
+    args.grad_output = data_.grad.data;
+    args.input = tensor_.data;
+    args.grad_input = grad_input_.data;
+    args.weight = forward.weight;
+    args.mean = statistics_.mean.data();
+    args.invstd = statistics_.invstd.data();
+    args.training = training;
+    args.activation = activation_;
+    args.bias = forward.bias;
+    args.from_output = true;
+    return args;
+  }
+
+  void check_grad_input(bool training, const std::vector<double>& total, const std::vector<double>& product) const {
+    const auto count = static_cast<double>(data_.view.positions());
+    for (int64_t i = 0; i < n_; ++i) {
+      const int64_t c = data_.channel(i);
+      double want = g_[i];
+      if (training) want -= (total[c] + deviation_[i] * product[c]) / count;
+      want *= statistics_.weight[c] * statistics_.invstd[c];
+      expect_near(
+          training ? "grad_input" : "grad_input in inference", i, decode(grad_input_.data + i), want,
+          1.1 * kEpsilon * std::abs(want) + 100 * kRounding * (1 + std::abs(want)) * (1 + statistics_.invstd[c]));
+    }
+  }
+
+  Backend& backend_;
+  const Activation activation_;
+  const Case<T>& data_;
+  const AffineStatistics& statistics_;
+  const int64_t n_;
+  Buffer<T> tensor_, grad_input_;
+  std::vector<double> deviation_, g_;  // (x - mean) * invstd from the output, and the gradient of z
+};
+
+template <class T, class Backend>
+void run_in_place(Backend& backend, const Activation& activation, const Case<T>& data, const BatchNormForward& forward,
+                  int64_t offset, const AffineStatistics& statistics) {
+  current += " in place, activation " + std::to_string(static_cast<int>(activation.kind));
+  InPlaceCase<T, Backend> in_place(backend, activation, data, offset, statistics);
+  for (const bool training : {true, false}) {
+    in_place.run_forward(forward, training);
+    in_place.run_backward(forward, training);
   }
 }
 

@@ -5,8 +5,8 @@
 
 namespace normfused::testing {
 
-// Sums of integers of the whole range of T, or of 16 bits where T is wider, and exactly; all of them at the upper end
-// if `extreme`, which is where narrow sums overflow first.
+// Exact sums of integers in the range of T, or in [-2^15, 2^15] if T has more than 16 bits. With `extreme`, all are the
+// maximum, with which a narrow accumulator overflows first.
 template <class T, class Backend>
 void run_integer_sums(Backend& backend, DType dtype, const ChannelView& view, int64_t offset, bool extreme,
                       std::mt19937& random) {

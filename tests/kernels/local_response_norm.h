@@ -5,7 +5,7 @@
 
 namespace normfused::testing {
 
-// Local response normalization, forward and backward. Each call takes another window and another power.
+// Forward and backward. Each call uses the next of a cycle of window sizes and exponents.
 template <class T, class Backend>
 void run_local_response_norm(Backend& backend, const Case<T>& data, int64_t offset) {
   static int turn = 0;
@@ -16,18 +16,20 @@ void run_local_response_norm(Backend& backend, const Case<T>& data, int64_t offs
   const double alpha = 1.5, beta = betas[turn % 5], k = 0.5, scale = alpha / static_cast<double>(size);
   ++turn;
   current += " window " + std::to_string(size) + " beta " + std::to_string(beta);
-  const auto channel = [&](int64_t i, int64_t by) { return i + by * view.inner; };  // the value so many channels on
-  // Sums f over the channels from `before` before to `after` after that of value i.
-  const auto window_sum = [&](int64_t i, int64_t before, int64_t after, const auto& f) {
+  const auto channel = [&](int64_t i, int64_t by) {
+    return i + by * view.inner;
+  };  // the same position, `by` channels further
+  // Sums f over the channels c - left, …, c + right, where c is the channel of element i.
+  const auto window_sum = [&](int64_t i, int64_t left, int64_t right, const auto& f) {
     double sum = 0;
-    for (int64_t by = -before; by <= after; ++by)
+    for (int64_t by = -left; by <= right; ++by)
       if (data.channel(i) + by >= 0 && data.channel(i) + by < view.channels) sum += f(channel(i, by));
     return sum;
   };
-  const int64_t before = size / 2, after = (size - 1) / 2;
+  const int64_t left = size / 2, right = (size - 1) / 2;
   std::vector<double> base(n);
   for (int64_t i = 0; i < n; ++i)
-    base[i] = k + scale * window_sum(i, before, after, [&](int64_t j) { return data.x(j) * data.x(j); });
+    base[i] = k + scale * window_sum(i, left, right, [&](int64_t j) { return data.x(j) * data.x(j); });
   const auto share = [&](int64_t j) { return data.g(j) * data.x(j) * std::pow(base[j], -beta - 1); };
 
   const double epsilon = Format<T>::epsilon, rounding = Format<T>::dtype == DType::kFloat64 ? 6e-16 : 6e-8;
@@ -40,8 +42,8 @@ void run_local_response_norm(Backend& backend, const Case<T>& data, int64_t offs
       double want = direct, magnitude = std::abs(direct);
       if (backward) {
         const double times = 2 * scale * beta * data.x(i);
-        want -= times * window_sum(i, after, before, share);
-        magnitude += times * window_sum(i, after, before, [&](int64_t j) { return std::abs(share(j)); });
+        want -= times * window_sum(i, right, left, share);
+        magnitude += times * window_sum(i, right, left, [&](int64_t j) { return std::abs(share(j)); });
       }
       expect_near(backward ? "gradient" : "output", i, decode(output.data + i), want,
                   1.1 * epsilon * std::abs(want) + rounding * (1 + 6 * magnitude));

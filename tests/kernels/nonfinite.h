@@ -1,11 +1,11 @@
-// Statistics of channels with values that are not finite, or so large that sums and squares overflow.
+// Statistics of channels with infinities, NaN, or values whose sums or squares overflow.
 #pragma once
 
 #include "values.h"
 
 namespace normfused::testing {
 
-// Bits of infinity, and a NaN.
+// Infinity and NaN in each dtype.
 inline void set_infinity(float* p, bool negative) { *p = (negative ? -1 : 1) * std::numeric_limits<float>::infinity(); }
 inline void set_infinity(double* p, bool negative) {
   *p = (negative ? -1 : 1) * std::numeric_limits<double>::infinity();
@@ -17,7 +17,8 @@ inline void set_nan(double* p) { *p = std::numeric_limits<double>::quiet_NaN(); 
 inline void set_nan(Half* p) { p->bits = 0x7e00; }
 inline void set_nan(BFloat16* p) { p->bits = 0x7fc0; }
 
-// The greatest value, and one whose square overflows the arithmetic, unless no value's does.
+// The largest finite value (of bfloat16 for float, too), and a value whose square overflows the arithmetic type if
+// there is one.
 template <class T>
 struct Large {
   static double greatest() { return std::is_same_v<T, double> ? 1.7976931348623157e308 : 3.38953138925153547e38; }
@@ -80,7 +81,7 @@ void set_nonfinite(T* p, int64_t channel, int64_t m, int64_t count) {
   }
 }
 
-// Equal to the definition, in each of the two layouts. `outer` and `inner` are even, and their product above 4.
+// Precondition: outer * inner is even and greater than 4.
 template <class T, class Backend>
 void run_nonfinite(const Backend& backend, int64_t outer, int64_t inner) {
   const int64_t channels = kNonfiniteChannels, count = outer * inner;
@@ -97,7 +98,7 @@ void run_nonfinite(const Backend& backend, int64_t outer, int64_t inner) {
       set_nonfinite(at(m), c, m, count);
       const double value = decode(at(m));
       mean[c] += static_cast<long double>(value) / count;
-      low[c] = std::isnan(value) ? value : std::min(low[c], value);  // a NaN stays: no comparison with it is true
+      low[c] = std::isnan(value) ? value : std::min(low[c], value);  // once NaN, always NaN: std::min keeps it
       high[c] = std::isnan(value) ? value : std::max(high[c], value);
     }
     for (int64_t m = 0; m < count; ++m) {
@@ -105,7 +106,7 @@ void run_nonfinite(const Backend& backend, int64_t outer, int64_t inner) {
       m2[c] += deviation * deviation;
     }
   }
-  mean[kGreatest] = Large<T>::greatest();  // whose deviations are 0 by any way that does not round
+  mean[kGreatest] = Large<T>::greatest();  // long double sums round; the deviations are exactly 0
   m2[kGreatest] = 0;
   backend.channel_moments(ChannelStats{{outer, channels, inner},
                                        Format<T>::dtype,
@@ -122,7 +123,7 @@ void run_nonfinite(const Backend& backend, int64_t outer, int64_t inner) {
 
 template <class Backend>
 void run_nonfinite(const Backend& backend) {
-  // Rows in one block and in many, columns, several positions side by side, more rows than a block has threads.
+  // CUDA: rows in one and in several blocks; matrices with fewer and with more rows than a block has threads.
   for (const auto& [outer, inner] : {std::pair<int64_t, int64_t>{2, 50}, {4, 700}, {1, 6000}, {100, 1}, {2600, 1}}) {
     run_nonfinite<float>(backend, outer, inner);
     run_nonfinite<double>(backend, outer, inner);

@@ -27,20 +27,20 @@ void run_standardize(Backend& backend, DType dtype, const ChannelView& view, int
   Standardize args{view.outer, channels,    view.inner,    dtype,          Format<Output>::dtype,
                    input.data, output.data, input_is_last, output_is_last, mean.data(),
                    std.data(), scale};
-  const auto place = [&](int64_t image, int64_t c, int64_t p, bool last) {
+  const auto offset_of = [&](int64_t image, int64_t c, int64_t p, bool last) {
     return last ? (image * view.inner + p) * channels + c : (image * channels + c) * view.inner + p;
   };
   const auto check = [&](const Output* got) {
     for (int64_t image = 0; image < view.outer; ++image)
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t p = 0; p < view.inner; ++p) {
-          const double want = (decode(input.data + place(image, c, p, input_is_last)) * scale - mean[c]) / std[c];
-          // Bytes are off by one unit in the last place at most, without fused products; what is tiny, by its scale's.
+          const double want = (decode(input.data + offset_of(image, c, p, input_is_last)) * scale - mean[c]) / std[c];
+          // Bytes are within 1 ulp without fused multiply-add. Near 0, the error is relative to mean / std.
           const double arithmetic = std::is_same_v<T, double> ? 4e-16 : kBytes ? 1e-12 : 2.4e-7;
           const double float_rounding = kBytes ? 6e-8 * std::abs(want) : 0;
           const double bound =
               Format<Output>::epsilon * std::abs(want) + float_rounding + (sizeof(Output) == 2 ? 3e-8 : 1e-15);
-          expect_near("output", c, decode(got + place(image, c, p, output_is_last)), want,
+          expect_near("output", c, decode(got + offset_of(image, c, p, output_is_last)), want,
                       bound + arithmetic * (std::abs(want) + mean[c] / std[c]));
         }
   };
@@ -56,7 +56,7 @@ void run_standardize(Backend& backend, DType dtype, const ChannelView& view, int
   }
 }
 
-// Every pair of dtypes and of layouts, of images (outer) of channels by pixels (inner).
+// All pairs of dtypes and of layouts. The view is (images, channels, pixels).
 template <class Backend>
 void run_standardize(Backend& backend, const ChannelView& view, int64_t offset, std::mt19937& random) {
   for (const int layouts : {0, 1, 2, 3}) {

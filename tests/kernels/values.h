@@ -1,5 +1,5 @@
-// What kernels compute, by definition and in double, for values that every format holds exactly; and the comparison
-// with it. The CPU kernels and the CUDA kernels are held against the same.
+// Test data that every dtype represents exactly, its conversion, and the comparison of results. Shared by the tests of
+// the CPU kernels and of the CUDA kernels.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,10 @@
 
 namespace normfused::testing {
 
-inline std::string current;
-inline int64_t checks = 0;
+inline std::string current;  // description of the running test case, for failure messages
+inline int64_t checks = 0;   // number of comparisons so far
+
+// Exits with a message unless |got - want| <= tolerance, or both are NaN, or both are the same infinity.
 
 inline void expect_near(const char* what, int64_t index, double got, double want, double tolerance) {
   ++checks;
@@ -44,7 +46,7 @@ inline double decode(const Half* p) {
   return sign * (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25));
 }
 
-// Values that every format holds exactly.
+// Precondition: the format represents the value exactly.
 inline void encode(float* p, double value) { *p = static_cast<float>(value); }
 inline void encode(double* p, double value) { *p = value; }
 inline void encode(uint8_t* p, double value) { *p = static_cast<uint8_t>(value); }
@@ -62,34 +64,36 @@ inline void encode(Half* p, double value) {
                                   static_cast<int>(std::ldexp(fraction, 11) - 1024));
 }
 
+// `epsilon`: half the distance from 1 to the next value. `rounding`: the same of the arithmetic type.
 template <class T>
 struct Format;
 template <>
 struct Format<float> {
   static constexpr DType dtype = DType::kFloat32;
-  static constexpr double epsilon = 6e-8;
+  static constexpr double epsilon = 6e-8, rounding = 6e-8;
   static constexpr const char* name = "float32";
 };
 template <>
 struct Format<double> {
   static constexpr DType dtype = DType::kFloat64;
-  static constexpr double epsilon = 1.2e-16;
+  static constexpr double epsilon = 1.2e-16, rounding = 6e-16;
   static constexpr const char* name = "float64";
 };
 template <>
 struct Format<Half> {
   static constexpr DType dtype = DType::kFloat16;
-  static constexpr double epsilon = 5e-4;
+  static constexpr double epsilon = 5e-4, rounding = 6e-8;
   static constexpr const char* name = "float16";
 };
 template <>
 struct Format<BFloat16> {
   static constexpr DType dtype = DType::kBFloat16;
-  static constexpr double epsilon = 4e-3;
+  static constexpr double epsilon = 4e-3, rounding = 6e-8;
   static constexpr const char* name = "bfloat16";
 };
 
-// Exactly n values, `offset` of them in from an allocation's start, so that the end is the allocation's end.
+// n values, `offset` values after the start of an allocation that ends with them: AddressSanitizer sees every access
+// past the end.
 template <class T>
 struct Buffer {
   Buffer(int64_t n, int64_t offset) : memory(new T[static_cast<size_t>(n + offset)]), data(memory.get() + offset) {}
@@ -97,6 +101,7 @@ struct Buffer {
   T* data;
 };
 
+// An input and a gradient for one shape.
 template <class T>
 struct Case {
   ChannelView view;
@@ -113,6 +118,13 @@ struct Case {
   double x(int64_t i) const { return decode(input.data + i); }
   double g(int64_t i) const { return decode(grad.data + i); }
   int64_t channel(int64_t i) const { return i / view.inner % view.channels; }
+};
+
+// Per channel: what defines a normalization.
+struct AffineStatistics {
+  std::vector<double> mean, invstd, weight, bias;
+
+  double z(double x, int64_t c) const { return (x - mean[c]) * invstd[c] * weight[c] + bias[c]; }
 };
 
 }  // namespace normfused::testing
