@@ -272,8 +272,8 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: normfused.BatchNorm2d(3).freeze(), "torch.jit.script would lose frozen=True of BatchNorm2d"),
     (lambda: normfused.BatchNormAct1d(3, nonfinite="skip"), "would lose nonfinite='skip' of BatchNormAct1d"),
     (lambda: normfused.BatchNorm3d(3, running_var_correction=0), "would lose running_var_correction=0 of BatchNorm3d"),
-    (lambda: normfused.SyncBatchNorm(3), "torch.jit.script cannot compile SyncBatchNorm; normfused.revert gives"),
-    (lambda: normfused.SyncBatchNormAct(3), "torch.jit.script cannot compile SyncBatchNormAct; normfused.revert gives"),
+    (lambda: normfused.SyncBatchNorm(3), "torch.jit.script cannot compile SyncBatchNorm; call normfused.revert first"),
+    (lambda: normfused.SyncBatchNormAct(3), "cannot compile SyncBatchNormAct; call normfused.revert first"),
 ]
 
 

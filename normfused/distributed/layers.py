@@ -251,7 +251,8 @@ def _batch_norms(calls: Sequence[tuple[_Synchronized, Call]]) -> list[Tensor]:
     training = [(layer, call) for layer, call in calls if layer.training]
     groups = [layer.process_group for layer, _ in training]
     if any(group is not groups[0] for group in groups):
-        raise ValueError("SyncBatchNorm: forward_many needs layers of one process group")
+        count = len({id(group) for group in groups})
+        raise ValueError(f"SyncBatchNorm.forward_many: calls needs layers of one process group, got {count} groups")
     labels = [_label(layer) for layer, _ in training]
     group = group_of(groups[0], " and ".join(labels)) if training else None
     if group is None:
