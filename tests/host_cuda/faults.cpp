@@ -153,21 +153,26 @@ int main(int argc, char** argv) {
   };
 
   if (argc > 1) {
+    // The host waits for the launch, so that reading its result and freeing its buffers are no races.
+    const auto run_alone = [](const Config& launched, auto kernel, auto... arguments) {
+      launch(launched, kernel, arguments...);
+      synchronize();
+    };
     const std::map<std::string, std::function<int()>> named{
-        {"reverse", [&] { return launch(config(1, 64), reverse, x, y), out[0] - 64; }},
-        {"reverse_without_barrier", [&] { return launch(config(1, 64), reverse_without_barrier, x, y), 0; }},
-        {"overwritten_too_early", [&] { return launch(config(1, 64), overwritten_too_early, x, y), 0; }},
-        {"warp_sum", [&] { return launch(config(1, 32), warp_sum<true>, x, y), out[0] - 528; }},
-        {"warp_sum_unsynced", [&] { return launch(config(1, 32), warp_sum<false>, x, y), 0; }},
-        {"past_static", [&] { return launch(config(1, 32), past_static, y), 0; }},
-        {"past_dynamic", [&] { return launch(Config{dim3(1), dim3(32), 31 * sizeof(int)}, past_dynamic, y), 0; }},
-        {"past_global", [&] { return launch(config(1, 64), past_global, x, y), 0; }},
-        {"misaligned", [&] { return launch(config(1, 1), misaligned, x, y), 0; }},
-        {"blocks_race", [&] { return launch(config(2, 1), blocks_race, y), 0; }},
-        {"blocks_add", [&] { return launch(config(4, 1), blocks_add, y), 0; }},
-        {"blocks_add_atomically", [&] { return launch(config(4, 32), blocks_add_atomically, y), out[0] - 128; }},
+        {"reverse", [&] { return run_alone(config(1, 64), reverse, x, y), out[0] - 64; }},
+        {"reverse_without_barrier", [&] { return run_alone(config(1, 64), reverse_without_barrier, x, y), 0; }},
+        {"overwritten_too_early", [&] { return run_alone(config(1, 64), overwritten_too_early, x, y), 0; }},
+        {"warp_sum", [&] { return run_alone(config(1, 32), warp_sum<true>, x, y), out[0] - 528; }},
+        {"warp_sum_unsynced", [&] { return run_alone(config(1, 32), warp_sum<false>, x, y), 0; }},
+        {"past_static", [&] { return run_alone(config(1, 32), past_static, y), 0; }},
+        {"past_dynamic", [&] { return run_alone(Config{dim3(1), dim3(32), 31 * sizeof(int)}, past_dynamic, y), 0; }},
+        {"past_global", [&] { return run_alone(config(1, 64), past_global, x, y), 0; }},
+        {"misaligned", [&] { return run_alone(config(1, 1), misaligned, x, y), 0; }},
+        {"blocks_race", [&] { return run_alone(config(2, 1), blocks_race, y), 0; }},
+        {"blocks_add", [&] { return run_alone(config(4, 1), blocks_add, y), 0; }},
+        {"blocks_add_atomically", [&] { return run_alone(config(4, 32), blocks_add_atomically, y), out[0] - 128; }},
         {"leaves_while_read",
-         [&] { return launch(Config{dim3(2), dim3(32), 0, nullptr, false, 2}, leaves_while_read, y), 0; }},
+         [&] { return run_alone(Config{dim3(2), dim3(32), 0, nullptr, false, 2}, leaves_while_read, y), 0; }},
     };
     return named.at(argv[1])();
   }
