@@ -116,7 +116,7 @@ def test_the_extension_is_that_of_this_torch_and_loads_without_a_word() -> None:
     assert info["cpu_capability"] in {"avx512", "avx2", "baseline"}
 
 
-def test_import_leaves_ddp_unpatched_until_a_synchronized_layer_is_made() -> None:
+def test_import_leaves_ddp_unpatched_until_a_synchronized_layer_is_made(tmp_path: Path) -> None:
     code = """
 import sys
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -127,4 +127,4 @@ assert not any(name.startswith("normfused.cli") for name in sys.modules)
 normfused.SyncBatchNorm(3)
 assert DDP._passing_sync_batchnorm_handle is not check
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)  # not the checkout, which is not built
