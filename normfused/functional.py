@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -207,7 +207,7 @@ def run_batch_norm(fields: BatchNormFields) -> Tensor:
     check_arguments(call)
     if not is_functionalized():  # functionalization rejects operators that update buffers
         raise refusal
-    return _run_by_reference(call)
+    return run_by_reference(call)
 
 
 def run_batch_norm_of(*fields: Any) -> Tensor:
@@ -256,7 +256,7 @@ def _run_by_torch(call: BatchNormCall, compiling: bool, traced: bool) -> Tensor:
         assert var is not None
         return decompositions.batch_norm_inference(input, weight, bias, mean, var, call.eps, **after)
     if not compiling or _extension.C is None:
-        return _run_by_reference(call)
+        return run_by_reference(call)
     # torch.ops, because compilers cannot see into functions of pybind11.
     if call.training:
         results = torch.ops.normfused.batch_norm_training(
@@ -271,8 +271,8 @@ def _run_by_torch(call: BatchNormCall, compiling: bool, traced: bool) -> Tensor:
     return results[0]  # type: ignore[no-any-return]
 
 
-def _run_by_reference(call: BatchNormCall) -> Tensor:
-    """The call in plain torch."""
+def run_by_reference(call: BatchNormCall, all_sum: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The call in plain torch. ``all_sum`` adds sums over ranks: see :func:`normfused.reference.batch_norm`."""
     return reference.batch_norm(
         *(call.input, call.running_mean, call.running_var, call.weight, call.bias),
         *(call.training, call.momentum, call.eps),
@@ -283,6 +283,7 @@ def _run_by_reference(call: BatchNormCall) -> Tensor:
         running_var_correction=call.running_var_correction,
         nonfinite_batches=call.nonfinite_batches,
         update_in_backward=call.update_in_backward,
+        all_sum=all_sum,
     )
 
 

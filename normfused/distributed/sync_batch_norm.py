@@ -13,6 +13,7 @@ from normfused.activations import ACTIVATIONS
 from normfused.arguments import BatchNormCall, check_arguments, check_shape
 from normfused.distributed import dtensor, rank_consistency
 from normfused.distributed.rank_consistency import Group
+from normfused.functional import run_by_reference
 from normfused.layout import as_dense, values_per_channel
 from normfused.masks import check_mask, masked_rows, positions_of, unmasked
 from normfused.residuals import split_residual
@@ -297,27 +298,7 @@ def _all_sum(group: Group, label: str) -> Callable[[Tensor], Tensor]:
 
 
 def _by_reference(group: Group, labels: list[str], calls: list[Call]) -> list[Tensor]:
-    return [
-        reference.batch_norm(
-            call.input,
-            call.running_mean,
-            call.running_var,
-            call.weight,
-            call.bias,
-            True,
-            call.momentum,
-            call.eps,
-            num_batches_tracked=call.num_batches_tracked,
-            residual=call.residual,
-            activation=call.activation,
-            activation_param=call.activation_param,
-            running_var_correction=call.running_var_correction,
-            nonfinite_batches=call.nonfinite_batches,
-            update_in_backward=call.update_in_backward,
-            all_sum=_all_sum(group, label),
-        )
-        for label, call in zip(labels, calls, strict=True)
-    ]
+    return [run_by_reference(call, _all_sum(group, label)) for label, call in zip(labels, calls, strict=True)]
 
 
 def _differentiable_gradients(group: Group, layer: _Layer) -> Gradients:
