@@ -14,7 +14,7 @@ import command
 import tables
 import torch
 from cases import DTYPES, LAYOUTS, MEMORY_FORMATS, QUICK, WRONG, dtype_name
-from timing import FULL, TINY, Budget, interleave, make_stopwatch, ratios
+from timing import FULL, TINY, Budget, interleave, make_stopwatch, ratios, samplers
 from torch import Tensor, nn
 
 import normfused
@@ -83,7 +83,7 @@ def measure(
                 steps = calls(x, grad)
                 for call in [*steps.values()] * 2:
                     stopwatch(call)
-                samples = interleave(steps, stopwatch, budget)
+                samples = interleave(samplers(steps, stopwatch), budget)
                 case = {"shape": shape, "dtype": dtype_name(dtype), "layout": layout}
                 for name in ACTIVATIONS:
                     to_relu = statistics.median(ratios(samples, name, "relu"))

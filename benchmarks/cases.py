@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +40,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # A larger relative error means a wrong result, for any peer. torch itself has errors up to 7e-5 in float32 with
 # channels_last, and separate layers round their intermediate results.
 WRONG = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+BASIC = ("normfused", "torch", "copy", "clone")  # measured on every device
 
 
 @dataclass(frozen=True)
@@ -129,16 +133,8 @@ def grid(device: str, *, quick: bool = False, tiny: bool = False) -> list[Case]:
     return cases + [Case("small_call", SMALL, *rest) for rest in layouts]
 
 
-def peer_names(case: Case, more: Sequence[str] = ()) -> list[str]:
-    """The implementations to compare. `more` may add "compile" (torch.compile) and "native" (torch without cuDNN)."""
-    # A compiled backward cannot run twice on one graph.
-    more = [peer for peer in more if (peer, case.operation) != ("compile", "training_backward")]
-    return ["normfused", "torch", *more, "copy", "clone"]
-
-
 @functools.lru_cache(maxsize=1)
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """An input, a gradient of the output, and a buffer to copy into. The memory of the buffer is already mapped."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(mean: float, std: float) -> Tensor:
@@ -149,30 +145,51 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, device: 
     return x, normal(0, 1), x.clone()
 
 
-def build_calls(case: Case, device: str, more: Sequence[str] = ()) -> dict[str, Call]:
+def inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """An input, a gradient of the output, and a buffer to copy into. The memory of the buffer is already mapped."""
+    return _inputs(case.shape, case.dtype, case.layout, device)
+
+
+def inputs_read(case: Case) -> list[Tensor]:
+    """The tensors that the operation reads on the CPU."""
+    x, grad_output, _ = inputs(case, "cpu")
+    return [x, grad_output] if "backward" in case.operation else [x]
+
+
+def build_calls(case: Case, device: str, peers: Iterable[str] = BASIC) -> dict[str, Call]:
     """One call per peer. Each allocates its outputs, except `copy`, which writes to an existing buffer."""
-    x, grad_output, buffer = _inputs(case.shape, case.dtype, case.layout, device)
+    x, grad_output, buffer = inputs(case, device)
     stock = _layer(nn, x)
-    calls: dict[str, Call] = {
-        "normfused": _call(case.operation, _layer(normfused, x), OUR_STATISTICS, x, grad_output),
-        "torch": _call(case.operation, stock, STATISTICS, x, grad_output),
-        "copy": lambda: (buffer.copy_(x),),
-        "clone": lambda: (x.clone(),),
+    make: dict[str, Callable[[], Call]] = {
+        "normfused": lambda: _call(case.operation, _layer(normfused, x), OUR_STATISTICS, x, grad_output),
+        "torch": lambda: _call(case.operation, stock, STATISTICS, x, grad_output),
+        "native": lambda: _without_cudnn(case.operation, x, grad_output),
+        "compile": lambda: _compiled(case.operation, stock, x, grad_output),
+        "copy": lambda: lambda: (buffer.copy_(x),),
+        "clone": lambda: lambda: (x.clone(),),
     }
-    if "native" in more:
-        calls["native"] = _without_cudnn(case.operation, x, grad_output)
-    if "compile" in more:
-        torch.compiler.reset()  # each case is compiled for its own shape
-        compile_ = functools.partial(torch.compile, dynamic=False, backend=COMPILER)
-        layer = lambda channels: compile_(stock(channels))  # noqa: E731
-        statistics = {name: compile_(function) for name, function in STATISTICS.items()}
-        calls["compile"] = _call(case.operation, layer, statistics, x, grad_output)
-    return {name: calls[name] for name in peer_names(case, more)}
+    return {peer: make[peer]() for peer in peers}
+
+
+def mkldnn_call(case: Case) -> tuple[Call, Tensor]:
+    """A forward pass of torch.nn on a tensor in torch's oneDNN layout, and a dense view of that tensor's memory."""
+    x, grad_output, _ = inputs(case, "cpu")
+    opaque = x.to_mkldnn()
+    address, size = torch.ops.mkldnn.data_ptr(opaque), torch.ops.mkldnn._nbytes(opaque)
+    memory = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=x.dtype)
+    return _call(case.operation, _layer(nn, x), STATISTICS, opaque, grad_output), memory
 
 
 def _layer(module: Any, x: Tensor) -> Callable[[int], nn.Module]:
     """The batch norm class of `module` for inputs of x's number of dimensions."""
     return module.BatchNorm2d if x.dim() == 4 else module.BatchNorm1d  # type: ignore[no-any-return]
+
+
+def _compiled(operation: str, stock: Callable[[int], nn.Module], x: Tensor, grad_output: Tensor) -> Call:
+    torch.compiler.reset()  # each case is compiled for its own shape
+    compile_ = functools.partial(torch.compile, dynamic=False, backend=COMPILER)
+    statistics = {name: compile_(function) for name, function in STATISTICS.items()}
+    return _call(operation, lambda channels: compile_(stock(channels)), statistics, x, grad_output)
 
 
 def _without_cudnn(operation: str, x: Tensor, grad_output: Tensor) -> Call:
@@ -217,8 +234,7 @@ def _call(
     if operation in statistics:
         return lambda: statistics[operation](x)
 
-    parameter_dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = _initialized(layer(x.size(1)).to(x.device, parameter_dtype))
+    norm = trained_norm(x, layer)
     if "relu" in operation:
         return _block(operation, norm, x, grad_output, relu)
     if operation == "eval_forward":
@@ -261,8 +277,9 @@ def _block(operation: str, norm: nn.Module, x: Tensor, grad_output: Tensor, relu
 
 
 @torch.no_grad()
-def _initialized(norm: nn.Module) -> nn.Module:
-    """Sets parameters and running statistics to values typical of a trained layer, the same for every peer."""
+def trained_norm(x: Tensor, layer: Callable[[int], Any] = nn.BatchNorm2d) -> Any:
+    """A batch norm for x with parameters and statistics typical of a trained layer, the same for every peer."""
+    norm = layer(x.size(1)).to(x.device, torch.promote_types(x.dtype, torch.float32))
     generator = torch.Generator().manual_seed(1)
     ranges = {"weight": (0.5, 1.5), "bias": (-0.5, 0.5), "running_mean": (4.5, 5.5), "running_var": (3.0, 5.0)}
     for name, tensor in norm.state_dict().items():
@@ -277,7 +294,7 @@ class Oracle:
 
     def __init__(self, case: Case, device: str) -> None:
         self._case = case
-        self._x, self._grad_output, _ = _inputs(case.shape, case.dtype, case.layout, device)
+        self._x, self._grad_output, _ = inputs(case, device)
         self._expected: Sequence[Tensor] | None = None
 
     def error(self, peer: str, results: Sequence[Any]) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, grid, peer_names
+from cases import Case, grid
+from peers import LOCAL, peer_names
 
 import normfused
 
@@ -19,8 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"case", "peer"} <= set(metafunc.fixturenames):
         option = metafunc.config.getoption
-        more = ["compile"] if option("--torch-compile") else []
-        pairs = [(case, peer) for case in _cases(option("--all-cases")) for peer in peer_names(case, more)]
+        peers = (*LOCAL, "compile") if option("--torch-compile") else LOCAL
+        pairs = [(case, peer) for case in _cases(option("--all-cases")) for peer in peer_names(case, peers)]
         metafunc.parametrize(("case", "peer"), pairs, ids=[f"{case.name}-{peer}" for case, peer in pairs])
 
 

@@ -16,7 +16,7 @@ import command
 import tables
 import torch
 from resnet50 import resnet50
-from timing import FULL, Budget, interleave, make_stopwatch, ratios
+from timing import FULL, Budget, interleave, make_stopwatch, ratios, samplers
 from torch import Tensor, nn
 
 import normfused
@@ -76,7 +76,7 @@ def measure(device: str) -> list[Row]:
             first = time.perf_counter() - start
             for call in [*calls.values()] * 2:
                 call()
-            samples = interleave(calls, stopwatch, LONG if name == "ResNet-50" else FULL)
+            samples = interleave(samplers(calls, stopwatch), LONG if name == "ResNet-50" else FULL)
             rows.append(
                 {
                     "model": name,

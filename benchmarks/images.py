@@ -17,7 +17,7 @@ import command
 import tables
 import torch
 from cases import MEMORY_FORMATS
-from timing import FULL, TINY, Budget, interleave, make_stopwatch, ratios
+from timing import FULL, TINY, Budget, interleave, make_stopwatch, ratios, samplers
 from torch import Tensor, nn
 
 import normfused
@@ -184,7 +184,7 @@ def measure(device: str, chosen: Iterable[Case] | None = None, budget: Budget = 
         case.check()
         for call in [*case.calls.values()] * 2:
             stopwatch(call)
-        samples = interleave(case.calls, stopwatch, budget)
+        samples = interleave(samplers(case.calls, stopwatch), budget)
         for peer in list(case.calls)[1:]:
             row = {"what": case.what, "case": case.shape, "peer": peer, "target": case.targets.get(peer)}
             row |= {

@@ -75,6 +75,21 @@ def _caches() -> dict[str, str]:
     return caches
 
 
+def fits(size: int) -> str:
+    """The smallest cache that holds so many bytes: "L2" of one core, "L3", or "memory" for none."""
+    for name, text in _caches().items():
+        level, kind = name.split()
+        if kind != "instruction" and level != "L1" and size <= _bytes(text):
+            return level
+    return "memory"
+
+
+def _bytes(size: str) -> int:
+    """The number of bytes of a size such as 2048K."""
+    number, unit = re.fullmatch(r"(\d+)([KMG]?)", size).groups()  # type: ignore[union-attr]
+    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
+
+
 def revision() -> str | None:
     """``git describe`` of this checkout, or None without git."""
     command = ["git", "describe", "--always", "--dirty"]

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
+import machine
 import torch
-from cases import TOLERANCE, WRONG, Case, Oracle, Traffic, build_calls, dtype_name, traffic_bytes
+from cases import TOLERANCE, WRONG, Call, Case, Oracle, Traffic, build_calls, dtype_name, inputs_read, traffic_bytes
+from peers import LOCAL, REMOTE, peer_names
 from proof import Unseen, prove
-from timing import Budget, Quartiles, Samples, capture, interleave, make_stopwatch, quartiles, ratios
+from timing import (
+    Budget,
+    Quartiles,
+    Sampler,
+    Samples,
+    Stopwatch,
+    capture,
+    host_sampler,
+    interleave,
+    make_stopwatch,
+    quartiles,
+    ratios,
+    samplers,
+)
 from typing_extensions import NotRequired
+from worker import Worker, rest
 
 
 class Result(TypedDict):
@@ -27,6 +43,8 @@ class Result(TypedDict):
     speedup: dict[str, Quartiles]  # by peer: time of the peer / time of normfused, in each round
     floor_distance: dict[str, Quartiles]  # by Traffic: time of normfused / time of copying as many bytes
     error: NotRequired[dict[str, float]]  # by peer, relative to the largest value
+    notes: NotRequired[dict[str, str]]  # by peer: what it chose for the case, for example a layout
+    fits: NotRequired[str | None]  # on the CPU: the smallest cache that holds an input and an output, see machine.py
     uncovered: NotRequired[dict[str, int]]  # by peer, on CUDA: rounds that may include host time, see timing.py
 
 
@@ -35,44 +53,82 @@ class Measurement(NamedTuple):
     error: dict[str, float]
     uncovered: dict[str, int]
     unseen: str | None = None  # why the profiler could not tell which library's kernels ran
+    notes: dict[str, str] = {}  # noqa: RUF012 - by peer: what it chose for the case
 
 
 def measure(
-    case: Case, device: str, budget: Budget, more: Sequence[str] = (), *, graphs: bool = False, profile: bool = False
+    case: Case,
+    device: str,
+    budget: Budget,
+    peers: Sequence[str] = LOCAL,
+    *,
+    workers: Sequence[Worker] = (),
+    graphs: bool = False,
+    profile: bool = False,
 ) -> Measurement:
     """Times the peers of a case, after comparing the results of each timed call with float64.
 
-    With `graphs`, each call is captured in a CUDA graph and its replay is timed. With `profile`, the profiler checks
-    that normfused's kernels run in normfused's calls, and in no other peer's. Both are for CUDA only.
+    Peers of the workers run in their processes, all others in this one. With `graphs`, each call is captured in a CUDA
+    graph and its replay is timed. With `profile`, the profiler checks that normfused's kernels run in normfused's
+    calls, and in no other peer's. Both are for CUDA only.
 
     Raises:
         AssertionError: the results of a peer are wrong, or it ran another library's kernels.
+        WorkerError: a worker failed.
     """
+    names = peer_names(case, peers)
     unseen = None
     # A backward pass runs on the stream of its forward pass, so both must run on the stream that is captured.
     stream = torch.cuda.Stream() if graphs and device == "cuda" else None
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        calls = build_calls(case, device, more)
+        remote, error, notes = _prepare([w for w in workers if set(w.peers) & set(names)], case)
+        calls = build_calls(case, device, [name for name in names if name not in REMOTE])
         if stream is not None:
             calls = {peer: capture(call, stream) for peer, call in calls.items()}
-        oracle, error = Oracle(case, device), {}
+        oracle = Oracle(case, device)
         for peer, call in calls.items():
             error[peer] = oracle.error(peer, call())
-            assert error[peer] <= WRONG[case.dtype], f"{case.name}: relative error of {peer} is {error[peer]:.1e}"
         del oracle  # it holds tensors as large as the case's
+        _assert_correct(case, error)
         try:
             for peer, call in calls.items() if profile else ():
                 prove(f"{case.name}, {peer}", call, ours=peer == "normfused")
         except Unseen as nothing:
             unseen = str(nothing)
         stopwatch = make_stopwatch(device, host=case.operation == "small_call")
-        for call in [*calls.values()] * 2:
-            stopwatch(call)  # warm-up: compilation, caches, memory pools
+        found = _local_samplers(case, device, calls, stopwatch) | remote
+        timed = {peer: found[peer] for peer in names if peer in found}
+        for sampler in [*timed.values()] * 2:
+            sampler()  # warm-up: compilation, caches, memory pools
         uncovered = getattr(stopwatch, "uncovered", {})
         uncovered.clear()
-        samples = interleave(calls, stopwatch, budget)
+        samples = interleave(timed, budget, rest(workers) if remote else lambda: None)
     counts = {peer: n for peer, call in calls.items() if (n := uncovered.get(call))}
-    return Measurement(samples, error, counts, unseen)
+    return Measurement(samples, error, counts, unseen, notes)
+
+
+def _prepare(workers: Sequence[Worker], case: Case) -> tuple[dict[str, Sampler], dict[str, float], dict[str, str]]:
+    """The samplers, errors and notes of the workers' peers, by peer."""
+    remote: dict[str, Sampler] = {}
+    error: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    for worker in workers:
+        prepared = worker.prepare(case)
+        error |= prepared.error
+        remote |= {peer: worker.sampler(peer) for peer in prepared.error}
+        notes |= {peer: prepared.note for peer in worker.peers if prepared.note}
+    return remote, error, notes
+
+
+def _assert_correct(case: Case, error: Mapping[str, float]) -> None:
+    for peer, value in error.items():
+        assert value <= WRONG[case.dtype], f"{case.name}: relative error of {peer} is {value:.1e}"
+
+
+def _local_samplers(case: Case, device: str, calls: Mapping[str, Call], stopwatch: Stopwatch) -> dict[str, Sampler]:
+    if device == "cuda":
+        return samplers(calls, stopwatch)
+    return {peer: host_sampler(call, inputs_read(case)) for peer, call in calls.items()}
 
 
 def complaint(case: Case, measurement: Measurement) -> str | None:
@@ -104,5 +160,7 @@ def summarize(case: Case, measurement: Measurement, device: str) -> Result:
             for traffic in counts
         },
         "error": measurement.error,
+        "notes": measurement.notes,
+        "fits": machine.fits(2 * case.tensor_bytes) if device == "cpu" else None,
         "uncovered": measurement.uncovered,
     }

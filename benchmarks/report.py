@@ -9,19 +9,23 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cases
 import machine
 import plots
+import processes
 import tables
 import torch
 from cases import Case, grid
 from growth import Growth, measure_growth
 from measure import Result, complaint, measure, summarize
+from peers import DEFAULT, PEERS, REMOTE, REQUIRED
 from timing import FULL, QUICK, Budget
 from timing import TINY as TINY_BUDGET
+from worker import Worker
 
 import normfused
 
@@ -61,16 +65,17 @@ class Report:
         self.failures.append({"name": case.name, "error": message})
         print(f"FAILED {case.name}: {message}", file=sys.stderr, flush=True)
 
-    def add(self, case: Case, budget: Budget, arguments: argparse.Namespace) -> str:
+    def add(self, case: Case, budget: Budget, arguments: argparse.Namespace, workers: Sequence[Worker] = ()) -> str:
         """Measures a case and returns a line about it. An error is recorded in `failures`, and is not raised."""
         device: str = arguments.device
         # Profile the first case of each operation: which library's kernels run does not depend on the shape.
         done = [*self.results, *self.failures]
         profile = device == "cuda" and all(not item["name"].startswith(f"{case.operation}-") for item in done)
         try:
-            measured = measure(case, device, budget, _peers(arguments), graphs=arguments.graphs, profile=profile)
+            peers, graphs = _peers(arguments), arguments.graphs
+            measured = measure(case, device, budget, peers, workers=workers, graphs=graphs, profile=profile)
             self.results.append(summarize(case, measured, device))
-        except Exception as error:  # torch.compile may raise anything
+        except Exception as error:  # torch.compile may raise anything, and a worker may die
             self.fail(case, f"{type(error).__name__}: {error}".splitlines()[0])
             if device == "cuda":
                 torch.cuda.synchronize()  # raises if the device is lost, since no later case could run
@@ -97,11 +102,15 @@ def main() -> int:
         cases.COMPILER = "eager"
     budget = TINY_BUDGET if arguments.tiny else QUICK if arguments.quick else FULL
     partial = arguments.quick or arguments.tiny or arguments.only is not None
+    workers, missing = processes.workers(_peers(arguments), arguments.threads)
+    for peer, reason in missing.items():
+        print(f"{PEERS[peer].title} is not measured: {reason}", file=sys.stderr)
     settings = {
         "partial": partial,
         "seconds_per_case": budget.seconds,
         "least_rounds": budget.min_rounds,
-        "more_peers": _peers(arguments),
+        "peers": [peer for peer in _peers(arguments) if peer not in missing],
+        "missing_peers": missing,
         "graphs": arguments.graphs,
         "tiny": arguments.tiny,
     }
@@ -110,14 +119,18 @@ def main() -> int:
     folder: Path = arguments.out or default
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return _measure(report, budget, arguments, folder)
+        return _measure(report, budget, arguments, folder, workers)
     finally:
+        for worker in workers:
+            worker.close()
         report.save(folder)
         if not arguments.no_render:
             report.render(folder)
 
 
-def _measure(report: Report, budget: Budget, arguments: argparse.Namespace, folder: Path) -> int:
+def _measure(
+    report: Report, budget: Budget, arguments: argparse.Namespace, folder: Path, workers: Sequence[Worker]
+) -> int:
     """Measures the chosen cases, and saves after each. Returns the exit status."""
     end = time.monotonic() + arguments.seconds
     pattern = re.compile(arguments.only or "")
@@ -130,7 +143,7 @@ def _measure(report: Report, budget: Budget, arguments: argparse.Namespace, fold
             print(f"out of time: {index - 1} of {len(chosen)} cases measured")
             return INCOMPLETE
         try:
-            line = report.add(case, budget, arguments)
+            line = report.add(case, budget, arguments, workers)
         except KeyboardInterrupt:
             print(f"\ninterrupted: {index - 1} of {len(chosen)} cases measured", file=sys.stderr)
             return 130
@@ -141,7 +154,12 @@ def _measure(report: Report, budget: Budget, arguments: argparse.Namespace, fold
 
 
 def _peers(arguments: argparse.Namespace) -> list[str]:
-    return [peer for peer in ("compile", "native") if getattr(arguments, peer)]
+    """The names of the peers to measure, in the order of `PEERS`."""
+    chosen = DEFAULT[arguments.device] if arguments.peers is None else arguments.peers.split(",")
+    if unknown := [peer for peer in chosen if peer not in PEERS or (peer in REMOTE and arguments.device == "cuda")]:
+        raise SystemExit(f"report.py: no peer {', '.join(unknown)} on {arguments.device}; --help lists them")
+    more = [peer for peer in ("compile", "native") if getattr(arguments, peer)]
+    return [peer for peer in PEERS if peer in (*REQUIRED, *chosen, *more)]
 
 
 def _line(case: Case, result: Result) -> str:
@@ -156,6 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--quick", action="store_true", help="three of the nine shapes, few rounds")
     add("--only", metavar="PATTERN", help="only the cases (and 'memory') whose name matches this regular expression")
+    names = f"peers to measure besides {' and '.join(REQUIRED)}, separated by commas, of {', '.join(PEERS)}"
+    add("--peers", metavar="NAMES", help=f"{names}; if not given, those of the device")
     add("--compile", action="store_true", help="measure torch.compile of torch.nn too; compilation takes long")
     add("--native", action="store_true", help="measure torch.nn without cuDNN too (CUDA)")
     add("--graphs", action="store_true", help="time replays of CUDA graphs (CUDA)")

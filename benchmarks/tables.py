@@ -9,16 +9,8 @@ from typing import Any
 from cases import DTYPES, LAYOUTS, OPERATIONS, Traffic, dtype_name
 from growth import LEAK_KB, Growth
 from measure import Result
+from peers import PEERS
 from targets import TARGETS, figure
-
-PEERS = {
-    "torch": "torch",
-    "native": "torch without cuDNN",
-    "compile": "torch.compile",
-    "copy": "copy",
-    "clone": "clone",
-}
-
 
 Failures = Sequence[dict[str, str]]
 
@@ -135,7 +127,7 @@ def _details(results: list[Result]) -> Iterable[str]:
             floors["planned bytes"] = "planned"
         header = [
             *("shape", "dtype", "layout", "normfused ms"),
-            *(f"{PEERS[peer]} ms" for peer in peers),
+            *(f"{PEERS[peer].title} ms" for peer in peers),
             *("speedup", "quartiles", *(f"% of copy speed, {counts}" for counts in floors)),
         ]
         yield f"## {info.title}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from cases import Case
 from measure import measure
+from peers import LOCAL
 from pytest_benchmark.fixture import BenchmarkFixture
 from timing import FULL, Samples
 
@@ -40,8 +41,8 @@ _replay = _Replay()
 
 @pytest.mark.benchmark(timer=_replay.now)
 def test_speed(benchmark: BenchmarkFixture, device: str, case: Case, peer: str, request: pytest.FixtureRequest) -> None:
-    more = ("compile",) if request.config.getoption("--torch-compile") else ()
-    samples: Samples = _measured(case, device, FULL, more).samples
+    peers = (*LOCAL, "compile") if request.config.getoption("--torch-compile") else LOCAL
+    samples: Samples = _measured(case, device, FULL, peers).samples
     benchmark.group = case.name
     _replay.load(samples[peer])
     benchmark.pedantic(_replay.play, rounds=len(samples[peer]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -15,6 +16,7 @@ import torch
 
 Samples = dict[str, list[float]]
 Stopwatch = Callable[[Callable[[], Any]], float]
+Sampler = Callable[[], float]  # makes one call, in this process or another, and returns its seconds
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,33 @@ def ratios(samples: Samples, numerator: str, denominator: str) -> list[float]:
     return [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
 
 
-def interleave(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, budget: Budget) -> Samples:
-    """Returns the seconds of each call in each round. The caller has warmed the calls up."""
-    order = list(calls)
+def samplers(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch) -> dict[str, Sampler]:
+    """Samplers of calls in this process."""
+    return {name: functools.partial(stopwatch, call) for name, call in calls.items()}
+
+
+def host_sampler(call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Sampler:
+    """A sampler of a call on the CPU that first wakes torch's threads and reads the call's inputs.
+
+    So the state of threads and caches is the same for every peer, in whatever process, and like that between two layers
+    of a network.
+    """
+    enough = torch.zeros(1 << 17)  # for torch to use several threads
+
+    def seconds() -> float:
+        for tensor in (enough, *inputs):
+            tensor.sum()
+        return _host_seconds(call)
+
+    return seconds
+
+
+def interleave(peers: Mapping[str, Sampler], budget: Budget, rest: Callable[[], None] = lambda: None) -> Samples:
+    """Returns the seconds of each peer in each round. The caller has warmed the peers up.
+
+    `rest` runs before each sample.
+    """
+    order = list(peers)
     shuffle = random.Random(0).shuffle
     samples: Samples = {name: [] for name in order}
     gc.collect()
@@ -62,7 +88,8 @@ def interleave(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, bud
             # that no call always follows the same one.
             shuffle(order)
             for name in order:
-                samples[name].append(stopwatch(calls[name]))
+                rest()
+                samples[name].append(peers[name]())
     finally:
         gc.enable()
     return samples
