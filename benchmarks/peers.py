@@ -35,10 +35,10 @@ def _onednn_covers(case: Case) -> bool:
 
 PEERS = {
     "torch": Peer("torch"),
-    "kept": Peer("torch, pages kept"),
-    "mkldnn": Peer("torch, to_mkldnn", _mkldnn_covers),
+    "kept": Peer("torch with kept pages"),
+    "mkldnn": Peer("torch via to_mkldnn", _mkldnn_covers),
     "onednn": Peer("oneDNN", _onednn_covers),
-    "onednn_reused": Peer("oneDNN, outputs reused", _onednn_covers),
+    "onednn_reused": Peer("oneDNN into existing outputs", _onednn_covers),
     "native": Peer("torch without cuDNN"),
     # A compiled backward cannot run twice on one graph.
     "compile": Peer("torch.compile", lambda case: case.operation != "training_backward"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import cases
 import machine
+import onednn.library
 import plots
 import processes
 import tables
@@ -111,6 +112,7 @@ def main() -> int:
         "least_rounds": budget.min_rounds,
         "peers": [peer for peer in _peers(arguments) if peer not in missing],
         "missing_peers": missing,
+        "onednn": onednn.library.version() if any("onednn" in worker.peers for worker in workers) else None,
         "graphs": arguments.graphs,
         "tiny": arguments.tiny,
     }

@@ -10,7 +10,7 @@ from cases import DTYPES, LAYOUTS, OPERATIONS, Traffic, dtype_name
 from growth import LEAK_KB, Growth
 from measure import Result
 from peers import PEERS
-from targets import TARGETS, figure
+from targets import TARGETS, Figure, figure
 
 Failures = Sequence[dict[str, str]]
 
@@ -39,6 +39,10 @@ def render(
             "`torch.nn.BatchNorm2d`, `torch.var_mean` for `channel_moments`, and `x.sum` with `x.square().sum` for "
             "`channel_sums`.",
             _geometric_means(results),
+            *_by_peer(results),
+            *_by_cache(results),
+            "## Slower than torch",
+            _slower(results),
         ]
     if failures:
         rows = [(failure["name"], failure["error"].replace("|", "\\|")) for failure in failures]
@@ -61,6 +65,10 @@ def _describe(machine: dict[str, Any], settings: dict[str, Any], results: list[R
         f"Python {machine['python']}, {machine['compiler'] or 'compiler not recorded'}",
         f"{machine['date']}; {settings['seconds_per_case']} s and at least {settings['least_rounds']} rounds per case",
     ]
+    if version := settings.get("onednn"):
+        lines[1] += f", oneDNN {version}"
+    if missing := settings.get("missing_peers"):
+        lines += [f"{PEERS[peer].title} is not measured: {reason}" for peer, reason in missing.items()]
     if settings.get("graphs"):
         lines.append("Each call is the replay of a CUDA graph")
     if uncovered := sum(sum(r.get("uncovered", {}).values()) for r in results):
@@ -108,10 +116,64 @@ def _geometric_means(results: list[Result]) -> str:
     return table(header, rows)
 
 
-def _mean(results: list[Result]) -> str:
+def _mean(results: list[Result], name: Figure = "speedup", peer: str = "torch") -> str:
     if not results:
         return "–"
-    return f"{statistics.geometric_mean([figure(r, 'speedup') for r in results]):.2f}"
+    return f"{statistics.geometric_mean([figure(r, name, peer) for r in results]):.2f}"
+
+
+def _by_peer(results: list[Result]) -> Iterable[str]:
+    """The speedup over each peer, if there are others than torch and the copies."""
+    peers = [peer for peer in PEERS if peer not in ("copy", "clone") and any(peer in r["speedup"] for r in results)]
+    if len(peers) < 2:
+        return
+    rows = []
+    for operation, info in OPERATIONS.items():
+        groups = [[r for r in results if r["operation"] == operation and peer in r["speedup"]] for peer in peers]
+        pairs = zip(groups, peers, strict=True)
+        if any(groups):
+            rows.append((info.title, *(_mean_and_minimum(group, peer) for group, peer in pairs)))
+    yield "## Speedup over each peer"
+    yield "Time of the peer / time of normfused: geometric mean over the cases that the peer covers, and minimum."
+    yield table(("operation", *(PEERS[peer].title for peer in peers)), rows)
+
+
+def _mean_and_minimum(group: list[Result], peer: str) -> str:
+    if not group:
+        return "–"
+    return f"{_mean(group, 'speedup', peer)} ({min(figure(r, 'speedup', peer) for r in group):.2f})"
+
+
+def _by_cache(results: list[Result]) -> Iterable[str]:
+    """The distance to a copy by the cache that the tensors fit, if the results say which."""
+    levels = [level for level in ("L2", "L3", "L4", "memory") if any(r.get("fits") == level for r in results)]
+    if not levels:
+        return
+    rows = []
+    for operation, info in OPERATIONS.items():
+        groups = [[r for r in results if r["operation"] == operation and r.get("fits") == level] for level in levels]
+        if any(groups):
+            rows.append((info.title, *(f"{_mean(group, 'resident')} ({len(group)})" for group in groups)))
+    yield "## Distance to a copy"
+    yield (
+        "Time of normfused / time of copying the bytes of moving each tensor once, in the same rounds. Geometric means "
+        "by the smallest cache that holds an input and an output, and numbers of cases. L2 is that of one core; the "
+        "system reports the sizes."
+    )
+    yield table(("operation", *levels), rows)
+
+
+def _slower(results: list[Result]) -> str:
+    slower = sorted((r for r in results if figure(r, "speedup") < 1), key=lambda r: figure(r, "speedup"))
+    if not slower:
+        return "No case is slower than torch."
+    rows = [(OPERATIONS[r["operation"]].title, _case(r), f"{figure(r, 'speedup'):.2f}", _quartiles(r)) for r in slower]
+    return table(("operation", "case", "speedup", "quartiles"), rows, text_columns=2)
+
+
+def _quartiles(result: Result) -> str:
+    speedup = result["speedup"]["torch"]
+    return f"{speedup['q1']:.2f}–{speedup['q3']:.2f}"
 
 
 def _details(results: list[Result]) -> Iterable[str]:
@@ -129,6 +191,7 @@ def _details(results: list[Result]) -> Iterable[str]:
             *("shape", "dtype", "layout", "normfused ms"),
             *(f"{PEERS[peer].title} ms" for peer in peers),
             *("speedup", "quartiles", *(f"% of copy speed, {counts}" for counts in floors)),
+            *(["oneDNN's layout and kernel"] if "onednn" in peers else []),
         ]
         yield f"## {info.title}"
         yield table(header, (_row(result, peers, floors.values()) for result in group), text_columns=3)
@@ -139,15 +202,15 @@ def _counts(traffic: tuple[int, int]) -> str:
 
 
 def _row(result: Result, peers: list[str], floors: Iterable[Traffic]) -> list[str]:
-    speedup = result["speedup"]["torch"]
     return [
         "×".join(map(str, result["shape"])),
         result["dtype"],
         result["layout"],
         *(_milliseconds(result, peer) for peer in ("normfused", *peers)),
-        f"{speedup['median']:.2f}",
-        f"{speedup['q1']:.2f}–{speedup['q3']:.2f}",
+        f"{figure(result, 'speedup'):.2f}",
+        _quartiles(result),
         *(f"{1 / figure(result, floor):.0%}" for floor in floors),
+        *([result["notes"].get("onednn", "–")] if "onednn" in peers else []),
     ]
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +23,21 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import cases  # noqa: E402
+import machine  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
+import onednn.calls  # noqa: E402
+import onednn.library  # noqa: E402
 import operators  # noqa: E402
+import peers  # noqa: E402
+import processes  # noqa: E402
 import proof  # noqa: E402
 import public_rows  # noqa: E402
 import report  # noqa: E402
 import tables  # noqa: E402
+import targets  # noqa: E402
 import timing  # noqa: E402
+import worker  # noqa: E402
 
 
 @pytest.mark.usefixtures("needs_extension")
@@ -113,6 +126,224 @@ def test_a_failing_case_does_not_stop_the_others(
     assert [result["operation"] for result in written.results] == ["channel_moments"]
     assert written.failures[0]["error"] == "RuntimeError: CUDA out of memory"
     assert "| channel_sums-2x8x6x6-float32-NCHW | RuntimeError: CUDA out of memory |" in capsys.readouterr().out
+
+
+CASE = cases.Case("training_forward", (4, 16, 5, 5), torch.float32, "NCHW")
+
+
+def environment_as_note(case: cases.Case) -> worker.Offer:
+    return dataclasses.replace(processes.kept(case), note=str(os.environ.get("MALLOC_MMAP_MAX_")))
+
+
+def dies_of_moments(case: cases.Case) -> worker.Offer:
+    if case.operation == "channel_moments":
+        os._exit(9)
+    return processes.kept(case)
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_a_worker_checks_and_times_a_case_in_its_own_environment() -> None:
+    before = dict(os.environ)
+    remote = worker.Worker(["kept"], environment_as_note, {"MALLOC_MMAP_MAX_": "0"})
+    try:
+        for case in (CASE, dataclasses.replace(CASE, dtype=torch.bfloat16)):
+            prepared = remote.prepare(case)
+            assert 0 < prepared.error["kept"] < cases.WRONG[case.dtype]
+            assert prepared.note == "0"
+            assert remote.sampler("kept")() > 0
+        with pytest.raises(worker.WorkerError, match="kept: KeyError: 'other'"):
+            remote.sampler("other")()
+    finally:
+        remote.close()
+    assert dict(os.environ) == before
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_a_worker_that_dies_fails_its_case_and_is_restarted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    process = processes.Process(("kept",), dies_of_moments, lambda: None)
+    monkeypatch.setattr(processes, "PROCESSES", (process,))
+    options = ["--tiny", "--device", "cpu", "--threads", "1", "--only", "^channel.*-2x8x6x6-float32-NCHW"]
+    monkeypatch.setattr(sys, "argv", ["report.py", *options, "--peers", "kept", "--out", str(tmp_path)])
+    assert report.main() == report.INCOMPLETE
+    written = report.Report.load(tmp_path)
+    (failure,) = written.failures
+    assert failure["name"].startswith("channel_moments-")
+    assert failure["error"] == "WorkerError: the process of kept died with status 9"
+    (result,) = written.results
+    assert result["operation"] == "channel_sums"
+    assert set(result["seconds"]) == {"normfused", "torch", "kept", "copy"}
+
+
+class Stub:
+    """A worker without a process: its peer takes one second."""
+
+    peers = ("kept",)
+    pid = None
+
+    def __init__(self, error: float) -> None:
+        self.error = error
+
+    def prepare(self, case: cases.Case) -> worker.Prepared:
+        return worker.Prepared({"kept": self.error}, "chosen")
+
+    def sampler(self, peer: str) -> timing.Sampler:
+        return lambda: 1.0
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_a_peer_of_a_worker_is_measured_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ["torch", "kept", "copy"]
+    measured = measure.measure(CASE, "cpu", timing.TINY, chosen, workers=[Stub(1e-7)])
+    assert measured.samples["kept"] == [1.0] * timing.TINY.min_rounds
+    result = measure.summarize(CASE, measured, "cpu")
+    assert list(result["seconds"]) == ["normfused", *chosen]
+    assert result["speedup"]["kept"]["median"] > 0
+    assert result["error"]["kept"] == 1e-7
+    assert result["notes"] == {"kept": "chosen"}
+
+    monkeypatch.setattr(measure, "interleave", lambda *_: pytest.fail("the case was timed"))
+    with pytest.raises(AssertionError, match=r"relative error of kept is 2\.0e-01"):
+        measure.measure(CASE, "cpu", timing.TINY, chosen, workers=[Stub(0.2)])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_running_threads_of_other_processes_are_seen() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert worker._running([process.pid])
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert not worker._running([process.pid])
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_only_known_peers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, name in (("cpu", "other"), ("cuda", "kept")):
+        monkeypatch.setattr(sys, "argv", ["report.py", "--tiny", "--device", device, "--peers", name])
+        with pytest.raises(SystemExit, match=f"no peer {name} on {device}"):
+            report.main()
+
+
+def test_each_peer_covers_the_cases_it_can_compute() -> None:
+    grid = cases.grid("cpu", tiny=True)
+    covered = {peer: {case.operation for case in grid if peers.PEERS[peer].covers(case)} for peer in peers.PEERS}
+    assert covered["torch"] == covered["kept"] == set(cases.OPERATIONS)
+    assert covered["mkldnn"] == {"training_forward", "eval_forward"}
+    assert covered["onednn"] == set(cases.OPERATIONS) - {*cases.STATISTICS, "add_relu_forward_backward"}
+    assert peers.peer_names(CASE, ["copy", "mkldnn", "torch"]) == ["normfused", "torch", "mkldnn", "copy"]
+    assert peers.peer_names(CASE) == ["normfused", "torch", "copy", "clone"]
+
+
+def test_mkldnn_computes_what_it_covers() -> None:
+    for operation in ("training_forward", "eval_forward"):
+        case = dataclasses.replace(CASE, operation=operation)
+        offer = processes.mkldnn(case)
+        assert torch.equal(offer.inputs[0], cases.inputs(case, "cpu")[0].flatten())
+        results = offer.plain(offer.calls["mkldnn"]())
+        assert cases.Oracle(case, "cpu").error("mkldnn", results) < cases.WRONG[case.dtype]
+
+
+@pytest.mark.skipif(processes._no_onednn() is not None, reason=f"{processes._no_onednn()}")
+@pytest.mark.parametrize("layout", onednn.calls.LAYOUTS)
+def test_onednn_computes_what_it_covers_in_every_layout(layout: str) -> None:
+    shape = CASE.shape
+    for operation, dtype, kind in product(cases.OPERATIONS, cases.DTYPES, cases.LAYOUTS):
+        case = cases.Case(operation, shape, dtype, kind)
+        if not peers.PEERS["onednn"].covers(case):
+            continue
+        problem = onednn.calls.Problem(case, layout)
+        oracle = cases.Oracle(case, "cpu")
+        for call in (problem.fresh, problem.reusing()):
+            assert oracle.error("onednn", problem.plain(call())) < cases.WRONG[dtype], case.name
+
+
+def test_missing_onednn_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.delenv("DNNLROOT", raising=False)
+    monkeypatch.setattr(onednn.library, "CACHE", tmp_path / "cache")
+    workers, missing = processes.workers(["torch", "onednn"], 1)
+    assert not workers
+    assert missing["onednn"].startswith("oneDNN is not installed (pip install onednn-cpu-gomp")
+    for name, text in (("oneapi/dnnl/dnnl.hpp", "#error broken\n"), ("oneapi/dnnl/dnnl_version.h", "")):
+        (tmp_path / "include" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "include" / name).write_text(text)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libdnnl.so.3").touch()
+    if shutil.which(os.environ.get("CXX", "c++")):
+        assert "broken" in (processes._no_onednn() or "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert processes._no_onednn() == "no C++ compiler for the driver of oneDNN"
+
+
+def test_the_cache_that_a_size_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = {"L1 data": "48K", "L1 instruction": "32K", "L2 unified": "2048K", "L3 unified": "32M"}
+    monkeypatch.setattr(machine, "_caches", lambda: caches)
+    sizes = (1, 2 << 20, (2 << 20) + 1, 32 << 20, (32 << 20) + 1)
+    assert [machine.fits(size) for size in sizes] == ["L2", "L2", "L3", "L3", "memory"]
+
+
+def results_of(device: str, speedups: dict[str, float]) -> list[measure.Result]:
+    """Results of all cases of a device. Each peer that covers a case has its speedup."""
+    copied = {traffic: {"q1": 1.2, "median": 1.2, "q3": 1.2} for traffic in ("resident", "streaming")}
+    results = []
+    for case in cases.grid(device):
+        times = {peer: x for peer, x in speedups.items() if peers.PEERS[peer].covers(case)}
+        results.append(
+            {
+                **{"name": case.name, "operation": case.operation, "shape": list(case.shape), "layout": case.layout},
+                **{"dtype": cases.dtype_name(case.dtype), "tensor_bytes": case.tensor_bytes, "rounds": 2},
+                "seconds": {peer: {"q1": x, "median": x, "q3": x} for peer, x in {"normfused": 1, **times}.items()},
+                "speedup": {peer: {"q1": x, "median": x, "q3": x} for peer, x in times.items()},
+                "floor_distance": copied,
+                "fits": "L3" if case.tensor_bytes < 16 << 20 else "memory",
+                "notes": {"onednn": "nhwc, kernel"} if "onednn" in times else {},
+            }
+        )
+    return results  # type: ignore[return-value]
+
+
+def test_targets_of_each_peer() -> None:
+    speedups = {"torch": 3.0, "kept": 2.0, "mkldnn": 2.6, "onednn": 1.5, "copy": 1.0}
+    results = results_of("cpu", speedups)
+    every = next(t for t in targets.TARGETS if t.operation is None and t.peer == "torch")
+    against = {t.peer: t for t in targets.TARGETS if t.peer in ("mkldnn", "onednn")}
+    assert (every.value(results), every.reached(3.0)) == (3.0, True)
+    assert against["mkldnn"].value(results) == pytest.approx(2.6)
+    assert against["onednn"].value(results) == 1.5
+
+    slow = next(r for r in results if r["name"] == "eval_forward-32x64x56x56-bfloat16-channels_last")
+    slow["speedup"]["onednn"]["median"] = 0.9
+    assert against["onednn"].value(results) == 0.9
+    assert not against["onednn"].reached(0.9)
+    del slow["speedup"]["onednn"]
+    assert against["onednn"].value(results) is None
+    assert every.value(results) == 3.0
+    assert every.value(results[1:]) is None
+
+
+def test_tables_list_each_peer_each_cache_and_slow_cases() -> None:
+    results = results_of("cpu", {"torch": 3.0, "kept": 2.0, "onednn": 1.5, "copy": 1.0})
+    described = json.loads(RESULTS[0].with_name("results.json").read_text())["machine"]
+    settings = {"partial": False, "seconds_per_case": 1, "least_rounds": 2, "onednn": "3.2.0"}
+    settings["missing_peers"] = {"mkldnn": "torch was built without oneDNN"}
+    text = tables.render(described, settings, results, [])
+    assert "oneDNN 3.2.0" in text
+    assert "torch via to_mkldnn is not measured: torch was built without oneDNN" in text
+    assert "| operation | torch | torch with kept pages | oneDNN |" in text
+    assert "| BN training, forward | 3.00 (3.00) | 2.00 (2.00) | 1.50 (1.50) |" in text
+    assert "| channel_moments | 3.00 (3.00) | 2.00 (2.00) | – |" in text
+    assert "| operation | L3 | memory |" in text
+    assert "| BN training, forward | 1.20 (20) | 1.20 (16) |" in text
+    assert "No case is slower than torch." in text
+    assert "| nhwc, kernel |" in text
+    results[0]["speedup"]["torch"] = {"q1": 0.4, "median": 0.5, "q3": 0.6}
+    text = tables.render(described, settings, results, [])
+    assert "| BN training, forward | 32×64×112², float32, NCHW | 0.50 | 0.40–0.60 |" in text
 
 
 class Device:
