@@ -23,7 +23,7 @@ import torch
 from cases import Case, grid
 from growth import Growth, measure_growth
 from measure import Result, complaint, measure, summarize
-from peers import DEFAULT, PEERS, REMOTE, REQUIRED
+from peers import DEFAULT, LOCAL, PEERS, REMOTE, REQUIRED
 from timing import FULL, QUICK, Budget
 from timing import TINY as TINY_BUDGET
 from worker import Worker
@@ -157,7 +157,8 @@ def _measure(
 
 def _peers(arguments: argparse.Namespace) -> list[str]:
     """The names of the peers to measure, in the order of `PEERS`."""
-    chosen = DEFAULT[arguments.device] if arguments.peers is None else arguments.peers.split(",")
+    default = LOCAL if arguments.tiny else DEFAULT[arguments.device]
+    chosen = default if arguments.peers is None else arguments.peers.split(",")
     if unknown := [peer for peer in chosen if peer not in PEERS or (peer in REMOTE and arguments.device == "cuda")]:
         raise SystemExit(f"report.py: no peer {', '.join(unknown)} on {arguments.device}; --help lists them")
     more = [peer for peer in ("compile", "native") if getattr(arguments, peer)]
