@@ -75,13 +75,14 @@ def _caches() -> dict[str, str]:
     return caches
 
 
-def fits(size: int) -> str:
-    """The smallest cache that holds so many bytes: "L2" of one core, "L3", or "memory" for none."""
-    for name, text in _caches().items():
+def fits(size: int) -> str | None:
+    """The smallest cache that holds so many bytes: "L2" of one core, "L3", or "memory". None if no cache is known."""
+    caches = _caches()
+    for name, text in caches.items():
         level, kind = name.split()
         if kind != "instruction" and level != "L1" and size <= _bytes(text):
             return level
-    return "memory"
+    return "memory" if caches else None
 
 
 def _bytes(size: str) -> int:

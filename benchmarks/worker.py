@@ -24,6 +24,8 @@ from timing import Sampler, host_sampler
 from torch import Tensor
 
 REST_SECONDS = 0.1  # longest wait for sleeping threads
+END_SECONDS = 10.0  # longest wait for the end of a process
+ANSWER_SECONDS = 300.0  # longest wait for a reply; a case takes some seconds
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,17 @@ class Worker:
         """Builds, checks and warms up the calls of a case."""
         if self._process is None:
             self._start()
-        return self._ask(case)  # type: ignore[no-any-return]
+        prepared: Prepared = self._ask(case)
+        return prepared
 
     def sampler(self, peer: str) -> Sampler:
         """Times one call of a peer on the prepared case."""
-        return lambda: self._ask(peer)  # type: ignore[no-any-return]
+        return lambda: self._ask(peer)
 
     def close(self) -> None:
         if self._process is not None and self._connection is not None:
             self._connection.close()  # ends `_serve`
-            self._process.join(timeout=10)
+            self._process.join(timeout=END_SECONDS)
             self._process.kill()
         self._process = self._connection = None
 
@@ -100,16 +103,20 @@ class Worker:
     def _ask(self, request: Case | str) -> Any:
         assert self._process is not None
         assert self._connection is not None
+        name = self._process.name
         try:
             self._connection.send(request)
+            if not self._connection.poll(ANSWER_SECONDS):
+                self.close()
+                raise WorkerError(f"the process of {name} did not answer for {ANSWER_SECONDS:.0f} s")
             failure, value = self._connection.recv()
         except (EOFError, ConnectionError):
-            self._process.join(timeout=10)
+            self._process.join(timeout=END_SECONDS)
             status = self._process.exitcode
             self.close()
-            raise WorkerError(f"the process of {'+'.join(self.peers)} died with status {status}") from None
+            raise WorkerError(f"the process of {name} died with status {status}") from None
         if failure:
-            raise WorkerError(f"{'+'.join(self.peers)}: {failure}")
+            raise WorkerError(f"{name}: {failure}")
         return value
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
@@ -174,6 +175,20 @@ def test_a_worker_that_dies_fails_its_case_and_is_restarted(monkeypatch: pytest.
     assert set(result["seconds"]) == {"normfused", "torch", "kept", "copy"}
 
 
+def hangs(case: cases.Case) -> worker.Offer:
+    threading.Event().wait()
+    raise AssertionError
+
+
+def test_a_worker_that_hangs_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "ANSWER_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "END_SECONDS", 0.0)
+    remote = worker.Worker(["kept"], hangs)
+    with pytest.raises(worker.WorkerError, match="the process of kept did not answer for 0 s"):
+        remote.prepare(CASE)
+    assert remote.pid is None
+
+
 class Stub:
     """A worker without a process: its peer takes one second."""
 
@@ -285,6 +300,8 @@ def test_the_cache_that_a_size_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_caches", lambda: caches)
     sizes = (1, 2 << 20, (2 << 20) + 1, 32 << 20, (32 << 20) + 1)
     assert [machine.fits(size) for size in sizes] == ["L2", "L2", "L3", "L3", "memory"]
+    caches.clear()
+    assert machine.fits(1) is None
 
 
 def results_of(device: str, speedups: dict[str, float]) -> list[measure.Result]:
