@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,3 +54,9 @@ DEFAULT = {"cpu": (*LOCAL, *REMOTE), "cuda": LOCAL}
 def peer_names(case: Case, peers: Sequence[str] = LOCAL) -> list[str]:
     """normfused, followed by those of the peers that cover the case."""
     return ["normfused", *(name for name, peer in PEERS.items() if name in peers and peer.covers(case))]
+
+
+def not_measured(missing: Mapping[str, str]) -> list[str]:
+    """One line per reason, from the reasons by peer."""
+    peers = {reason: [PEERS[peer].title for peer in missing if missing[peer] == reason] for reason in missing.values()}
+    return [f"Not measured: {' and '.join(titles)}. {reason}" for reason, titles in peers.items()]

@@ -23,7 +23,7 @@ import torch
 from cases import Case, grid
 from growth import Growth, measure_growth
 from measure import Result, complaint, measure, summarize
-from peers import DEFAULT, LOCAL, PEERS, REMOTE, REQUIRED
+from peers import DEFAULT, LOCAL, PEERS, REMOTE, REQUIRED, not_measured
 from timing import FULL, QUICK, Budget
 from timing import TINY as TINY_BUDGET
 from worker import Worker
@@ -104,8 +104,8 @@ def main() -> int:
     budget = TINY_BUDGET if arguments.tiny else QUICK if arguments.quick else FULL
     partial = arguments.quick or arguments.tiny or arguments.only is not None
     workers, missing = processes.workers(_peers(arguments), arguments.threads)
-    for peer, reason in missing.items():
-        print(f"{PEERS[peer].title} is not measured: {reason}", file=sys.stderr)
+    for line in not_measured(missing):
+        print(line, file=sys.stderr)
     settings = {
         "partial": partial,
         "seconds_per_case": budget.seconds,

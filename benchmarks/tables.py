@@ -9,7 +9,7 @@ from typing import Any
 from cases import DTYPES, LAYOUTS, OPERATIONS, Traffic, dtype_name
 from growth import LEAK_KB, Growth
 from measure import Result
-from peers import PEERS
+from peers import PEERS, not_measured
 from targets import TARGETS, Figure, figure
 
 Failures = Sequence[dict[str, str]]
@@ -67,8 +67,7 @@ def _describe(machine: dict[str, Any], settings: dict[str, Any], results: list[R
     ]
     if version := settings.get("onednn"):
         lines[1] += f", oneDNN {version}"
-    if missing := settings.get("missing_peers"):
-        lines += [f"{PEERS[peer].title} is not measured: {reason}" for peer, reason in missing.items()]
+    lines += not_measured(settings.get("missing_peers", {}))
     if settings.get("graphs"):
         lines.append("Each call is the replay of a CUDA graph")
     if uncovered := sum(sum(r.get("uncovered", {}).values()) for r in results):

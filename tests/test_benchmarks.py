@@ -284,6 +284,8 @@ def test_missing_onednn_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     workers, missing = processes.workers(["torch", "onednn"], 1)
     assert not workers
     assert missing["onednn"].startswith("oneDNN is not installed (pip install onednn-cpu-gomp")
+    (line,) = peers.not_measured({"onednn": "reason", "onednn_reused": "reason"})
+    assert line == "Not measured: oneDNN and oneDNN into existing outputs. reason"
     for name, text in (("oneapi/dnnl/dnnl.hpp", "#error broken\n"), ("oneapi/dnnl/dnnl_version.h", "")):
         (tmp_path / "include" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "include" / name).write_text(text)
@@ -350,7 +352,7 @@ def test_tables_list_each_peer_each_cache_and_slow_cases() -> None:
     settings["missing_peers"] = {"mkldnn": "torch was built without oneDNN"}
     text = tables.render(described, settings, results, [])
     assert "oneDNN 3.2.0" in text
-    assert "torch via to_mkldnn is not measured: torch was built without oneDNN" in text
+    assert "Not measured: torch via to_mkldnn. torch was built without oneDNN" in text
     assert "| operation | torch | torch with kept pages | oneDNN |" in text
     assert "| BN training, forward | 3.00 (3.00) | 2.00 (2.00) | 1.50 (1.50) |" in text
     assert "| channel_moments | 3.00 (3.00) | 2.00 (2.00) | – |" in text

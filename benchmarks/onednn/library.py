@@ -18,7 +18,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("driver.cpp")
 CACHE = Path(__file__).parents[2] / "build" / "onednn"
-PACKAGES = "onednn-cpu-gomp and onednn-devel-cpu-gomp"
+PACKAGES = "onednn-cpu-gomp onednn-devel-cpu-gomp"
 EPS = 1e-5  # torch.nn.BatchNorm2d's default
 
 
