@@ -1,4 +1,4 @@
-"""The command line: what each command prints and what a bad argument gives."""
+"""The command line: the output of each command, and the errors of bad arguments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_runs_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "normfused", "demo", "--help"]
-    # Elsewhere: in a checkout -m would find the sources, not what is installed.
+    # In another folder: in a checkout, -m would find the sources instead of the installed package.
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("usage: normfused demo")
