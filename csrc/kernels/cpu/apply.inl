@@ -47,8 +47,8 @@ constexpr bool check_apply_op() {
   return true;
 }
 
-// Applies the op to `rows` contiguous rows of n values each, one channel a row. The channels' constants are the columns
-// of `table`.
+// Applies the op to `rows` contiguous rows of n values each, one channel per row. The channels' constants are the
+// columns of `table`.
 //
 // The rows are processed as one run of packs that may cross row boundaries. So only the first and the last store of the
 // run are tails, and all others are aligned, even if rows are short. If rows were processed separately, each row of 7 x

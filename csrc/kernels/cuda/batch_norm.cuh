@@ -440,7 +440,7 @@ NF_DEVICE ForwardCoefficients<S> inference_coefficients(const BatchNormForward& 
   return forward_coefficients<S>({mean, invstd, weight, bias});
 }
 
-// Computes a table of the coefficients of inference, in a launch of its own.
+// Computes a table of the coefficients of inference, in a separate launch.
 template <class S>
 struct PrepareInference {
   BatchNormForward args;

@@ -1,5 +1,5 @@
 // Iterators over the tensor: each gives a thread the offsets of the vectors it processes. A bitmask `valid` says which
-// values of a vector belong to the channel and lie within the tensor; bit i stands for value i.
+// values of a vector belong to the channel and lie within the tensor; bit i is for value i.
 #pragma once
 
 #include "kernels/cuda/plan.h"

@@ -80,7 +80,7 @@ NF_DEVICE void store_partial(const Partials<typename Op::Sum>& partials, int64_t
 
 // --- accumulate, channels first
 
-// The vectors that a thread has in flight together. Bit v * kValues + i of the bitmasks stands for value i of vector v.
+// The vectors that a thread has in flight together. Bit v * kValues + i of the bitmasks is for value i of vector v.
 template <int kValues, int kVectors>
 struct RowVectors {
   int64_t offsets[kVectors];
@@ -238,7 +238,7 @@ NF_DEVICE void accumulate_clipped(const Op& op, int64_t offset, int64_t numel, b
   }
 }
 
-// Accumulates a thread's columns in one split, each in a state of its own.
+// Accumulates a thread's columns in one split, each in its own state.
 template <class Op, int kValues>
 NF_DEVICE void accumulate_columns(const Op& op, const ColumnsPlan& plan, ColumnIterator<kValues>& it,
                                   typename Op::State (&state)[kValues]) {
