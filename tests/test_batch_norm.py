@@ -50,7 +50,7 @@ def test_every_number_of_dimensions_is_as_close_as_torch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (3, 4, 5, 2), (3, 4, 2, 3, 2)], ids=str)
-def test_module_is_the_function(
+def test_module_equals_the_function(
     device: torch.device, shape: tuple[int, ...], training: bool, dtype: torch.dtype
 ) -> None:
     arguments = make_arguments(shape, dtype, dtype, device)
@@ -228,7 +228,7 @@ def test_no_hidden_copy(shape: tuple[int, ...], layout: str, training: bool) -> 
     ],
     ids=str,
 )
-def test_large_and_lopsided_shapes(device: torch.device, shape: tuple[int, ...], layout: str) -> None:
+def test_large_and_uneven_shapes(device: torch.device, shape: tuple[int, ...], layout: str) -> None:
     arguments = make_arguments(shape, torch.float32, torch.float32, device, layout, layout)
     for training in (True, False):
         ours = run(batch_norm, arguments, training)

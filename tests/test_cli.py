@@ -103,9 +103,7 @@ def test_missing_extra_names_package_and_command(
     assert fails_with(message, [], capsys)
 
 
-def test_missing_data_says_where_it_looked_and_what_to_install(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_data_error_names_folders_and_packages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = (
         f"no IDX files and no CIFAR-10 in {tmp_path}, {tmp_path}/FashionMNIST/raw, "
         f"{tmp_path}/cifar-10-batches-py, {tmp_path}/cifar-10-batches-bin; name another folder, "

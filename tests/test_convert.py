@@ -167,7 +167,7 @@ def test_report_with_example_inputs() -> None:
     assert str(report).splitlines()[-1].startswith("saved for backward: ")
 
 
-def test_example_inputs_and_generators_are_left_as_they_were() -> None:
+def test_example_inputs_and_generators_are_unchanged() -> None:
     class Changes(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""What is fused in a graph, what is not and the reason; results are the same in both cases."""
+"""Which patterns are fused in a graph, which are not, and the reason. Results are equal in both cases."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_double_backward_through_a_converted_model() -> None:
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
-def test_traced_and_exported_as_without_conversion() -> None:
+def test_tracing_and_export_of_a_converted_model() -> None:
     torch.manual_seed(0)
     model = normfused.convert(resnet10()).eval()
     x = images(dtype=torch.float32)

@@ -376,8 +376,8 @@ def test_a_seed_gives_equal_initial_weights(build: Callable[..., nn.Module]) -> 
     def weights(layers: experiments.NormLayers | None) -> list[Tensor]:
         torch.manual_seed(50)
         network = build(torch.Size((1, 28, 28)), layers)
-        kept = [layer for layer in network.children() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        return [parameter for layer in kept for parameter in layer.parameters()]
+        weighted = [layer for layer in network.children() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        return [parameter for layer in weighted for parameter in layer.parameters()]
 
     for plain, ours, theirs in zip(weights(None), weights(normfused), weights(nn), strict=True):
         assert torch.equal(plain, ours)
@@ -490,7 +490,7 @@ def test_only_the_same_seed_and_order_reproduce_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nothing_installed")
-def test_ctrl_c_keeps_the_runs_before_it(
+def test_ctrl_c_keeps_the_completed_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = demo.train

@@ -326,7 +326,7 @@ def other_dtype() -> str:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ddp_trains_as_one_process(ranks: Ranks, size: int) -> None:
+def test_ddp_equals_one_process(ranks: Ranks, size: int) -> None:
     ranks.run(size, ddp)
 
 
@@ -414,7 +414,7 @@ def test_convert_refuses_inplace_layers_before_any_change() -> None:
         normfused.convert_sync_batchnorm([])
 
 
-def test_torchs_converter_keeps_or_refuses() -> None:
+def test_torchs_converter_preserves_or_refuses_options() -> None:
     plain = nn.Sequential(normfused.BatchNorm2d(3), normfused.SyncBatchNorm(3))
     assert [type(m) for m in nn.SyncBatchNorm.convert_sync_batchnorm(plain)] == [nn.SyncBatchNorm] * 2
     for layer in (normfused.BatchNormAct2d(3, activation="relu"), normfused.SyncBatchNorm(3, nonfinite="skip")):

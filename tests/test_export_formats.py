@@ -179,7 +179,7 @@ def test_compilers_keep_the_layout_if_sizes_are_symbolic(layout: str) -> None:
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_decompositions_are_the_operators(dtype: torch.dtype, kind: str) -> None:
+def test_decompositions_equal_the_operators(dtype: torch.dtype, kind: str) -> None:
     x, r = (torch.randn(4, 3, 5, 6).to(dtype) for _ in range(2))
     wide = torch.promote_types(dtype, torch.float32)
     parameters = [torch.rand(3, dtype=wide) + 0.5 for _ in range(4)]
@@ -223,7 +223,7 @@ def test_traces_of_every_dimension_and_dtype(dtype: torch.dtype) -> None:
         torch.testing.assert_close(trace(other), layer(other), rtol=tolerance, atol=tolerance)
 
 
-def test_a_trace_refuses_what_the_layer_refuses() -> None:
+def test_a_trace_refuses_inputs_that_the_layer_refuses() -> None:
     layer = normfused.BatchNorm2d(3).eval()
     with pytest.raises(ValueError, match="weight has 3 elements, but input"):
         torch.jit.trace(layer, torch.randn(2, 4, 5, 5))
@@ -248,7 +248,7 @@ class Scripted(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_scripts_are_the_layers(training: bool) -> None:
+def test_scripts_equal_the_layers(training: bool) -> None:
     eager = Scripted()
     trained(eager, 5, 4, 6, 6).train(training)
     model = copy.deepcopy(eager)
@@ -278,7 +278,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
 
 
 @pytest.mark.parametrize(("layer", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_scripts_refuse_what_they_would_lose(layer: Callable[[], nn.Module], message: str) -> None:
+def test_scripts_refuse_options_that_they_would_lose(layer: Callable[[], nn.Module], message: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), layer())
     with pytest.raises(RuntimeError, match=message.replace(".", r"\.")):
         torch.jit.script(model)

@@ -57,7 +57,7 @@ def missing(package: Path) -> None:
 def foreign(package: Path) -> None:
     (other,) = Path(numpy.linalg.__file__).parent.glob("_umath_linalg*.so")
     shutil.copy(other, package / BINARY)
-    (package / "_build_info.json").write_text("[]")  # not what a build writes
+    (package / "_build_info.json").write_text("[]")  # a build writes a dictionary
 
 
 def other_series(package: Path) -> None:

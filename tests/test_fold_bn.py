@@ -43,7 +43,9 @@ FOLDED = [
 
 
 @pytest.mark.parametrize(("previous", "bn", "shape"), FOLDED, ids=[f"{p}-{b}".replace(" ", "") for p, b, _ in FOLDED])
-def test_the_folded_layer_equals_both_layers(previous: nn.Module, bn: nn.Module, shape: tuple[int, ...]) -> None:
+def test_the_folded_layer_equals_both_layers_together(
+    previous: nn.Module, bn: nn.Module, shape: tuple[int, ...]
+) -> None:
     previous, bn = copy.deepcopy(previous).double(), randomized(bn).double()
     states = [copy.deepcopy(module.state_dict()) for module in (previous, bn)]
     folded = normfused.fold_bn(previous, bn)
@@ -232,7 +234,7 @@ BAD: list[tuple[str, Callable[[], tuple[Any, Any]], type[Exception], str]] = [
         ValueError,
         "bn has parametrizations",
     ),
-    ("forward of its own", lambda: (with_forward(conv()), norm()), ValueError, "previous has its own forward"),
+    ("conv's own forward", lambda: (with_forward(conv()), norm()), ValueError, "previous has its own forward"),
     ("norm's own forward", lambda: (conv(), with_forward(norm())), ValueError, "bn has its own forward"),
     ("meta conv", lambda: (conv().to("meta"), norm()), ValueError, "previous.weight is on the meta device"),
     ("meta norm", lambda: (conv(), norm().to("meta")), ValueError, "bn.running_mean is on the meta device"),

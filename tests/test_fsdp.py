@@ -188,7 +188,7 @@ def in_bfloat16(kind: str) -> None:
         torch.testing.assert_close(a, e, rtol=0.1, atol=0.05)
 
 
-def test_a_model_made_on_the_meta_device(ranks: Ranks, needs_extension: None) -> None:
+def test_a_model_created_on_the_meta_device(ranks: Ranks, needs_extension: None) -> None:
     ranks.run(2, from_meta)
 
 

@@ -304,7 +304,7 @@ def test_a_grid_with_gaps_fails(tmp_path: Path, content: dict[str, Any], output:
 # The commands of the stages, and their documentation.
 
 
-def test_runs_hold_every_stage_once_and_fit_a_command() -> None:
+def test_runs_contain_every_stage_once_and_fit_a_command() -> None:
     stages = [stage for names in RUNS.values() for stage in names if stage != "build"]
     assert sorted([*stages, "build"]) == sorted(STAGES)
     for name, stages_ in RUNS.items():
@@ -337,7 +337,7 @@ def test_on_a_gpu_stages_run_cuda_on_our_kernels() -> None:
             assert ("kernel_substring=normfused" in command.argv) == (tool != "initcheck")
 
 
-def test_the_patterns_find_their_cases() -> None:
+def test_the_patterns_match_their_cases() -> None:
     """Parsed from the command lines: a pattern that begins with a dash is not an option."""
     import report
     from cases import grid
@@ -361,7 +361,7 @@ def test_the_patterns_find_their_cases() -> None:
     assert found(gpu_stages.COMPILED) == 2 * 2 * 4
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_it_exits_with_a_message() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = subprocess.run([sys.executable, BENCHMARKS / "gpu_check.py", "run-1"], capture_output=True, text=True)

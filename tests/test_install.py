@@ -62,7 +62,7 @@ def isolated(tmp_path: Path) -> Path:
 
 
 def call(script: str, cwd: Path, *path: Path, python: str | Path = sys.executable) -> str:
-    """Run a script that may import the backend; return what it printed last."""
+    """Run a script that may import the backend. Returns the last line that it prints."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, BACKEND]))}
     run = subprocess.run([python, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -124,13 +124,13 @@ def test_converters_that_would_lose_an_option_are_stopped(option: str, converter
     )
 
 
-def test_layers_without_options_are_converted_as_torchs() -> None:
+def test_layers_without_options_are_converted_like_torchs() -> None:
     for layer in (normfused.BatchNorm2d(4), normfused.BatchNorm2d(4, inplace=True), normfused.BatchNormAct2d(4, None)):
         for convert in CONVERTERS.values():
             convert(layer)
 
 
-def test_mkldnn_keeps_or_refuses() -> None:
+def test_mkldnn_preserves_or_refuses_options() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), normfused.BatchNorm2d(4)).eval()
     x = torch.randn(2, 3, 6, 6)
     converted = torch.utils.mkldnn.to_mkldnn(copy.deepcopy(plain))
@@ -139,8 +139,8 @@ def test_mkldnn_keeps_or_refuses() -> None:
     with pytest.raises(AttributeError, match="would lose frozen=True"):
         torch.utils.mkldnn.to_mkldnn(frozen)
     # torch's function converts only BatchNorm2d: other layers keep their class, and so their activation.
-    kept = torch.utils.mkldnn.to_mkldnn(nn.Sequential(normfused.BatchNormAct2d(4)).eval())
-    assert isinstance(kept[0], normfused.BatchNormAct2d)
+    unconverted = torch.utils.mkldnn.to_mkldnn(nn.Sequential(normfused.BatchNormAct2d(4)).eval())
+    assert isinstance(unconverted[0], normfused.BatchNormAct2d)
 
 
 def replace_by_group_norm(model: nn.Module) -> nn.Module:
@@ -178,13 +178,13 @@ def test_a_hidden_eps_behaves_like_a_missing_attribute(option: str) -> None:
     assert copy.deepcopy(layer).epsilon == pickle.loads(pickle.dumps(layer)).epsilon == 1e-3
 
 
-def test_frozen_statistics_outlast_a_reset() -> None:
+def test_frozen_statistics_survive_a_reset() -> None:
     """``torch.optim.swa_utils.update_bn`` resets statistics, and expects training forward passes to recompute them."""
     layer = normfused.BatchNorm2d(3)
     layer(torch.randn(4, 3, 5, 5) + 1)
-    kept = layer.freeze().running_mean.clone()
+    mean = layer.freeze().running_mean.clone()
     torch.optim.swa_utils.update_bn([torch.randn(4, 3, 5, 5)], layer)
-    torch.testing.assert_close(layer.running_mean, kept, rtol=0, atol=0)
+    torch.testing.assert_close(layer.running_mean, mean, rtol=0, atol=0)
     layer.reset_parameters()  # reinitializes the layer, including its statistics
     assert not layer.running_mean.any()
     torch.func.replace_all_batch_norm_modules_(layer)

@@ -82,7 +82,7 @@ def test_any_strides_are_as_close_as_torch(
 
 @check
 @hypothesis.given(st.data(), shapes(), st.booleans())
-def test_output_is_dense_and_input_unwritten(data: st.DataObject, shape: tuple[int, ...], training: bool) -> None:
+def test_output_is_dense_and_input_unchanged(data: st.DataObject, shape: tuple[int, ...], training: bool) -> None:
     x = data.draw(strided(randn(data.draw, *shape)))
     before = x.clone()
     y = batch_norm(x, torch.zeros(shape[1]), torch.ones(shape[1]), training=training)

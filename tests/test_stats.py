@@ -95,7 +95,7 @@ def test_floats(dtype: torch.dtype) -> None:
     assert torch.equal(stats.max, rows.amax(1))
 
 
-def test_a_large_mean_costs_no_digits() -> None:
+def test_a_large_mean_loses_no_digits() -> None:
     x = torch.randn(8, 1, 50, 50, dtype=torch.float64) + 1e6
     stats = ChannelStats()
     for image in x:
@@ -161,7 +161,7 @@ def test_one_value() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-def test_nonfinite_values_are_left_out_and_counted(dtype: torch.dtype) -> None:
+def test_nonfinite_values_are_excluded_and_counted(dtype: torch.dtype) -> None:
     x = torch.randn(4, 3, 6, 6).to(dtype)
     dirty = x.clone()
     dirty[0, 1, 2, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan])
@@ -241,7 +241,7 @@ def test_merge_is_associative_and_commutative(parameters: list[tuple[int, int, i
 
 @settings(deadline=None, max_examples=60)
 @given(images_strategy, st.integers(0, 8))
-def test_merge_of_floats_is_associative_to_rounding(parameters: list[tuple[int, int, int]], cut: int) -> None:
+def test_merge_of_floats_is_associative_up_to_rounding(parameters: list[tuple[int, int, int]], cut: int) -> None:
     images = images_from(parameters, torch.float64)
     whole, parts = stats_of(images), stats_of(images[cut:]).merge(stats_of(images[:cut]))
     assert parts.count.tolist() == whole.count.tolist()
@@ -299,7 +299,7 @@ def test_truncated_file_is_named(tmp_path: Path) -> None:
         ChannelStats.load(path)
 
 
-def test_moments_of_nothing() -> None:
+def test_moments_of_no_values() -> None:
     nothing = Moments(0, 0.0, 0.0, float("inf"), float("-inf"), 3)
     something = Moments(2, 5.0, 1.0, 4.0, 6.0, 1)
     assert nothing.merge(something) == something.merge(nothing) == Moments(2, 5.0, 1.0, 4.0, 6.0, 4)
@@ -331,7 +331,7 @@ def test_table() -> None:
         (lambda: ChannelStats().update(CHW.int()), "1 image"),
     ],
 )
-def test_table_says_how_values_were_scaled(stats: Callable[[], ChannelStats], first_line: str) -> None:
+def test_table_names_the_scale_of_values(stats: Callable[[], ChannelStats], first_line: str) -> None:
     assert str(stats()).splitlines()[0] == first_line
 
 

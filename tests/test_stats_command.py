@@ -252,7 +252,7 @@ def test_skip_lists_and_counts(folder: Path, truncated: Path, workers: int, caps
     assert written["images"] == 5
 
 
-def test_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_readable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "only.png"
     path.write_bytes(b"no picture")
     code, table, error = run(capsys, path, "--on-error", "skip")
@@ -315,7 +315,7 @@ def test_array_that_cannot_be_used(
     assert fails_with(message.format(path=path), capsys, path)
 
 
-def test_options_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inapplicable_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "images.npy"
     np.save(path, STACK[0])
     message = f"--channels applies to pictures, but {path} contains an array"
@@ -420,7 +420,7 @@ def test_histogram_counts(
 
 @pytest.mark.usefixtures("truncated")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_histogram_leaves_out_what_was_skipped(
+def test_histogram_excludes_skipped_files(
     folder: Path, workers: int, drawn: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, folder, "--on-error", "skip", "--plot", folder / "out.png", "--workers", workers)[0] == 0
@@ -446,7 +446,7 @@ def test_histogram_of_a_constant(
     assert out.stat().st_size > 1000
 
 
-def test_no_histogram_of_nothing_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_histogram_without_finite_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "images.npy", tmp_path / "out.png"
     np.save(path, np.full((2, 4, 4, 1), np.nan))
     code, table, error = run(capsys, path, "--plot", out)

@@ -141,7 +141,7 @@ def test_bad_images(images: Any, layout: str | None, kind: type[Exception], mess
     assert stats == ChannelStats()
 
 
-def test_strange_shapes_by_layout() -> None:
+def test_unusual_shapes() -> None:
     assert ChannelStats().update(torch.zeros(32, 32, 3), "CHW").channels == 32
     assert ChannelStats().update(torch.zeros(13, 32, 32)).channels == 13  # both ends are large
 
@@ -155,7 +155,7 @@ def test_other_number_of_channels() -> None:
     assert stats == before
 
 
-def test_scales_that_do_not_fit() -> None:
+def test_inconsistent_scales() -> None:
     stats = ChannelStats().update(CHW)
     with pytest.raises(ValueError, match=r"^uint8 is scaled by 1/255, other integers by 1: pass scale= "):
         stats.update(CHW.int())

@@ -209,7 +209,7 @@ TOOLS: dict[str, tuple[Callable[[Network], tuple[Tensor, int]], int, int, str]] 
     "jit.script in training": (scripted_in_training, 3, 3, ""),
     "utils.mkldnn.to_mkldnn": (mkldnn, 0, 0, ""),
     "fuse_conv_bn_eval, fuse_linear_bn_eval": (fuse_conv_bn_eval, 1, 1, ""),
-    "fx.experimental.optimization.fuse": (fx_optimization_fuse, 0, 3, "looks for exact classes in a list of its own"),
+    "fx.experimental.optimization.fuse": (fx_optimization_fuse, 0, 3, "looks for exact classes in its own list"),
     "quantize_fx.fuse_fx": (fuse_fx, 0, 3, "the same, in a graph of the general tracer"),
     "fuse_modules": (fuse_modules, 0, 0, ""),
     "fuse_modules, prepare, convert": (static_quantization, 0, 0, ""),
@@ -283,7 +283,7 @@ REFUSING = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("tool", list(TOOLS))
-def test_an_option_is_kept_or_refused(tool: str, option: str) -> None:
+def test_an_option_is_preserved_or_refused(tool: str, option: str) -> None:
     """The result is that of the eager network, or an error names the option that would be lost."""
     norms = with_options(option)
     function = TOOLS[tool][0]

@@ -34,7 +34,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_waits_are_seen() -> None:
+def test_waits_are_counted() -> None:
     x, mask = torch.randn(4), torch.tensor([True, False, True, False])
     for call in (lambda: x[mask], lambda: mask.nonzero(), lambda: bool(mask.any()), lambda: x.sum().item()):
         with Waits() as waits:

@@ -120,8 +120,8 @@ class ShuffleUnit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, changed = x.chunk(2, dim=1)
-        y = torch.cat((kept, self.branch(changed)), dim=1)
+        first, second = x.chunk(2, dim=1)
+        y = torch.cat((first, self.branch(second)), dim=1)
         n, c, h, w = y.size()
         return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
 

@@ -302,7 +302,7 @@ CUDAHOST_HIDDEN void* shared_at(const void* tag, size_t size, size_t alignment) 
   return variable;
 }
 
-// Each declaration passes a lambda of its own type, so that it instantiates a tag of its own.
+// Each declaration passes a lambda of a different type, so that each instantiates a different tag.
 template <class T, class Lambda>
 CUDAHOST_HIDDEN T& shared(Lambda) {
   static const char tag = 0;
