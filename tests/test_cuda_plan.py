@@ -53,7 +53,7 @@ def test_resnet50(channels: int, side: int) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("resident", [2, 3, 4])
 def test_waves_of_blocks_are_full(channels: int, itemsize: int, channels_last: bool, resident: int) -> None:
-    """The number of blocks is close to a few times the number of resident blocks, if each then has enough to read."""
+    """A grid is one to four waves of resident blocks, and nearly full, if each block then has enough to read."""
     positions = (256 << 20) // (channels * itemsize)
     view = (positions, channels, 1) if channels_last else (256, channels, positions // 256)
     if channels == 1:

@@ -58,7 +58,7 @@ def test_fashion_mnist() -> None:
 @pytest.mark.parametrize("dtype", INTEGERS, ids=dtype_id)
 def test_integers_are_exact(dtype: torch.dtype) -> None:
     limits = torch.iinfo(dtype)
-    # The squares of the extremes of wide types exceed int64: sums in 64 bits wrap around.
+    # The squares of the extremes of wide types exceed int64: sums in 64 bits would wrap around.
     values = torch.randint(max(limits.min, -(2**40)), min(limits.max, 2**40) + 1, (4, 2, 9, 5))
     values[0, :, 0, 0] = limits.min
     values[0, 1, 0, 1] = limits.max
