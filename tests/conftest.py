@@ -23,7 +23,7 @@ def _why_no_cuda() -> str | None:
 _WHY_NO_CUDA = _why_no_cuda()
 # Folders of tests that compile kernels anew, and run them under sanitizers or read their machine code; and torch's own
 # test suites.
-_EXHAUSTIVE = {"cpu_kernels", "cuda_build", "host_cuda", "test_torch_suites.py"}
+_EXHAUSTIVE = {"cpu_kernels", "cuda_build", "host_cuda", "memory", "test_torch_suites.py"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # which share the cores; two threads are what tests of threads need
     torch.set_num_threads(min(torch.get_num_threads(), 2))
