@@ -55,6 +55,7 @@ def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
 # ---- families of networks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_families_of_networks(record_property: Callable[[str, object], None]) -> None:
     """Outputs, three steps of SGD and evaluation are equal in float64. Each mode has one graph, without a break."""
     titles = f"{'norms':>5} {'replaced':>8} {'fused':>5} {'graphs':>6} {'training':>9} {'3 steps':>9} {'eval':>9}"
