@@ -44,7 +44,8 @@ def in_use() -> int:
 
 def python(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "NORMFUSED_STRICT": "1", "OMP_NUM_THREADS": "2", **variables}
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    # Not in the checkout: its normfused/ may have no compiled extension.
+    return subprocess.run([sys.executable, "-c", script], cwd=os.sep, env=environment, capture_output=True, text=True)
 
 
 def value(script: str, **variables: str) -> object:
