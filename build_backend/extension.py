@@ -26,6 +26,7 @@ NAME = "normfused._C"
 # -Wno-stringop-overflow: GCC 12 reports false positives in torch's inlined reference counting.
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-g0", "-fvisibility=hidden", "-fopenmp"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-stringop-overflow"]
+CXX_SOURCES = ["csrc/*.cpp", "csrc/memory/*.cpp", "csrc/ops/*.cpp", "csrc/kernels/*/*.cpp"]
 CUDA_SOURCES = ["csrc/ops/cuda/*.cpp", "csrc/kernels/cuda/*.cu"]
 # --expt-relaxed-constexpr: kernels call constexpr member functions of structs that the host uses too. Half precision is
 # converted by explicit functions, so torch's flags that disable its operators and conversions do no harm.
@@ -93,7 +94,7 @@ def extension() -> Extension:
     make = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
     described = make(
         NAME,
-        sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/kernels/*/*.cpp", *(CUDA_SOURCES if toolkit else [])),
+        sources(*CXX_SOURCES, *(CUDA_SOURCES if toolkit else [])),
         include_dirs=[str(ROOT / "csrc"), *_cuda_include(toolkit)],
         define_macros=[TORCH_MACRO, *([("NORMFUSED_WITH_CUDA", "1")] if toolkit else [])],
         extra_compile_args={

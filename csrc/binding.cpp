@@ -8,6 +8,7 @@
 #include "ops/call.h"
 #include "ops/channel_stats.h"
 #include "ops/local_response_norm.h"
+#include "ops/output_memory.h"
 #include "ops/standardize.h"
 #include "ops/sync_moments.h"
 
@@ -92,6 +93,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   bind_operators(m);
   bind_cuda_plans(m);
+  m.def("memory_stats", [] {
+    const memory::PoolStats stats = ops::memory_stats();
+    return py::dict("allocated_bytes"_a = stats.allocated_bytes, "peak_allocated_bytes"_a = stats.peak_allocated_bytes,
+                    "cached_bytes"_a = stats.cached_bytes, "max_cached_bytes"_a = stats.max_cached_bytes,
+                    "allocations"_a = stats.allocations, "reuses"_a = stats.reuses);
+  });
+  m.def("empty_cache", &ops::empty_cache);
   m.def("cpu_capability", &cpu::capability);
   m.def("has_cuda", [] {
 #if defined(NORMFUSED_WITH_CUDA)

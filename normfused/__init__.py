@@ -29,6 +29,7 @@ from normfused.functional import (
     normalize,
     normalize_,
 )
+from normfused.memory import empty_cache, memory_stats
 from normfused.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -68,9 +69,11 @@ __all__ = [
     "convert",
     "convert_sync_batchnorm",
     "dataset_stats",
+    "empty_cache",
     "fold_bn",
     "functional",
     "info",
+    "memory_stats",
     "no_stats_update",
     "normalize",
     "normalize_",

@@ -242,7 +242,7 @@ def _standardize(
         one: Tensor = _standardize(input.unsqueeze(0), mean, std, scale, dtype, memory_format)
         return one.squeeze(0)
     if memory_format in (None, torch.preserve_format):
-        memory_format = torch._prims_common.suggest_memory_format(as_dense(input))
+        memory_format = _torch_private.suggest_memory_format(as_dense(input))
     dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
     return torch.empty_like(input, dtype=dtype, memory_format=memory_format)
 

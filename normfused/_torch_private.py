@@ -1,6 +1,7 @@
 """The private functions and classes of torch that the package uses.
 
 Each has one wrapper here. A wrapper states what it returns if the installed torch lacks the private name.
+``torch._check`` needs none: torch's guides to dynamic shapes and export document it for users.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests share: tensors in every layout, the arguments of batch norm, and an oracle with an error bound."""
+"""Shared by the tests: tensors in every layout, the arguments of batch norm, and an oracle with an error bound."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def dtype_id(value: object) -> str:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """`values` in another layout of memory; where that repeats memory ("expanded"), its first sample repeated."""
-    unused = torch.nan if values.is_floating_point() else 77  # shows up in the result where it is read
+    """`values` in another memory layout. "expanded" repeats the first sample."""
+    unused = torch.nan if values.is_floating_point() else 77  # appears in the result if it is read
     if layout == "contiguous":
         return values.contiguous()
-    if layout == "channels_last":  # of any rank: (N, L, C).transpose(1, 2) and so on
+    if layout == "channels_last":  # for any number of dimensions: (N, L, C).transpose(1, 2) and so on
         return values.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "permuted":  # dense, but neither channels first nor channels last
         return values.transpose(0, 1).contiguous().transpose(0, 1)
@@ -86,7 +86,7 @@ def make_arguments(
 
 @dataclass
 class Results:
-    """All that a forward and backward pass gives; None for what it has not."""
+    """The results of a forward and a backward pass. A gradient is None if the call has no such parameter."""
 
     output: Tensor
     grad_input: Tensor
@@ -104,8 +104,8 @@ def run(batch_norm, arguments: Arguments, training: bool, momentum: float = 0.1,
     ]
     buffers = arguments.running_mean.clone(), arguments.running_var.clone()
     y = batch_norm(x, *buffers, *parameters, training, momentum, eps)
-    wanted = [x, *(p for p in parameters if p is not None)]
-    grads = [*torch.autograd.grad(y, wanted, arguments.grad_output), None, None][:3]
+    inputs = [x, *(p for p in parameters if p is not None)]
+    grads = [*torch.autograd.grad(y, inputs, arguments.grad_output), None, None][:3]
     return Results(y.detach(), *grads, *buffers)
 
 
@@ -121,12 +121,12 @@ def assert_as_close_as_torch(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> None:
-    """Each of `ours` is at most 1.05 times as far from the true value as `theirs`, plus 4 ulp of its natural scale.
+    """The error of each of `ours` is at most 1.05 times that of `theirs`, plus 4 ulp of the natural scale.
 
-    The true value is computed in long double from the very same inputs. The natural scale is the sum of the absolute
-    values of the terms that are added up: no sum that is rounded at each step can promise less than some ulps of it.
-    The mean that the output is centred by is such a sum too. An ulp is that of the arithmetic, float32 or float64; half
-    an ulp of the result's own dtype is added, because the true value itself may be that far from the nearest number.
+    The true value is computed in long double from the same inputs. The natural scale is the sum of the absolute values
+    of the terms: a sum that is rounded at each step has an error of some ulps of it. The mean is such a sum too. The
+    ulp is that of the arithmetic, float32 or float64. Half an ulp of the dtype of the result is added for its final
+    rounding.
     """
     x, g = _exact(arguments.input), _exact(arguments.grad_output)
     axes = tuple(axis for axis in range(x.ndim) if axis != 1)

@@ -23,7 +23,16 @@ def _why_no_cuda() -> str | None:
 _WHY_NO_CUDA = _why_no_cuda()
 # Folders of tests that compile kernels anew, and run them under sanitizers or read their machine code; and torch's own
 # test suites.
-_EXHAUSTIVE = {"cpu_kernels", "cuda_build", "host_cuda", "test_torch_suites.py"}
+_EXHAUSTIVE = {"cpu_kernels", "cuda_build", "host_cuda", "memory", "test_torch_suites.py"}
+# Files that take longest. They run first: a file that is still running when all others have ended leaves cores idle.
+_LONG = {
+    "test_kernels.py",
+    "test_cpu_kernels.py",
+    "test_cuda_build.py",
+    "test_examples.py",
+    "test_convert.py",
+    "test_masks.py",
+}
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # which share the cores; two threads are what tests of threads need
     torch.set_num_threads(min(torch.get_num_threads(), 2))
@@ -41,6 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {item.path.name, item.path.parent.name} & _EXHAUSTIVE:
             item.add_marker(pytest.mark.exhaustive)
+    items.sort(key=lambda item: item.path.name not in _LONG)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -1,4 +1,4 @@
-"""What the tests of converted models share: small models, and a comparison of all that can be seen of their calls."""
+"""Shared by the tests of converted models: small models, and a comparison of everything observable in their calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def block(inputs: int = 3, outputs: int = 3) -> nn.Sequential:
 
 
 class Net(nn.Module):
-    """A stem and a head, and a forward by function."""
+    """A stem and a head. Its forward is the given function."""
 
     def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ def flat(value: Any) -> list[Tensor]:
 def seed() -> None:
     torch.manual_seed(3)
     random.seed(3)
-    np.random.seed(3)  # noqa: NPY002  # users call it
+    np.random.seed(3)  # noqa: NPY002  # users call the legacy generator
 
 
 def run(model: nn.Module, shapes: list[tuple[int, ...]], dtype: torch.dtype, backward: bool) -> list[Any]:
-    """All that can be seen of a few calls."""
+    """Everything observable in a few calls: outputs, gradients, state and plain attributes."""
     seed()
     seen: list[Any] = []
     for shape in shapes:
@@ -76,7 +76,7 @@ def assert_same(
     fused: int | None = None,
     converted: nn.Module | None = None,
 ) -> nn.Module:
-    """Run `stock` and its conversion; return that."""
+    """Check that `stock` and its conversion behave the same. Returns the conversion."""
     stock = stock.to(dtype)
     ours = normfused.convert(copy.deepcopy(stock)) if converted is None else converted.to(dtype)
     shapes = shapes or [(4, 3, 5, 5), (4, 3, 5, 5), (6, 3, 5, 5)]

@@ -1,4 +1,4 @@
-"""Models of the families that batch norm is used in: small widths, true topologies."""
+"""Networks of the families that use batch norm: small widths, original topologies."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class UNet(nn.Module):
 
 
 class GAN(nn.Module):
-    """A generator and the discriminator behind it: Radford et al., 2015, arXiv:1511.06434."""
+    """A generator followed by its discriminator: Radford et al., 2015, arXiv:1511.06434."""
 
     def __init__(self) -> None:
         super().__init__()

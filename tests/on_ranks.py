@@ -1,4 +1,4 @@
-"""What functions that run on ranks use."""
+"""Helpers for functions that run on ranks."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def share(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """This rank's of so many samples for each."""
+    """This rank's part of `values`; rank r has `sizes[r]` samples."""
     return values.split(list(sizes))[distributed.get_rank()].clone()
 
 
-def everyones(values: Tensor) -> list[Tensor]:
-    """Each rank's tensor of the same shape."""
+def gather_all(values: Tensor) -> list[Tensor]:
+    """The tensors of all ranks, which have equal shapes."""
     gathered = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
     distributed.all_gather(gathered, values.contiguous())
     return gathered
 
 
 def total(values: Tensor) -> Tensor:
-    return torch.stack(everyones(values)).sum(0)
+    return torch.stack(gather_all(values)).sum(0)
 
 
-def assert_same_everywhere(*tensors: Tensor | None) -> None:
+def assert_equal_on_all_ranks(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None:
-            for other in everyones(tensor):
+            for other in gather_all(tensor):
                 assert torch.equal(other.nan_to_num(7.5), tensor.nan_to_num(7.5))
 
 
-def assert_close(got: Tensor, wanted: Tensor, tolerance: float, name: str = "") -> None:
-    assert got.dtype == wanted.dtype or wanted.dtype == torch.float64
-    assert got.shape == wanted.shape
+def assert_close(got: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    assert got.dtype == expected.dtype or expected.dtype == torch.float64
+    assert got.shape == expected.shape
     if got.numel():
-        error = (got.double() - wanted.double()).abs().max() / max(1.0, wanted.double().abs().max())
+        error = (got.double() - expected.double()).abs().max() / max(1.0, expected.double().abs().max())
         assert error <= tolerance, f"{name} off by {error:.2e}"
 
 
@@ -49,7 +49,7 @@ def error_of(call: Any) -> str:
 
 
 class Traffic(TorchDispatchMode):
-    """The collectives that are called, and the bytes that this rank gives to each."""
+    """The collectives that are called, and the bytes that this rank sends in each."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Nine images of different sizes, and what their statistics are."""
+"""Nine images of different sizes, and their statistics."""
 
 from __future__ import annotations
 

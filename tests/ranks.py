@@ -1,4 +1,4 @@
-"""Real processes that run functions of the tests as the ranks of a gloo group, and never outlive them."""
+"""Processes that run functions of the tests as the ranks of a gloo group. They end with the tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GROUP_TIMEOUT = 20  # seconds that a collective waits for the others
 
 
 def _serve(rank: int, parent: Connection) -> None:
-    """Run what the parent sends until it is gone."""
+    """Run the functions that the parent process sends, until its pipe closes."""
     torch.set_num_threads(1)
     while True:
         try:
@@ -44,7 +44,7 @@ def _serve(rank: int, parent: Connection) -> None:
 
 
 class Ranks:
-    """Processes started once, because importing torch takes seconds; each call is a process group of its own."""
+    """Processes that are started once, because importing torch takes seconds. Each call has its own process group."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,13 +54,13 @@ class Ranks:
     def run(
         self, size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120, **environment: str
     ) -> list[Any]:
-        """What ``function(*arguments)`` returns on each of ``size`` ranks. Its failures are this one's."""
+        """Run ``function(*arguments)`` on ``size`` ranks and return the results. Raise if it fails on any rank."""
         context = multiprocessing.get_context("spawn")
         while len(self.workers) < size:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(len(self.workers), there), daemon=True)
             process.start()
-            there.close()  # so that the end of the process is the end of the pipe
+            there.close()  # so that the pipe closes when the process ends
             self.workers.append((process, here))
         self.calls += 1
         store = self.folder / f"store{self.calls}"
@@ -81,7 +81,7 @@ class Ranks:
         return results
 
     def stop(self) -> None:
-        """End all processes, whatever they are doing."""
+        """Kill all processes."""
         for process, pipe in self.workers:
             pipe.close()
             process.kill()

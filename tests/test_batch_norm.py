@@ -1,4 +1,4 @@
-"""Batch norm, functional and as a module, against torch and a long double oracle. Runs on the fallback too."""
+"""Batch norm, functional and as a module, compared with torch and with long double. Runs on the fallback too."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_layout_is_as_close_as_torch(
     [(7, 3), (300, 17), (2, 64), (3, 5, 9), (2, 33, 1), (2, 3, 4, 5, 6), (5, 1, 7, 7), (2, 40, 31, 33)],
     ids=str,
 )
-def test_every_rank_is_as_close_as_torch(
+def test_every_number_of_dimensions_is_as_close_as_torch(
     device: torch.device, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], training: bool
 ) -> None:
     for layout in ("contiguous", "channels_last"):
@@ -50,7 +50,7 @@ def test_every_rank_is_as_close_as_torch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (3, 4, 5, 2), (3, 4, 2, 3, 2)], ids=str)
-def test_module_is_the_function(
+def test_module_equals_the_function(
     device: torch.device, shape: tuple[int, ...], training: bool, dtype: torch.dtype
 ) -> None:
     arguments = make_arguments(shape, dtype, dtype, device)
@@ -86,7 +86,7 @@ def test_running_var_is_unbiased_and_output_biased(device: torch.device) -> None
     y = batch_norm(x, running_mean, running_var, training=True, momentum=1.0, eps=0.0)
     assert running_mean.item() == 2
     assert running_var.item() == 2  # 2 / (2 - 1)
-    assert y.flatten().tolist() == [-1, 1]  # by the biased variance, which is 1
+    assert y.flatten().tolist() == [-1, 1]  # normalized with the biased variance, which is 1
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
@@ -105,7 +105,7 @@ def test_parameters_and_buffers_of_any_stride(device: torch.device, strided: boo
     for name in ("running_mean", "running_var"):
         assert_same_bits(placed[name], getattr(expected, name))
         if strided:
-            assert (placed[name].as_strided((4,), (2,), 1) == 7).all()  # what lies between is not written
+            assert (placed[name].as_strided((4,), (2,), 1) == 7).all()  # the gaps are not written
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
@@ -146,7 +146,7 @@ AMBIGUOUS = [(4, 1, 3, 3), (4, 3, 1, 1), (1, 3, 4, 4), (1, 3, 1, 4), (4, 1, 1, 1
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "torch channels_last"])
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6), (2, 3, 4, 5, 6), *AMBIGUOUS], ids=str)
-def test_dense_formats_are_kept(device: torch.device, shape: tuple[int, ...], layout: str, training: bool) -> None:
+def test_dense_formats_are_preserved(device: torch.device, shape: tuple[int, ...], layout: str, training: bool) -> None:
     x = torch.randn(shape, device=device)
     if layout == "torch channels_last":
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -164,7 +164,9 @@ def test_dense_formats_are_kept(device: torch.device, shape: tuple[int, ...], la
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["permuted", "sliced", "expanded"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_other_formats_become_torchs(device: torch.device, layout: str, channels_last: bool, training: bool) -> None:
+def test_other_formats_become_those_of_torch(
+    device: torch.device, layout: str, channels_last: bool, training: bool
+) -> None:
     x = torch.randn(4, 6, 5, 6, device=device)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -191,7 +193,7 @@ def test_ambiguous_shapes_are_as_close_as_torch(
 
 
 def allocated(function) -> int:
-    """Bytes of memory that a call asks for, all in all."""
+    """The total number of bytes that a call allocates."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         keep = function()
@@ -226,7 +228,7 @@ def test_no_hidden_copy(shape: tuple[int, ...], layout: str, training: bool) -> 
     ],
     ids=str,
 )
-def test_large_and_lopsided_shapes(device: torch.device, shape: tuple[int, ...], layout: str) -> None:
+def test_large_and_uneven_shapes(device: torch.device, shape: tuple[int, ...], layout: str) -> None:
     arguments = make_arguments(shape, torch.float32, torch.float32, device, layout, layout)
     for training in (True, False):
         ours = run(batch_norm, arguments, training)
@@ -234,7 +236,7 @@ def test_large_and_lopsided_shapes(device: torch.device, shape: tuple[int, ...],
         for name in ("input", "grad_output", "weight", "bias", "running_mean", "running_var"):
             setattr(exact, name, getattr(arguments, name).double().contiguous())
         theirs = run(F.batch_norm, exact, training)
-        # Sums over many values of both signs: the bound is relative to their size, the square root of their number.
+        # Sums of many values of both signs grow with the square root of their number, and so does the bound.
         tolerance = 1e-5 * (arguments.input.numel() / shape[1]) ** 0.5
         close = torch.testing.assert_close
         close(ours.output.double(), theirs.output, rtol=1e-5, atol=1e-5)
@@ -271,8 +273,8 @@ def test_two_forwards_then_two_backwards(device: torch.device) -> None:
     torch.testing.assert_close(module.running_var, theirs.running_var, rtol=1e-12, atol=0)
 
 
-@pytest.mark.usefixtures("needs_extension")  # the fallback works on a copy in float64
-def test_written_input_is_noticed(device: torch.device) -> None:
+@pytest.mark.usefixtures("needs_extension")  # the fallback saves a copy in float64
+def test_overwritten_input_is_detected(device: torch.device) -> None:
     x = torch.randn(8, 3, device=device)
     weight = torch.ones(3, device=device, requires_grad=True)
     y = batch_norm(x, None, None, weight, None, True)
@@ -282,7 +284,7 @@ def test_written_input_is_noticed(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
-def test_cumulative_average_is_torchs(device: torch.device, dtype: torch.dtype) -> None:
+def test_cumulative_average_equals_torch(device: torch.device, dtype: torch.dtype) -> None:
     ours = normfused.BatchNorm1d(3, momentum=None, device=device)
     theirs = nn.BatchNorm1d(3, momentum=None, device=device)
     if dtype == torch.float64:
@@ -309,7 +311,7 @@ def test_counter_counts_in_place(device: torch.device) -> None:
     assert counter.dtype == torch.int64
     assert counter.dim() == 0
     assert counter.item() == 3
-    # In-place writes that autograd would have to know of.
+    # Autograd detects writes in place by these versions.
     after = [t._version for t in (counter, module.running_mean, module.running_var)]
     assert all(b > a for a, b in zip(versions, after, strict=True))
 
@@ -324,14 +326,14 @@ def test_functional_counts_too(device: torch.device) -> None:
     assert counter.item() == 42
 
 
-# Few channels with long rows, short rows, channels last, and one that no thread count divides evenly.
+# Few channels with long rows, short rows, channels last, and a size that no number of threads divides evenly.
 DETERMINISM_SHAPES = [(4, 2, 120, 120), (16, 96, 7, 7), (2000, 24), (3, 1, 131, 127)]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", DETERMINISM_SHAPES, ids=str)
-def test_twenty_runs_are_equal_to_the_bit(
+def test_twenty_runs_are_bitwise_identical(
     device: torch.device, shape: tuple[int, ...], layout: str, training: bool
 ) -> None:
     arguments = make_arguments(shape, torch.float32, torch.float32, device, layout, layout)
@@ -346,7 +348,7 @@ def test_twenty_runs_are_equal_to_the_bit(
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", DETERMINISM_SHAPES, ids=str)
-def test_thread_count_never_changes_the_bits(shape: tuple[int, ...], layout: str, training: bool) -> None:
+def test_results_are_bitwise_independent_of_thread_count(shape: tuple[int, ...], layout: str, training: bool) -> None:
     arguments = make_arguments(shape, torch.float32, torch.float32, torch.device("cpu"), layout, layout)
     results = []
     for threads in (1, 2, 3):
@@ -370,7 +372,7 @@ def test_deterministic_algorithms_are_allowed(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_second_order_is_torchs(device: torch.device, training: bool) -> None:
+def test_second_derivatives_equal_torch(device: torch.device, training: bool) -> None:
     arguments = make_arguments((5, 3, 4), torch.float64, torch.float64, device)
     results = []
     for function in (batch_norm, F.batch_norm):

@@ -373,7 +373,7 @@ class Device:
         self.launched: list[str] = []
 
     def launch(self, what: str, seconds: float, host: float = 1e-6) -> None:
-        """Queues work of that many device seconds. Queueing takes `host` seconds on the host."""
+        """Queues work that takes `seconds` on the device. Queueing takes `host` seconds on the host."""
         self.host += host
         self.busy_until = max(self.busy_until, self.host) + seconds
         self.launched.append(what)

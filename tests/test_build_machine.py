@@ -16,7 +16,7 @@ from cuda_toolkit import Search, find_toolkit
 
 @pytest.fixture(autouse=True)
 def system_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of /usr/local/cuda, empty at first."""
+    """The substitute for /usr/local/cuda, initially empty."""
     monkeypatch.setattr(cuda_toolkit, "SYSTEM_HOME", tmp_path / "system")
     return tmp_path / "system"
 
@@ -36,7 +36,7 @@ def toolkit(
     says: str = "",
     prints_variables: bool = True,
 ) -> Path:
-    """A folder like a toolkit's, whose nvcc prints what NVIDIA's does; relative folders are below ``home``."""
+    """A folder like that of a toolkit. Its nvcc prints the same as NVIDIA's. Relative folders are below ``home``."""
     variables = f"#\\$ TOP={home}/bin/..\n{says}" if prints_variables else "nvcc fatal : no gcc"
     script(
         home / "bin" / "nvcc",
@@ -92,7 +92,7 @@ def test_a_link_elsewhere_to_an_nvcc_that_prints_no_variables(tmp_path: Path) ->
 
 
 def test_headers_and_libraries_in_the_folders_that_nvcc_names(tmp_path: Path) -> None:
-    """As conda has them below targets, and distributions in folders of their own."""
+    """conda has them below targets/, distributions in separate folders."""
     elsewhere = tmp_path / "else where"
     says = (
         f'#\\$ INCLUDES=\\"-I{elsewhere}/inc\\"  \\n'
@@ -113,7 +113,7 @@ def test_headers_and_libraries_in_the_folders_that_nvcc_names(tmp_path: Path) ->
 
 @pytest.mark.parametrize("nvcc_too", [True, False])
 def test_wheels(tmp_path: Path, nvcc_too: bool) -> None:
-    """torch's own wheels bring headers and the library; nvcc comes from one more, or from elsewhere."""
+    """torch's wheels contain headers and the library; nvcc comes from another wheel, or from elsewhere."""
     wheels = toolkit(tmp_path / "site-packages" / "nvidia" / "cu13", lib="lib")
     home = wheels
     if not nvcc_too:
@@ -134,7 +134,7 @@ def test_wrong_cuda_home(tmp_path: Path, system_home: Path) -> None:
     assert problems == ["no nvcc in CUDA_HOME=/nowhere"]
 
 
-def test_another_major_version_only_where_there_is_no_better(tmp_path: Path, system_home: Path) -> None:
+def test_another_major_version_is_used_only_if_none_matches(tmp_path: Path, system_home: Path) -> None:
     old = toolkit(tmp_path / "old", "12.4")
     found, _ = find(tmp_path, path=str(old / "bin"))
     assert found is not None
@@ -145,7 +145,7 @@ def test_another_major_version_only_where_there_is_no_better(tmp_path: Path, sys
     assert (found.home, found.version) == (system_home, "13.0")
 
 
-def test_nothing_anywhere(tmp_path: Path, system_home: Path) -> None:
+def test_no_toolkit_is_found(tmp_path: Path, system_home: Path) -> None:
     found, problems = find(tmp_path, path="/no/bin", CUDA_HOME="/nowhere")
     assert found is None
     wheels = tmp_path / "site-packages" / "nvidia" / "cu13"
@@ -172,7 +172,7 @@ def test_nvcc_that_does_not_work(tmp_path: Path, text: str) -> None:
     assert problems[0] == f"{nvcc} --version names no release"
 
 
-# ---- compilers at once -----------------------------------------------------------------------------------------------
+# ---- number of compilers ---------------------------------------------------------------------------------------------
 
 
 def machine(root: Path, cgroup: str, **files: str) -> Path:

@@ -1,4 +1,4 @@
-"""Per-channel sums and moments against float64. Runs on the fallback too."""
+"""Per-channel sums and moments compared with float64. Runs on the fallback too."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_moments(device: torch.device, shape: tuple[int, ...], dtype: torch.dtyp
         assert value.dtype == torch.float64
         assert value.shape == (shape[1],)
     deviations = (rows - rows.mean(1, keepdim=True)).square().sum(1)
-    # Narrow types may be added up in float32 tiles, around a pivot.
+    # Values of narrow types may be summed in float32, in segments and relative to a pivot.
     ulps = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     assert ((moments.mean - rows.mean(1)).abs() <= ulps * rows.abs().mean(1)).all()
     torch.testing.assert_close(moments.m2, deviations, rtol=2 * ulps, atol=1e-12)
@@ -82,7 +82,7 @@ def test_many_bytes(device: torch.device) -> None:
     assert sums.sum_of_squares.tolist() == [3_000_000 * 255**2] * 2
 
 
-def test_more_rows_of_bytes_than_32_bits_hold(device: torch.device) -> None:
+def test_sums_of_bytes_exceed_32_bits(device: torch.device) -> None:
     x = torch.full((1, 8400, 8400, 3), 255, dtype=torch.uint8, device=device).movedim(-1, 1)
     sums = channel_sums(x)
     assert sums.sum.tolist() == [8400**2 * 255] * 3
@@ -127,7 +127,7 @@ def test_nan_stays_in_its_channel(
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_infinities_of_both_signs_are_no_nan_among_the_extremes(device: torch.device, layout: str) -> None:
+def test_infinities_of_both_signs_make_moments_nan_but_not_extremes(device: torch.device, layout: str) -> None:
     x = torch.randn(8, 3, 5, device=device)
     x[2, 1, 3], x[5, 1, 0] = torch.inf, -torch.inf
     moments = channel_moments(lay_out(x, layout))
@@ -153,7 +153,7 @@ def test_infinity(device: torch.device, value: float) -> None:
 @pytest.mark.usefixtures("thread_count")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(4, 2, 40_000), (5000, 24)], ids=str)
-def test_bits_are_the_same_whatever_the_threads(shape: tuple[int, ...], layout: str) -> None:
+def test_results_are_bitwise_independent_of_thread_count(shape: tuple[int, ...], layout: str) -> None:
     x = lay_out(torch.randn(shape), layout)
     results = []
     for threads in (1, 2, 3, 2):

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a training step updates the running statistics once, with recomputation too."""
+"""Activation checkpointing: a training step updates the running statistics once, although it recomputes forward."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def block(**options: Any) -> nn.Module:
 
 
 def step(model: nn.Module, run: Callable[..., Tensor]) -> list[Tensor]:
-    """All that one training step leaves behind."""
+    """Run one training step. Returns its gradients and the buffers."""
     torch.manual_seed(1)
     x = torch.randn(5, 3, 9, requires_grad=True)
     run(x).square().sum().backward()
@@ -50,7 +50,7 @@ def selective() -> Any:
     return create_selective_checkpoint_contexts([torch.ops.aten.convolution.default])
 
 
-def skip_what_torch_refuses(how: dict[str, Any], options: dict[str, Any], backend: str | None = None) -> None:
+def skip_unsupported_by_torch(how: dict[str, Any], options: dict[str, Any], backend: str | None = None) -> None:
     if "context_fn" in how and (options.get("inplace") or backend == "aot_eager"):
         pytest.skip("selective checkpointing raises for outputs that are overwritten, and for functionalized operators")
 
@@ -70,7 +70,7 @@ options = pytest.mark.parametrize(
 @how
 @options
 def test_an_eager_layer_updates_once(how: dict[str, Any], options: dict[str, Any]) -> None:
-    skip_what_torch_refuses(how, options)
+    skip_unsupported_by_torch(how, options)
     model = block(**options)
     assert_same_step(model, functools.partial(checkpoint, model, **how), block(**options))
 
@@ -79,7 +79,7 @@ def test_an_eager_layer_updates_once(how: dict[str, Any], options: dict[str, Any
 @options
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_layer_updates_once(backend: str, how: dict[str, Any], options: dict[str, Any]) -> None:
-    skip_what_torch_refuses(how, options, backend)
+    skip_unsupported_by_torch(how, options, backend)
     model = block(**options)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     assert_same_step(model, functools.partial(checkpoint, compiled, **how), block(**options))
@@ -87,7 +87,7 @@ def test_a_compiled_layer_updates_once(backend: str, how: dict[str, Any], option
 
 @how
 @options
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # "eager" raises for any mutated buffer, torch's too
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # "eager" raises for any mutated buffer, as for torch.nn
 def test_a_checkpoint_inside_compiled_code_updates_once(
     backend: str, how: dict[str, Any], options: dict[str, Any]
 ) -> None:
@@ -196,11 +196,11 @@ def test_no_stats_update_covers_the_recomputation(compiled: bool) -> None:
     assert torch.equal(layer.running_mean, torch.zeros(3))
 
 
-# ---- wrappers that leave the update to the recomputation -------------------------------------------------------------
+# ---- wrappers that update the statistics during recomputation --------------------------------------------------------
 
 
 class _Recomputed(torch.autograd.Function):
-    """A first pass without gradients, run again in backward."""
+    """A forward pass without gradients, which backward runs again with gradients."""
 
     @staticmethod
     def forward(ctx: Any, trigger: Tensor, module: nn.Module, x: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 class LateUpdates(nn.Module):
-    """A checkpoint wrapper that turns tracking off in passes without gradients, so that recomputations update."""
+    """A checkpoint wrapper that disables tracking in passes without gradients, so that the recomputation updates."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def test_a_late_update_is_made_once(options: dict[str, Any]) -> None:
 
 
 def test_late_updates_of_torchs_own_layer_are_made_once() -> None:
-    """What the wrapper relies on."""
+    """The wrapper works with torch.nn's layer."""
     model, plain = (nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)) for _ in range(2))
     plain.load_state_dict(model.state_dict())
     assert_same_step(model, LateUpdates(model), plain)
@@ -294,7 +294,7 @@ def test_a_late_update_is_not_repeated_by_a_second_backward_pass() -> None:
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])
-def test_a_forward_told_not_to_track_leaves_no_update_behind(with_gradients: bool) -> None:
+def test_a_forward_pass_without_tracking_leaves_no_pending_update(with_gradients: bool) -> None:
     layer = normfused.BatchNorm1d(3)
     layer.track_running_stats = False
     with torch.set_grad_enabled(with_gradients):

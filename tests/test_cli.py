@@ -1,4 +1,4 @@
-"""The command line: what each command prints and what a bad argument gives."""
+"""The command line: the output of each command, and the errors of bad arguments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_runs_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "normfused", "demo", "--help"]
-    # Elsewhere: in a checkout -m would find the sources, not what is installed.
+    # In another folder: in a checkout, -m would find the sources instead of the installed package.
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("usage: normfused demo")
@@ -103,9 +103,7 @@ def test_missing_extra_names_package_and_command(
     assert fails_with(message, [], capsys)
 
 
-def test_missing_data_says_where_it_looked_and_what_to_install(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_data_error_names_folders_and_packages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = (
         f"no IDX files and no CIFAR-10 in {tmp_path}, {tmp_path}/FashionMNIST/raw, "
         f"{tmp_path}/cifar-10-batches-py, {tmp_path}/cifar-10-batches-bin; name another folder, "

@@ -125,7 +125,7 @@ def test_compiled_by_inductor_is_eager() -> None:
     compiled_equals_eager("inductor", True, {}, torch.float32, "contiguous")
 
 
-def test_compiled_one_value_per_channel_says_so() -> None:
+def test_a_compiled_layer_refuses_one_value_per_channel() -> None:
     compiled = torch.compile(normfused.BatchNorm1d(3), backend="eager")
     with pytest.raises(Exception, match="expected more than 1 value per channel when training"):
         compiled(torch.randn(1, 3))
@@ -151,8 +151,8 @@ def test_export(training: bool) -> None:
     x = torch.randn(2, 3, 8, 8)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
-    wanted = "training" if training else "inference"
-    assert any(f"batch_norm_{wanted}" in str(node.target) for node in program.graph.nodes)
+    mode = "training" if training else "inference"
+    assert any(f"batch_norm_{mode}" in str(node.target) for node in program.graph.nodes)
     module = program.module()
     for n in (2, 5):
         x = torch.randn(n, 3, 8, 8)
@@ -171,7 +171,7 @@ def double(*shape: int) -> Tensor:
 def test_gradcheck_and_gradgradcheck(training: bool, affine: str, layout: str) -> None:
     x = lay_out(double(4, 3, 2), layout).requires_grad_()
     present = {"both": (True, True), "weight": (True, False), "bias": (False, True), "none": (False, False)}
-    parameters = [double(3).requires_grad_() if there else None for there in present[affine]]
+    parameters = [double(3).requires_grad_() if is_present else None for is_present in present[affine]]
     buffers = double(3), double(3).abs() + 0.5
 
     def function(x: Tensor, *given: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def test_gradcheck_and_gradgradcheck(training: bool, affine: str, layout: str) -
         return batch_norm(x, *(t.clone() for t in buffers), w, b, training)
 
     inputs = (x, *(p for p in parameters if p is not None))
-    # Weights the outputs at random: the gradient of a plain sum is zero.
+    # The outputs are weighted, because the gradient of a plain sum is zero.
     torch.autograd.gradcheck(lambda *a: function(*a) * torch.linspace(-1, 2, 24).double().view(4, 3, 2), inputs)
     torch.autograd.gradgradcheck(function, inputs, (double(4, 3, 2).requires_grad_(),))
 
@@ -193,9 +193,9 @@ def test_frozen_inputs(training: bool, frozen: str) -> None:
     for function in (batch_norm, F.batch_norm):
         x, w, b = (t.clone().requires_grad_(n != frozen) for n, t in values.items())
         y = function(x, torch.zeros(3).double(), torch.ones(3).double(), w, b, training)
-        wanted = [t for t in (x, w, b) if t.requires_grad]
-        grads = torch.autograd.grad((y**3).sum(), wanted, create_graph=True)
-        results.append([*grads, *torch.autograd.grad(sum((g**2).sum() for g in grads), wanted, allow_unused=True)])
+        inputs = [t for t in (x, w, b) if t.requires_grad]
+        grads = torch.autograd.grad((y**3).sum(), inputs, create_graph=True)
+        results.append([*grads, *torch.autograd.grad(sum((g**2).sum() for g in grads), inputs, allow_unused=True)])
     for ours, theirs in zip(*results, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:

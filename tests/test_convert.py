@@ -33,7 +33,7 @@ def _fresh_compiler() -> None:
 
 
 def three_steps(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs and gradients of three steps of SGD, and all state at the end."""
+    """Outputs and gradients of three steps of SGD, and the state after them."""
     torch.manual_seed(5)
     optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
     results = []
@@ -48,15 +48,16 @@ def three_steps(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest of all tensors, each relative to its largest value."""
+    """The maximum difference of all tensors, relative to the maximum of each tensor."""
     return max(((a - b).abs().max() / (1 + b.abs().max())).item() for a, b in zip(ours, theirs, strict=True))
 
 
 # ---- families of networks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_families_of_networks(record_property: Callable[[str, object], None]) -> None:
-    """Outputs, three steps of SGD and evaluation, equal in float64; one graph a mode, without a break."""
+    """Outputs, three steps of SGD and evaluation are equal in float64. Each mode has one graph, without a break."""
     titles = f"{'norms':>5} {'replaced':>8} {'fused':>5} {'graphs':>6} {'training':>9} {'3 steps':>9} {'eval':>9}"
     lines = [f"{'model':22} {titles}"]
     for name, make in ZOO.items():
@@ -65,7 +66,8 @@ def test_families_of_networks(record_property: Callable[[str, object], None]) ->
         stock = make().double()
         ours = normfused.convert(copy.deepcopy(stock))
         assert ours.training
-        # Three steps of a deep network amplify last digits. How much is seen from one whose weights differ in these.
+        # Three steps of a deep network amplify rounding errors. A copy whose weights differ in the last bit shows how
+        # much.
         nudged = copy.deepcopy(stock)
         with torch.no_grad():
             for p in nudged.parameters():
@@ -85,7 +87,7 @@ def test_families_of_networks(record_property: Callable[[str, object], None]) ->
         assert steps <= max(1e-10, limit), name
         assert (len(report.replaced), fused) == EXPECTED[name]
         assert (report.skipped, report.pending) == ([], []), name
-        # Without a break: for a batch of 6, for any batch, in evaluation.
+        # Graphs for a batch of 6, for any batch, and for evaluation; a graph break would add more.
         assert report.graphs <= 4, name
     record_property("table", "\n".join(lines))
 
@@ -105,7 +107,7 @@ def test_in_float32_as_close_as_torch(name: str) -> None:
     assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-6 * truth.abs().max()
 
 
-# ---- what convert does at once, and what it does not -----------------------------------------------------------------
+# ---- what convert does immediately, and what it does not -------------------------------------------------------------
 
 
 def test_conversion_runs_nothing_and_changes_only_classes() -> None:
@@ -166,7 +168,7 @@ def test_report_with_example_inputs() -> None:
     assert str(report).splitlines()[-1].startswith("saved for backward: ")
 
 
-def test_example_inputs_and_generators_are_left_as_they_were() -> None:
+def test_example_inputs_and_generators_are_unchanged() -> None:
     class Changes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -229,7 +231,7 @@ def test_converting_twice_is_converting_once() -> None:
     assert (len(report.replaced), len(report.fused), report.graphs) == (20, 17, 1)
 
 
-# ---- back ------------------------------------------------------------------------------------------------------------
+# ---- revert ----------------------------------------------------------------------------------------------------------
 
 
 @models
@@ -274,7 +276,7 @@ def evaluated(m: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("change", [doubled, assigned, buffers_replaced, evaluated])
-def test_revert_returns_the_state_of_now(change: Callable[[nn.Module], nn.Module]) -> None:
+def test_revert_keeps_the_current_state(change: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)
     stock = resnet18()
     ours = normfused.convert(copy.deepcopy(stock))
@@ -290,10 +292,10 @@ def test_revert_returns_the_state_of_now(change: Callable[[nn.Module], nn.Module
     torch.testing.assert_close(back(images()), stock(images()), rtol=1e-6, atol=1e-6)
 
 
-# ---- modes, and how many graphs they take ----------------------------------------------------------------------------
+# ---- number of graphs per mode ---------------------------------------------------------------------------------------
 
 
-def test_modes_and_sizes_take_a_bounded_number_of_graphs() -> None:
+def test_modes_and_sizes_need_a_bounded_number_of_graphs() -> None:
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), BasicBlock(4, 6, 2)).double()
     ours = normfused.convert(copy.deepcopy(stock))
@@ -305,12 +307,12 @@ def test_modes_and_sizes_take_a_bounded_number_of_graphs() -> None:
                     with context():
                         got, expected = ours.train(training)(x), stock.train(training)(x)
                     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
-    # Six modes. In each the first size is static; later ones share a graph, one where only the batch differed so far.
+    # Six modes, each with up to three graphs: for the first size, for any batch, and for any size.
     assert normfused.conversion_report(ours).graphs <= 6 * 3
 
 
 def test_blocks_of_many_widths_are_all_fused() -> None:
-    """More than Dynamo's own limit of eight, in a bare container, and called one by one."""
+    """More blocks than Dynamo's limit of eight, in a plain container, and called one by one."""
 
     def block(width: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 3, 1))
@@ -334,7 +336,7 @@ def test_blocks_of_many_widths_are_all_fused() -> None:
         assert report.pending == []
 
 
-def test_the_limit_of_graphs_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_graphs_gives_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normfused.conversion.capture.RECOMPILE_LIMIT", 2)
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.0), nn.ReLU()).double()
@@ -445,5 +447,5 @@ def test_resnet50_is_reported_as_a_table() -> None:
     model = normfused.convert(resnet50(), example_inputs=(images(2, 64, torch.float32),))
     lines = str(normfused.conversion_report(model)).splitlines()
     assert lines[0] == "53 batch norms replaced, 49 fused"
-    wanted = ["fused", "layer2.1.bn3", "torch.nn.BatchNorm2d", "+", "add", "+", "relu"]
-    assert any(line.split() == wanted for line in lines)
+    expected = ["fused", "layer2.1.bn3", "torch.nn.BatchNorm2d", "+", "add", "+", "relu"]
+    assert any(line.split() == expected for line in lines)

@@ -54,7 +54,7 @@ TIMM_OPTIONS: dict[str, tuple[dict, str | None]] = {
     "silu": ({"act_layer": nn.SiLU}, "silu"),
     "no activation": ({"apply_act": False}, None),
     "identity": ({"act_layer": nn.Hardswish, "drop_layer": nn.Identity}, "hardswish"),
-    "dropout of nothing": ({"drop_layer": lambda: nn.Dropout(0.0)}, "relu"),
+    "disabled dropout": ({"drop_layer": lambda: nn.Dropout(0.0)}, "relu"),
     "dropout": ({"drop_layer": lambda: nn.Dropout(0.5)}, None),
     "not affine": ({"momentum": 0.3, "eps": 0.01, "affine": False}, "relu"),
 }
@@ -102,7 +102,7 @@ def test_frozen_layers_of_mixed_precision_promote_as_before() -> None:
 
 
 @pytest.mark.parametrize("where", ["torchvision.ops.misc", "detectron2.layers.batch_norm"])
-def test_frozen_layers_are_known_by_where_they_are_defined(where: str) -> None:
+def test_frozen_layers_are_recognized_by_their_module(where: str) -> None:
     class FrozenBatchNorm2d(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -122,7 +122,7 @@ def test_frozen_layers_are_known_by_where_they_are_defined(where: str) -> None:
     assert type(normfused.revert(ours)[1]) is FrozenBatchNorm2d
 
 
-def test_a_known_name_without_the_known_attributes_is_left_alone() -> None:
+def test_a_known_class_name_without_its_attributes_is_not_replaced() -> None:
     stock = nn.Sequential(BatchNormAct2d(3)).double()
     del stock[0].drop
     stock[0].forward = types.MethodType(lambda self, x: x, stock[0])
@@ -131,11 +131,11 @@ def test_a_known_name_without_the_known_attributes_is_left_alone() -> None:
     assert normfused.conversion_report(ours).skipped == [("0", "timm.layers.norm_act.BatchNormAct2d: it has no drop")]
 
 
-# ---- the user's own --------------------------------------------------------------------------------------------------
+# ---- classes of users ------------------------------------------------------------------------------------------------
 
 
 class Doubled(nn.BatchNorm2d):
-    """A forward around torch's, and a counter."""
+    """Has a counter, and its own forward, which calls torch's."""
 
     def __init__(self, *args: int) -> None:
         super().__init__(*args)
@@ -146,7 +146,7 @@ class Doubled(nn.BatchNorm2d):
         return super().forward(x) * 2
 
 
-def test_subclasses_with_a_forward_of_their_own_are_left_alone() -> None:
+def test_subclasses_with_their_own_forward_are_not_replaced() -> None:
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Conv2d(3, 3, 1), Doubled(3), nn.ReLU(), Doubled(3)).double()
     ours = normfused.convert(copy.deepcopy(stock))
@@ -229,10 +229,10 @@ def test_bad_registrations_are_refused(arguments: tuple, message: str) -> None:
         normfused.register_conversion(*arguments)
 
 
-# ---- layers that are torch's, but changed on the instance ------------------------------------------------------------
+# ---- instances of torch's layers that were changed -------------------------------------------------------------------
 
 
-def test_a_forward_set_on_the_layer_stays() -> None:
+def test_a_layer_with_a_replaced_forward_is_not_converted() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
     model[0].forward = types.MethodType(lambda self, x: x + 1, model[0])
     normfused.convert(model)
@@ -243,7 +243,7 @@ def test_a_forward_set_on_the_layer_stays() -> None:
     assert skipped == ("0", "torch.nn.modules.batchnorm.BatchNorm2d: its forward is replaced on the layer itself")
 
 
-def test_parametrized_layers_are_left_alone() -> None:
+def test_parametrized_layers_are_not_replaced() -> None:
     class Positive(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.abs() + 1

@@ -1,4 +1,4 @@
-"""Converted models under DistributedDataParallel and fully_shard, on two ranks: as without conversion."""
+"""Converted models under DistributedDataParallel and fully_shard, on two ranks, equal unconverted ones."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_under_distributed_data_parallel(ranks: Ranks) -> None:
 
 
 def test_synchronized_under_distributed_data_parallel(ranks: Ranks) -> None:
-    # They have an operator of their own for each side of the exchange, and run as they are.
+    # They call separate operators before and after the exchange, and are not fused.
     for report in ranks.run(2, data_parallel, True):
         assert ", 0 fused" in report
 

@@ -1,4 +1,4 @@
-"""What is fused in a graph, what is not and the reason; results are the same in both cases."""
+"""Which patterns are fused in a graph, which are not, and the reason. Results are equal in both cases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _fresh_compiler() -> None:
 
 
 class Case(nn.Module):
-    """A graph by its forward function."""
+    """A module whose forward is the given function."""
 
     def __init__(self, function: Callable[[Case, Tensor], Tensor]) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ FUSED: dict[str, tuple[Callable[[Case, Tensor], Tensor], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_what_is_fused(name: str) -> None:
+def test_fused_patterns(name: str) -> None:
     function, fused = FUSED[name]
     assert converted_is_the_same(function).fused == fused
 
@@ -173,7 +173,7 @@ def added_to_another(m: Case, x: Tensor) -> Tensor:
     return torch.relu(r) * s
 
 
-def added_to_what_is_viewed(m: Case, x: Tensor) -> Tensor:
+def added_to_a_viewed_tensor(m: Case, x: Tensor) -> Tensor:
     r = x * 2
     flat = r.view(-1)
     r += m.a(x)
@@ -245,7 +245,7 @@ NOT_FUSED: list[tuple[Callable[[Case, Tensor], Tensor], str]] = [
     (residual_changed_by_out, "its operands are changed in between"),
     (residual_changed_by_inplace_relu, "its operands are changed in between"),
     (added_to_another, "it is added in place to another tensor"),
-    (added_to_what_is_viewed, "it is added in place to another tensor"),
+    (added_to_a_viewed_tensor, "it is added in place to another tensor"),
     (saved_residual_changed_later, "the addend is changed later"),
     (weight_changed, "its operands are changed in between"),
     (statistics_read, "its running statistics are used in between"),
@@ -260,7 +260,7 @@ NOT_FUSED: list[tuple[Callable[[Case, Tensor], Tensor], str]] = [
 
 
 @pytest.mark.parametrize(("function", "reason"), NOT_FUSED, ids=[f.__name__ for f, _ in NOT_FUSED])
-def test_what_is_not_fused(function: Callable[[Case, Tensor], Tensor], reason: str) -> None:
+def test_patterns_that_are_not_fused(function: Callable[[Case, Tensor], Tensor], reason: str) -> None:
     torch.manual_seed(0)
     stock = Case(function).double()
     ours = normfused.convert(copy.deepcopy(stock))
@@ -273,12 +273,12 @@ def test_what_is_not_fused(function: Callable[[Case, Tensor], Tensor], reason: s
     assert normfused.conversion_report(ours).unfused["a"] == reason
 
 
-def test_a_residual_of_one_channel_is_left_alone() -> None:
+def test_a_residual_of_one_channel_is_not_fused() -> None:
     report = converted_is_the_same(lambda m, x: torch.relu(m.a(x) + x[:, :1]))
     assert report.unfused["a"] == "the addend has another shape"
 
 
-def test_a_residual_of_another_dtype_is_left_alone() -> None:
+def test_a_residual_of_another_dtype_is_not_fused() -> None:
     torch.manual_seed(0)
     stock = Case(lambda m, x: torch.relu(m.a(x) + x.double()))
     ours = normfused.convert(copy.deepcopy(stock))
@@ -336,11 +336,11 @@ INPLACE: list[tuple[Callable[[Case, Tensor], Tensor], str]] = [
 
 
 @pytest.mark.parametrize(("function", "fused"), INPLACE, ids=[f.__name__ for f, _ in INPLACE])
-def test_in_place_where_nothing_else_reads_the_input(function: Callable[[Case, Tensor], Tensor], fused: str) -> None:
+def test_in_place_if_nothing_else_reads_the_input(function: Callable[[Case, Tensor], Tensor], fused: str) -> None:
     assert converted_is_the_same(function, inplace=True).fused["a"] == fused
 
 
-# ---- the rules themselves --------------------------------------------------------------------------------------------
+# ---- rules -----------------------------------------------------------------------------------------------------------
 
 
 def nodes_of(function: Callable[..., object], *inputs: Tensor) -> list[torch.fx.Node]:

@@ -124,19 +124,19 @@ def test_hooks_for_saved_tensors_around_calls() -> None:
 
 
 def test_a_gradient_that_is_retained_in_between() -> None:
-    kept: list[Tensor] = []
+    retained: list[Tensor] = []
 
     def retain(m: Net, x: Tensor) -> Tensor:
         y = m.stem[1](x)
         y.retain_grad()
-        kept.append(y)
+        retained.append(y)
         return m.head(F.relu(y))
 
     stock = Net(retain).double()
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
     for model in (normfused.convert(copy.deepcopy(stock)), stock):
         model(x).pow(3).sum().backward()
-    torch.testing.assert_close(kept[0].grad, kept[1].grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(retained[0].grad, retained[1].grad, rtol=1e-10, atol=1e-10)
 
 
 def test_global_module_hooks() -> None:
@@ -170,7 +170,7 @@ class Features:
 
 
 class Record(OrderedDict):
-    """As libraries return their results: a dictionary whose items are attributes too."""
+    """A dictionary whose items are attributes too, as libraries return."""
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -207,7 +207,7 @@ def test_keyword_and_nested_inputs() -> None:
         torch.testing.assert_close(ours({"a": a, "b": b}, **arguments), stock({"a": a, "b": b}, **arguments))
 
 
-def test_generators_and_other_callables_run_as_they_are() -> None:
+def test_generators_run_unchanged() -> None:
     class Stages(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -270,7 +270,7 @@ def test_activation_checkpointing_updates_statistics_once(where: str, reentrant:
 
 
 class Cube(torch.autograd.Function):
-    """Its gradient is not that of its formula, so that a derivative by any other way is noticed."""
+    """Its backward is not the derivative of its forward, so that a derivative computed any other way is detected."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A converted model does what its Python code says: contexts, branches, state, children.
 
-Each case is the smallest model of one kind. It is run as it is and converted, for the same steps, and everything that
-can be seen of it must be equal: outputs, gradients, parameters, buffers, attributes.
+Each case is the smallest model of one kind. It runs unconverted and converted, for the same steps. Everything
+observable must be equal: outputs, gradients, parameters, buffers, attributes.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def test_autocast_inside_and_around_forward(function: Callable[[Net, Tensor], Te
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
-def test_contexts_around_calls_have_graphs_of_their_own() -> None:
+def test_contexts_around_calls_have_separate_graphs() -> None:
     ours, stock = normfused.convert(Net(frozen_stem)), Net(frozen_stem)
     ours.load_state_dict(stock.state_dict())
     x = torch.randn(4, 3, 5, 5)
@@ -175,7 +175,7 @@ def test_contexts_around_calls_have_graphs_of_their_own() -> None:
                 got, expected = ours(x), stock(x)
             torch.testing.assert_close(got, expected)
             assert (got.requires_grad, got.is_inference()) == (expected.requires_grad, expected.is_inference())
-    # One static graph each; the second round captures nothing new.
+    # One static graph per context; the second round captures nothing.
     assert normfused.conversion_report(ours).graphs == 3
 
 
@@ -375,12 +375,12 @@ def index(m: Net, x: Tensor) -> Tensor:
     return m.head(m.stem[-1](m.stem[1](m.stem[0](x))))
 
 
-def ask_for_attributes(m: Net, x: Tensor) -> Tensor:
+def read_attributes(m: Net, x: Tensor) -> Tensor:
     norm = m.stem[1]
     return m.head(m.stem(x) * norm.num_features + norm.eps + len(m.stem) + norm.weight.sum() + m.stem[0].out_channels)
 
 
-def ask_for_types(m: Net, x: Tensor) -> Tensor:
+def check_types(m: Net, x: Tensor) -> Tensor:
     for layer in m.stem:
         x = layer(x) * 2 if isinstance(layer, nn.BatchNorm2d) else layer(x)
     return x
@@ -390,7 +390,7 @@ def call_forward(m: Net, x: Tensor) -> Tensor:
     return m.head.forward(m.stem[1].forward(x))
 
 
-@pytest.mark.parametrize("function", [iterate, index, ask_for_attributes, ask_for_types, call_forward])
+@pytest.mark.parametrize("function", [iterate, index, read_attributes, check_types, call_forward])
 def test_children_used_by_their_parent(function: Callable[[Net, Tensor], Tensor]) -> None:
     assert_same(Net(function))
 
@@ -420,7 +420,7 @@ def test_methods_other_than_forward_are_fused_in_their_children() -> None:
 
 
 class Routed(nn.Module):
-    """As detection models are written: modules with attributes `f` and `i`, and a list of earlier outputs."""
+    """Written like detection models: modules with attributes `f` and `i`, and a list of earlier outputs."""
 
     def __init__(self) -> None:
         super().__init__()

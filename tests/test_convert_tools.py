@@ -59,7 +59,7 @@ def test_copies(copied: Callable[[nn.Module], nn.Module], name: str, called: boo
 
 
 def test_a_replica_runs_on_its_own_parameters() -> None:
-    """nn.DataParallel copies the attributes of each module, what it is called by included."""
+    """nn.DataParallel copies the attributes of each module, including its compiled call."""
     model = normfused.convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
     x = images(dtype=torch.float32)
     model(x)
@@ -112,7 +112,7 @@ def test_double_backward_through_a_converted_model() -> None:
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
-def test_traced_and_exported_as_without_conversion() -> None:
+def test_tracing_and_export_of_a_converted_model() -> None:
     torch.manual_seed(0)
     model = normfused.convert(resnet10()).eval()
     x = images(dtype=torch.float32)

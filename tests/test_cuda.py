@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: graphs, streams, synchronization, and the same bits every time."""
+"""Tests that need a CUDA device: graphs, streams, synchronization, determinism."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def inputs(request: pytest.FixtureRequest, device: torch.device) -> tuple[normfu
     return normfused.BatchNorm2d(shape[1]).to(device), x, torch.randn_like(x)
 
 
-def test_every_run_gives_the_same_bits(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
-    """Beside other work on the device too."""
+def test_every_run_is_bitwise_identical(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
+    """Also while other work runs on the device."""
     layer, *tensors = inputs
     first = step(layer, *tensors)
-    beside = torch.cuda.Stream()
+    other = torch.cuda.Stream()
     noise = torch.randn(2048, 2048, device="cuda")
     for _ in range(10):
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(other):
             noise = noise @ noise.T / 2048
         again = step(layer, *tensors)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    beside.synchronize()
+    other.synchronize()
 
 
 def test_graph_replays_equal_eager_steps(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
@@ -73,8 +73,8 @@ def test_graph_replays_equal_eager_steps(inputs: tuple[normfused.BatchNorm2d, Te
     assert layer.num_batches_tracked == 3
 
 
-def test_graph_replays_beside_eager_work(device: torch.device) -> None:
-    """A graph has tickets of its own: what runs on the stream it was captured on does not disturb it."""
+def test_graph_replays_during_eager_work(device: torch.device) -> None:
+    """A graph has its own tickets, so later work on the stream of its capture does not disturb it."""
     x = torch.randn(32, 64, 56, 56, device=device)
     layer = normfused.BatchNorm2d(64).to(device)
     expected = layer(x)
@@ -86,13 +86,13 @@ def test_graph_replays_beside_eager_work(device: torch.device) -> None:
         with torch.cuda.stream(replay):
             graph.replay()
         with torch.cuda.stream(capture):
-            beside = layer(x)
+            eager = layer(x)
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)
-    assert torch.equal(beside, expected)
+    assert torch.equal(eager, expected)
 
 
-def test_nothing_waits_for_the_device(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
+def test_no_call_synchronizes_with_the_device(inputs: tuple[normfused.BatchNorm2d, Tensor, Tensor]) -> None:
     layer, x, grad_output = inputs
     cumulative = normfused.BatchNorm2d(x.size(1), momentum=None).to(x.device)
     step(layer, x, grad_output)
@@ -113,7 +113,7 @@ def test_runs_on_the_current_stream(device: torch.device) -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
-        x.fill_(3)  # late: a launch on another stream would still see 1
+        x.fill_(3)  # delayed: a launch on another stream would still read 1
         layer(x)
     stream.synchronize()
     assert torch.allclose(layer.running_mean, torch.full_like(layer.running_mean, 0.3))
@@ -174,7 +174,7 @@ def test_device_need_not_be_the_current_one(device: torch.device) -> None:
     assert torch.allclose(layer(x), reference(x), atol=1e-5)
 
 
-def test_memory_is_given_back(device: torch.device) -> None:
+def test_memory_is_released(device: torch.device) -> None:
     x = torch.randn(32, 64, 56, 56, device=device, requires_grad=True)
     layer = normfused.BatchNorm2d(64).to(device)
     step(layer, x, x.detach())

@@ -14,9 +14,9 @@ import normfused
 pytestmark = pytest.mark.parametrize("device", ["cuda"], indirect=True)
 
 MODES = ["default", "reduce-overhead"]
-# One block a channel, and several, which count on each other.
+# One block per channel, and several, the last of which merges.
 SHAPES = [(8, 64, 8, 8), (32, 16, 56, 56)]
-STEPS = 6  # mode="reduce-overhead" runs one, records one, and replays the others
+STEPS = 6  # mode="reduce-overhead" runs the first, records the second, and replays the others
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +29,14 @@ def _fresh_compiler() -> Iterator[None]:
 def train(
     model: nn.Module, function: Callable[[Tensor], Tensor], inputs: list[Tensor], grads: list[Tensor]
 ) -> list[Tensor]:
-    """Outputs and gradients of each step, and at the end the state."""
+    """Outputs and gradients of each step, and the state after the last one."""
     results = []
     for values, grad_output in zip(inputs, grads, strict=True):
         torch.compiler.cudagraph_mark_step_begin()
         x = values.clone().requires_grad_()
         y = function(x)
         y.backward(grad_output)
-        # Copies: a replay writes over what the one before gave.
+        # Copies, because a replay overwrites the results of the previous one.
         results += [y.detach().clone(), x.grad.clone(), *(p.grad.clone() for p in model.parameters())]
         for parameter in model.parameters():
             parameter.grad = None
@@ -66,7 +66,7 @@ def test_compiled_training_is_eager_training(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_compiled_network_trains_as_torchs(device: torch.device, mode: str) -> None:
+def test_a_compiled_network_trains_like_torchs(device: torch.device, mode: str) -> None:
     """Batch norm between other layers, which compilers fuse, and twice in one graph."""
 
     def network(layers: object) -> nn.Module:
@@ -101,7 +101,7 @@ def test_compiled_evaluation(device: torch.device, mode: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast(device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
-    """What a convolution gives under autocast is normalized in its dtype, with float32 parameters, as torch does."""
+    """The output of a convolution under autocast is normalized in its dtype, with float32 parameters, as by torch."""
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()).to(device)
     model = normfused.convert(copy.deepcopy(stock), fuse=False)
@@ -113,7 +113,7 @@ def test_autocast(device: torch.device, dtype: torch.dtype, compiled: bool) -> N
         x = torch.randn(8, 3, 30, 30, device=device, requires_grad=True)
         with torch.autocast(device.type, dtype):
             y = function(x)
-        (1000 * y.float().square().mean()).backward()  # gradients that float16 resolves
+        (1000 * y.float().square().mean()).backward()  # scaled, so that the gradients do not underflow in float16
         results.append([y, x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype

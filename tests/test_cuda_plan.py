@@ -53,7 +53,7 @@ def test_resnet50(channels: int, side: int) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("resident", [2, 3, 4])
 def test_waves_of_blocks_are_full(channels: int, itemsize: int, channels_last: bool, resident: int) -> None:
-    """As many blocks as are resident at once, or a few times that, where each then has enough to read."""
+    """A grid is one to four waves of resident blocks, and nearly full, if each block then has enough to read."""
     positions = (256 << 20) // (channels * itemsize)
     view = (positions, channels, 1) if channels_last else (256, channels, positions // 256)
     if channels == 1:
@@ -77,10 +77,10 @@ def test_no_block_merges_many_splits(channels: int, side: int, batch: int, items
 
 
 def test_tiny_shapes_get_more_blocks() -> None:
-    """Up to a thread for each vector of a channel, or a sector for each row of a tile."""
-    assert plan("TRAINING", (8, 64, 64), 4)["lanes"] == 128  # of as many vectors
+    """A channel gets up to one thread per vector, and a tile is as narrow as a sector."""
+    assert plan("TRAINING", (8, 64, 64), 4)["lanes"] == 128  # the number of vectors of a channel
     assert plan("TRAINING", (32, 64, 196), 4)["tiles"] == 64
-    assert plan("TRAINING", (32, 2048, 64), 2)["lanes"] == 32  # enough blocks as it is
+    assert plan("TRAINING", (32, 2048, 64), 2)["lanes"] == 32  # enough blocks already
     assert plan("TRAINING", (64, 512, 1), 2)["width"] == 2
 
 
@@ -90,29 +90,29 @@ def test_blocks_have_enough_to_read() -> None:
     assert plan("MOMENTS", (1000, 3, 1), 2)["splits"] == 1
 
 
-def test_channels_that_do_not_fill_vectors_stand_side_by_side() -> None:
+def test_channels_that_do_not_fill_vectors_are_repeated() -> None:
     assert [plan("MOMENTS", (9999, c, 1), 2)["repeat"] for c in (3, 4, 6, 8, 12, 65)] == [8, 2, 4, 1, 2, 8]
     assert plan("MOMENTS", (9999, 3, 1), 4)["repeat"] == 4
-    wide = plan("MOMENTS", (9999, 2049, 1), 2)  # side by side they would not fit into one block
+    wide = plan("MOMENTS", (9999, 2049, 1), 2)  # repeated, they would not fit into one block
     assert (wide["repeat"], wide["values"]) == (1, 1)
 
 
 def test_rows_that_do_not_fill_vectors_are_folded() -> None:
-    """Where the rows of all channels together do, and those of a few channels fit into a block."""
+    """If the rows of all channels together fill vectors, and the rows of a few channels fit into a block."""
     for inner, values, width in ((49, 8, 49), (196, 8, 49), (7, 8, 14), (2, 8, 1)):
         chosen = plan("MOMENTS", (1024, 64, inner), 2)
         assert (chosen["folded"], chosen["values"], chosen["masked"]) == (True, values, False), inner
         assert chosen["width"] % width == 0 or inner < 8, inner
     assert not plan("MOMENTS", (99, 64, 64), 2)["folded"]  # rows are whole vectors
-    assert plan("MOMENTS", (99, 12, 49), 2)["masked"]  # a row of all channels is not
+    assert plan("MOMENTS", (99, 12, 49), 2)["masked"]  # a row of all channels is not whole vectors
     assert plan("MOMENTS", (99, 64, 55 * 55), 2)["masked"]  # 8 channels of it are more than a block has threads
-    assert plan("MOMENTS", (99, 3, 7), 2)["values"] == 1  # neither, and shorter than a vector
+    assert plan("MOMENTS", (99, 3, 7), 2)["values"] == 1  # not whole vectors either, and shorter than a vector
     wide = plan("MOMENTS", (2, 512, 49), 2)  # so few rows that a tile is wider
     assert wide["width"] >= 98 or wide["tiles"] == 64
 
 
 @pytest.mark.parametrize("view", [(8, 64, 64), (512, 64, 1), (32, 512, 49)])
-def test_small_channels_take_one_launch(view: tuple[int, int, int]) -> None:
+def test_small_channels_need_one_launch(view: tuple[int, int, int]) -> None:
     size = view[0] * view[1] * view[2] * 4
     training, backward = plan("TRAINING", view, 4), plan("BACKWARD", view, 4)
     assert (training["single"], training["launches"]) == (True, 1)
@@ -123,7 +123,7 @@ def test_small_channels_take_one_launch(view: tuple[int, int, int]) -> None:
 
 
 def test_traffic_of_a_large_tensor() -> None:
-    """32 x 64 x 112 x 112 in float32, 102,760,448 bytes: by hand, 64 channels in 4 splits with two sums of 8 bytes."""
+    """Counted by hand: 32 x 64 x 112 x 112 float32 values, 64 channels, 4 splits, two sums of 8 bytes per channel."""
     view, size, partials = (32, 64, 12544), 102_760_448, 4 * 64 * 2 * 8
     expected = {
         "TRAINING": (2, 2 * size + partials, size + partials),

@@ -1,7 +1,7 @@
 """Batch norm on several CUDA streams, threads and devices at once, and in graphs that are replayed many times.
 
-The shapes are reduced in several blocks a channel, whose last one to arrive is found by a counter in memory: launches
-that run at the same time must not share it.
+The shapes are reduced by several blocks per channel. A counter in memory tells the last of them that it is the last.
+Concurrent launches must not share a counter.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def test_two_streams_at_once(device: torch.device, shape: tuple[int, ...], memor
             assert_equal(got, want)
 
 
-def test_streams_that_come_and_go(device: torch.device) -> None:
-    """A destroyed stream's handle may be that of the next one."""
+def test_streams_that_are_destroyed_and_created(device: torch.device) -> None:
+    """The next stream may have the handle of a destroyed one."""
     layer, x, grad_output = make(SHAPES[0], torch.contiguous_format, 0, device)
     expected = step(layer, x, grad_output)
     for _ in range(40):
@@ -127,7 +127,7 @@ def test_two_graphs_at_once(device: torch.device) -> None:
 
 
 def test_a_first_call_can_be_captured(device: torch.device) -> None:
-    """What a process sets up once, it can set up in a capture; in a process that has done nothing else."""
+    """Initialization that a process does once also works during a capture. Runs in a new process."""
     code = """
 import torch, normfused
 x = torch.randn(32, 3, 65, 33, device="cuda")
@@ -144,9 +144,9 @@ torch.testing.assert_close(y, torch.nn.BatchNorm2d(3).cuda()(x), rtol=1e-4, atol
 
 
 def test_stream_of_each_thread(device: torch.device) -> None:
-    """cudaStreamPerThread is one handle for as many streams as there are threads.
+    """cudaStreamPerThread is one handle, which stands for a different stream in each thread.
 
-    Without the caching allocator, which takes the handle for one stream and would hand memory from thread to thread.
+    Runs without the caching allocator, which regards the handle as one stream and would reuse memory across threads.
     """
     code = """
 import threading, torch, normfused
@@ -190,8 +190,8 @@ def run_alone(code: str, **settings: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_threads_with_streams_of_their_own(device: torch.device) -> None:
-    """Forward and backward from two threads, each on its stream."""
+def test_threads_with_separate_streams(device: torch.device) -> None:
+    """Forward and backward run in two threads, each on its own stream."""
     import threading
 
     calls = [make(SHAPES[0], torch.contiguous_format, seed, device) for seed in range(2)]
@@ -228,7 +228,7 @@ def test_a_device_that_is_not_the_current_one(
     expected = [*step(*call), *functional.channel_moments(call[1].detach())[1:]]
     for stream in (torch.cuda.default_stream(other), torch.cuda.Stream(other)):
         torch.cuda.synchronize(other)
-        torch.cuda.set_stream(stream)  # which makes its device the current one
+        torch.cuda.set_stream(stream)  # this makes its device the current one
         torch.cuda.set_device(0)
         got = [*step(*call_there), *functional.channel_moments(call_there[1].detach())[1:]]
         assert torch.cuda.current_device() == 0

@@ -36,7 +36,7 @@ class Items(Dataset[Any]):
 
 
 class Threads(Items):
-    """Refuses to be read where a worker has threads of its own."""
+    """Raises if a worker process uses more than one thread."""
 
     def __getitem__(self, index: int) -> Any:
         assert torch.utils.data.get_worker_info() is not None
@@ -45,7 +45,7 @@ class Threads(Items):
 
 
 class Shard(IterableDataset[Any]):
-    """Gives each worker its share."""
+    """Yields a different part of the items in each worker."""
 
     def __init__(self, items: list[Any]) -> None:
         self.items = items
@@ -112,7 +112,7 @@ def test_one_image_is_no_data_set() -> None:
 
 @pytest.fixture
 def start_method() -> Iterator[Callable[[str], None]]:
-    """Sets how processes start, and sets it back."""
+    """Sets the start method of processes, and restores it."""
     before = multiprocessing.get_start_method()
     yield lambda method: multiprocessing.set_start_method(method, force=True)
     multiprocessing.set_start_method(before, force=True)
@@ -122,7 +122,7 @@ def start_method() -> Iterator[Callable[[str], None]]:
 @pytest.mark.parametrize(("method", "workers"), [("fork", 4), ("spawn", 2)])
 def test_workers(start_method: Callable[[str], None], method: str, workers: int) -> None:
     start_method(method)
-    torch.ones(1 << 20).sum()  # this process has used its threads
+    torch.ones(1 << 20).sum()  # starts the threads of this process
     assert_is_of_all_pixels(dataset_stats(Threads(IMAGES), num_workers=workers, batch_size=2))
 
 
@@ -130,12 +130,12 @@ def test_workers_of_an_iterable_dataset() -> None:
     assert_is_of_all_pixels(dataset_stats(Shard(IMAGES), num_workers=2))
 
 
-def test_workers_give_the_same_bits() -> None:
+def test_workers_give_bitwise_identical_results() -> None:
     floats = Items([torch.randn(3, 5 + i, 9) for i in range(10)])
     assert dataset_stats(floats, num_workers=2, batch_size=3) == dataset_stats(floats, batch_size=3)
 
 
-def test_random_numbers_stay_as_they_are() -> None:
+def test_random_state_is_unchanged() -> None:
     state = torch.get_rng_state()
     dataset_stats(Items(IMAGES))
     assert torch.equal(state, torch.get_rng_state())
@@ -274,7 +274,7 @@ distributed.destroy_process_group()
 def test_all_reduce(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "store"), str(tmp_path / "stats")]
     command = [sys.executable, "-W", "ignore", "-c", ALL_REDUCE]
-    # Not in the checkout, whose folder normfused has no extension.
+    # Not in the checkout: its normfused/ may have no extension.
     processes = [subprocess.Popen([*command, str(rank), *arguments], cwd=tmp_path) for rank in (0, 1)]
     try:
         assert [process.wait(timeout=120) for process in processes] == [0, 0]
@@ -328,5 +328,5 @@ assert sum(s.sum_of_squares for s in stats.sums) == squares
 
 @pytest.mark.large
 @pytest.mark.usefixtures("needs_extension")
-def test_a_billion_bytes_in_no_more_memory(tmp_path: Path) -> None:
+def test_a_billion_bytes_need_no_additional_memory(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", BILLION], check=True, timeout=900, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""The demo: its data, its networks, and a small training from start to end."""
+"""The demo: its data, its networks, and short training runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LABELS = torch.arange(20).remainder(10).to(torch.uint8)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The networks here are so small that on a busy machine threads only wait for each other."""
+    """The networks are so small that more threads make them slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves no data but scikit-learn's digits."""
+    """Hides all data sets except scikit-learn's digits."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "missing")
 
@@ -148,7 +148,7 @@ def test_missing_label_file_is_named(tmp_path: Path) -> None:
         (IMAGES[:, :3], LABELS, "images of 3x5 pixels, but the networks need at least 4x4"),
     ],
 )
-def test_unfit_data_are_named(tmp_path: Path, images: Tensor, labels: Tensor, message: str) -> None:
+def test_invalid_data_are_named(tmp_path: Path, images: Tensor, labels: Tensor, message: str) -> None:
     path = tmp_path / "labels"
     with pytest.raises(DemoError) as raised:
         Split.checked(images.unsqueeze(1), labels, path)
@@ -196,8 +196,8 @@ def test_cifar_folder_is_read(
     assert dataset.test.labels.tolist() == CIFAR_LABELS
 
 
-def test_pickle_as_python_2_wrote_it(tmp_path: Path) -> None:
-    # Protocol 2, native strings, and numpy 1's name of the module: as in the published files.
+def test_pickle_written_by_python_2(tmp_path: Path) -> None:
+    # As in the published files: protocol 2, native strings, and the module name of numpy 1.
     path = tmp_path / "batch"
     path.write_bytes(
         b"\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b"
@@ -210,7 +210,7 @@ def test_pickle_as_python_2_wrote_it(tmp_path: Path) -> None:
 
 
 class Exploit:
-    """Unpickled without care, it would run a command."""
+    """Calls a function when an ordinary unpickler loads it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -227,7 +227,7 @@ def test_pickle_that_calls_a_function_is_refused(tmp_path: Path) -> None:
     assert str(raised.value).startswith(f"{path}: refused to load ")
     assert not touched.exists()
     pickle.loads(path.read_bytes())
-    assert touched.exists(), "the file must be one that an ordinary unpickler acts upon"
+    assert touched.exists(), "an ordinary unpickler must call the function"
 
 
 @pytest.mark.parametrize("name", ["eval", "getattr", "dict", "bytearray"])
@@ -285,7 +285,7 @@ def test_binary_batch_of_another_size_is_named(tmp_path: Path, size: int) -> Non
 
 
 @pytest.mark.usefixtures("nothing_installed")
-def test_digits_where_nothing_is_installed(tmp_path: Path) -> None:
+def test_digits_are_used_if_nothing_is_installed(tmp_path: Path) -> None:
     dataset = data.find_dataset(None)
     assert dataset.train.images.shape == (1500, 1, 8, 8)
     assert dataset.test is not None
@@ -304,7 +304,7 @@ def test_torchvision_root_in_data_is_found() -> None:
     assert (dataset.name, len(dataset.train)) == ("Fashion-MNIST", 20)
 
 
-def test_limit_takes_the_first_training_images_only() -> None:
+def test_limit_keeps_only_the_first_training_images() -> None:
     split = Split(IMAGES.unsqueeze(1), LABELS.long())
     dataset = Dataset("name", "source", split, split)
     limited = dataset.limited(7)
@@ -343,7 +343,7 @@ CNN_SHAPES = [(6, 1, 5, 5), (6,), (12, 6, 5, 5), (12,), (120, 192), (120,)]
 CNN_HEAD_SHAPES = [(60, 120), (60,), (10, 60), (10,)]
 
 
-def test_cnn_is_that_of_the_course() -> None:
+def test_parameter_shapes_of_the_cnn() -> None:
     plain = experiments.cnn(torch.Size((1, 28, 28)), None)
     assert parameter_shapes(plain) == CNN_SHAPES + CNN_HEAD_SHAPES
     normed = experiments.cnn(torch.Size((1, 28, 28)), normfused)
@@ -372,12 +372,12 @@ def test_networks_fit_every_image(
 
 
 @pytest.mark.parametrize("build", [experiments.cnn, experiments.mlp])
-def test_networks_of_a_seed_start_with_equal_weights(build: Callable[..., nn.Module]) -> None:
+def test_a_seed_gives_equal_initial_weights(build: Callable[..., nn.Module]) -> None:
     def weights(layers: experiments.NormLayers | None) -> list[Tensor]:
         torch.manual_seed(50)
         network = build(torch.Size((1, 28, 28)), layers)
-        kept = [layer for layer in network.children() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        return [parameter for layer in kept for parameter in layer.parameters()]
+        weighted = [layer for layer in network.children() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        return [parameter for layer in weighted for parameter in layer.parameters()]
 
     for plain, ours, theirs in zip(weights(None), weights(normfused), weights(nn), strict=True):
         assert torch.equal(plain, ours)
@@ -414,20 +414,20 @@ class RightInEvalMode(nn.Module):
         return nn.functional.one_hot(torch.full((len(inputs),), int(not self.training)), 10)
 
 
-def test_accuracy_is_that_of_eval_mode() -> None:
+def test_accuracy_is_measured_in_eval_mode() -> None:
     labels = torch.ones(2500, dtype=torch.int64)
     labels[2000:] = 2
     assert accuracy(RightInEvalMode(), Examples(torch.zeros(2500, 1), labels)) == 0.8
 
 
-def test_comparison_takes_largest_difference_and_best_epochs() -> None:
+def test_comparison_uses_largest_difference_and_best_epochs() -> None:
     ours = Curve(experiments.OURS, [Epoch(0.5, 1.0, 9.0), Epoch(0.75, 0.5, 2.0)], None, 100)
     theirs = Curve(experiments.THEIRS, [Epoch(0.25, 1.0, 3.0), Epoch(0.75, 0.5, 4.0)], None, 125)
     assert compare([ours, theirs]) == Comparison(largest_difference=0.25, time_ratio=1.5, saved_ratio=1.25)
     assert compare([ours]) is None
 
 
-# --- from start to end -------------------------------------------------------------------------
+# --- complete runs -----------------------------------------------------------------------------
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -439,11 +439,11 @@ def test_demo_trains_and_both_batch_norms_agree(tmp_path: Path, capsys: pytest.C
     results = json.loads((out / "results.json").read_text())
     curves = {curve["run"]: [epoch["accuracy"] for epoch in curve["epochs"]] for curve in results["runs"]}
     assert list(curves) == ["batch norm", "no batch norm", "raw inputs", "batch norm (torch.nn)"]
-    # Training enlarges rounding: torch.nn against itself, from weights off by one rounding, is up to
-    # 0.009 apart after these 45 steps, normfused against torch.nn up to 0.02 (six seeds each). What
-    # has to be equal is so in test_networks_of_both_batch_norms_have_equal_gradients.
+    # Training amplifies rounding errors. After these 45 steps, two runs of torch.nn whose weights differ
+    # by one rounding differ by up to 0.009, normfused and torch.nn by up to 0.02 (six seeds each).
+    # test_networks_of_both_batch_norms_have_equal_gradients has the exact comparison.
     assert curves["batch norm"] == pytest.approx(curves["batch norm (torch.nn)"], abs=0.03)
-    # The comparison can fail: without batch norm the first epoch is another.
+    # Without batch norm the first epoch differs, so the comparison above can fail.
     assert curves["batch norm"][0] > curves["no batch norm"][0] + 0.1
     assert curves["raw inputs"][0] != curves["no batch norm"][0]
     assert results["comparison"]["largest_difference"] <= 0.03
@@ -476,7 +476,7 @@ def test_resnet_is_converted_and_trains_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nothing_installed")
-def test_a_seed_repeats_and_other_seeds_or_orders_do_not(tmp_path: Path) -> None:
+def test_only_the_same_seed_and_order_reproduce_results(tmp_path: Path) -> None:
     def losses(seed: int, *options: str) -> list[float]:
         arguments = ["--experiment", "mlp", "--epochs", "1", "--limit", "300", *options]
         assert main(["demo", *arguments, "--seed", str(seed), "--out", str(tmp_path)]) == 0
@@ -490,7 +490,7 @@ def test_a_seed_repeats_and_other_seeds_or_orders_do_not(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("nothing_installed")
-def test_ctrl_c_keeps_the_runs_before_it(
+def test_ctrl_c_keeps_the_completed_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = demo.train

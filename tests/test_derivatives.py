@@ -1,4 +1,4 @@
-"""Derivatives beyond the kernels': forward mode, torch.func, any order, and all of these compiled."""
+"""Derivatives that no kernel computes: forward mode, torch.func, any order, and all of these compiled."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plain_batch_norm(x: Tensor, statistics: tuple[Tensor, Tensor] | None, w: Ten
 
 
 def of_batch_norm(training: bool, activation: str = "identity", residual: bool = False, inplace: bool = False) -> Any:
-    """Ours, the definition, and arguments."""
+    """Our function, the definition, and arguments."""
     statistics = None if training else buffers()
     parameter = {"leaky_relu": 0.1, "elu": 1.3}.get(activation, 0.0)
 
@@ -105,7 +105,7 @@ basic_functions = pytest.mark.parametrize("name", BASIC)
 
 
 def assert_close(ours: object, theirs: object) -> None:
-    """To 1e-9 of each tensor's largest value."""
+    """Equal within 1e-9 of the maximum of each tensor."""
     leaves, expected = tree_leaves(ours), tree_leaves(theirs)
     for a, e in zip(leaves, expected, strict=True):
         scale = max(1.0, e.abs().max().item()) if e.numel() else 1.0
@@ -116,11 +116,11 @@ def tangents_of(values: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple((3 * v + 1).cos() for v in values)
 
 
-# ---- forward mode over a graph that was made before it ---------------------------------------------------------------
+# ---- transforms of the backward pass of an existing graph ------------------------------------------------------------
 
 
 def graph(function: Function, values: list[Tensor]) -> tuple[Function, Tensor, Tensor]:
-    """The gradients as a function of the output's, over a graph made here; an output gradient and its tangent."""
+    """Build a graph. Returns the gradients as a function of the output's gradient, such a gradient, and its tangent."""
     leaves = [v.clone().requires_grad_() for v in values]
     y = function(*leaves)
     torch.manual_seed(8)
@@ -154,7 +154,7 @@ def test_transform_over_an_earlier_graph(name: str, transform: str) -> None:
 
 @every_function
 def test_second_derivatives_over_an_earlier_graph(name: str) -> None:
-    """The tangent arrives where autograd records: create_graph, and then a gradient of the first gradient."""
+    """The tangent enters a backward pass with create_graph=True, whose result is then differentiated again."""
 
     def second(function: Function, values: list[Tensor]) -> Any:
         leaves = [v.clone().requires_grad_() for v in values]
@@ -221,7 +221,7 @@ TRANSFORMS: dict[str, Function] = {
 @every_function
 def test_transform(name: str, transform: str) -> None:
     if transform == "linearize" and "inplace" in name:
-        pytest.skip("torch.func.linearize traces no operation in place, torch's neither")
+        pytest.skip("torch.func.linearize traces no operations in place, not even torch's")
     ours, theirs, values = FUNCTIONS[name]()
     assert_close(*(TRANSFORMS[transform](f, values) for f in (ours, theirs)))
 
@@ -279,7 +279,7 @@ def test_running_statistics_have_no_tangent(momentum: float | None) -> None:
             assert forward_ad.unpack_dual(buffer).tangent is None
             assert not buffer.requires_grad
     assert_close(layer.state_dict(), other.state_dict())
-    # A tangent of the first forward must not show in the second.
+    # A tangent of the first forward pass must not affect the second.
     with forward_ad.dual_level():
         assert forward_ad.unpack_dual(layer.eval()(forward_ad.make_dual(x, torch.zeros_like(t)))).tangent.eq(0).all()
 
@@ -340,7 +340,7 @@ def test_vmap_over_parameters_updates_once() -> None:
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"nonfinite": "skip"}], ids=str)
 @pytest.mark.parametrize("training", MODES.values(), ids=MODES)
 def test_ensemble(training: bool, options: dict[str, Any]) -> None:
-    """vmap over layers, whose buffers it batches too: each sample updates its own."""
+    """vmap over layers batches their buffers too. Each sample updates its own buffers."""
     layers = [normfused.BatchNorm2d(CHANNELS, **options).double().train(training) for _ in range(3)]
     for layer in layers:
         nn.init.normal_(layer.weight)
@@ -367,7 +367,7 @@ REFUSED = "refused"
 
 
 def operator_calls() -> dict[str, Any]:
-    """Each operator with a floating input: a call by its differentiable tensors, these, and the definition."""
+    """For each operator with floating input: a function of its differentiable tensors, the tensors, the definition."""
     statistics = buffers()
     x, w, b, r, g = double(*SHAPE), double(CHANNELS), double(CHANNELS), double(*SHAPE), double(*SHAPE)
     of_x = torch.stack([x.mean((0, 2, 3)), 1 / (x.var((0, 2, 3), correction=0) + 1e-5).sqrt()])
@@ -441,7 +441,7 @@ OPERATORS = [] if normfused.info()["extension"] != "loaded" else list(operator_c
 def test_operator_keeps_tangents_or_refuses(name: str) -> None:
     call, values, definition = operator_calls()[name]
     tangents = tangents_of(list(values))
-    for which in range(len(values)):  # each tensor's tangent alone must count
+    for which in range(len(values)):  # the tangent of each single tensor must be propagated
         with forward_ad.dual_level():
             given = [v.clone() for v in values]
             given[which] = forward_ad.make_dual(given[which], tangents[which])
@@ -461,13 +461,13 @@ def test_every_operator_is_listed() -> None:
     if OPERATORS:
         registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("normfused::")}
         names = {f"normfused::{name.split()[0]}" for name in OPERATORS}
-        # Of integers; and of no values.
+        # merge_ranks has integer input; the result of outside_backward is a flag.
         assert registered - names == {"normfused::merge_ranks", "normfused::outside_backward"}
 
 
 @pytest.mark.usefixtures("needs_extension")
 def test_composites_check_their_arguments() -> None:
-    """What kernels refuse, composites do not broadcast."""
+    """Composites refuse the shapes that kernels refuse, instead of broadcasting them."""
     x, one = double(*SHAPE), double(1)
     statistics = torch.ones(2, CHANNELS).double()
     backward = (double(*SHAPE), x.requires_grad_(), one, statistics, True, [True, True, True, False])

@@ -1,4 +1,4 @@
-"""Real processes: collectives, groups, ranks that diverge, DDP, data set statistics."""
+"""Several processes: collectives, groups, ranks that diverge, DDP, data set statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from models import resnet50
-from on_ranks import GATHER, REDUCE, Traffic, assert_close, assert_same_everywhere, error_of, everyones
+from on_ranks import GATHER, REDUCE, Traffic, assert_close, assert_equal_on_all_ranks, error_of, gather_all
 from ranks import Ranks
 from torch import Tensor, distributed, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -21,21 +21,21 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch wa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_one_collective_each_way(needs_extension: None, ranks: Ranks, dtype: torch.dtype) -> None:
-    ranks.run(2, one_collective_each_way, dtype)
+def test_one_collective_in_forward_and_one_in_backward(needs_extension: None, ranks: Ranks, dtype: torch.dtype) -> None:
+    ranks.run(2, count_collectives, dtype)
 
 
-def one_collective_each_way(dtype: torch.dtype) -> None:
+def count_collectives(dtype: torch.dtype) -> None:
     channels, size = 5, 8 if dtype == torch.float64 else 4
     layer = normfused.SyncBatchNormAct(channels, dtype=dtype, activation="relu")
     x, r = (torch.randn(3, channels, 4, dtype=dtype, requires_grad=True) for _ in range(2))
     with Traffic() as traffic:
         y = layer(x, r)
-        assert traffic.calls == [(GATHER, 2 * channels * size + 8)]  # two statistics a channel, and one int64
+        assert traffic.calls == [(GATHER, 2 * channels * size + 8)]  # two statistics per channel, and one int64
         y.sum().backward()
     assert traffic.calls[1:] == [(REDUCE, 2 * channels * size)]
     with Traffic() as traffic:
-        layer(x.detach()).sum().backward()  # nobody asks for the input's gradient
+        layer(x.detach()).sum().backward()  # the gradient of the input is not requested
     assert [name for name, _ in traffic.calls] == [GATHER]
     with Traffic() as traffic:
         layer.eval()(x).sum().backward()
@@ -44,7 +44,7 @@ def one_collective_each_way(dtype: torch.dtype) -> None:
             layer(x)
     assert traffic.calls == []
     layer.unfreeze()
-    with normfused.no_stats_update(), Traffic() as traffic:  # the batch's statistics still are everyone's
+    with normfused.no_stats_update(), Traffic() as traffic:  # the statistics of the batch are still synchronized
         layer(x)
     assert len(traffic.calls) == 1
     alone = distributed.new_group([0]), distributed.new_group([1])
@@ -58,9 +58,9 @@ def test_evaluation_and_one_process_need_no_group() -> None:
     x = torch.randn(4, 3, 5, requires_grad=True)
     layer, alone = normfused.SyncBatchNormAct(3, activation="relu"), normfused.BatchNormAct1d(3, activation="relu")
     for training in (True, False):
-        got, wanted = layer.train(training)(x), alone.train(training)(x)
-        assert torch.equal(got, wanted)
-        assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, wanted)))
+        got, expected = layer.train(training)(x), alone.train(training)(x)
+        assert torch.equal(got, expected)
+        assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)))
     assert all(map(torch.equal, layer.state_dict().values(), alone.state_dict().values()))
     assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
     assert not isinstance(layer, nn.SyncBatchNorm)
@@ -69,14 +69,14 @@ def test_evaluation_and_one_process_need_no_group() -> None:
 
 @pytest.fixture
 def fake_group(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A group of so many ranks of which only this one is there."""
+    """A process group of the requested size, in which only this rank exists."""
     distributed.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
     yield
     distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("fake_group", [2, 64, 1024], indirect=True, ids=str)
-def test_a_whole_network_by_count(needs_extension: None, fake_group: None) -> None:
+def test_collectives_of_a_whole_network(needs_extension: None, fake_group: None) -> None:
     model = normfused.convert_sync_batchnorm(resnet50())
     layers = [m for m in model.modules() if isinstance(m, normfused.SyncBatchNorm)]
     channels = sum(layer.num_features for layer in layers)
@@ -94,11 +94,11 @@ def test_a_whole_network_by_count(needs_extension: None, fake_group: None) -> No
     assert traffic.calls == []
 
 
-def test_layers_together(needs_extension: None, ranks: Ranks) -> None:
-    ranks.run(2, layers_together)
+def test_layers_that_share_collectives(needs_extension: None, ranks: Ranks) -> None:
+    ranks.run(2, share_collectives)
 
 
-def layers_together() -> None:
+def share_collectives() -> None:
     def build() -> list[normfused.SyncBatchNorm]:
         return [
             normfused.SyncBatchNorm(3),
@@ -145,9 +145,9 @@ def process_groups() -> None:
     layer = normfused.SyncBatchNorm(3, process_group=groups[rank % 2], momentum=1.0)
     x = torch.arange(4 * 3 * 5.0).view(4, 3, 5).square()
     layer(x[rank : rank + 1])
-    wanted = x[rank % 2 :: 2].transpose(0, 1).flatten(1)
-    assert torch.allclose(layer.running_mean, wanted.mean(1))
-    assert torch.allclose(layer.running_var, wanted.var(1))
+    expected = x[rank % 2 :: 2].transpose(0, 1).flatten(1)
+    assert torch.allclose(layer.running_mean, expected.mean(1))
+    assert torch.allclose(layer.running_var, expected.var(1))
     layer.process_group = groups[(rank + 1) % 2]
     with pytest.raises(RuntimeError, match=r"^SyncBatchNorm\(3\): this process is not in its process group"):
         layer(x)
@@ -158,11 +158,11 @@ def process_groups() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_whole(ranks: Ranks, needs_extension: None, dynamic: bool) -> None:
-    ranks.run(2, compiled_whole, dynamic, timeout=300)
+def test_compiled_with_fullgraph(ranks: Ranks, needs_extension: None, dynamic: bool) -> None:
+    ranks.run(2, compiled_with_fullgraph, dynamic, timeout=300)
 
 
-def compiled_whole(dynamic: bool) -> None:
+def compiled_with_fullgraph(dynamic: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(distributed.get_rank())
 
@@ -202,17 +202,17 @@ def sync_running_stats(mode: str) -> None:
         nn.BatchNorm1d(3), normfused.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.InstanceNorm1d(3)
     )
     data = torch.randn(3, 6, 3, 4) * torch.arange(1.0, 4).view(3, 1, 1, 1) + torch.arange(3.0).view(3, 1, 1, 1)
-    data = everyones(data)[0]
+    data = gather_all(data)[0]
     for layer in model[:2]:
         layer.momentum = 1.0
     own = data[distributed.get_rank()]
     for _ in range(1 + distributed.get_rank()):
         model(own)
-    before = [[torch.stack(everyones(b)) for b in (m.running_mean, m.running_var)] for m in model[:2]]
+    before = [[torch.stack(gather_all(b)) for b in (m.running_mean, m.running_var)] for m in model[:2]]
     with Traffic() as traffic:
         normfused.sync_running_stats(model, mode)
     assert len(traffic.calls) == 1
-    assert_same_everywhere(*model.state_dict().values())
+    assert_equal_on_all_ranks(*model.state_dict().values())
     for layer, (means, variances) in zip(model[:2], before, strict=True):
         mean, variance = (means[0], variances[0]) if mode == "broadcast" else (means.mean(0), variances.mean(0))
         if mode == "pooled":
@@ -266,19 +266,19 @@ def hooks_on_all_modules() -> tuple[int, int]:
     during = len(hooks)
     del os.environ["NORMFUSED_SYNC_DEBUG"]
     model(x)
-    os.environ["NORMFUSED_SYNC_DEBUG"] = "1"  # which the caller takes away
+    os.environ["NORMFUSED_SYNC_DEBUG"] = "1"  # the caller removes it
     return during, len(hooks)
 
 
 def test_debugging_leaves_no_hook_when_it_ends(ranks: Ranks) -> None:
-    """With a hook on all modules a converted model runs without fusion."""
+    """A remaining hook on all modules would disable the fusion of converted models."""
     assert ranks.run(2, hooks_on_all_modules, NORMFUSED_SYNC_DEBUG="1") == [(1, 0)] * 2
 
 
 def diverge(difference: str) -> str:
     model = Two()
     x = torch.randn(4, 3, 5, requires_grad=True)
-    for _ in range(4):  # together so far
+    for _ in range(4):  # without divergence
         model(x).sum().backward()
     if distributed.get_rank() == 0:
         return error_of(lambda: model(x, "first").sum().backward())
@@ -293,7 +293,7 @@ def diverge(difference: str) -> str:
         model.eval()(x)
     if difference == "backward":
         model(x, "first")
-    time.sleep(3)  # while the other waits
+    time.sleep(3)  # while the other rank waits
     return ""
 
 
@@ -311,7 +311,7 @@ def test_ranks_with_other_channels_do_not_hang(ranks: Ranks) -> None:
     assert errors[2].startswith(f"RuntimeError: ranks diverge: rank 2 is at {other}, rank ")
     for rank in (1, 3):
         assert errors[rank] == f"RuntimeError: ranks diverge: rank {rank} is at {one}, rank 2 at {other}"
-    # Rank 0 knows of nothing, but does not wait for ever.
+    # Rank 0 is not told of the difference, but does not hang either.
     assert errors[0].startswith("RuntimeError: SyncBatchNorm(3): the collective failed: ")
 
 
@@ -326,7 +326,7 @@ def other_dtype() -> str:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ddp_trains_as_one_process(ranks: Ranks, size: int) -> None:
+def test_ddp_equals_one_process(ranks: Ranks, size: int) -> None:
     ranks.run(size, ddp)
 
 
@@ -353,12 +353,12 @@ def ddp() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    for wanted, got in zip(alone.state_dict().values(), shared.state_dict().values(), strict=True):
-        assert_close(got, wanted, 1e-9)
-        assert_same_everywhere(got)
+    for expected, got in zip(alone.state_dict().values(), shared.state_dict().values(), strict=True):
+        assert_close(got, expected, 1e-9)
+        assert_equal_on_all_ranks(got)
 
 
-def test_ddp_still_refuses_torchs_own_on_the_cpu(ranks: Ranks) -> None:
+def test_ddp_still_refuses_torchs_layer_on_the_cpu(ranks: Ranks) -> None:
     assert ranks.run(2, ddp_of_torchs_own) == ["ValueError: SyncBatchNorm layers only work with GPU modules"] * 2
 
 
@@ -402,7 +402,7 @@ def test_convert_and_revert() -> None:
     assert model[1].weight.requires_grad is False
 
 
-def test_convert_refuses_layers_in_place_before_it_changes_any() -> None:
+def test_convert_refuses_inplace_layers_before_any_change() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), normfused.BatchNormAct1d(3, activation="leaky_relu", inplace=True))
     with pytest.raises(ValueError, match=r"^convert_sync_batchnorm: 1 has inplace=True, and cannot be synchronized$"):
         normfused.convert_sync_batchnorm(model)
@@ -414,7 +414,7 @@ def test_convert_refuses_layers_in_place_before_it_changes_any() -> None:
         normfused.convert_sync_batchnorm([])
 
 
-def test_torchs_converter_keeps_or_refuses() -> None:
+def test_torchs_converter_preserves_or_refuses_options() -> None:
     plain = nn.Sequential(normfused.BatchNorm2d(3), normfused.SyncBatchNorm(3))
     assert [type(m) for m in nn.SyncBatchNorm.convert_sync_batchnorm(plain)] == [nn.SyncBatchNorm] * 2
     for layer in (normfused.BatchNormAct2d(3, activation="relu"), normfused.SyncBatchNorm(3, nonfinite="skip")):
@@ -423,7 +423,7 @@ def test_torchs_converter_keeps_or_refuses() -> None:
         assert not hasattr(layer, "qconfig")
 
 
-def test_torchs_class_method_gives_our_layers() -> None:
+def test_torchs_class_method_creates_our_layers() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), normfused.BatchNormAct2d(3, "silu"), nn.SyncBatchNorm(3))
     for cls in (normfused.SyncBatchNorm, normfused.SyncBatchNormAct):
         assert cls.convert_sync_batchnorm(model, "group") is model
@@ -467,23 +467,23 @@ class Images(torch.utils.data.Dataset[Tensor]):
 def dataset_statistics() -> None:
     world, rank, size = distributed.group.WORLD, distributed.get_rank(), distributed.get_world_size()
     images = torch.randint(0, 256, (23, 3, 5, 4), dtype=torch.uint8)
-    wanted = normfused.dataset_stats(images, layout="NCHW")
+    expected = normfused.dataset_stats(images, layout="NCHW")
     data = Images(images)
-    assert normfused.dataset_stats(data, process_group=world, batch_size=2, layout="CHW") == wanted
+    assert normfused.dataset_stats(data, process_group=world, batch_size=2, layout="CHW") == expected
     assert data.read == list(range(23 * rank // size, 23 * (rank + 1) // size))
-    assert normfused.dataset_stats(images, process_group=world, layout="NCHW") == wanted
+    assert normfused.dataset_stats(images, process_group=world, layout="NCHW") == expected
     shares = images[rank::size]
-    assert normfused.dataset_stats(iter(shares), process_group=world, layout="CHW") == wanted
-    assert normfused.ChannelStats().update(shares, "NCHW").all_reduce() == wanted
+    assert normfused.dataset_stats(iter(shares), process_group=world, layout="CHW") == expected
+    assert normfused.ChannelStats().update(shares, "NCHW").all_reduce() == expected
     floats = images.double().div(7)
     stats = normfused.dataset_stats(floats, process_group=world, layout="NCHW")
-    assert_same_everywhere(stats.mean, stats.std)
+    assert_equal_on_all_ranks(stats.mean, stats.std)
     assert_close(stats.std, normfused.dataset_stats(floats, layout="NCHW").std, 1e-12)
-    fewer = images[:1]  # of which most ranks have nothing
+    fewer = images[:1]  # most ranks have no image
     assert normfused.dataset_stats(fewer, process_group=world, layout="NCHW") == normfused.dataset_stats(
         fewer, layout="NCHW"
     )
-    errors = everyones_text(
+    errors = gather_texts(
         error_of(lambda: normfused.dataset_stats(Images(images, bad=2), process_group=world, layout="CHW"))
     )
     assert errors[0] == "RuntimeError: item 2: OSError('unreadable')"
@@ -495,7 +495,7 @@ def dataset_statistics() -> None:
     assert nothing == "ValueError: data holds no images"
 
 
-def everyones_text(text: str) -> list[str]:
+def gather_texts(text: str) -> list[str]:
     texts = [""] * distributed.get_world_size()
     distributed.all_gather_object(texts, text)
     return texts

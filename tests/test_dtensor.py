@@ -37,7 +37,7 @@ def mesh_of(shape: tuple[int, ...]) -> Any:
 
 
 def distributed(tensor: Tensor, mesh: Any, what: str) -> Any:
-    """``tensor`` as a DTensor, which is what ``what`` says on the mesh's dimension of two ranks."""
+    """``tensor`` as a DTensor: placed as ``what`` on the mesh dimension of two ranks, replicated on the other."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     placements = [placement(what) if size == 2 else Replicate() for size in mesh.shape]
@@ -57,7 +57,7 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor()  # type: ignore[no-any-return]
 
 
-# Input, vectors, and the output in training and in evaluation.
+# Placements of the input, of the per-channel vectors, and of the output in training and in evaluation.
 LAYOUTS = [
     ("0", "replicated", "replicated", "0"),
     ("1", "0", "1", "1"),
@@ -71,7 +71,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
-def test_batch_norm_is_that_of_one_process(ranks: Ranks, layout: tuple[str, ...], training: bool) -> None:
+def test_batch_norm_equals_one_process(ranks: Ranks, layout: tuple[str, ...], training: bool) -> None:
     ranks.run(2, as_one_process, layout, training)
 
 
@@ -101,7 +101,7 @@ def as_one_process(layout: tuple[str, ...], training: bool) -> None:
                 torch.testing.assert_close(whole(a), e)
 
 
-def test_without_running_statistics_the_input_decides(ranks: Ranks) -> None:
+def test_without_running_statistics_the_input_decides_the_placement(ranks: Ranks) -> None:
     ranks.run(2, without_running_statistics)
 
 
@@ -114,7 +114,7 @@ def without_running_statistics() -> None:
         torch.testing.assert_close(whole(y), expected)
 
 
-def test_batches_and_channels_that_do_not_divide(ranks: Ranks) -> None:
+def test_batches_and_channels_that_do_not_divide_evenly(ranks: Ranks) -> None:
     ranks.run(2, uneven)
 
 
@@ -156,7 +156,7 @@ def other_functions() -> None:
                 torch.testing.assert_close(whole(a), e)
 
 
-def test_what_is_not_supported_is_refused(ranks: Ranks) -> None:
+def test_unsupported_calls_are_refused(ranks: Ranks) -> None:
     ranks.run(2, refused)
 
 

@@ -22,7 +22,7 @@ SINGLE = (
 
 
 def arguments(shape: tuple[int, ...] = (4, 3, 5), dtype: torch.dtype = torch.float32, **changed: Any) -> dict[str, Any]:
-    """Good arguments of batch_norm, all tensors, but for those given."""
+    """Valid arguments of batch_norm, except for the given ones."""
     channels = shape[1]
     good: dict[str, Any] = {
         "input": torch.randn(shape).to(dtype),
@@ -39,7 +39,7 @@ def arguments(shape: tuple[int, ...] = (4, 3, 5), dtype: torch.dtype = torch.flo
 def assert_raises_and_writes_nothing(
     call: Callable[[], object], tensors: list[Tensor], kind: type[Exception] | tuple[type[Exception], ...]
 ) -> str:
-    """The exception's message."""
+    """Returns the message of the exception."""
     before = [t.clone() for t in tensors]
     with pytest.raises(kind) as error:
         call()
@@ -126,7 +126,7 @@ row(
 
 
 @pytest.mark.parametrize(("given", "kind", "message"), ROWS, ids=[f"{i}-{r[2][12:70]}" for i, r in enumerate(ROWS)])
-def test_says_what_is_wrong(given: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_error_messages(given: dict[str, Any], kind: type[Exception], message: str) -> None:
     tensors = [t for t in given.values() if isinstance(t, Tensor) and not t.is_meta]
     assert assert_raises_and_writes_nothing(lambda: batch_norm(**given), tensors, kind) == message
 
@@ -139,7 +139,7 @@ def test_good_arguments_pass(requires_grad: bool) -> None:
     assert given["num_batches_tracked"] == 6
 
 
-RANKS = [
+DIMENSIONS = [
     (normfused.BatchNorm1d, "2D or 3D", [(3,), (2, 3, 4, 5), ()]),
     (normfused.BatchNorm2d, "4D", [(2, 3), (2, 3, 4), (2, 3, 4, 5, 6)]),
     (normfused.BatchNorm3d, "5D", [(2, 3), (2, 3, 4, 5), (2, 3, 1, 1, 1, 1)]),
@@ -147,8 +147,10 @@ RANKS = [
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize(("cls", "dims", "shape"), [(c, d, s) for c, d, shapes in RANKS for s in shapes], ids=str)
-def test_rank(device: torch.device, cls: type, dims: str, shape: tuple[int, ...], training: bool) -> None:
+@pytest.mark.parametrize(("cls", "dims", "shape"), [(c, d, s) for c, d, shapes in DIMENSIONS for s in shapes], ids=str)
+def test_number_of_dimensions(
+    device: torch.device, cls: type, dims: str, shape: tuple[int, ...], training: bool
+) -> None:
     module = cls(3, device=device).train(training)
     message = assert_raises_and_writes_nothing(
         lambda: module(torch.zeros(shape, device=device)), [*module.state_dict().values()], ValueError
@@ -177,20 +179,20 @@ def test_cuda_tensor_and_cpu_build() -> None:
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_buffer_that_overlaps_itself(name: str) -> None:
-    """There is no telling which of its values such a buffer should keep."""
+    """The elements of such a buffer share memory, so that no update is well defined."""
     given = arguments(**{name: torch.ones(1).expand(3)})
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
     assert_raises_and_writes_nothing(lambda: batch_norm(**given), tensors, (ValueError, RuntimeError))
 
 
-def test_counter_elsewhere() -> None:
+def test_counter_on_another_device() -> None:
     given = arguments(num_batches_tracked=torch.tensor(0, device="meta"))
     tensors = [given["running_mean"], given["running_var"]]
     message = assert_raises_and_writes_nothing(lambda: batch_norm(**given), tensors, ValueError)
     assert message == "batch_norm: num_batches_tracked is on meta, but input is on cpu"
 
 
-def test_inference_tensors_are_not_written_outside() -> None:
+def test_inference_tensors_are_not_written_outside_inference_mode() -> None:
     with torch.inference_mode():
         module = normfused.BatchNorm1d(3)
         theirs = nn.BatchNorm1d(3)
@@ -210,7 +212,7 @@ sizes = st.integers(0, 5)
 
 @st.composite
 def vectors(draw: st.DrawFn, channels: int, dtype: torch.dtype) -> Tensor | None:
-    """Mostly a good parameter or buffer, sometimes none, sometimes of any shape, dtype and stride."""
+    """Usually a valid parameter or buffer, sometimes None, or of another shape, dtype, stride or device."""
     kind = draw(st.sampled_from(["good", "good", "good", "none", "shape", "dtype", "strided", "meta"]))
     if kind == "none":
         return None
@@ -277,7 +279,7 @@ def test_fuzz(given: dict[str, Any]) -> None:
 @fuzz
 @hypothesis.given(calls())
 def test_fuzz_operators(given: dict[str, Any]) -> None:
-    """Called without the checks of functional.py, too, the operators refuse and do not crash."""
+    """The operators refuse bad arguments, instead of crashing, without the checks of functional.py too."""
     given = {n: t for n, t in given.items() if not (isinstance(t, Tensor) and t.is_meta)}
     names = ("input", "weight", "bias", "running_mean", "running_var")
     tensors = [given.get(name) for name in names]

@@ -72,6 +72,7 @@ def run(launcher: list[str], folder: Path, *options: Any) -> list[dict[str, floa
     return curve
 
 
+@pytest.mark.exhaustive
 def test_training_on_two_processes_equals_one_process_and_resumes_from_a_checkpoint(data: Path, tmp_path: Path) -> None:
     options = ("--data", data, "--batch", 100)
     one_process = run([sys.executable], tmp_path, *options, "--epochs", 2)

@@ -40,7 +40,7 @@ def trained(model: nn.Module, *shape: int) -> nn.Module:
 
 
 def to_onnx(model: nn.Module, x: Tensor, dynamo: bool) -> tuple[Tensor, collections.Counter[str]]:
-    """What onnxruntime computes, and which operators it runs."""
+    """The output of onnxruntime, and the number of each of its operators."""
     file = io.BytesIO()
     if dynamo:
         program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
@@ -56,7 +56,7 @@ def to_onnx(model: nn.Module, x: Tensor, dynamo: bool) -> tuple[Tensor, collecti
 
 
 class Blocks(nn.Module):
-    """Layers with an activation, a residual, both in one; in place; and local response norm."""
+    """Layers with activations and residuals, layers in place, and local response norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_onnx_of_standardized_images(dtype: torch.dtype, dynamo: bool) -> None:
 
 
 @pytest.mark.usefixtures("needs_extension")
-def test_onnx_in_training_is_refused_by_the_operators_name() -> None:
+def test_onnx_export_in_training_fails_with_the_operators_name() -> None:
     with pytest.raises(Exception, match="normfused::batch_norm_training"):
         torch.onnx.export(
             normfused.BatchNorm2d(3),
@@ -158,8 +158,8 @@ def test_compilers_keep_the_operators() -> None:
 
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("layout", ["channels_last", "permuted", "sliced"])
-def test_compilers_keep_the_layout_where_sizes_are_symbols(layout: str) -> None:
-    """With a decomposition torch gets shapes from that, unless a function for shapes is registered too."""
+def test_compilers_keep_the_layout_if_sizes_are_symbolic(layout: str) -> None:
+    """torch derives shapes from an operator's decomposition, unless a meta kernel is registered too."""
     ops = torch.ops.normfused
     calls: list[Callable[[Tensor], Tensor]] = [
         lambda x: ops.batch_norm_inference(x, None, None, x.new_zeros(3), x.new_ones(3), 1e-5, x, "relu")[0],
@@ -179,7 +179,7 @@ def test_compilers_keep_the_layout_where_sizes_are_symbols(layout: str) -> None:
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_decompositions_are_the_operators(dtype: torch.dtype, kind: str) -> None:
+def test_decompositions_equal_the_operators(dtype: torch.dtype, kind: str) -> None:
     x, r = (torch.randn(4, 3, 5, 6).to(dtype) for _ in range(2))
     wide = torch.promote_types(dtype, torch.float32)
     parameters = [torch.rand(3, dtype=wide) + 0.5 for _ in range(4)]
@@ -199,7 +199,7 @@ def test_decompositions_are_the_operators(dtype: torch.dtype, kind: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_traces_of_every_rank_and_dtype(dtype: torch.dtype) -> None:
+def test_traces_of_every_dimension_and_dtype(dtype: torch.dtype) -> None:
     layers = [
         (normfused.BatchNorm1d(3, affine=False), (4, 3)),
         (normfused.BatchNormAct1d(3, "tanh"), (4, 3, 5)),
@@ -223,7 +223,7 @@ def test_traces_of_every_rank_and_dtype(dtype: torch.dtype) -> None:
         torch.testing.assert_close(trace(other), layer(other), rtol=tolerance, atol=tolerance)
 
 
-def test_a_trace_refuses_what_the_layer_refuses() -> None:
+def test_a_trace_refuses_inputs_that_the_layer_refuses() -> None:
     layer = normfused.BatchNorm2d(3).eval()
     with pytest.raises(ValueError, match="weight has 3 elements, but input"):
         torch.jit.trace(layer, torch.randn(2, 4, 5, 5))
@@ -232,7 +232,7 @@ def test_a_trace_refuses_what_the_layer_refuses() -> None:
 
 
 class Scripted(nn.Module):
-    """Many layers, so that one gets the address of another that was dropped."""
+    """Many layers, so that one gets the address of another that was deleted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ class Scripted(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_scripts_are_the_layers(training: bool) -> None:
+def test_scripts_equal_the_layers(training: bool) -> None:
     eager = Scripted()
     trained(eager, 5, 4, 6, 6).train(training)
     model = copy.deepcopy(eager)
@@ -259,7 +259,7 @@ def test_scripts_are_the_layers(training: bool) -> None:
     for _ in range(2):
         x = torch.randn(5, 4, 6, 6)
         torch.testing.assert_close(script(x), eager(x), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(model(x + 1), eager(x + 1), rtol=1e-4, atol=1e-5)  # and so does what it was made of
+        torch.testing.assert_close(model(x + 1), eager(x + 1), rtol=1e-4, atol=1e-5)  # the original still runs
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(script.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     file = io.BytesIO()
@@ -278,13 +278,13 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
 
 
 @pytest.mark.parametrize(("layer", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_scripts_refuse_what_they_would_lose(layer: Callable[[], nn.Module], message: str) -> None:
+def test_scripts_refuse_options_that_they_would_lose(layer: Callable[[], nn.Module], message: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), layer())
     with pytest.raises(RuntimeError, match=message.replace(".", r"\.")):
         torch.jit.script(model)
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_not_replaced() -> None:
+def test_a_subclass_with_its_own_forward_is_not_replaced() -> None:
     class Doubled(normfused.BatchNorm2d):
         def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(input) * 2

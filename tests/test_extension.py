@@ -34,7 +34,7 @@ print(json.dumps([messages, normfused.info(), error.abs().max().item()]))
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A copy of the package's Python files alone."""
+    """A copy of the package's Python files, without the extension."""
     ignored = shutil.ignore_patterns("__pycache__", "_C*", "_build_info.json")
     return Path(shutil.copytree(PACKAGE, tmp_path / "normfused", ignore=ignored))
 
@@ -57,7 +57,7 @@ def missing(package: Path) -> None:
 def foreign(package: Path) -> None:
     (other,) = Path(numpy.linalg.__file__).parent.glob("_umath_linalg*.so")
     shutil.copy(other, package / BINARY)
-    (package / "_build_info.json").write_text("[]")  # not what a build writes
+    (package / "_build_info.json").write_text("[]")  # a build writes a dictionary
 
 
 def other_series(package: Path) -> None:
@@ -106,7 +106,7 @@ def test_strict_makes_the_fallback_an_import_error(package: Path) -> None:
 
 
 @pytest.mark.usefixtures("needs_extension")
-def test_the_extension_is_that_of_this_torch_and_loads_without_a_word() -> None:
+def test_the_extension_matches_torch_and_loads_without_warning() -> None:
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", "import normfused"]
     subprocess.run(command, check=True, cwd=Path(sys.executable).parent)
     info = normfused.info()
@@ -127,4 +127,4 @@ assert not any(name.startswith("normfused.cli") for name in sys.modules)
 normfused.SyncBatchNorm(3)
 assert DDP._passing_sync_batchnorm_handle is not check
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)  # not the checkout, which is not built
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)  # not the checkout, which may not be built

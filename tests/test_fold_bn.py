@@ -43,7 +43,9 @@ FOLDED = [
 
 
 @pytest.mark.parametrize(("previous", "bn", "shape"), FOLDED, ids=[f"{p}-{b}".replace(" ", "") for p, b, _ in FOLDED])
-def test_folded_is_both(previous: nn.Module, bn: nn.Module, shape: tuple[int, ...]) -> None:
+def test_the_folded_layer_equals_both_layers_together(
+    previous: nn.Module, bn: nn.Module, shape: tuple[int, ...]
+) -> None:
     previous, bn = copy.deepcopy(previous).double(), randomized(bn).double()
     states = [copy.deepcopy(module.state_dict()) for module in (previous, bn)]
     folded = normfused.fold_bn(previous, bn)
@@ -79,7 +81,7 @@ def test_a_wider_batch_norm_is_folded_in_its_own_dtype() -> None:
     assert normfused.fold_bn(linear, bn).bias.item() == 1
 
 
-def test_gradients_are_asked_for_as_before() -> None:
+def test_requires_grad_is_preserved() -> None:
     for learns in (True, False):
         linear = nn.Linear(2, 3, bias=False).requires_grad_(learns)
         folded = normfused.fold_bn(linear, nn.BatchNorm1d(3).eval())
@@ -112,7 +114,7 @@ class ShiftedOwnNorm(normfused.BatchNorm2d):
 
 
 class Wrapper(Tensor):
-    """A tensor of another kind, as quantized and distributed ones are."""
+    """A subclass of Tensor, as DTensor is."""
 
 
 def conv() -> Any:
@@ -232,7 +234,7 @@ BAD: list[tuple[str, Callable[[], tuple[Any, Any]], type[Exception], str]] = [
         ValueError,
         "bn has parametrizations",
     ),
-    ("forward of its own", lambda: (with_forward(conv()), norm()), ValueError, "previous has its own forward"),
+    ("conv's own forward", lambda: (with_forward(conv()), norm()), ValueError, "previous has its own forward"),
     ("norm's own forward", lambda: (conv(), with_forward(norm())), ValueError, "bn has its own forward"),
     ("meta conv", lambda: (conv().to("meta"), norm()), ValueError, "previous.weight is on the meta device"),
     ("meta norm", lambda: (conv(), norm().to("meta")), ValueError, "bn.running_mean is on the meta device"),
@@ -281,7 +283,7 @@ def tensors_of(module: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("make", "kind", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
-def test_what_cannot_be_folded_is_refused(
+def test_layers_that_cannot_be_folded_are_refused(
     make: Callable[[], tuple[Any, Any]], kind: type[Exception], message: str
 ) -> None:
     modules = make()

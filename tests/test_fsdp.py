@@ -32,7 +32,7 @@ def layer(kind: str, channels: int) -> nn.Module:
 
 
 def network(kind: str) -> nn.Sequential:
-    """Its second layer has fewer channels than a multiple of the ranks."""
+    """The number of channels of its second layer is not a multiple of the number of ranks."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 4, 3), layer(kind, 4)),
@@ -56,7 +56,7 @@ def batches() -> list[Tensor]:
 
 
 def one_process(kind: str) -> tuple[nn.Module, list[Tensor], list[nn.Module]]:
-    """What the ranks should learn, their loss in each step, and a model with each rank's buffers."""
+    """The expected model after training, the loss of each step, and for each rank a model with its buffers."""
     model = network("activation" if kind == "synchronized" else kind)
     if kind == "synchronized":  # its statistics are those of the whole batch
         for block in model[:2]:
@@ -95,7 +95,7 @@ def train(model: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_is_that_of_one_process(ranks: Ranks, needs_extension: None, kind: str) -> None:
+def test_training_equals_one_process(ranks: Ranks, needs_extension: None, kind: str) -> None:
     ranks.run(2, as_one_process, kind)
 
 
@@ -138,7 +138,7 @@ def with_checkpoints(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["skip", "synchronized"])
-def test_the_whole_state_is_that_of_a_plain_model(ranks: Ranks, needs_extension: None, kind: str) -> None:
+def test_the_full_state_equals_that_of_a_plain_model(ranks: Ranks, needs_extension: None, kind: str) -> None:
     ranks.run(2, whole_state, kind)
 
 
@@ -188,7 +188,7 @@ def in_bfloat16(kind: str) -> None:
         torch.testing.assert_close(a, e, rtol=0.1, atol=0.05)
 
 
-def test_a_model_made_on_the_meta_device(ranks: Ranks, needs_extension: None) -> None:
+def test_a_model_created_on_the_meta_device(ranks: Ranks, needs_extension: None) -> None:
     ranks.run(2, from_meta)
 
 
@@ -200,12 +200,12 @@ def from_meta() -> None:
     fsdp.fully_shard(model)
     model.to_empty(device="cpu")
     for buffer in model.buffers():
-        buffer.fill_(77)  # whatever the memory held
+        buffer.fill_(77)  # as uninitialized memory
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     for name, buffer in model.named_buffers():
-        wanted = 1 if name.endswith("running_var") else 0
-        assert torch.equal(buffer, torch.full_like(buffer, wanted)), name
+        initial = 1 if name.endswith("running_var") else 0
+        assert torch.equal(buffer, torch.full_like(buffer, initial)), name
     train(model)
     assert all(int(model[i][1].num_batches_tracked) == 3 for i in (0, 1))

@@ -49,19 +49,19 @@ def results(
     x = x.detach().requires_grad_()
     weight, bias = (torch.randn(channels).to(x.device, dtype).requires_grad_() for _ in range(2))
     buffers = torch.randn(channels).to(x.device, dtype), (torch.rand(channels) + 0.5).to(x.device, dtype)
-    wanted = [x, weight, bias]
+    inputs = [x, weight, bias]
     if residual is not None:
         residual = residual.detach().requires_grad_()
-        wanted.append(residual)
+        inputs.append(residual)
     y = function(x, residual, *buffers, weight, bias)
-    return [y.detach(), *torch.autograd.grad(y, wanted, grad), *buffers]
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad), *buffers]
 
 
 @modes
 @residuals
 @activations
 @pytest.mark.parametrize("shape", [(4, 3, 5, 7), (8, 64, 9), (40, 33), (2, 70, 7, 7), (5, 1, 3, 3, 3)], ids=str)
-def test_is_the_separate_layers(
+def test_equals_the_separate_layers(
     shape: tuple[int, ...], activation: str | None, with_residual: bool, training: bool, device: torch.device
 ) -> None:
     x, residual, grad = (double(*shape).to(device) for _ in range(3))
@@ -86,7 +86,7 @@ def test_is_the_separate_layers(
 def test_in_every_dtype_and_layout(
     dtype: torch.dtype, layout: str, activation: str | None, with_residual: bool, training: bool, device: torch.device
 ) -> None:
-    """Against float64 arithmetic on the same values: off by the rounding of the result, and some of the sums."""
+    """Compared with float64 arithmetic on the same values. The tolerance covers the rounding of results and sums."""
     shape = (6, 5, 7, 3)
     x, residual, grad = (lay_out(torch.randn(shape).to(device, dtype), layout) for _ in range(3))
 
@@ -130,22 +130,22 @@ def test_second_derivatives(activation: str | None, with_residual: bool, trainin
 
 
 def saved_bytes(function: Callable[[], Tensor]) -> tuple[int, set[int]]:
-    """Bytes that autograd keeps for backward, and where they lie."""
-    kept: dict[int, int] = {}
+    """The number of bytes that autograd saves for backward, and the addresses of their storages."""
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
-    return sum(kept.values()), set(kept)
+    return sum(saved.values()), set(saved)
 
 
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_what_is_kept_for_backward(dtype: torch.dtype) -> None:
+def test_bytes_saved_for_backward(dtype: torch.dtype) -> None:
     shape, channels = (8, 16, 14, 14), 16
     x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     size, few = x.numel() * x.element_size(), 64 * channels
@@ -163,11 +163,11 @@ def test_what_is_kept_for_backward(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize(("activation", "bits"), [(None, 0), ("relu", 1)])
-def test_frozen_keeps_no_activation(activation: str | None, bits: int) -> None:
+def test_a_frozen_layer_saves_no_activation(activation: str | None, bits: int) -> None:
     x = torch.randn(8, 16, 14, 14, requires_grad=True)
     layer = normfused.BatchNormAct2d(16, activation=activation).freeze().requires_grad_(False)
-    kept, _ = saved_bytes(lambda: layer(x))
-    assert kept <= bits * x.numel() // 8 + 64 * 16
+    saved, _ = saved_bytes(lambda: layer(x))
+    assert saved <= bits * x.numel() // 8 + 64 * 16
     strided = lay_out(torch.randn(8, 16, 14, 14), "channels_last")
     y = layer(x)
     (grad,) = torch.autograd.grad(y, x, strided)
@@ -177,7 +177,7 @@ def test_frozen_keeps_no_activation(activation: str | None, bits: int) -> None:
     assert grad.stride() == x.stride()
 
 
-def test_frozen_stays_frozen() -> None:
+def test_a_frozen_layer_stays_frozen() -> None:
     model = nn.Sequential(normfused.BatchNorm1d(3), nn.Linear(3, 3))
     layer = model[0]
     layer.freeze()
@@ -207,7 +207,7 @@ def test_evaluation_equals_training_without_correction(momentum: float | None, d
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_bad_batch_is_skipped_per_channel(bad: float, layout: str, device: torch.device) -> None:
+def test_a_nonfinite_batch_is_skipped_per_channel(bad: float, layout: str, device: torch.device) -> None:
     layer = normfused.BatchNorm2d(4, nonfinite="skip").to(device)
     clean = normfused.BatchNorm2d(4).to(device)
     x = torch.randn(3, 4, 5, 5, device=device)

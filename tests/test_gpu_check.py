@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py on any machine: caps, archives, verdicts that cannot be green by mistake, and a rehearsal."""
+"""benchmarks/gpu_check.py on any machine: time limits, archives, verdicts, and a rehearsal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from stage_runner import Command, NotProven, Run  # noqa: E402
 SAY = [sys.executable, "-S", "-c", "print('first'); print('last line')"]
 FAIL = [sys.executable, "-S", "-c", "print('why'); raise SystemExit(3)"]
 SLEEP = "import time; time.sleep(600)"
-# Two processes, the second of which outlives its parent where only that is killed; prints both numbers.
+# Two processes. The second outlives the first if only the first is killed. Prints both process ids.
 FAMILY = f"""
 import os, subprocess, sys
 child = subprocess.Popen([sys.executable, "-S", "-c", {SLEEP!r}])
@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def verdicts(run: Run) -> list[tuple[str, str, str]]:
-    """As the archive has them."""
+    """The verdicts in the archive."""
     with tarfile.open(run.archive) as tar:
         file = tar.extractfile("./verdicts.json")
         assert file is not None
@@ -58,7 +58,7 @@ def verdicts(run: Run) -> list[tuple[str, str, str]]:
 def test_each_stage_leaves_verdict_and_log_as_it_ends(run: Run) -> None:
     run.stage("one", 30, lambda seconds: [Command(SAY), Command(SAY)])
     assert verdicts(run) == [("one", "passed", "last line; last line")]
-    run.stage("two", 30, lambda seconds: [Command(FAIL), Command(SAY)])  # stops at what failed
+    run.stage("two", 30, lambda seconds: [Command(FAIL), Command(SAY)])  # stops at the command that failed
     assert verdicts(run)[1] == ("two", "failed", "exit status 3: why")
     run.stage("three", 30, lambda seconds: "there is none")
     assert verdicts(run)[2] == ("three", "skipped", "there is none")
@@ -69,7 +69,7 @@ def test_each_stage_leaves_verdict_and_log_as_it_ends(run: Run) -> None:
 
 
 def alive(process: int) -> bool:
-    """Whether it runs: one that nobody has waited for yet does not."""
+    """Whether the process runs. A zombie does not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def test_at_its_cap_all_processes_of_a_stage_are_killed(run: Run, monkeypatch: p
 
 
 @needs_proc
-def test_what_a_stage_leaves_running_is_killed(run: Run) -> None:
+def test_processes_left_by_a_stage_are_killed(run: Run) -> None:
     leave = FAMILY.replace("child.wait()", "")
     run.stage("leaves", 30, lambda seconds: [Command([sys.executable, "-S", "-c", leave])])
     ((_, status, summary),) = verdicts(run)
@@ -111,8 +111,8 @@ def test_what_a_stage_leaves_running_is_killed(run: Run) -> None:
 
 
 @needs_proc
-def test_a_run_that_is_ended_ends_its_stage(tmp_path: Path) -> None:
-    """As by whoever limits the time of the whole command."""
+def test_terminating_a_run_terminates_its_stage(tmp_path: Path) -> None:
+    """As by a time limit of the whole command."""
     code = f"""
 import signal, sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
@@ -134,20 +134,20 @@ run.stage("slow", 50, lambda seconds: [Command([sys.executable, "-S", "-c", {FAM
     assert gone([int(word) for word in found[0]])
 
 
-def test_a_stage_without_time_is_not_begun(tmp_path: Path) -> None:
+def test_a_stage_without_time_is_not_started(tmp_path: Path) -> None:
     run = Run(tmp_path / "results", tmp_path / "out.tar.gz", stage_runner.LEAST_SECONDS, {})
     run.stage("late", 100, lambda seconds: [Command(SAY)])
     assert verdicts(run) == [("late", "not run", "no time was left")]
 
 
-def test_a_stage_has_no_more_than_is_left(tmp_path: Path) -> None:
+def test_a_stage_gets_at_most_the_remaining_time(tmp_path: Path) -> None:
     given: list[float] = []
     run = Run(tmp_path / "results", tmp_path / "out.tar.gz", 60, {})
     run.stage("long", 1000, lambda seconds: given.append(seconds) or "nothing to do")  # type: ignore[func-returns-value]
     assert 50 < given[0] <= 60 - stage_runner.RESERVED_SECONDS
 
 
-# Green only for what was shown.
+# Verdicts: a stage passes only if its output proves that it did its work.
 
 ON_GPU = Context(False, Path("results"), None, 80 << 30, "compute-sanitizer")
 
@@ -173,7 +173,7 @@ def judged(context: Context) -> str:
     return command.judge("")
 
 
-def test_tests_pass_by_what_ran_on_cuda(tmp_path: Path) -> None:
+def test_a_test_stage_passes_by_the_tests_that_ran_on_cuda(tmp_path: Path) -> None:
     assert judged(record(tmp_path, PASSED, ON_CPU, ONE_GPU)).endswith(
         "on cuda: 1 passed, 0 failed, 1 skipped (1 × one GPU only)"
     )
@@ -190,13 +190,13 @@ def test_tests_pass_by_what_ran_on_cuda(tmp_path: Path) -> None:
         ([PASSED, {**FAILED, "test": "tests/test_x.py::test_y"}], "1 passed, 1 failed"),
     ],
 )
-def test_tests_that_show_nothing_fail(tmp_path: Path, lines: list[dict[str, str]], why: str) -> None:
+def test_a_test_stage_without_proof_fails(tmp_path: Path, lines: list[dict[str, str]], why: str) -> None:
     with pytest.raises(NotProven, match=why):
         judged(record(tmp_path, *lines))
 
 
 def test_every_file_with_a_test_that_has_a_device_is_run() -> None:
-    """By the names of arguments, which is how pytest finds fixtures."""
+    """Found by the names of arguments, as pytest finds fixtures."""
     found = set()
     for path in Path(__file__).parent.glob("test_*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
@@ -209,13 +209,13 @@ def test_every_file_with_a_test_that_has_a_device_is_run() -> None:
     assert found <= set(gpu_stages.files_with_device())
 
 
-def test_what_fixtures_say_is_known() -> None:
+def test_skip_reasons_of_fixtures_are_known() -> None:
     said = (Path(__file__).parent / "conftest.py").read_text()
     assert all(f'"{reason}' in said for reason in pytest_record.UNFIT)
 
 
 def test_the_plugin_records_each_outcome(tmp_path: Path) -> None:
-    """In a run of pytest of its own, whose conftest skips as ours does."""
+    """In a separate run of pytest, with a conftest that skips tests as ours does."""
     (tmp_path / "conftest.py").write_text(
         "import pytest\n@pytest.fixture\ndef device(request):\n    pytest.skip('torch sees no CUDA device')\n"
     )
@@ -254,7 +254,7 @@ RIGHT = "15 operators right on cuda; whose kernels ran was not looked at\n"
         ("========= Device not supported", "the tool gave no summary: .*Device not supported"),
     ],
 )
-def test_a_sanitizer_that_shows_nothing_fails(output: str, why: str) -> None:
+def test_a_sanitizer_stage_without_proof_fails(output: str, why: str) -> None:
     with pytest.raises(NotProven, match=why):
         gpu_stages.sanitized(output)
 
@@ -264,16 +264,16 @@ def test_a_sanitizer_that_sees_no_error_passes() -> None:
     gpu_stages.sanitized(f"{RIGHT}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")
 
 
-def test_memcheck_must_see_a_planted_fault() -> None:
-    told = "========= Invalid __global__ read of size 16 bytes\n=========     at void normfused::cuda::reduce_rows<..>"
-    assert "planted" in gpu_stages.caught(told)
-    anothers = "========= Invalid __global__ read of size 4\n=========     at void at::x()"
-    for output in ("========= ERROR SUMMARY: 0 errors", anothers):
+def test_memcheck_must_detect_a_deliberate_fault() -> None:
+    ours = "========= Invalid __global__ read of size 16 bytes\n=========     at void normfused::cuda::reduce_rows<..>"
+    assert "planted" in gpu_stages.caught(ours)
+    torchs = "========= Invalid __global__ read of size 4\n=========     at void at::x()"
+    for output in ("========= ERROR SUMMARY: 0 errors", torchs):
         with pytest.raises(NotProven, match="a read of freed memory was not told"):
             gpu_stages.caught(output)
 
 
-def test_operators_pass_by_the_kernels_that_were_seen(tmp_path: Path) -> None:
+def test_operators_pass_if_their_kernels_were_profiled(tmp_path: Path) -> None:
     context = Context(False, tmp_path)
     (command,) = gpu_stages.operators(context, 60)
     rows = [{"operator": "a", "ours": {"normfused::cuda::k": 2}}, {"operator": "b", "ours": {}}]
@@ -301,16 +301,16 @@ def test_a_grid_with_gaps_fails(tmp_path: Path, content: dict[str, Any], output:
         command.judge(output)
 
 
-# What is run, and the description of it.
+# The commands of the stages, and their documentation.
 
 
-def test_runs_hold_every_stage_once_and_fit_a_command() -> None:
+def test_runs_contain_every_stage_once_and_fit_a_command() -> None:
     stages = [stage for names in RUNS.values() for stage in names if stage != "build"]
     assert sorted([*stages, "build"]) == sorted(STAGES)
     for name, stages_ in RUNS.items():
         assert stages_[0] == "build", name
         assert sum(STAGES[stage].cap for stage in stages_[1:]) <= 540, name
-    assert sum(STAGES[stage].cap for stage in RUNS["run-1"]) <= 570  # whose last stage has what is left
+    assert sum(STAGES[stage].cap for stage in RUNS["run-1"]) <= 570  # its last stage gets the remaining time
 
 
 def test_readme_has_the_runs_and_their_caps() -> None:
@@ -337,8 +337,8 @@ def test_on_a_gpu_stages_run_cuda_on_our_kernels() -> None:
             assert ("kernel_substring=normfused" in command.argv) == (tool != "initcheck")
 
 
-def test_the_patterns_find_their_cases() -> None:
-    """As the command lines give them: one that begins with a dash is no option."""
+def test_the_patterns_match_their_cases() -> None:
+    """Parsed from the command lines: a pattern that begins with a dash is not an option."""
     import report
     from cases import grid
 
@@ -361,7 +361,7 @@ def test_the_patterns_find_their_cases() -> None:
     assert found(gpu_stages.COMPILED) == 2 * 2 * 4
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_it_exits_with_a_message() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = subprocess.run([sys.executable, BENCHMARKS / "gpu_check.py", "run-1"], capture_output=True, text=True)
@@ -375,7 +375,7 @@ def test_an_unknown_stage_is_refused() -> None:
     assert "unknown stage 'grid': must be one of run-1, run-2" in done.stderr
 
 
-# From end to end.
+# The rehearsal, and what follows a run.
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +432,7 @@ def test_a_rehearsal_renders_but_not_among_results(
 
 
 def test_archives_of_a_device_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The later result of a case, and a case that failed once and then did not, is no failure."""
+    """The later result of a case counts. A case that failed first and then passed is not a failure."""
     import gpu_render
     import report
 
@@ -450,7 +450,7 @@ def test_archives_of_a_device_are_merged(tmp_path: Path, monkeypatch: pytest.Mon
     assert merged.settings["partial"] is False
 
 
-def test_a_wheel_is_built_once_and_its_python_is_that_of_the_checkout(
+def test_a_wheel_is_built_once_and_uses_the_checkouts_python_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(gpu_build, "FOLDER", tmp_path)
@@ -479,7 +479,7 @@ def test_a_wheel_is_built_once_and_its_python_is_that_of_the_checkout(
         (package / "__init__.py").write_text("of another checkout")
 
 
-def test_what_rendering_writes_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendered_files_do_not_change_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_build, "ROOT", tmp_path)
     for name in ("benchmarks/results/gpu/table.md", "benchmarks/report.py", "benchmarks/__pycache__/report.pyc"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -494,7 +494,7 @@ def test_what_rendering_writes_is_no_source(tmp_path: Path, monkeypatch: pytest.
     assert gpu_build.digest(("benchmarks",), "for another GPU") != gpu_build.digest(("benchmarks",))
 
 
-def test_a_revision_is_named_only_where_the_sources_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_revision_is_named_only_if_the_sources_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu_render
 
     monkeypatch.setattr(gpu_render.gpu_build, "sources", lambda: "same")

@@ -44,7 +44,7 @@ def test_normalize_keeps_torchvisions_contract(device: torch.device) -> None:
     assert_same_bits(x, y)
 
 
-def test_normalize_takes_bytes(device: torch.device) -> None:
+def test_normalize_accepts_bytes(device: torch.device) -> None:
     x = pixels(2, 3, 5, 6).to(device)
     y = Normalize(*IMAGENET, dtype=torch.bfloat16, memory_format=torch.channels_last)(x)
     assert_same_bits(y, normalize(x, *IMAGENET, dtype=torch.bfloat16, memory_format=torch.channels_last))
@@ -52,7 +52,7 @@ def test_normalize_takes_bytes(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_to_normalized_tensor_takes_anything(memory_format: torch.memory_format) -> None:
+def test_to_normalized_tensor_accepts_arrays_images_and_tensors(memory_format: torch.memory_format) -> None:
     array = pixels(7, 9, 3).numpy()
     transform = ToNormalizedTensor(*IMAGENET, memory_format=memory_format)
     want = normalize(torch.from_numpy(array).permute(2, 0, 1), *IMAGENET)
@@ -86,7 +86,7 @@ def test_to_normalized_tensor_shares_no_memory_with_its_input() -> None:
     assert y.abs().max() == 0
 
 
-def test_denormalize_undoes(device: torch.device) -> None:
+def test_denormalize_inverts_normalize(device: torch.device) -> None:
     x = pixels(2, 3, 16, 16).to(device)
     y = Normalize(*IMAGENET)(x)
     torch.testing.assert_close(Denormalize(*IMAGENET)(y), x.float() / 255, rtol=0, atol=1e-6)
@@ -228,5 +228,5 @@ def test_errors(call: Callable[[], object], error: type[Exception], text: str) -
     assert str(raised.value).startswith(text)
 
 
-def test_all_names_are_there() -> None:
+def test_all_names_exist() -> None:
     assert all(hasattr(transforms, name) for name in transforms.__all__)

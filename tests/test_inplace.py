@@ -1,4 +1,4 @@
-"""In-place batch norm: backward from the output. Also runs on the fallback, except for the saved bytes."""
+"""In-place batch norm: backward starts from the output. Also runs on the fallback, except for the saved bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ activations = pytest.mark.parametrize(("activation", "parameter"), ACTIVATIONS, 
 
 
 def made(x: Tensor) -> Tensor:
-    """A tensor of these values and strides that some operation made, which does not keep it."""
+    """A tensor with these values and strides, as the output of an operation that does not save it for backward."""
     return x + torch.zeros_like(x)
 
 
@@ -40,17 +40,17 @@ def results(
     between = made(leaf)
     y = batch_norm(between, *buffers, *parameters, training, inplace=inplace, **after)
     assert (y is between) == inplace
-    wanted = [leaf, *(p for p in parameters if p is not None)]
-    return [y.detach().clone(), *torch.autograd.grad(y, wanted, grad), *buffers]
+    inputs = [leaf, *(p for p in parameters if p is not None)]
+    return [y.detach().clone(), *torch.autograd.grad(y, inputs, grad), *buffers]
 
 
-# What weights and biases may be: of both signs; too small to tell the input from the output, all or some; none.
+# Weights and biases: of both signs; all or some too small to recover the input from the output; absent.
 PARAMETERS: dict[str, Callable[[int], tuple[Tensor | None, Tensor | None]]] = {
     "both signs": lambda c: (torch.linspace(-2, 2.5, c), torch.linspace(-1, 1, c)),
     "small": lambda c: (torch.linspace(-1, 1, c) * 1e-9, torch.zeros(c)),
     "zero": lambda c: (torch.zeros(c), torch.ones(c)),
     "some zero": lambda c: (torch.arange(c) % 3 - 1.0, torch.linspace(-3, 3, c)),
-    "least": lambda c: (torch.full((c,), 1e-310, dtype=torch.float64), torch.zeros(c)),
+    "subnormal": lambda c: (torch.full((c,), 1e-310, dtype=torch.float64), torch.zeros(c)),
     "large bias": lambda c: (torch.linspace(0.5, 2, c), torch.linspace(-1e6, 1e6, c)),
     "no bias": lambda c: (torch.linspace(-2, 2.5, c), None),
     "none": lambda c: (None, None),
@@ -61,7 +61,7 @@ PARAMETERS: dict[str, Callable[[int], tuple[Tensor | None, Tensor | None]]] = {
 @activations
 @pytest.mark.parametrize("parameters", list(PARAMETERS))
 @pytest.mark.parametrize("shape", [(4, 7, 5, 3), (64, 33), (3, 1, 70)], ids=str)
-def test_is_out_of_place(
+def test_equals_out_of_place(
     shape: tuple[int, ...],
     parameters: str,
     activation: str | None,
@@ -94,7 +94,8 @@ def test_in_every_dtype_and_layout(
     theirs = results(x, weight, bias, grad, False, training, activation="leaky_relu")
     for a, e in zip((ours[0], *ours[-2:]), (theirs[0], *theirs[-2:]), strict=True):
         assert_same_bits(a, e)
-    # The output tells a deviation to within an ulp of it and of 8 weights, which the sums of 210 values average.
+    # A deviation is recovered from the rounded output by a division by the weight, so its error can be several ulp.
+    # The sums of 210 values average it.
     ulp = torch.finfo(dtype).eps
     for a, e in zip(ours[1:-2], theirs[1:-2], strict=True):
         torch.testing.assert_close(a, e, rtol=8 * ulp, atol=8 * ulp * e.abs().max().item())
@@ -102,14 +103,14 @@ def test_in_every_dtype_and_layout(
 
 @modes
 @pytest.mark.parametrize("frozen", [[], [0], [1, 2]], ids=["all", "constant input", "constant parameters"])
-@pytest.mark.parametrize("weights", [[0.7, -1.3, 0.5], [0.7, 0.0, 0.5]], ids=["told", "kept"])
+@pytest.mark.parametrize("weights", [[0.7, -1.3, 0.5], [0.7, 0.0, 0.5]], ids=["recovered", "saved"])
 def test_second_derivatives(weights: list[float], frozen: list[int], training: bool) -> None:
     x, weight, bias = torch.randn(4, 3, 2, dtype=torch.float64), torch.tensor(weights).double(), torch.randn(3).double()
     buffers = torch.zeros(3).double(), torch.ones(3).double()
     inputs = [t.requires_grad_(i not in frozen) for i, t in enumerate((x, weight, bias))]
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # A leaky ReLU's second derivative is that of what it passes on; none of these values is near its kink.
+        # None of these values is near the kink of the leaky ReLU.
         return batch_norm(
             made(x),
             *buffers,
@@ -161,8 +162,8 @@ def test_empty_batch(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_view_of_what_others_read(layout: str, device: torch.device) -> None:
-    """Half of the channels normalized in place, then all of them read."""
+def test_a_view_of_a_tensor_that_is_read_later(layout: str, device: torch.device) -> None:
+    """Half of the channels are normalized in place, then all of them are read."""
     x = torch.randn(4, 6, 5, dtype=torch.float64, device=device)
     weight = torch.randn(3, dtype=torch.float64, device=device)
 
@@ -205,8 +206,8 @@ def test_graphs_are_freed(kind: str) -> None:
     assert alive() is None
 
 
-@pytest.mark.usefixtures("needs_extension")  # the fallback keeps values of its own
-def test_later_changes_are_noticed() -> None:
+@pytest.mark.usefixtures("needs_extension")  # the fallback saves a copy
+def test_later_changes_are_detected() -> None:
     layer = normfused.BatchNorm1d(3, inplace=True)
     y = layer(made(torch.randn(4, 3, requires_grad=True)))
     with torch.no_grad():
@@ -215,40 +216,40 @@ def test_later_changes_are_noticed() -> None:
         y.sum().backward()
 
 
-def test_what_others_have_kept_is_noticed() -> None:
+def test_overwriting_a_saved_tensor_is_detected() -> None:
     layer = normfused.BatchNorm1d(3, inplace=True)
     x = made(torch.randn(4, 3, requires_grad=True))
-    kept = x.square()
+    squares = x.square()
     y = layer(x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (y + kept).sum().backward()
+        (y + squares).sum().backward()
 
 
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("small", [0, 3])
-def test_what_is_kept_for_backward(small: int) -> None:
-    """The output, which the next layer keeps anyway, and the channels that it does not tell."""
+def test_tensors_saved_for_backward(small: int) -> None:
+    """The output, which the next layer saves anyway, and the channels that cannot be recovered from it."""
     layer = normfused.BatchNormAct2d(16, activation="leaky_relu", inplace=True)
     with torch.no_grad():
         layer.weight[:small] = 0
         layer.bias.fill_(1)
     x = made(torch.randn(8, 16, 32, 32, requires_grad=True))
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
-    own = kept.pop(y.untyped_storage().data_ptr())
+    own = saved.pop(y.untyped_storage().data_ptr())
     assert own == y.nbytes
-    share = sum(kept.values()) - small * y.nbytes // 16
-    assert 0 <= share <= 64 * 16
+    others = sum(saved.values()) - small * y.nbytes // 16
+    assert 0 <= others <= 64 * 16
 
 
 def test_a_network_of_blocks(device: torch.device) -> None:
-    """Leaky ResNet-like stack: one tensor a block is kept, and the gradients are those of the separate layers."""
+    """One tensor per block is saved, and the gradients equal those of the separate layers."""
 
     def stack(ours: bool) -> nn.Sequential:
         torch.manual_seed(3)
@@ -262,16 +263,16 @@ def test_a_network_of_blocks(device: torch.device) -> None:
         return nn.Sequential(*layers).to(device, torch.float64)
 
     x = torch.randn(4, 3, 12, 12, dtype=torch.float64, device=device)
-    gradients, kept = [], []
+    gradients, saved = [], []
     for ours in (True, False):
         model = stack(ours)
         model(x).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
-        kept.append(bytes_saved_for_backward(model, x))
+        saved.append(bytes_saved_for_backward(model, x))
     for a, e in zip(*gradients, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
     if normfused.info()["extension"] == "loaded":
-        assert kept[0] < 0.6 * kept[1]
+        assert saved[0] < 0.6 * saved[1]
 
 
 def test_a_resnet_with_its_weights(device: torch.device) -> None:
@@ -322,7 +323,7 @@ def test_compiled_is_eager(training: bool) -> None:
         outputs.append(y.detach())
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert_same_bits(*outputs)
-    for a, e in zip(*gradients, strict=True):  # eager goes from the output, compiled from the input
+    for a, e in zip(*gradients, strict=True):  # eager mode computes from the output, compiled code from the input
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
@@ -363,7 +364,7 @@ def call(x: Tensor, **options: Any) -> Tensor:
     return batch_norm(x, None, None, training=True, inplace=True, **options)
 
 
-UNDOABLE = "needs an invertible activation, 'identity' or 'leaky_relu' with a positive activation_param, got "
+NEEDS_INVERTIBLE = "needs an invertible activation, 'identity' or 'leaky_relu' with a positive activation_param, got "
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: call(leaf()), RuntimeError, "batch_norm: inplace=True cannot write over input, a leaf that requires grad"),
     (
@@ -407,17 +408,17 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: call(torch.randn(4, 3, 5), activation="relu"),
         ValueError,
-        f"batch_norm: inplace=True {UNDOABLE}'relu'",
+        f"batch_norm: inplace=True {NEEDS_INVERTIBLE}'relu'",
     ),
     (
         lambda: call(torch.randn(4, 3, 5), activation="leaky_relu", activation_param=0.0),
         ValueError,
-        f"batch_norm: inplace=True {UNDOABLE}'leaky_relu' with 0.0",
+        f"batch_norm: inplace=True {NEEDS_INVERTIBLE}'leaky_relu' with 0.0",
     ),
     (
         lambda: normfused.BatchNormAct2d(3, activation="elu", inplace=True),
         ValueError,
-        f"BatchNormAct2d: inplace=True {UNDOABLE}'elu'",
+        f"BatchNormAct2d: inplace=True {NEEDS_INVERTIBLE}'elu'",
     ),
 ]
 
@@ -429,7 +430,7 @@ def test_bad_arguments(call: Callable[[], object], kind: type[Exception], messag
     assert str(info.value) == message
 
 
-def test_nothing_is_written_where_it_raises() -> None:
+def test_an_error_leaves_everything_unchanged() -> None:
     for x in (leaf(), leaf().sigmoid(), leaf()[:, :2]):
         values, version = x.detach().clone(), x._version
         mean, var, batches = torch.zeros(x.size(1)), torch.ones(x.size(1)), torch.tensor(0)
@@ -444,13 +445,13 @@ def test_nothing_is_written_where_it_raises() -> None:
         assert batches == 0
 
 
-def test_convert_leaves_it_as_it_is() -> None:
+def test_convert_does_not_change_inplace_layers() -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 3), normfused.BatchNorm1d(4, inplace=True), nn.ReLU())
     x = torch.randn(8, 3, 16)
-    expected, kept = model(x), bytes_saved_for_backward(model, x)
+    expected, saved = model(x), bytes_saved_for_backward(model, x)
     torch.testing.assert_close(normfused.convert(model)(x), expected)
     assert normfused.conversion_report(model).fused == {}
-    assert bytes_saved_for_backward(model, x) == kept
+    assert bytes_saved_for_backward(model, x) == saved
     assert "inplace=True" in repr(model[1])
     assert normfused.revert(model) is model
     assert type(model[1]) is normfused.BatchNorm1d

@@ -62,7 +62,7 @@ def isolated(tmp_path: Path) -> Path:
 
 
 def call(script: str, cwd: Path, *path: Path, python: str | Path = sys.executable) -> str:
-    """Run a script that may import the backend; return what it printed last."""
+    """Run a script that may import the backend. Returns the last line that it prints."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, BACKEND]))}
     run = subprocess.run([python, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -100,12 +100,10 @@ NO_SOURCES = CUDA._replace(has_sources=False)
         (NO_SOURCES, None, False, "this version has no CUDA kernels"),
     ],
 )
-def test_cuda_is_built_where_it_can_be_and_is_wanted(
-    facts: Facts, forced: str | None, build: bool, reason: str
-) -> None:
+def test_cuda_is_built_if_possible_and_requested(facts: Facts, forced: str | None, build: bool, reason: str) -> None:
     decision = decide(facts, {} if forced is None else {"NORMFUSED_CUDA": forced})
     assert (decision.build, decision.reason) == (build, reason)
-    assert bool(decision.how) == (not build), "where there is no CUDA it must say how to get it"
+    assert bool(decision.how) == (not build), "without CUDA, the decision must say how to get it"
     expected = "nvcc 13.2 and torch's CUDA 13.0 differ in minor version" if facts is OTHER_MINOR else ""
     assert decision.warning == expected
 
@@ -134,7 +132,7 @@ def test_cuda_is_built_where_it_can_be_and_is_wanted(
         ),
     ],
 )
-def test_cuda_that_is_forced_but_impossible_is_one_clear_line(facts: Facts, message: str) -> None:
+def test_forcing_an_impossible_cuda_build_gives_a_one_line_error(facts: Facts, message: str) -> None:
     with pytest.raises(RuntimeError) as error:
         decide(facts, {"NORMFUSED_CUDA": "1"})
     assert str(error.value) == message
@@ -150,12 +148,12 @@ NVCC_13 = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"]
 
 
 def torch_knows(architecture: str) -> bool:
-    """As a torch does that does not know 12.1, and calls 9.0 by a name."""
+    """Like a torch that does not know 12.1 and has a name for 9.0."""
     return architecture.removesuffix("+PTX") in ("7.0", *NVCC_13[:-1], "9.0a", "Hopper")
 
 
 @pytest.mark.parametrize(
-    ("nvcc", "gpus", "asked", "chosen", "dropped"),
+    ("nvcc", "gpus", "requested", "chosen", "dropped"),
     [
         (NVCC_13, [], None, "7.5;8.0;9.0;10.0;12.0+PTX", ""),
         (NVCC_12_6, [], "", "7.5;8.0;9.0+PTX", ""),
@@ -166,7 +164,7 @@ def torch_knows(architecture: str) -> bool:
         (NVCC_13, [], "8.0 Hopper", "8.0;Hopper", ""),
         (NVCC_13, [], "7.0;8.0;13.0+PTX", "8.0", "7.0;13.0+PTX"),
         (NVCC_13, [], "Pascal", "", "Pascal"),
-        (NVCC_13, [(12, 1)], None, "12.0", ""),  # which torch does not know, and 12.0's code runs on
+        (NVCC_13, [(12, 1)], None, "12.0", ""),  # torch does not know 12.1, which runs code for 12.0
         (NVCC_12_6, [(12, 0)], None, "9.0+PTX", ""),
         (NVCC_12_6, [(9, 0), (10, 0)], None, "9.0+PTX", ""),
         (NVCC_13, [(13, 0)], None, "12.0+PTX", ""),
@@ -176,20 +174,20 @@ def torch_knows(architecture: str) -> bool:
     ],
 )
 def test_architectures(
-    nvcc: list[str], gpus: list[tuple[int, int]], asked: str | None, chosen: str, dropped: str
+    nvcc: list[str], gpus: list[tuple[int, int]], requested: str | None, chosen: str, dropped: str
 ) -> None:
-    found = choose_architectures(asked, gpus, nvcc, torch_knows)
+    found = choose_architectures(requested, gpus, nvcc, torch_knows)
     assert (";".join(found.chosen), ";".join(found.dropped)) == (chosen, dropped)
 
 
-def test_architectures_that_cannot_be_are_named() -> None:
+def test_unsupported_architectures_are_named() -> None:
     some = CUDA._replace(architectures=Architectures(["8.0"], ["7.0"]))
     assert decide(some, {}).warning == "nvcc 13.0 or torch 2.13.0+cu130 cannot compile for 7.0"
     none = CUDA._replace(architectures=Architectures([], ["6.1"]))
     assert decide(none, {})[:2] == (False, "nvcc 13.0 or torch 2.13.0+cu130 cannot compile for 6.1")
 
 
-def test_toolkits_that_were_passed_over_are_named() -> None:
+def test_rejected_toolkits_are_named() -> None:
     assert decide(CUDA._replace(problems=("no nvcc in CUDA_HOME=/cuda",)), {}).warning == "no nvcc in CUDA_HOME=/cuda"
 
 
@@ -223,7 +221,7 @@ print(json.dumps([*found, backend.get_requires_for_build_wheel(), backend.get_re
     assert requires == ([["torch"]] * 2 if home is None else [[]] * 2)
 
 
-def test_a_source_distribution_needs_no_torch_and_holds_all_that_a_build_does(
+def test_a_source_distribution_needs_no_torch_and_contains_all_build_inputs(
     checkout: Path, isolated: Path, tmp_path: Path
 ) -> None:
     (isolated / "torch").mkdir()
@@ -236,14 +234,14 @@ def test_a_source_distribution_needs_no_torch_and_holds_all_that_a_build_does(
         top = archive.removesuffix(".tar.gz")
         members = {member.name.removeprefix(f"{top}/") for member in tar if member.isfile()}
         metadata = message_from_bytes(tar.extractfile(f"{top}/PKG-INFO").read())
-    wanted = {str(f.relative_to(checkout)) for f in checkout.rglob("*") if f.is_file() and ".egg-info" not in str(f)}
+    sources = {str(f.relative_to(checkout)) for f in checkout.rglob("*") if f.is_file() and ".egg-info" not in str(f)}
     build_products = {"normfused/_C.so", "normfused/_build_info.json"}
-    assert wanted - members == build_products
+    assert sources - members == build_products
     assert {"csrc/binding.cpp", "build_backend/backend.py", "LICENSE", "setup.py"} <= members
     assert "torch>=2.6" in metadata.get_all("Requires-Dist")
 
 
-def test_a_wheel_asks_for_the_torch_series_it_was_built_with(checkout: Path) -> None:
+def test_a_wheel_requires_the_torch_series_it_was_built_with(checkout: Path) -> None:
     folder = call("import backend; print(backend.prepare_metadata_for_build_wheel('.'))", checkout)
     metadata = message_from_string((checkout / folder / "METADATA").read_text())
     requires = metadata.get_all("Requires-Dist")
@@ -253,7 +251,7 @@ def test_a_wheel_asks_for_the_torch_series_it_was_built_with(checkout: Path) -> 
     assert metadata["Requires-Python"] == ">=3.10"
 
 
-def test_a_build_without_torch_says_so(checkout: Path, isolated: Path) -> None:
+def test_a_build_without_torch_fails_with_a_message(checkout: Path, isolated: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(isolated)}
     command = [sys.executable, "setup.py", "build_ext"]
     run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)

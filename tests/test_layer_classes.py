@@ -35,7 +35,7 @@ def shape_of(cls: type) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=[ours.__name__ for ours, _ in PAIRS])
-def test_signatures_begin_as_torchs(ours: type, theirs: type) -> None:
+def test_signatures_begin_like_those_of_torch(ours: type, theirs: type) -> None:
     mine, stock = (inspect.signature(cls).parameters for cls in (ours, theirs))
     positional = [p for p in stock.values() if p.kind is not p.KEYWORD_ONLY]
     assert [(p.name, p.default, p.kind) for p in mine.values()][: len(positional)] == [
@@ -52,7 +52,7 @@ def test_skip_init(cls: type) -> None:
 
 
 def test_a_factory_that_looks_at_signatures() -> None:
-    """As MONAI's ``get_norm_layer``, which gives the channels to layers whose signature has the argument."""
+    """Like MONAI's ``get_norm_layer``, which passes the channels to layers whose signature has ``num_features``."""
     for cls in (normfused.BatchNorm2d, normfused.BatchNormAct2d):
         name, arguments = cls, {}
         if "num_features" in inspect.signature(name).parameters:
@@ -87,7 +87,7 @@ def test_the_default_activation_is_relu_and_identity_is_none() -> None:
     for identity in ("identity", None):
         layer = normfused.BatchNormAct1d(3, identity)
         torch.testing.assert_close(layer(x), nn.BatchNorm1d(3)(x))
-        assert layer.eps == 1e-5  # nothing would be lost
+        assert layer.eps == 1e-5  # readable: no option would be lost
 
 
 @pytest.mark.parametrize("cls", [normfused.BatchNorm2d, normfused.SyncBatchNorm, normfused.LazyBatchNorm2d])
@@ -124,13 +124,13 @@ def test_converters_that_would_lose_an_option_are_stopped(option: str, converter
     )
 
 
-def test_layers_without_options_are_converted_as_torchs() -> None:
+def test_layers_without_options_are_converted_like_torchs() -> None:
     for layer in (normfused.BatchNorm2d(4), normfused.BatchNorm2d(4, inplace=True), normfused.BatchNormAct2d(4, None)):
         for convert in CONVERTERS.values():
             convert(layer)
 
 
-def test_mkldnn_keeps_or_refuses() -> None:
+def test_mkldnn_preserves_or_refuses_options() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), normfused.BatchNorm2d(4)).eval()
     x = torch.randn(2, 3, 6, 6)
     converted = torch.utils.mkldnn.to_mkldnn(copy.deepcopy(plain))
@@ -138,13 +138,13 @@ def test_mkldnn_keeps_or_refuses() -> None:
     frozen = nn.Sequential(normfused.BatchNorm2d(4).freeze())
     with pytest.raises(AttributeError, match="would lose frozen=True"):
         torch.utils.mkldnn.to_mkldnn(frozen)
-    # torch's function only looks for BatchNorm2d: another layer stays what it is, and its activation with it.
-    kept = torch.utils.mkldnn.to_mkldnn(nn.Sequential(normfused.BatchNormAct2d(4)).eval())
-    assert isinstance(kept[0], normfused.BatchNormAct2d)
+    # torch's function converts only BatchNorm2d: other layers keep their class, and so their activation.
+    unconverted = torch.utils.mkldnn.to_mkldnn(nn.Sequential(normfused.BatchNormAct2d(4)).eval())
+    assert isinstance(unconverted[0], normfused.BatchNormAct2d)
 
 
 def replace_by_group_norm(model: nn.Module) -> nn.Module:
-    """A walker as in Opacus' ``ModuleValidator.fix``."""
+    """Replaces layers by their class, as Opacus' ``ModuleValidator.fix`` does."""
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(model, name, nn.GroupNorm(2, child.num_features))
@@ -153,13 +153,13 @@ def replace_by_group_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_walkers_by_isinstance_leave_activations_alone() -> None:
+def test_code_that_looks_for_batchnorm2d_skips_layers_with_an_activation() -> None:
     model = nn.Sequential(normfused.BatchNorm2d(4), normfused.BatchNormAct2d(4))
     assert [type(m) for m in replace_by_group_norm(model)] == [nn.GroupNorm, normfused.BatchNormAct2d]
 
 
 @pytest.mark.parametrize("option", list(LOSING))
-def test_a_hidden_eps_is_an_attribute_that_is_absent(option: str) -> None:
+def test_a_hidden_eps_behaves_like_a_missing_attribute(option: str) -> None:
     layer = LOSING[option]()
     assert not hasattr(layer, "eps")
     assert getattr(layer, "eps", 7) == 7
@@ -178,21 +178,21 @@ def test_a_hidden_eps_is_an_attribute_that_is_absent(option: str) -> None:
     assert copy.deepcopy(layer).epsilon == pickle.loads(pickle.dumps(layer)).epsilon == 1e-3
 
 
-def test_frozen_statistics_outlast_a_reset() -> None:
-    """``torch.optim.swa_utils.update_bn`` resets them, and counts on training forwards to make new ones."""
+def test_frozen_statistics_survive_a_reset() -> None:
+    """``torch.optim.swa_utils.update_bn`` resets statistics, and expects training forward passes to recompute them."""
     layer = normfused.BatchNorm2d(3)
     layer(torch.randn(4, 3, 5, 5) + 1)
-    kept = layer.freeze().running_mean.clone()
+    mean = layer.freeze().running_mean.clone()
     torch.optim.swa_utils.update_bn([torch.randn(4, 3, 5, 5)], layer)
-    torch.testing.assert_close(layer.running_mean, kept, rtol=0, atol=0)
-    layer.reset_parameters()  # of a layer that begins anew
+    torch.testing.assert_close(layer.running_mean, mean, rtol=0, atol=0)
+    layer.reset_parameters()  # reinitializes the layer, including its statistics
     assert not layer.running_mean.any()
     torch.func.replace_all_batch_norm_modules_(layer)
     with pytest.raises(ValueError, match="BatchNorm2d: the layer is frozen, but its running statistics are gone"):
         layer(torch.randn(4, 3, 5, 5))
 
 
-def test_attributes_are_where_torchs_layers_have_them() -> None:
+def test_attributes_are_those_of_torchs_layers() -> None:
     ours, theirs = normfused.BatchNorm2d(4), nn.BatchNorm2d(4)
     assert set(vars(ours)) == set(vars(theirs))
     assert ours.eps == theirs.eps
@@ -217,7 +217,7 @@ def test_a_check_of_the_input_that_a_subclass_overrides(cls: type) -> None:
                 raise ValueError("no volumes")
 
     layer = Mine(3).eval()
-    assert layer(torch.randn(2, 3, 4)).shape == (2, 3, 4)  # the check decides, not ours for 2d
+    assert layer(torch.randn(2, 3, 4)).shape == (2, 3, 4)  # the subclass's check replaces ours for 2d
     layer(torch.randn(2, 3, 4, 4))
     assert seen == [3, 4]
     with pytest.raises(ValueError, match=r"^no volumes$"):

@@ -1,4 +1,4 @@
-"""Local response normalization against torch's and against the definition in long double. Runs on the fallback too."""
+"""Local response normalization compared with torch's and with long double. Runs on the fallback too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def double(*shape: int) -> Tensor:
 
 
 def torch_in_float32(x: Tensor, size: int, **options: float) -> Tensor:
-    """torch's, which has no pooling of narrower dtypes on the CPU, by way of float32; float64 stays."""
+    """torch's function, via float32 for narrower dtypes, whose pooling it lacks on the CPU."""
     return F.local_response_norm(x.to(torch.promote_types(x.dtype, torch.float32)), size, **options).to(x.dtype)
 
 
@@ -43,28 +43,27 @@ def exact(tensor: Tensor) -> np.ndarray:
     return tensor.detach().double().cpu().numpy().astype(np.longdouble)
 
 
-def window_sums(values: np.ndarray, before: int, after: int) -> np.ndarray:
+def window_sums(values: np.ndarray, left: int, right: int) -> np.ndarray:
     channels = values.shape[1]
-    windows = [values[:, max(c - before, 0) : c + after + 1].sum(1) for c in range(channels)]
+    windows = [values[:, max(c - left, 0) : c + right + 1].sum(1) for c in range(channels)]
     return np.stack(windows, 1)
 
 
 def assert_as_close_as_torch(x: Tensor, grad_output: Tensor, size: int, options: Options) -> None:
-    """Output and gradient are at most 1.05 times as far from the true value as torch's, plus 4 ulp of its scale.
+    """The errors of output and gradient are at most 1.05 times those of torch, plus 4 ulp of the natural scale.
 
-    As in common.py: the scale is the sum of the absolute values of what is added up, and an ulp that of the arithmetic;
-    half an ulp of the result's own dtype is added.
+    Scale and ulp are those of assert_as_close_as_torch in common.py.
     """
     alpha, beta, k = (np.longdouble(options.get(n, d)) for n, d in (("alpha", 1e-4), ("beta", 0.75), ("k", 1.0)))
     values, grad = exact(x), exact(grad_output)
-    before, after = size // 2, (size - 1) // 2
+    left, right = size // 2, (size - 1) // 2
     scale = alpha / size
-    base = k + scale * window_sums(values**2, before, after)
+    base = k + scale * window_sums(values**2, left, right)
     factor = base**-beta
     shares = grad * values * factor / base
-    across = 2 * scale * beta * values * window_sums(shares, after, before)
-    size_of_across = abs(2 * scale * beta * values) * window_sums(abs(shares), after, before)
-    truths = [(values * factor, abs(values * factor)), (grad * factor - across, abs(grad * factor) + size_of_across)]
+    window_term = 2 * scale * beta * values * window_sums(shares, right, left)
+    magnitude = abs(grad * factor) + abs(2 * scale * beta * values) * window_sums(abs(shares), right, left)
+    truths = [(values * factor, abs(values * factor)), (grad * factor - window_term, magnitude)]
 
     ours, theirs = (run(f, x, grad_output, size, options) for f in (local_response_norm, torch_in_float32))
     arithmetic = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
@@ -125,11 +124,11 @@ def test_every_option_is_as_close_as_torch(device: torch.device, beta: float, dt
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("beta", BETAS)
 def test_powers_of_all_magnitudes(device: torch.device, beta: float, layout: str) -> None:
-    """A window of one value without anything added is a power, over all that float32 has."""
+    """With a window of one value and k = 0, the factor is a power. Tested over the whole range of float32."""
     magnitudes = torch.logspace(-18, 18, 5000, dtype=torch.float64).float()
     x = lay_out((magnitudes * torch.randn(5000).sign()).view(2, 50, 50).to(device), layout)
     y = local_response_norm(x, 1, alpha=1.0, beta=beta, k=0.0)
-    # CUDA's own power takes its exponent in float32, as torch does.
+    # CUDA's power has a float32 exponent, as torch's does.
     cuda = device.type == "cuda" or normfused.info()["cpu_capability"] == "cuda"
     factor = x.double().square().pow(-torch.tensor(beta, dtype=torch.float32 if cuda else torch.float64).item())
     limits = torch.finfo(torch.float32)
@@ -141,10 +140,8 @@ def test_powers_of_all_magnitudes(device: torch.device, beta: float, layout: str
 
 @pytest.mark.parametrize("beta", [0.75, 0.5, 1.0, 0.6, 2.3, -0.4, 2.0, 3.0, -2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
-def test_what_is_no_positive_number_gives_what_torch_gives(
-    device: torch.device, dtype: torch.dtype, beta: float
-) -> None:
-    """Zeros, infinities, NaN, overflow; and bases below zero, which have a power where beta is whole."""
+def test_special_values_give_the_results_of_torch(device: torch.device, dtype: torch.dtype, beta: float) -> None:
+    """Zeros, infinities, NaN, overflow; and negative bases, whose power is defined for integer beta."""
     special = torch.tensor([0.0, -0.0, 1.0, -2.0, 1e30, -1e200, torch.inf, -torch.inf, torch.nan, 3.0])
     plain = torch.tensor([0.0, 1.0, -2.0, 3.0, 0.3])
     cases = [(special, 1.0, 0.0), (special, 0.3, 1.0), (plain, -1.0, 0.5), (plain, 0.0, -2.0), (plain, 0.0, 0.0)]
@@ -166,7 +163,7 @@ def test_half_precision_does_not_overflow(device: torch.device) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(5, 40, 57, 31), (9, 300, 7, 7), (3, 6, 200, 200)], ids=str)
 def test_larger_shapes_and_any_number_of_threads(shape: tuple[int, ...], layout: str) -> None:
-    """Blocks of every kind: several to a plane, tails of them, several to a task; and the same bits."""
+    """Several blocks per plane, tails, several blocks per task; bitwise identical for any number of threads."""
     x, grad_output = (lay_out(torch.randn(shape), layout) for _ in range(2))
     options = {"alpha": 1.0}
     expected = run(F.local_response_norm, x.double(), grad_output.double(), 5, options)
@@ -191,7 +188,7 @@ def test_empty(device: torch.device, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_results_are_laid_out_as_the_input(device: torch.device, layout: str) -> None:
+def test_results_have_the_layout_of_the_input(device: torch.device, layout: str) -> None:
     x = lay_out(torch.randn(4, 3, 6, 5, device=device), layout)
     y, grad = run(local_response_norm, x, torch.randn_like(x), 5, {})
     last = layout == "channels_last"
@@ -225,12 +222,12 @@ def test_third_derivative(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("needs_extension")
-def test_only_the_input_is_kept_for_backward(device: torch.device) -> None:
+def test_only_the_input_is_saved_for_backward(device: torch.device) -> None:
     x = torch.randn(2, 5, 3, device=device, requires_grad=True)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         local_response_norm(x, 3)
-    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
 
 
 def test_transforms(device: torch.device) -> None:
@@ -310,7 +307,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "kind", "message"), BAD, ids=[f"{i}-{case[2][:40]}" for i, case in enumerate(BAD)])
-def test_says_what_is_wrong(changed: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_error_messages(changed: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind) as error:
         local_response_norm(**{**GOOD, **changed})
     assert str(error.value) == f"local_response_norm: {message}"

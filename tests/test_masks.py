@@ -29,10 +29,10 @@ def _fresh_compiler() -> Iterator[None]:
 @modes
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @residuals
-def test_a_mask_is_the_gathered_positions(
+def test_a_mask_equals_gathering_the_positions(
     with_residual: bool, layout: str, training: bool, device: torch.device
 ) -> None:
-    """What the positions that are left out hold, as NaN, makes no difference."""
+    """The values at excluded positions, here NaN, do not matter."""
     layer = normfused.BatchNormAct2d(3, activation="relu", dtype=torch.float64, device=device).train(training)
     layer.running_mean.normal_()
     other = copy.deepcopy(layer)
@@ -69,7 +69,7 @@ def test_a_mask_is_the_gathered_positions(
 
 @modes
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
-def test_lengths_are_a_mask(dtype: torch.dtype, training: bool) -> None:
+def test_lengths_equal_a_mask(dtype: torch.dtype, training: bool) -> None:
     layer = normfused.BatchNorm1d(3).train(training)
     other = copy.deepcopy(layer)
     x, lengths = torch.randn(4, 3, 6), torch.tensor([6, 2, 0, 5], dtype=dtype)
@@ -78,7 +78,7 @@ def test_lengths_are_a_mask(dtype: torch.dtype, training: bool) -> None:
     assert_same_bits(layer.running_var, other.running_var)
 
 
-def test_lengths_on_the_cpu_serve_any_device(device: torch.device) -> None:
+def test_lengths_on_the_cpu_work_with_any_device(device: torch.device) -> None:
     layer = normfused.BatchNorm1d(3, device=device)
     x, lengths = torch.randn(4, 3, 6, device=device), torch.tensor([6, 2, 0, 5])
     assert_same_bits(copy.deepcopy(layer)(x, lengths=lengths), layer(x, lengths=lengths.to(device)))
@@ -251,7 +251,7 @@ COMPILED_BAD = [
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize(("arguments", "training", "message"), COMPILED_BAD)
 @pytest.mark.usefixtures("needs_extension")
-def test_compiled_code_refuses_values_when_it_runs(
+def test_compiled_code_checks_values_at_run_time(
     arguments: dict[str, Tensor], training: bool, message: str, backend: str
 ) -> None:
     layer = normfused.BatchNorm1d(3).train(training)
@@ -286,7 +286,7 @@ def with_lengths(training: bool, compiled: bool) -> None:
     layer = normfused.SyncBatchNorm(3).train(training)
     whole = normfused.BatchNorm1d(3).train(training)
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-    for lengths in (torch.tensor([1, 0, 6, 3]), torch.tensor([6, 5, 0, 0])):  # in the second, rank 1 has none
+    for lengths in (torch.tensor([1, 0, 6, 3]), torch.tensor([6, 5, 0, 0])):  # the second has no positions on rank 1
         x = torch.randn(4, 3, 6)
         own = share(x, (2, 2)).requires_grad_()
         y = run(own, lengths=share(lengths, (2, 2)))

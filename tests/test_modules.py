@@ -24,7 +24,7 @@ pairs = pytest.mark.parametrize(("ours", "theirs", "shape"), PAIRS, ids=["1d", "
 
 
 def trained(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """The module, with no parameter or buffer left as it was made."""
+    """The module, after all parameters and buffers were changed from their initial values."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.uniform_(0.5, 1.5)
@@ -90,7 +90,7 @@ def test_copies(device: torch.device, ours: type, theirs: type, shape: tuple[int
     x = torch.randn(shape, device=device)
     assert_same_bits(other(x), module(x))
     assert_same_state(module, other)
-    other(x)  # and it is a copy
+    other(x)  # must not change the original
     assert module.num_batches_tracked == 2
     assert other.num_batches_tracked == 3
 
@@ -263,7 +263,7 @@ def test_one_value_per_channel_without_buffers(
     )
 
 
-def test_cumulative_average_without_a_counter_stands_still(device: torch.device) -> None:
+def test_cumulative_average_without_a_counter_changes_nothing(device: torch.device) -> None:
     ours, theirs = (cls(3, momentum=None, device=device) for cls in (normfused.BatchNorm1d, nn.BatchNorm1d))
     x = torch.randn(8, 3, device=device)
     for module in (ours, theirs):
@@ -280,7 +280,7 @@ def test_one_value_in_eval(device: torch.device, cls: type, shape: tuple[int, ..
     torch.testing.assert_close(module(x), x / (1 + 1e-5) ** 0.5)
 
 
-def test_names_a_subclass(device: torch.device) -> None:
+def test_errors_name_the_subclass(device: torch.device) -> None:
     class MyNorm(normfused.BatchNorm1d):
         pass
 

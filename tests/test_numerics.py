@@ -1,4 +1,4 @@
-"""Accuracy in the hard cases, in which fast formulas lose digits. Runs on the fallback too."""
+"""Accuracy in hard cases, in which fast formulas lose digits. Runs on the fallback too."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def statistics(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
 @layouts
 @pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
 @pytest.mark.parametrize("shape", [(2, 2, 500_000), (100_000, 10), (64, 8, 49), (3, 5)], ids=str)
-def test_variance_beside_a_large_mean(device: torch.device, shape: tuple[int, ...], ratio: float, layout: str) -> None:
+def test_variance_with_a_large_mean(device: torch.device, shape: tuple[int, ...], ratio: float, layout: str) -> None:
     sign = torch.where(torch.arange(shape[1]) % 2 == 0, 1.0, -1.0).view(-1, *[1] * (len(shape) - 2))
     x = lay_out((torch.randn(shape) + ratio * sign).to(device), layout)
     axes = [axis for axis in range(x.dim()) if axis != 1]
@@ -40,7 +40,7 @@ def test_variance_beside_a_large_mean(device: torch.device, shape: tuple[int, ..
     moments = normfused.channel_moments(x)
     biased = torch.var(x.double(), axes, correction=0)
     torch.testing.assert_close(moments.m2 / moments.count, biased, rtol=1e-5, atol=0)
-    # Threads of CUDA sum some hundred deviations in float before they go on in double.
+    # A CUDA thread sums some hundred deviations in float before they are merged in double.
     cuda = device.type == "cuda" or normfused.info()["cpu_capability"] == "cuda"
     torch.testing.assert_close(moments.mean, exact_mean, rtol=1e-10 if cuda else 1e-12, atol=0)
     expected = F.batch_norm(x.double(), None, None, training=True)
@@ -90,7 +90,7 @@ def test_half_precision_does_not_overflow(device: torch.device, layout: str) -> 
 
 
 @layouts
-def test_bfloat16_beside_a_large_mean(device: torch.device, layout: str) -> None:
+def test_bfloat16_with_a_large_mean(device: torch.device, layout: str) -> None:
     x = lay_out((torch.randn(64, 4, 28, 28) * 0.1 + 5).to(device, torch.bfloat16), layout)
     y, _, _ = statistics(x)
     std = y.double().std(dim=(0, 2, 3), correction=0)
@@ -176,7 +176,7 @@ def of_samples(x: Tensor, mean: Tensor | None, var: Tensor | None, *, nonfinite_
 def test_nonfinite_statistics_are_skipped_and_counted(
     device: torch.device, layout: str, buffers: bool, function: Callable[..., Tensor]
 ) -> None:
-    """Those are a mean or a variance that is not finite; eps and the running statistics do not matter."""
+    """Statistics are nonfinite if their mean or variance is. eps and the running statistics do not matter."""
     values = torch.randn(8, 6, 4, dtype=torch.float64)
     values[:, 1] = 0.5  # constant: with eps=0 the inverse standard deviation is infinite, the statistics are finite
     values[:, 2] = 2.0**700 * torch.tensor([1.0, -1.0, 1.0, -1.0])  # the variance overflows, the mean is 0
@@ -203,7 +203,7 @@ def test_nonfinite_statistics_are_skipped_and_counted(
 def test_nan_in_a_parameter_is_nan_in_a_narrow_output(
     device: torch.device, name: str, payload: int, layout: str
 ) -> None:
-    """Rounding to bfloat16 adds to a float's bits, which could carry a NaN over to a number."""
+    """Rounding to bfloat16 adds to the bits of a float. The carry could turn a NaN into a number."""
     x = lay_out(torch.randn(8, 40, 5, 5, device=device).bfloat16(), layout)
     vectors = {n: torch.ones(40, device=device) for n in ("weight", "bias", "running_mean", "running_var")}
     vectors[name][7] = torch.tensor(payload, dtype=torch.int32, device=device).view(torch.float32)
@@ -218,7 +218,7 @@ def test_grad_weight_over_a_million_values(device: torch.device, layout: str) ->
     values = torch.randn(500, 2, 2000) + torch.tensor([[100.0], [-100.0]])
     x = lay_out(values.to(device), layout)
     weight = torch.ones(2, device=device, requires_grad=True)
-    # Not noise alone, or the true gradient would be near zero.
+    # Correlated with the values: with noise alone, the true gradient would be near zero.
     grad_output = (torch.randn(x.shape) + values.sign() * (values.abs() - 100)).to(device)
     y = batch_norm(x, None, None, weight, None, training=True)
     (grad_weight,) = torch.autograd.grad(y, weight, grad_output)

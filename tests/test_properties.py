@@ -20,25 +20,25 @@ check = hypothesis.settings(
     max_examples=30, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True
 )
 
-# Ends and tails of every vector width, and both sides of the tile sizes that kernels use.
+# Sizes around the vector widths, for full vectors and tails, and around the tile sizes of the kernels.
 SIZES = st.integers(1, 9) | st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 257])
-LARGEST = 20_000  # values of a tensor
+MAX_VALUES = 20_000  # values of a tensor
 
 
 @st.composite
-def shapes(draw: st.DrawFn, least_values: int = 2, ranks: tuple[int, int] = (2, 6)) -> tuple[int, ...]:
-    """A shape with at least so many values per channel, and not so many values in all that a test becomes slow."""
-    shape = [draw(SIZES) for _ in range(draw(st.integers(*ranks)))]
-    while torch.Size(shape).numel() > LARGEST:
+def shapes(draw: st.DrawFn, min_values: int = 2, dims: tuple[int, int] = (2, 6)) -> tuple[int, ...]:
+    """A shape with at least min_values values per channel, and at most MAX_VALUES in total, for fast tests."""
+    shape = [draw(SIZES) for _ in range(draw(st.integers(*dims)))]
+    while torch.Size(shape).numel() > MAX_VALUES:
         largest = max(range(len(shape)), key=lambda i: shape[i])
         shape[largest] = (shape[largest] + 1) // 2
-    hypothesis.assume(torch.Size(shape).numel() >= least_values * shape[1])
+    hypothesis.assume(torch.Size(shape).numel() >= min_values * shape[1])
     return tuple(shape)
 
 
 @st.composite
 def strided(draw: st.DrawFn, values: Tensor) -> Tensor:
-    """Equal values behind other strides: dimensions in any order in memory, with steps, gaps and an offset."""
+    """Equal values with other strides: dimensions in any order in memory, with steps, gaps and an offset."""
     order = draw(st.permutations(range(values.dim())))
     steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in order]
     starts = [draw(st.sampled_from([0, 0, 1])) for _ in order]
@@ -51,7 +51,7 @@ def strided(draw: st.DrawFn, values: Tensor) -> Tensor:
 
 
 def randn(draw: Callable[..., Any], *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal values of a drawn seed: drawing each value would make examples slow and no better."""
+    """Normal values from a drawn seed. Drawing each value would be slow, and would not test more."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -82,7 +82,7 @@ def test_any_strides_are_as_close_as_torch(
 
 @check
 @hypothesis.given(st.data(), shapes(), st.booleans())
-def test_output_is_dense_and_input_unwritten(data: st.DataObject, shape: tuple[int, ...], training: bool) -> None:
+def test_output_is_dense_and_input_unchanged(data: st.DataObject, shape: tuple[int, ...], training: bool) -> None:
     x = data.draw(strided(randn(data.draw, *shape)))
     before = x.clone()
     y = batch_norm(x, torch.zeros(shape[1]), torch.ones(shape[1]), training=training)
@@ -93,7 +93,7 @@ def test_output_is_dense_and_input_unwritten(data: st.DataObject, shape: tuple[i
 
 @check
 @hypothesis.given(st.data(), shapes(), st.sampled_from(DTYPES))
-def test_eval_knows_only_the_value_and_its_channel(
+def test_eval_output_depends_only_on_the_value_and_its_channel(
     data: st.DataObject, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     x = randn(data.draw, *shape, dtype=dtypes[0])
@@ -109,7 +109,7 @@ def test_eval_knows_only_the_value_and_its_channel(
 
 @check
 @hypothesis.given(st.data(), shapes(), st.sampled_from(["contiguous", "channels_last"]))
-def test_a_channel_knows_nothing_of_the_others(data: st.DataObject, shape: tuple[int, ...], layout: str) -> None:
+def test_channels_are_independent(data: st.DataObject, shape: tuple[int, ...], layout: str) -> None:
     c = data.draw(st.integers(0, shape[1] - 1))
     x, g = randn(data.draw, *shape), randn(data.draw, *shape)
     others = data.draw(st.sampled_from([0.0, 1e10, torch.inf, torch.nan]))
@@ -125,8 +125,8 @@ def test_a_channel_knows_nothing_of_the_others(data: st.DataObject, shape: tuple
 
 
 @check
-@hypothesis.given(st.data(), shapes(least_values=3), st.floats(0.01, 100), st.floats(-100, 100))
-def test_scale_and_shift_of_the_input_are_taken_out(
+@hypothesis.given(st.data(), shapes(min_values=3), st.floats(0.01, 100), st.floats(-100, 100))
+def test_scale_and_shift_of_the_input_are_removed(
     data: st.DataObject, shape: tuple[int, ...], scale: float, shift: float
 ) -> None:
     x = randn(data.draw, *shape, dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_scale_and_shift_of_the_input_are_taken_out(
 
 @check
 @hypothesis.given(st.data(), shapes())
-def test_grad_input_leaves_mean_and_variance_alone(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_grad_input_does_not_change_mean_and_variance(data: st.DataObject, shape: tuple[int, ...]) -> None:
     x = randn(data.draw, *shape, dtype=torch.float64).requires_grad_()
     axes = [axis for axis in range(x.dim()) if axis != 1]
     hypothesis.assume(x.std(axes).min() > 1e-2)
@@ -157,7 +157,7 @@ def test_grad_input_leaves_mean_and_variance_alone(data: st.DataObject, shape: t
 
 
 @check
-@hypothesis.given(st.data(), shapes(least_values=1), st.sampled_from([d for d, _ in DTYPES]))
+@hypothesis.given(st.data(), shapes(min_values=1), st.sampled_from([d for d, _ in DTYPES]))
 def test_moments_of_parts_merge_to_those_of_the_whole(
     data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:

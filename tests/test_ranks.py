@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("sizes", [(3, 5), (1, 0, 1), (40, 2, 0, 7)], ids=str)
-def test_shares_give_what_the_whole_gives(
+def test_parts_of_a_batch_equal_the_whole(
     sizes: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], layout: str, device: torch.device
 ) -> None:
     ops = torch.ops.normfused
@@ -24,16 +24,16 @@ def test_shares_give_what_the_whole_gives(
     weight, bias = (torch.randn(6).to(device, parameter_dtype) for _ in range(2))
     running = [torch.zeros(6), torch.ones(6)]
     running = [buffer.to(device, parameter_dtype) for buffer in running]
-    wanted_running = [buffer.double().clone() for buffer in running]
+    expected_running = [buffer.double().clone() for buffer in running]
     batches = torch.tensor(4, device=device)
 
     whole = [t.double().clone().requires_grad_() for t in (x, r, weight, bias)]
     after = {"activation": "relu", "residual": whole[1]}
     counter = batches.clone()
-    wanted = reference.batch_norm(
-        whole[0], *wanted_running, whole[2], whole[3], True, None, 1e-5, num_batches_tracked=counter, **after
+    expected_output = reference.batch_norm(
+        whole[0], *expected_running, whole[2], whole[3], True, None, 1e-5, num_batches_tracked=counter, **after
     )
-    wanted_grads = torch.autograd.grad(wanted, whole, grad.double())
+    expected_grads = torch.autograd.grad(expected_output, whole, grad.double())
 
     shares = [[lay_out(s, layout) if len(s) else s for s in t.split(list(sizes))] for t in (x, r, grad)]
     words = torch.stack([ops.pack_moments(share) for share in shares[0]])
@@ -58,13 +58,13 @@ def test_shares_give_what_the_whole_gives(
     assert batches == counter == 5
     epsilon = max(torch.finfo(dtype).eps, torch.finfo(parameter_dtype).eps)
     got = [torch.cat(outputs), *(torch.cat(part) for part in zip(*grads, strict=True)), *total, *running]
-    expected = [wanted, wanted_grads[0], wanted_grads[1], *wanted_grads[2:], *wanted_running]
+    expected = [expected_output, *expected_grads, *expected_running]
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).abs().max() <= 60 * epsilon * max(1, b.abs().max())
 
 
 def test_opcheck(device: torch.device) -> None:
-    """What compilers are told of the operators is true; and they refuse what would crash them."""
+    """The operators match their schemas and fake kernels, and refuse arguments that would crash them."""
     ops = torch.ops.normfused
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x, grad = (torch.randn(4, 3, 5).to(device, dtype) for _ in range(2))
@@ -79,14 +79,14 @@ def test_opcheck(device: torch.device) -> None:
         arguments = (x, statistics, parameter, parameter, grad, "relu", 0.0, True)
         torch.library.opcheck(ops.batch_norm_by_statistics.default, arguments)
         sums = torch.randn(2, 3).to(parameter)
-        wanted = [True, False, False, False]
+        output_mask = [True, False, False, False]
         arguments = (
             grad,
             x,
             parameter,
             statistics,
             True,
-            wanted,
+            output_mask,
             None,
             None,
             None,

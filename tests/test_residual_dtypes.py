@@ -1,4 +1,4 @@
-"""A residual of another dtype than the input's: results are those of ``activation(batch_norm(x) + residual)`` in torch.
+"""Residuals whose dtype differs from the input's: results equal ``activation(batch_norm(x) + residual)`` in torch.
 
 Runs on the fallback too.
 """
@@ -52,7 +52,7 @@ def step(function: Callable[..., Tensor], x: Tensor, residual: Tensor, activatio
 
 
 def assert_close(ours: list[Tensor], theirs: list[Tensor], *rounded: torch.dtype) -> None:
-    """Of the same dtypes; within the roundings of intermediate results of some dtypes."""
+    """Equal dtypes, and equal values within the rounding of intermediate results in the given dtypes."""
     assert [t.dtype for t in ours] == [t.dtype for t in theirs]
     for got, want in zip(ours, theirs, strict=True):
         eps = max(torch.finfo(dtype).eps for dtype in (*rounded, got.dtype, torch.float32))
@@ -69,7 +69,7 @@ def test_results_are_promoted_as_by_torch(
 ) -> None:
     x, residual = (lay_out(torch.randn(8, 6, 5, 5).to(device, dtype), layout) for dtype in dtypes)
     if "relu" in activation:
-        residual = residual + 20 * residual.sign()  # no sum is so near the kink that rounding decides on the slope
+        residual = residual + 20 * residual.sign()  # no sum is near the kink, where rounding could change the slope
     ours, theirs = (step(function, x, residual, activation, training) for function in (batch_norm, separately))
     assert ours[0].dtype == torch.promote_types(*dtypes)
     assert ours[0].stride() == x.stride()
@@ -79,7 +79,7 @@ def test_results_are_promoted_as_by_torch(
 
 @pairs
 @modes
-def test_positions_left_out_have_no_part(
+def test_excluded_positions_do_not_matter(
     dtypes: tuple[torch.dtype, torch.dtype], training: bool, device: torch.device
 ) -> None:
     mask = torch.rand(8, 5, 5, device=device) < 0.6
@@ -95,8 +95,8 @@ def test_positions_left_out_have_no_part(
     assert y.dtype == torch.promote_types(*dtypes)
     for tensor in (y, grad_x, grad_residual):
         assert torch.equal(tensor.masked_select(left_out), tensor.new_zeros(tensor.masked_select(left_out).shape))
-    wanted = separately_of_rows(*rows, training)
-    assert_close([y.movedim(1, -1)[mask]], [wanted], *dtypes)
+    expected = separately_of_rows(*rows, training)
+    assert_close([y.movedim(1, -1)[mask]], [expected], *dtypes)
 
 
 def separately_of_rows(x: Tensor, residual: Tensor, training: bool) -> Tensor:
@@ -178,7 +178,7 @@ def test_layers(layer: Callable[..., nn.Module], device: torch.device) -> None:
     assert norm(x, x.half()).dtype == torch.float32
 
 
-def test_what_is_refused_changes_nothing() -> None:
+def test_errors_change_nothing() -> None:
     x, residual = torch.randn(4, 6).half(), torch.randn(4, 6)
     buffers = torch.zeros(6), torch.ones(6)
     for options, kind, message in (
@@ -204,7 +204,7 @@ def test_synchronized(ranks: Ranks, environment: dict[str, str]) -> None:
 
 
 def synchronized() -> None:
-    """One layer over two ranks is one layer over both shares."""
+    """A layer on two ranks equals a layer on the whole batch."""
     rank = torch.distributed.get_rank()
     for dtypes in PAIRS:
         x, residual = (torch.randn(8, 6, 5).to(dtype) for dtype in dtypes)

@@ -1,4 +1,4 @@
-"""functional.normalize against its formula in float64. Runs on the fallback too."""
+"""functional.normalize compared with its formula in float64. Runs on the fallback too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normfused.functional import normalize, normalize_
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-# Kernels for each, and pairs that go by way of another type.
+# Pairs that have a kernel, and pairs that are converted via another dtype.
 PAIRS = [*itertools.product([torch.uint8, *FLOATS], FLOATS)]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -37,12 +37,12 @@ def exact(x: Tensor, mean: list[float], std: list[float], scale: float) -> Tenso
 
 
 def half_ulps(x: Tensor) -> float:
-    """How far results of bytes may be off: with fused multiplications hardly more than the nearest number is."""
+    """The error bound for results of bytes, in half ulps. With fused multiply-add the rounding is almost correct."""
     return 1.001 if x.is_cuda or normfused.info()["cpu_capability"] in ("avx512", "avx2", None) else 2.0
 
 
 def assert_close(got: Tensor, x: Tensor, mean: list[float], std: list[float], scale: float) -> None:
-    """Bytes are rounded as if once, of floating input constants and deviations too."""
+    """Results of bytes are rounded as if once. With floating input, constants and deviations are rounded too."""
     want = exact(x, mean, std, scale)
     rounding = torch.finfo(got.dtype).eps / 2 * (want.abs() + torch.finfo(got.dtype).smallest_normal)
     magnitude = exact(x.abs(), [-abs(m) for m in mean], std, scale)
@@ -84,7 +84,7 @@ def test_other_strides(device: torch.device, dtype: torch.dtype, layout: str) ->
 
 
 def test_all_bytes_in_an_image_of_height_width_channels(device: torch.device) -> None:
-    """The usual three steps, and one; each rounded once from float64."""
+    """The result is that of float64, rounded once, and close to that of the usual three steps."""
     hwc = torch.arange(256, dtype=torch.uint8, device=device).view(16, 16, 1).repeat(1, 1, 3)
     y = normalize(hwc.permute(2, 0, 1), *IMAGENET, memory_format=torch.contiguous_format)
     assert y.is_contiguous()
@@ -111,7 +111,7 @@ def test_shapes(device: torch.device, shape: tuple[int, ...]) -> None:
     assert_same_bits(z, want)
 
 
-def test_numbers_may_come_as_anything(device: torch.device) -> None:
+def test_mean_and_std_as_numbers_sequences_arrays_and_tensors(device: torch.device) -> None:
     x = image((3, 4, 5), torch.uint8, device)
     want = normalize(x, [0.5, 0.25, 0.125], [0.5, 0.5, 0.5])
     for mean in ((0.5, 0.25, 0.125), np.array([0.5, 0.25, 0.125]), torch.tensor([0.5, 0.25, 0.125], device=device)):

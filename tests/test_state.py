@@ -88,7 +88,7 @@ def saved(model: nn.Module) -> Any:
 
 @makers
 @pytest.mark.parametrize("stored", [lambda model: pickle.loads(pickle.dumps(model)), saved])
-def test_pickles_drop_the_process_group_and_say_so(
+def test_pickles_drop_the_process_group_and_warn(
     group: Any, make: Callable[[Any], nn.Sequential], stored: Callable[[nn.Module], Any]
 ) -> None:
     model = make(group)
@@ -120,7 +120,7 @@ layers = pytest.mark.parametrize("make", LAYERS)
 
 
 def counts(layer: Any) -> list[int]:
-    """What the counter holds, and that the layer counts on from there."""
+    """The values of the counter. Checks that the layer continues to count from them."""
     buffer: Tensor = layer.nonfinite_batches
     assert buffer.dtype == torch.int64
     values: list[int] = buffer.tolist()
@@ -141,14 +141,14 @@ def counted(make: Callable[..., Any], **options: Any) -> Any:
 @layers
 def test_the_counter_starts_at_zero_after_to_empty(make: Callable[..., Any]) -> None:
     layer = make(3, nonfinite="skip", device="meta").to_empty(device="cpu")
-    layer.nonfinite_batches.fill_(123)  # whatever the memory held
+    layer.nonfinite_batches.fill_(123)  # as uninitialized memory
     layer.reset_parameters()
     assert counts(layer) == [0, 0, 0]
 
 
 @layers
 @pytest.mark.parametrize("assign", [True, False])
-def test_the_counter_starts_at_zero_where_a_state_is_loaded(make: Callable[..., Any], assign: bool) -> None:
+def test_the_counter_starts_at_zero_when_a_state_is_loaded(make: Callable[..., Any], assign: bool) -> None:
     state = counted(make).state_dict()
     layer = make(3, nonfinite="skip", device="meta")
     if not assign:
@@ -186,7 +186,7 @@ MOVED: list[Callable[[Any], Any]] = [
 
 @layers
 @pytest.mark.parametrize("moved", MOVED, ids=["double", "to", "to cpu", "half", "deepcopy", "pickle", "save"])
-def test_the_counter_comes_along(make: Callable[..., Any], moved: Callable[[Any], Any]) -> None:
+def test_the_counter_is_moved_and_copied(make: Callable[..., Any], moved: Callable[[Any], Any]) -> None:
     assert counts(moved(counted(make))) == [0, 1, 0]
 
 

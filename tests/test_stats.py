@@ -1,4 +1,4 @@
-"""ChannelStats against numpy in float64. Runs on the fallback too."""
+"""ChannelStats compared with numpy in float64. Runs on the fallback too."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, tor
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-# --- what the figures are ----------------------------------------------------------------------
+# --- values ------------------------------------------------------------------------------------
 
 
 def test_images_of_different_sizes() -> None:
@@ -58,7 +58,7 @@ def test_fashion_mnist() -> None:
 @pytest.mark.parametrize("dtype", INTEGERS, ids=dtype_id)
 def test_integers_are_exact(dtype: torch.dtype) -> None:
     limits = torch.iinfo(dtype)
-    # Where the extremes of a type have squares beyond int64, 64-bit sums wrap.
+    # The squares of the extremes of wide types exceed int64: sums in 64 bits would wrap around.
     values = torch.randint(max(limits.min, -(2**40)), min(limits.max, 2**40) + 1, (4, 2, 9, 5))
     values[0, :, 0, 0] = limits.min
     values[0, 1, 0, 1] = limits.max
@@ -73,7 +73,7 @@ def test_integers_are_exact(dtype: torch.dtype) -> None:
         assert stats.max[channel].item() == high / 2
 
 
-def test_nothing_cancels() -> None:
+def test_no_cancellation() -> None:
     x = torch.tensor([2**31 - 3, 2**31 - 2, 2**31 - 1]).view(1, 1, 3, 1)
     assert_close(ChannelStats().update(x.int()).var, [2 / 3], rtol=1e-15)
 
@@ -87,7 +87,7 @@ def test_floats(dtype: torch.dtype) -> None:
     rows = x.double().transpose(0, 1).flatten(1)
     assert stats.sums == ()
     assert stats.count.tolist() == [540] * 3
-    # Parts of narrow types may be added up in float32.
+    # Values of narrow types may be summed in float32.
     rtol = 1e-12 if dtype == torch.float64 else 2e-6
     assert_close(stats.mean, rows.mean(1), rtol)
     assert_close(stats.var, rows.var(1, correction=0), rtol)
@@ -95,7 +95,7 @@ def test_floats(dtype: torch.dtype) -> None:
     assert torch.equal(stats.max, rows.amax(1))
 
 
-def test_a_large_mean_costs_no_digits() -> None:
+def test_a_large_mean_loses_no_digits() -> None:
     x = torch.randn(8, 1, 50, 50, dtype=torch.float64) + 1e6
     stats = ChannelStats()
     for image in x:
@@ -161,7 +161,7 @@ def test_one_value() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-def test_nonfinite_values_are_left_out_and_counted(dtype: torch.dtype) -> None:
+def test_nonfinite_values_are_excluded_and_counted(dtype: torch.dtype) -> None:
     x = torch.randn(4, 3, 6, 6).to(dtype)
     dirty = x.clone()
     dirty[0, 1, 2, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan])
@@ -169,7 +169,7 @@ def test_nonfinite_values_are_left_out_and_counted(dtype: torch.dtype) -> None:
     with pytest.warns(RuntimeWarning, match="contain NaN or infinity; the statistics exclude them"):
         stats.update(dirty)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once is enough
+        warnings.simplefilter("error")  # the warning is given once
         stats.update(dirty[:1])
     assert stats.nonfinite.tolist() == [0, 8, 0]
     assert stats.count.tolist() == [180, 172, 180]
@@ -241,7 +241,7 @@ def test_merge_is_associative_and_commutative(parameters: list[tuple[int, int, i
 
 @settings(deadline=None, max_examples=60)
 @given(images_strategy, st.integers(0, 8))
-def test_merge_of_floats_is_associative_to_rounding(parameters: list[tuple[int, int, int]], cut: int) -> None:
+def test_merge_of_floats_is_associative_up_to_rounding(parameters: list[tuple[int, int, int]], cut: int) -> None:
     images = images_from(parameters, torch.float64)
     whole, parts = stats_of(images), stats_of(images[cut:]).merge(stats_of(images[:cut]))
     assert parts.count.tolist() == whole.count.tolist()
@@ -250,7 +250,7 @@ def test_merge_of_floats_is_associative_to_rounding(parameters: list[tuple[int, 
     assert torch.equal(parts.max, whole.max)
 
 
-def test_merge_leaves_the_other_as_it_is() -> None:
+def test_merge_does_not_change_the_other() -> None:
     a, b = stats_of(images_from([(3, 3, 1)], torch.uint8)), stats_of(images_from([(4, 2, 2)], torch.uint8))
     before = pickle.dumps(b)
     assert a.merge(b) is a
@@ -268,7 +268,7 @@ def test_equality() -> None:
     assert a != "statistics"
 
 
-def test_pickle_and_json_keep_every_bit(tmp_path: Path) -> None:
+def test_pickle_and_json_are_bitwise_exact(tmp_path: Path) -> None:
     stats = ChannelStats().update(IMAGES[0]).update(torch.randn(3, 7, 7, dtype=torch.float64) / 3)
     stats.complete = False
     path = tmp_path / "stats.json"
@@ -299,7 +299,7 @@ def test_truncated_file_is_named(tmp_path: Path) -> None:
         ChannelStats.load(path)
 
 
-def test_moments_of_nothing() -> None:
+def test_moments_of_no_values() -> None:
     nothing = Moments(0, 0.0, 0.0, float("inf"), float("-inf"), 3)
     something = Moments(2, 5.0, 1.0, 4.0, 6.0, 1)
     assert nothing.merge(something) == something.merge(nothing) == Moments(2, 5.0, 1.0, 4.0, 6.0, 4)
@@ -331,7 +331,7 @@ def test_table() -> None:
         (lambda: ChannelStats().update(CHW.int()), "1 image"),
     ],
 )
-def test_table_says_how_values_were_scaled(stats: Callable[[], ChannelStats], first_line: str) -> None:
+def test_table_names_the_scale_of_values(stats: Callable[[], ChannelStats], first_line: str) -> None:
     assert str(stats()).splitlines()[0] == first_line
 
 

@@ -33,7 +33,7 @@ STACK = RANDOM.integers(0, 256, (20, 6, 5), dtype=np.uint8)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five RGB pictures, 0.png to 4.bmp, and what is none."""
+    """Five RGB pictures, 0.png to 4.bmp, a text file, and an empty folder."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for i, (pixels, ending) in enumerate(zip(PICTURES, ("png", "PNG", "tiff", "webp", "bmp"), strict=True)):
@@ -59,7 +59,7 @@ def fails_with(message: str, capsys: pytest.CaptureFixture[str], *arguments: Any
     return run(capsys, *arguments) == (2, "", f"normfused stats: error: {message}\n")
 
 
-# --- what it reads -----------------------------------------------------------------------------
+# --- inputs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -147,7 +147,7 @@ def test_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
     assert table.endswith("\nnormfused.transforms.Normalize(mean=[0.2860], std=[0.3530])\n")
 
 
-# --- what becomes of a picture -----------------------------------------------------------------
+# --- modes and channels of pictures ------------------------------------------------------------
 
 
 def one_picture(tmp_path: Path, image: Image.Image, channels: str | None = None, ending: str = "png") -> np.ndarray:
@@ -217,7 +217,7 @@ def test_mixed_channel_counts(folder: Path, workers: int, capsys: pytest.Capture
     assert table == f"{expected([*PICTURES, np.stack([STACK[0]] * 3, -1)])}\n"
 
 
-# --- what cannot be read -----------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def test_skip_lists_and_counts(folder: Path, truncated: Path, workers: int, caps
     assert written["images"] == 5
 
 
-def test_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_readable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "only.png"
     path.write_bytes(b"no picture")
     code, table, error = run(capsys, path, "--on-error", "skip")
@@ -315,7 +315,7 @@ def test_array_that_cannot_be_used(
     assert fails_with(message.format(path=path), capsys, path)
 
 
-def test_options_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inapplicable_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "images.npy"
     np.save(path, STACK[0])
     message = f"--channels applies to pictures, but {path} contains an array"
@@ -353,7 +353,7 @@ def test_missing_packages(folder: Path, capsys: pytest.CaptureFixture[str], monk
     assert fails_with(f"matplotlib not installed: {how}", capsys, folder, "--plot", "out.png")
 
 
-# --- what it writes ----------------------------------------------------------------------------
+# --- output files ------------------------------------------------------------------------------
 
 
 def test_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,7 +373,7 @@ def test_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The arguments of each drawing."""
+    """The arguments of each call of histogram.draw."""
     calls: list[Any] = []
     draw = histogram.draw
     monkeypatch.setattr(histogram, "draw", lambda *arguments: calls.append(arguments) or draw(*arguments))
@@ -408,7 +408,7 @@ def test_histogram_counts(
     for channel in range(3):
         column = pixels[:, channel]
         expected_counts = bins(column) if bins else np.histogram(column.astype(float), 256, (low, high))[0]
-        assert abs(counts[channel].numpy() - expected_counts).sum() <= (0 if bins else 4)  # edges may round
+        assert abs(counts[channel].numpy() - expected_counts).sum() <= (0 if bins else 4)  # bin edges may round
     if bins:
         assert (low * 255, high * 255) == pytest.approx((-0.5, 255.5))
     else:
@@ -420,7 +420,7 @@ def test_histogram_counts(
 
 @pytest.mark.usefixtures("truncated")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_histogram_leaves_out_what_was_skipped(
+def test_histogram_excludes_skipped_files(
     folder: Path, workers: int, drawn: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, folder, "--on-error", "skip", "--plot", folder / "out.png", "--workers", workers)[0] == 0
@@ -446,7 +446,7 @@ def test_histogram_of_a_constant(
     assert out.stat().st_size > 1000
 
 
-def test_no_histogram_of_nothing_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_histogram_without_finite_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "images.npy", tmp_path / "out.png"
     np.save(path, np.full((2, 4, 4, 1), np.nan))
     code, table, error = run(capsys, path, "--plot", out)
@@ -515,15 +515,15 @@ readers.Pictures.__getitem__ = read
 readers._picture_files = lambda folder, recursive: sorted(folder.glob("*.slow"))
 sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {str(out)!r}]))
 """
-    # A group of its own: a terminal's Ctrl-C goes to the workers too.
+    # In its own process group, because Ctrl-C in a terminal goes to the workers too.
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", slow],
-        cwd=tmp_path,  # in the checkout the folder normfused has no extension
+        cwd=tmp_path,  # not the checkout: its normfused/ may have no extension
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell that runs the tests in its background leaves them an ignored SIGINT.
+        # Processes in the background of a shell inherit an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:

@@ -15,7 +15,7 @@ from normfused import ChannelStats
 
 
 class LikePillow:
-    """All that is asked of a PIL image."""
+    """The attributes of a PIL image that are used."""
 
     def __init__(self, array: np.ndarray, mode: str = "RGB") -> None:
         self.mode = mode
@@ -141,9 +141,9 @@ def test_bad_images(images: Any, layout: str | None, kind: type[Exception], mess
     assert stats == ChannelStats()
 
 
-def test_strange_shapes_by_layout() -> None:
+def test_unusual_shapes() -> None:
     assert ChannelStats().update(torch.zeros(32, 32, 3), "CHW").channels == 32
-    assert ChannelStats().update(torch.zeros(13, 32, 32)).channels == 13  # neither end is few
+    assert ChannelStats().update(torch.zeros(13, 32, 32)).channels == 13  # both ends are large
 
 
 def test_other_number_of_channels() -> None:
@@ -155,7 +155,7 @@ def test_other_number_of_channels() -> None:
     assert stats == before
 
 
-def test_scales_that_do_not_fit() -> None:
+def test_inconsistent_scales() -> None:
     stats = ChannelStats().update(CHW)
     with pytest.raises(ValueError, match=r"^uint8 is scaled by 1/255, other integers by 1: pass scale= "):
         stats.update(CHW.int())
@@ -172,7 +172,7 @@ def test_bad_scale(scale: Any) -> None:
 
 
 @pytest.mark.parametrize("result", ["mean", "min", "max", "count", "nonfinite", "var", "std"])
-def test_nothing_yet(result: str) -> None:
+def test_results_without_images(result: str) -> None:
     stats = ChannelStats()
     with pytest.raises(ValueError, match=r"^no images yet$"):
         getattr(stats, result)() if result in ("var", "std") else getattr(stats, result)

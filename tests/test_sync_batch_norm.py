@@ -1,4 +1,4 @@
-"""SyncBatchNorm over real processes gives what one process gives for the whole batch."""
+"""SyncBatchNorm on several processes equals batch norm of the whole batch in one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from common import lay_out
-from on_ranks import GATHER, REDUCE, Traffic, assert_close, assert_same_everywhere, error_of, share, total
+from on_ranks import GATHER, REDUCE, Traffic, assert_close, assert_equal_on_all_ranks, error_of, share, total
 from ranks import Ranks
 from torch import Tensor, distributed, nn
 from torch.autograd import forward_ad
@@ -35,8 +35,8 @@ def as_one_process(
     parameter_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> None:
-    """Training with the batch shared out by `sizes` gives what one process gives for all of it: outputs, gradients and
-    buffers; statistics to the bit on every rank.
+    """Training with rank r having `sizes[r]` samples equals training in one process: outputs, gradients, buffers.
+    Running statistics are bitwise identical on all ranks.
     """
     torch.manual_seed(1)
     channels = shape[1]
@@ -64,12 +64,12 @@ def as_one_process(
     assert y.stride() == torch.empty_like(as_dense(own_x)).stride()
     y.backward(own[2])
 
-    # All of it in float64, positions that are not there left out.
+    # The whole batch in float64, without the masked positions.
     xs, rs = x.double().requires_grad_(), r.double().requires_grad_() if residual else None
-    kept = torch.ones(n, *shape[2:], dtype=torch.bool) if present is None else present
-    rows = [None if t is None else t.movedim(1, -1)[kept] for t in (xs, rs)]
+    valid = torch.ones(n, *shape[2:], dtype=torch.bool) if present is None else present
+    rows = [None if t is None else t.movedim(1, -1)[valid] for t in (xs, rs)]
     counter = torch.zeros((), dtype=torch.int64)
-    wanted_rows = reference.batch_norm(
+    expected_rows = reference.batch_norm(
         rows[0],
         alone["running_mean"],
         alone["running_var"],
@@ -83,11 +83,11 @@ def as_one_process(
         activation=layer.activation or "identity",
         activation_param=ACTIVATION_PARAMS.get(layer.activation or "", 0.0),
     )
-    wanted = torch.zeros(n, *shape[2:], channels, dtype=torch.float64)
-    wanted = wanted.index_put((kept,), wanted_rows).movedim(-1, 1)
-    wanted.backward(grad.double())
+    expected = torch.zeros(n, *shape[2:], channels, dtype=torch.float64)
+    expected = expected.index_put((valid,), expected_rows).movedim(-1, 1)
+    expected.backward(grad.double())
 
-    assert_close(y.detach(), share(wanted.detach(), sizes), tolerance)
+    assert_close(y.detach(), share(expected.detach(), sizes), tolerance)
     assert_close(own_x.grad, share(xs.grad, sizes), tolerance)
     if residual:
         assert_close(own_r.grad, share(rs.grad, sizes), tolerance)
@@ -98,7 +98,7 @@ def as_one_process(
         assert_close(layer.running_mean, alone["running_mean"], tolerance)
         assert_close(layer.running_var, alone["running_var"], tolerance)
         assert layer.num_batches_tracked == counter
-        assert_same_everywhere(layer.running_mean, layer.running_var, layer.num_batches_tracked)
+        assert_equal_on_all_ranks(layer.running_mean, layer.running_var, layer.num_batches_tracked)
 
 
 UNEVEN = {2: (3, 5), 3: (4, 1, 2), 4: (1, 3, 0, 2)}
@@ -169,7 +169,7 @@ def with_masks() -> None:
     as_one_process((3, 2, 1), (0, 3, 4, 4), masked=True, residual=True, activation="relu")
     layer = normfused.SyncBatchNorm(2, dtype=torch.float64)
     x = torch.arange(12.0, dtype=torch.float64).view(1, 2, 6).requires_grad_()
-    mask = torch.full((1, 6), distributed.get_rank() != 1)  # rank 1 has nothing
+    mask = torch.full((1, 6), distributed.get_rank() != 1)  # rank 1 has no positions
     y = layer(x, mask=mask)
     y.square().sum().backward()
     assert_close(y.detach(), nn.functional.batch_norm(x.detach(), None, None, training=True) * mask, 1e-10)
@@ -187,11 +187,11 @@ def test_shares_of_any_size(ranks: Ranks, sizes: tuple[int, ...], dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_anywhere(ranks: Ranks, dtype: torch.dtype) -> None:
-    ranks.run(2, nothing_anywhere, dtype)
+def test_an_empty_batch_on_all_ranks(ranks: Ranks, dtype: torch.dtype) -> None:
+    ranks.run(2, empty_on_all_ranks, dtype)
 
 
-def nothing_anywhere(dtype: torch.dtype) -> None:
+def empty_on_all_ranks(dtype: torch.dtype) -> None:
     layer = normfused.SyncBatchNorm(3)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     x = torch.zeros(0, 3, 4, dtype=dtype, requires_grad=True)
@@ -219,18 +219,18 @@ def one_value(sizes: tuple[int, ...], dtype: torch.dtype) -> str:
     with pytest.raises(ValueError, match="more than 1 value") as error:
         layer(torch.zeros(sizes[distributed.get_rank()], 3, dtype=dtype))
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
-    # And they are still together.
+    # The ranks can continue together.
     as_one_process((2,) * len(sizes), (0, 3))
     return str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_what_local_statistics_would_lose(ranks: Ranks, dtype: torch.dtype) -> None:
+def test_values_for_which_naive_statistics_fail(ranks: Ranks, dtype: torch.dtype) -> None:
     ranks.run(2, hard_numbers, dtype)
 
 
 def hard_numbers(dtype: torch.dtype) -> None:
-    """A constant channel; one far from zero; one whose squares leave float's range; more values than float16 counts."""
+    """A constant channel; one far from zero; one whose squares overflow float; a count that overflows float16."""
     torch.manual_seed(3)
     largest = 1e25 if dtype == torch.float32 else 6e4
     x = torch.randn(2, 4, 300, 300)
@@ -238,9 +238,9 @@ def hard_numbers(dtype: torch.dtype) -> None:
     x = x.to(dtype)
     layer = normfused.SyncBatchNorm(4, momentum=1.0, dtype=dtype, running_var_correction=0)
     y = layer(x[distributed.get_rank() :][:1])
-    wanted = reference.batch_norm(x, None, None, training=True)[distributed.get_rank() :][:1]
+    expected = reference.batch_norm(x, None, None, training=True)[distributed.get_rank() :][:1]
     assert torch.equal(y[:, 0], torch.zeros_like(y[:, 0]))
-    assert (y.double() - wanted.double()).abs().max() <= (2e-4 if dtype == torch.float32 else 4e-3)
+    assert (y.double() - expected.double()).abs().max() <= (2e-4 if dtype == torch.float32 else 4e-3)
     exact = x.double().transpose(0, 1).flatten(1)
     assert torch.allclose(layer.running_mean.double(), exact.mean(1), rtol=2e-3 if dtype == torch.float16 else 1e-6)
 
@@ -258,7 +258,7 @@ def nonfinite() -> None:
     assert layer.nonfinite_batches.tolist() == [0, 1, 0]
     assert (layer.running_mean[1], layer.running_var[1]) == (0, 1)
     assert all(layer.running_var[c] != 1 for c in (0, 2))
-    assert_same_everywhere(layer.running_mean, layer.running_var)
+    assert_equal_on_all_ranks(layer.running_mean, layer.running_var)
     plain = normfused.SyncBatchNorm(3)
     plain(x)
     assert plain.running_var.isfinite().tolist() == [True, False, True]
@@ -294,24 +294,24 @@ def second_derivatives(activation: str, residual: bool) -> None:
         after: dict[str, Any] = {"residual": r, "activation": activation, "activation_param": parameter}
         return reference.batch_norm(x, None, None, weight, bias, True, **after)
 
-    wanted = grads_of_grads(alone, x, r, grad, u, weight, bias)
-    # v and w stand once on the one process: each rank's part of them is the whole, for its own part of the gradients.
+    expected = grads_of_grads(alone, x, r, grad, u, weight, bias)
+    # v and w are not divided: each rank multiplies its part of the parameter gradients by all of them.
     got = grads_of_grads(ours, *(share(t, sizes) for t in (x, r, grad, u)), weight, bias)
     for k, name in enumerate(("input", "residual", "grad_output")):
-        assert_close(got[k], share(wanted[k], sizes), 1e-9, name)
+        assert_close(got[k], share(expected[k], sizes), 1e-9, name)
     for k in (3, 4):
-        assert_close(total(got[k]), wanted[k], 1e-9)
+        assert_close(total(got[k]), expected[k], 1e-9)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
-def test_only_gradients_that_are_asked_for(ranks: Ranks, activation: str) -> None:
+def test_only_requested_gradients(ranks: Ranks, activation: str) -> None:
     ranks.run(2, some_gradients, activation)
 
 
 def some_gradients(activation: str) -> None:
     layer = normfused.SyncBatchNormAct(3, activation=activation, dtype=torch.float64)
     x, r, grad = torch.randn(3, 4, 3, 5, dtype=torch.float64)
-    wanted: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
     for count in (4, 1, 2, 3):
         for names in itertools.combinations(("input", "residual", "weight", "bias"), count):
             leaves = {"input": x.clone(), "residual": r.clone(), "weight": layer.weight, "bias": layer.bias}
@@ -322,15 +322,15 @@ def some_gradients(activation: str) -> None:
             for name, leaf in leaves.items():
                 assert (leaf.grad is not None) == (name in names)
                 if name in names:
-                    assert torch.equal(leaf.grad, wanted.setdefault(name, leaf.grad.clone()))
+                    assert torch.equal(leaf.grad, first.setdefault(name, leaf.grad.clone()))
 
 
-def test_a_bit_a_value_is_kept_of_what_relu_took_in(needs_extension: None, ranks: Ranks) -> None:
-    for nbytes in ranks.run(2, kept):
+def test_relu_saves_one_bit_per_element(needs_extension: None, ranks: Ranks) -> None:
+    for nbytes in ranks.run(2, saved_bytes):
         assert nbytes < 16 * 8 * 100 * 4 * 1.05
 
 
-def kept() -> int:
+def saved_bytes() -> int:
     layer = normfused.SyncBatchNormAct(8, activation="relu")
     x, r = (torch.randn(16, 8, 100, requires_grad=True) for _ in range(2))
     return bytes_saved_for_backward(layer, x, r)
@@ -366,7 +366,7 @@ def test_transforms_are_refused(ranks: Ranks) -> None:
 
 
 def transformed() -> list[str]:
-    """Over the forward, and over the backward of a graph that was made before."""
+    """Transforms of the forward pass, and of the backward pass of an existing graph."""
     layer = normfused.SyncBatchNorm(3)
     x = torch.randn(4, 3, requires_grad=True)
     y = layer(x)

@@ -1,8 +1,8 @@
-"""torch's own suites, its OpInfo and ModuleInfo samples under its generators of tests, with our functions in place.
+"""torch's OpInfo and ModuleInfo tests, run with our functions.
 
-A case is a generator, an operator and a dtype; it runs over every sample that torch has of the operator. Torch's
-function and ours must agree on each sample: both pass, which is that they have the values of the definition, or both
-fail. Where they do not agree, the difference is listed here with its reason, and a listed one that is none fails.
+A case is a generator (a kind of test), an operator and a dtype. It runs on every sample that torch has for the
+operator. Torch's function and ours must agree on each sample: both pass, that is, their values are those of the
+definition, or both fail. Exceptions are listed here with their reason. A listed exception that does not occur fails.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Samples on which one side passes and the other does not, and why."""
+    """Samples on which only one of torch and normfused passes, and the reason."""
 
     reason: str
     matches: Callable[[str, str, torch.dtype, Any], bool]
@@ -63,7 +63,7 @@ def definition(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Batch norm in plain operations; says who is right where torch and we differ."""
+    """Batch norm in plain operations. Decides which is right if torch and normfused differ."""
     if x.dim() == 1:
         return x * 1
     dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1, *[1] * (x.dim() - 2)]
@@ -103,14 +103,14 @@ DIFFERENCES = [
     Difference("a vector, even without elements, has no channels", is_vector),
     Difference("integers, and dtypes that torch accepts without elements alone, are not normalized", is_of_integers),
     Difference(
-        "torch's forward mode holds the batch's statistics for constants: derivatives of it are wrong",
+        "torch's forward mode treats the batch's statistics as constants, so derivatives of it are wrong",
         is_second_derivative_through_jvp,
         torch_passes=False,
     ),
 ]
 
 # ---- generators of operators -----------------------------------------------------------------------------------------
-# Each gives values, by a function of the differentiable arguments and by these.
+# Each computes values from a function of the differentiable arguments and from these arguments.
 
 
 def weighted(results: Any) -> Tensor:
@@ -146,7 +146,7 @@ def jvp(f: Function, v: list[Tensor]) -> Any:
 
 
 def of(outer: Function, inner: Function) -> Function:
-    """The one transform of the other, as torch's functorch suite nests them."""
+    """A transform of a transform, nested as in torch's functorch suite."""
 
     def nested(f: Function, v: list[Tensor]) -> Any:
         return outer(lambda *w: weighted(inner(f, list(w))), v)
@@ -173,7 +173,7 @@ def batched_gradients(f: Function, v: list[Tensor]) -> Any:
 
 
 def with_gradients(change: Function) -> Function:
-    """Output and gradients for inputs that are stored in another way."""
+    """Output and gradients for inputs with another memory layout."""
 
     def generator(f: Function, v: list[Tensor]) -> Any:
         changed = [change(t.detach()) for t in v]
@@ -197,8 +197,8 @@ def traced(f: Function, v: list[Tensor]) -> Any:
     return make_fx(forward_and_backward, tracing_mode="real")(*v)(*v)
 
 
-def mutated_by_nothing(f: Function, v: list[Tensor]) -> Any:
-    """Arguments keep their values and their version."""
+def unchanged_arguments(f: Function, v: list[Tensor]) -> Any:
+    """The arguments keep their values and versions."""
     given = [t.clone() for t in v]
     versions = [t._version for t in given]
     f(*given)
@@ -211,7 +211,7 @@ VALUES: dict[str, tuple[Function, tuple[torch.dtype, ...]]] = {
     "forward": (lambda f, v: f(*v), ALL),
     "gradients": (gradients, ALL),
     "double gradients": (double_gradients, SINGLE),
-    "arguments are not changed": (mutated_by_nothing, ALL),
+    "arguments are not changed": (unchanged_arguments, ALL),
     "non-contiguous": (with_gradients(noncontiguous), ALL),
     "transposed": (with_gradients(lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)), SINGLE),
     "neg view": (with_gradients(lambda t: torch._neg_view(-t)), ALL),
@@ -239,7 +239,7 @@ VALUES: dict[str, tuple[Function, tuple[torch.dtype, ...]]] = {
     "jacobian, forward": (jacobian("forward-mode"), DOUBLE),
 }
 
-# ---- checks of torch's own: they raise where something is wrong ------------------------------------------------------
+# ---- torch's checks, which raise if something is wrong ---------------------------------------------------------------
 
 
 def assert_equal(a: Any, e: Any, **options: Any) -> None:
@@ -273,11 +273,11 @@ MANY_PERMUTATIONS = ("composite compliance, backward", "composite compliance, fo
 # ---- running a case --------------------------------------------------------------------------------------------------
 
 OTHER_DTYPES = (torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64, torch.complex128)
-Outcome = tuple[bool, bool, str, Any]  # torch succeeded, ours did, what is wrong, the sample
+Outcome = tuple[bool, bool, str, Any]  # whether torch passed, whether normfused passed, what is wrong, the sample
 
 
 def of_differentiable(function: Function, sample: Any) -> tuple[Function, list[Tensor]]:
-    """A function of the arguments that require grad, and these."""
+    """A function of the arguments that require grad, and these arguments."""
     flat, spec = tree_flatten((sample.input, *sample.args))
     places = [i for i, t in enumerate(flat) if isinstance(t, Tensor) and t.requires_grad]
 
@@ -299,7 +299,7 @@ def attempt(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 
 def fresh(sample: Any) -> Any:
-    """The sample with buffers of its own, which training updates."""
+    """A copy of the sample, because training updates its buffers."""
 
     def copied(t: Any) -> Any:
         return t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
@@ -327,10 +327,10 @@ def outcomes(generator: str, name: str, dtype: torch.dtype) -> list[Outcome]:
     torch.manual_seed(0)
     try:
         samples = list(info.sample_inputs("cpu", dtype, requires_grad=requires_grad))
-    except Exception:  # torch has no samples of such a dtype
+    except Exception:  # torch has no samples of this dtype
         return []
     if generator in MANY_PERMUTATIONS:
-        samples = samples[:2]  # one in training, one not
+        samples = samples[:2]  # one in training, one in evaluation
     for sample in samples:
         functions = (info.op, OURS[info.op], DEFINITIONS[info.op])
         (theirs, their_error), (ours, our_error), (truth, _) = (
@@ -351,7 +351,7 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 5e-2, tor
 
 
 def disagreement(got: Any, expected: Any, dtype: torch.dtype) -> str:
-    """What is different, if anything; relative to the largest value of each tensor."""
+    """The first difference, or an empty string. The tolerance is relative to the maximum of each tensor."""
     got, expected = tree_leaves(got), tree_leaves(expected)
     if len(got) != len(expected):
         return f"{len(got)} results instead of {len(expected)}"
@@ -399,7 +399,7 @@ def judge(generator: str, name: str, dtype: torch.dtype, found: list[Outcome], d
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("generator", "name", "dtype"), cases())
+@pytest.mark.parametrize(("generator", "name", "dtype"), list(cases()))
 def test_operator(generator: str, name: str, dtype: torch.dtype) -> None:
     judge(generator, name, dtype, outcomes(generator, name, dtype), DIFFERENCES)
 
@@ -408,7 +408,7 @@ def test_operator(generator: str, name: str, dtype: torch.dtype) -> None:
 
 
 def made(cls: type[nn.Module], sample: Any, dtype: torch.dtype, training: bool) -> nn.Module:
-    """A module of the sample's constructor arguments, with parameters at random."""
+    """A module with the sample's constructor arguments and random parameters."""
     factory = {} if issubclass(cls, nn.LocalResponseNorm) else {"device": "cpu", "dtype": dtype}
     module = cls(*sample.constructor_input.args, **sample.constructor_input.kwargs, **factory).train(training)
     for tensor in (*module.parameters(), *module.buffers()):
@@ -446,7 +446,7 @@ def channels_last(module: nn.Module, x: Tensor) -> Any:
     x = x.detach().contiguous(memory_format=formats[x.dim()]).requires_grad_()
     y = module.to(memory_format=formats[x.dim()])(x)
     (grad,) = torch.autograd.grad(weighted(y), x)
-    if not isinstance(module, nn.LocalResponseNorm):  # of which torch gives back neither
+    if not isinstance(module, nn.LocalResponseNorm):  # torch's preserves neither format
         assert y.is_contiguous(memory_format=formats[x.dim()])
     return y, grad
 
@@ -520,7 +520,7 @@ def raises_as_listed(cls: type[nn.Module], sample: Any, dtype: torch.dtype, trai
     module = made(cls, sample.module_error_input, dtype, training)
     _, error = attempt(functools.partial(module, *sample.module_error_input.forward_input.args))
     assert isinstance(error, sample.error_type), f"raised {error!r}"
-    assert "eps must be" in str(error)  # torch's pattern goes on with its own words
+    assert "eps must be" in str(error)  # torch's pattern continues with torch's wording
 
 
 @functools.cache
@@ -562,18 +562,18 @@ def module_cases() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("generator", "name", "dtype", "training"), module_cases())
+@pytest.mark.parametrize(("generator", "name", "dtype", "training"), list(module_cases()))
 def test_module(generator: str, name: str, dtype: torch.dtype, training: bool) -> None:
     found = module_outcomes(generator, name, dtype, training)
     judge(generator, mode_of(name, training), dtype, found, MODULE_DIFFERENCES)
 
 
-# ---- what it comes to ------------------------------------------------------------------------------------------------
+# ---- summary ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_table(record_property: Callable[[str, object], None]) -> None:
-    """Samples by generator, of torch's functions and ours; and every difference in the lists is met."""
+    """Tabulates the samples of each generator. Every listed difference must occur."""
     counts: dict[str, Counter[str]] = {}
     met: Counter[str] = Counter()
     operators = [(f"op: {c.values[0]}", c.values[:3], outcomes(*c.values), DIFFERENCES) for c in cases()]

@@ -1,4 +1,4 @@
-"""torch's own tools on our layers: what they do to torch.nn's, or a refusal where an option of ours would be lost.
+"""torch's tools treat our layers like torch.nn's, or raise if an option that only our layers have would be lost.
 
 Each tool runs on a small network of torch.nn's layers and on the same network of ours.
 """
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.ao.quantization as quantization
 import torch.utils.mkldnn
-from on_ranks import assert_same_everywhere, everyones
+from on_ranks import assert_equal_on_all_ranks, gather_all
 from ranks import Ranks
 from torch import Tensor, distributed, nn
 from torch.ao.quantization import quantize_fx
@@ -65,8 +65,8 @@ class Network(nn.Module):
         return [first, ["conv2", "bn2"], ["linear", "bn3"]]
 
 
-def left(model: nn.Module) -> int:
-    """Batch norms in a model that was not scripted, quantized ones included."""
+def remaining(model: nn.Module) -> int:
+    """The number of batch norms in a model that was not scripted, quantized ones included."""
     return sum(isinstance(m, _BatchNorm) for m in model.modules())
 
 
@@ -107,7 +107,7 @@ def traced_in_training(model: Network) -> tuple[Tensor, int]:
 
 
 def without_linear(model: Network) -> nn.Sequential:
-    """Up to the last layer of which torch has a quantized and an MKL-DNN kind."""
+    """The part of the model for which torch has quantized and MKL-DNN layers."""
     norms = (model.conv1, model.bn1, model.relu1, model.conv2, model.bn2)
     return nn.Sequential(model.quant, *norms, model.dequant).eval()
 
@@ -115,29 +115,29 @@ def without_linear(model: Network) -> nn.Sequential:
 def mkldnn(model: Network) -> tuple[Tensor, int]:
     part = without_linear(model)[1:-1]
     converted = torch.utils.mkldnn.to_mkldnn(part)
-    return converted(X.to_mkldnn()).to_dense(), left(converted)
+    return converted(X.to_mkldnn()).to_dense(), remaining(converted)
 
 
 def fuse_conv_bn_eval(model: Network) -> tuple[Tensor, int]:
     model.eval()
     model.conv1, model.bn1 = nn.utils.fusion.fuse_conv_bn_eval(model.conv1, model.bn1), nn.Identity()
     model.linear, model.bn3 = nn.utils.fusion.fuse_linear_bn_eval(model.linear, model.bn3), nn.Identity()
-    return model(X), left(model)
+    return model(X), remaining(model)
 
 
 def fx_optimization_fuse(model: Network) -> tuple[Tensor, int]:
     fused = optimization.fuse(model.eval())
-    return fused(X), left(fused)
+    return fused(X), remaining(fused)
 
 
 def fuse_fx(model: Network) -> tuple[Tensor, int]:
     fused = quantize_fx.fuse_fx(model.eval())
-    return fused(X), left(fused)
+    return fused(X), remaining(fused)
 
 
 def fuse_modules(model: Network) -> tuple[Tensor, int]:
     fused = quantization.fuse_modules(model.eval(), model.pairs())
-    return fused(X), left(fused)
+    return fused(X), remaining(fused)
 
 
 def static_quantization(model: Network) -> tuple[Tensor, int]:
@@ -146,7 +146,7 @@ def static_quantization(model: Network) -> tuple[Tensor, int]:
     prepared = quantization.prepare(fused)
     prepared(X)
     converted = quantization.convert(prepared)
-    return converted(X), left(converted)
+    return converted(X), remaining(converted)
 
 
 def static_quantization_without_fusion(model: Network) -> tuple[Tensor, int]:
@@ -155,7 +155,7 @@ def static_quantization_without_fusion(model: Network) -> tuple[Tensor, int]:
     prepared = quantization.prepare(part)
     prepared(X)
     converted = quantization.convert(prepared)
-    return converted(X), left(converted)
+    return converted(X), remaining(converted)
 
 
 def quantization_aware_training(model: Network) -> tuple[Tensor, int]:
@@ -164,19 +164,19 @@ def quantization_aware_training(model: Network) -> tuple[Tensor, int]:
     prepared = quantization.prepare_qat(fused)
     prepared(X).square().sum().backward()
     converted = quantization.convert(prepared.eval())
-    return converted(X), left(converted)
+    return converted(X), remaining(converted)
 
 
 def dynamic_quantization(model: Network) -> tuple[Tensor, int]:
     converted = quantization.quantize_dynamic(model.eval(), {nn.Linear})
-    return converted(X), left(converted)
+    return converted(X), remaining(converted)
 
 
 def fx_quantization(model: Network) -> tuple[Tensor, int]:
     prepared = quantize_fx.prepare_fx(model.eval(), quantization.get_default_qconfig_mapping(ENGINE), (X,))
     prepared(X)
     converted = quantize_fx.convert_fx(prepared)
-    return converted(X), left(converted)
+    return converted(X), remaining(converted)
 
 
 def fx_quantization_aware_training(model: Network) -> tuple[Tensor, int]:
@@ -184,23 +184,23 @@ def fx_quantization_aware_training(model: Network) -> tuple[Tensor, int]:
     prepared = quantize_fx.prepare_qat_fx(model.train(), mapping, (X,))
     prepared(X).square().sum().backward()
     converted = quantize_fx.convert_fx(prepared.eval())
-    return converted(X), left(converted)
+    return converted(X), remaining(converted)
 
 
 def average_and_update_bn(model: Network) -> tuple[Tensor, int]:
     averaged = torch.optim.swa_utils.AveragedModel(model)
     torch.optim.swa_utils.update_bn([X, X + 1], averaged)
     buffers = [b.double().flatten() for b in averaged.buffers()]
-    return torch.cat([averaged.eval()(X).flatten().double(), *buffers]), left(averaged)
+    return torch.cat([averaged.eval()(X).flatten().double(), *buffers]), remaining(averaged)
 
 
 def replace_all_batch_norm_modules(model: Network) -> tuple[Tensor, int]:
     torch.func.replace_all_batch_norm_modules_(model)
     assert all(name.endswith("nonfinite_batches") for name, _ in model.named_buffers())
-    return model.eval()(X), left(model)
+    return model.eval()(X), remaining(model)
 
 
-# Name, function, batch norms that it leaves of torch.nn's and of ours, and why these differ.
+# Name; function, remaining batch norms with torch.nn's layers and with ours, and why these differ.
 TOOLS: dict[str, tuple[Callable[[Network], tuple[Tensor, int]], int, int, str]] = {
     "jit.trace, freeze": (traced, 0, 0, ""),
     "jit.trace, optimize_for_inference": (traced_and_optimized, 0, 0, ""),
@@ -209,7 +209,7 @@ TOOLS: dict[str, tuple[Callable[[Network], tuple[Tensor, int]], int, int, str]] 
     "jit.script in training": (scripted_in_training, 3, 3, ""),
     "utils.mkldnn.to_mkldnn": (mkldnn, 0, 0, ""),
     "fuse_conv_bn_eval, fuse_linear_bn_eval": (fuse_conv_bn_eval, 1, 1, ""),
-    "fx.experimental.optimization.fuse": (fx_optimization_fuse, 0, 3, "looks for exact classes in a list of its own"),
+    "fx.experimental.optimization.fuse": (fx_optimization_fuse, 0, 3, "looks for exact classes in its own list"),
     "quantize_fx.fuse_fx": (fuse_fx, 0, 3, "the same, in a graph of the general tracer"),
     "fuse_modules": (fuse_modules, 0, 0, ""),
     "fuse_modules, prepare, convert": (static_quantization, 0, 0, ""),
@@ -225,7 +225,7 @@ rows: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("tool", list(TOOLS))
-def test_plain_layers_are_to_tools_what_torchs_are(tool: str) -> None:
+def test_tools_treat_plain_layers_like_torchs(tool: str) -> None:
     function, of_stock, of_ours, why = TOOLS[tool]
     (want, stock_left), (got, ours_left) = function(Network(*STOCK)), function(Network(*OURS))
     assert (stock_left, ours_left) == (of_stock, of_ours)
@@ -235,9 +235,9 @@ def test_plain_layers_are_to_tools_what_torchs_are(tool: str) -> None:
 
 
 def test_the_table(record_property: Callable[[str, object], None]) -> None:
-    head = f"{'tool':40} {'torch.nn':>8} {'ours':>8} {'difference':>10}  batch norms left, and why they differ"
+    head = f"{'tool':40} {'torch.nn':>8} {'ours':>8} {'difference':>10}  batch norms remaining, and why they differ"
     record_property("table", "\n".join([head, *rows.values()]))
-    if rows:  # all, where the whole file runs
+    if rows:  # complete if the whole file runs
         assert all(row.startswith(tool) for tool, row in rows.items())
 
 
@@ -261,7 +261,7 @@ def with_options(kind: str) -> Norms:
     )
 
 
-# torch's own words where a tool does not know the class, or a layer that it left alone gets a quantized tensor.
+# Includes errors of torch, for classes that a tool does not know, and of float layers that get a quantized tensor.
 REFUSALS = (
     r"would lose (activation='silu'|nonfinite='skip'|running_var_correction=0|frozen=True)"
     r"|did not find fuser method for: .*BatchNormAct"
@@ -283,8 +283,8 @@ REFUSING = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("tool", list(TOOLS))
-def test_an_option_is_kept_or_refused(tool: str, option: str) -> None:
-    """What the tool gives is what the eager network gives, or an error that names what would be lost."""
+def test_an_option_is_preserved_or_refused(tool: str, option: str) -> None:
+    """The result is that of the eager network, or an error names the option that would be lost."""
     norms = with_options(option)
     function = TOOLS[tool][0]
     if option in REFUSING.get(tool, []):
@@ -299,7 +299,7 @@ def test_an_option_is_kept_or_refused(tool: str, option: str) -> None:
 
 
 def eagerly(function: Any, model: Network) -> Tensor:
-    """What the function would give if its tool did nothing."""
+    """The result of the function if its tool did nothing."""
     if function in (scripted_in_training, traced_in_training):
         outputs = [model.train()(X + i).flatten().double() for i in range(2 if function is scripted_in_training else 1)]
         return torch.cat([*outputs, *(b.double().flatten() for b in model.buffers())])
@@ -322,7 +322,7 @@ def eagerly(function: Any, model: Network) -> Tensor:
 
 
 @pytest.mark.usefixtures("needs_extension")
-def test_compilers_that_freeze_weights_stay_right() -> None:
+def test_compilers_that_freeze_weights_give_correct_results() -> None:
     from torch._inductor import config
 
     torch._dynamo.reset()
@@ -337,7 +337,7 @@ def test_compilers_that_freeze_weights_stay_right() -> None:
 @pytest.mark.parametrize("ci", ["", "1"])
 @pytest.mark.usefixtures("needs_extension")
 def test_inductor_calls_operators_that_have_decompositions(ci: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It refuses to where the environment variable CI is set, unless it is told."""
+    """By default Inductor raises if the environment variable CI is set."""
     from torch._inductor import lowering
 
     def every(x: Tensor) -> Tensor:
@@ -365,13 +365,13 @@ def broadcast_buffers() -> None:
     parallel = nn.parallel.DistributedDataParallel(model)
     for step in range(2):
         parallel(X[rank : rank + 2] + step).sum().backward()
-    assert not torch.equal(*everyones(model[1].running_mean))  # each has seen a share of its own
-    parallel(X)  # before a forward pass the buffers of the first rank are everyone's
-    assert_same_everywhere(*(b.double() for b in model.buffers() if b.is_floating_point()))
+    assert not torch.equal(*gather_all(model[1].running_mean))  # the ranks have seen different data
+    parallel(X)  # a forward pass first broadcasts the buffers of rank 0
+    assert_equal_on_all_ranks(*(b.double() for b in model.buffers() if b.is_floating_point()))
 
 
 @pytest.mark.parametrize("tool", list(TOOLS))
-def test_converted_models_are_to_tools_what_torchs_are(tool: str) -> None:
+def test_tools_treat_converted_models_like_torchs(tool: str) -> None:
     function, *_ = TOOLS[tool]
     (want, _), (got, left_over) = function(Network(*STOCK)), function(normfused.convert(Network(*STOCK)))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

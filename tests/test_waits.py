@@ -1,4 +1,4 @@
-"""Which calls wait for the device because the host needs a value. Counted on the CPU by the operators called."""
+"""Which calls wait for the device because the host needs a value. Counted on the CPU, from the operators called."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_waits_are_seen() -> None:
+def test_waits_are_counted() -> None:
     x, mask = torch.randn(4), torch.tensor([True, False, True, False])
     for call in (lambda: x[mask], lambda: mask.nonzero(), lambda: bool(mask.any()), lambda: x.sum().item()):
         with Waits() as waits:
@@ -87,8 +87,8 @@ def test_how_often_a_forward_waits(case: str) -> None:
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_in_place_by_constant_statistics_whatever_the_weights(activation: str | None, with_bias: bool) -> None:
-    """Without a gradient of the weight x is not needed, not even where the weight is 0."""
+def test_in_place_with_constant_statistics_and_any_weights(activation: str | None, with_bias: bool) -> None:
+    """If no gradient of the weight is requested, x is not needed, even for channels with weight 0."""
     x = torch.randn(X, dtype=torch.float64)
     results = []
     for inplace in (True, False):

@@ -1,4 +1,4 @@
-"""Layers as timm defines them, under timm's names: what convert recognizes without importing timm."""
+"""Layers as timm defines them, under timm's names, by which convert recognizes them without importing timm."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.drop_prob == 0.0 or not self.training:
             return x
-        kept = 1 - self.drop_prob
-        return x * (x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(kept) / kept)
+        keep_prob = 1 - self.drop_prob
+        return x * (x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob) / keep_prob)
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """Batch norm, then `drop`, then `act`, with a forward of its own."""
+    """Batch norm, then `drop`, then `act`, in its own forward."""
 
     def __init__(
         self, num_features: int, act_layer: Any = nn.ReLU, apply_act: bool = True, drop_layer: Any = None, **kwargs: Any
@@ -47,7 +47,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 
 class FrozenBatchNormAct2d(nn.Module):
-    """Constant statistics, then `drop`, then `act`."""
+    """Batch norm with constant statistics, then `drop`, then `act`."""
 
     def __init__(self, num_features: int, act_layer: Any = nn.ReLU) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class FrozenBatchNormAct2d(nn.Module):
         return self.act(self.drop(x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)))
 
 
-# Classes are recognized by where they are defined, and pickled by that name.
+# convert recognizes classes by module and name, and pickle finds them by these.
 for _name in ("timm", "timm.layers", _MODULE):
     sys.modules.setdefault(_name, types.ModuleType(_name))
 for _kind in (BatchNormAct2d, FrozenBatchNormAct2d):

@@ -1,4 +1,4 @@
-"""More families of networks: small widths, true topologies, the code styles of libraries."""
+"""More families of networks: small widths, original topologies, the code styles of libraries."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ class ShuffleUnit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, changed = x.chunk(2, dim=1)
-        y = torch.cat((kept, self.branch(changed)), dim=1)
+        first, second = x.chunk(2, dim=1)
+        y = torch.cat((first, self.branch(second)), dim=1)
         n, c, h, w = y.size()
         return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
 
@@ -162,7 +162,7 @@ def googlenet() -> nn.Module:
 
 
 class HighResolution(nn.Module):
-    """Wang et al., 2019: two resolutions that are exchanged."""
+    """Wang et al., 2019: two resolutions that exchange features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ def ghostnet() -> nn.Module:
 
 
 class TimmBlock(nn.Module):
-    """A bottleneck as timm writes it: norms with activations of the library's own, drop path, an optional attention."""
+    """A bottleneck as timm writes it: timm's batch norms with activation, drop path, optional attention."""
 
     def __init__(self, width: int, act: type[nn.Module], drop: float) -> None:
         super().__init__()
@@ -362,8 +362,8 @@ ZOO: dict[str, Any] = {
     "timm relu": TimmNet,
     "timm silu, drop path": lambda: TimmNet(nn.SiLU, 0.3),
 }
-# Batch norms, and how many of them are fused; all are replaced. The others are residuals of a fused one, or something
-# else follows them.
+# Numbers of batch norms and of fused ones; all are replaced. The others are residuals of a fused one, or are followed
+# by another operation.
 EXPECTED = {
     "resnet18": (20, 17),
     "resnet50": (53, 49),

@@ -6,6 +6,7 @@
 #include "ops/batch_norm_checks.h"
 #include "ops/call.h"
 #include "ops/layout.h"
+#include "ops/output_memory.h"
 #include "ops/registration.h"
 
 namespace normfused::ops {
@@ -46,8 +47,8 @@ class Forward {
         weight_(contiguous(options.weight)),
         bias_(contiguous(options.bias)),
         output(target == Target::kInput ? dense_ : empty_output_like(dense_)),
-        mask(at::empty({save_mask_ ? mask_bytes(input_.numel()) : 0},
-                       input_.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous))) {}
+        mask(empty_output({save_mask_ ? mask_bytes(input_.numel()) : 0},
+                          input_.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous))) {}
 
   // The result points to memory of this object and of `statistics`.
   BatchNormForward begin(const Tensor& statistics) const {

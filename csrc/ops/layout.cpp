@@ -1,15 +1,16 @@
 #include "ops/layout.h"
 
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "ops/output_memory.h"
 
 namespace normfused::ops {
 
 namespace {
+
+at::Tensor copy_in(at::MemoryFormat format, const at::Tensor& tensor) {
+  return empty_output(tensor.sizes(), tensor.options().memory_format(format)).copy_(tensor);
+}
 
 // Whether the channels are contiguous, and the other dimensions are dense in their own order outside of them.
 bool is_channels_last(const at::Tensor& tensor) {
@@ -21,26 +22,6 @@ bool is_channels_last(const at::Tensor& tensor) {
     expected *= tensor.size(dim);
   }
   return true;
-}
-
-// Requests huge pages and touches each in parallel. Otherwise the kernels' threads would fault on the same pages.
-void use_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kMinBytes = 4 << 20;
-  constexpr uintptr_t kPage = 4 << 10, kHugePage = 2 << 20;
-  if (bytes < kMinBytes) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
-  // The system may ignore the advice; pages then stay small.
-  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  at::parallel_for(0, static_cast<int64_t>((end - begin) / kHugePage), 1, [&](int64_t first, int64_t last) {
-    for (uintptr_t at = begin + first * kHugePage; at < begin + last * kHugePage; at += kHugePage)
-      *reinterpret_cast<volatile char*>(at) = 0;
-  });
-#else
-  (void)data;
-  (void)bytes;
-#endif
 }
 
 }  // namespace
@@ -101,30 +82,15 @@ std::optional<ChannelView> view_of(const at::Tensor& tensor) {
 }
 
 at::Tensor as_dense(const at::Tensor& tensor) {
-  return view_of(tensor) ? tensor : tensor.contiguous(tensor.suggest_memory_format());
+  return view_of(tensor) ? tensor : copy_in(tensor.suggest_memory_format(), tensor);
 }
 
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like) {
   if (tensor.strides() == like.strides()) return tensor;
-  if (like.is_contiguous()) return tensor.contiguous();
+  if (like.is_contiguous()) return tensor.is_contiguous() ? tensor : copy_in(at::MemoryFormat::Contiguous, tensor);
   if (is_channels_last(tensor)) return tensor;
   return at::empty_like(like, tensor.options()).copy_(tensor);
 }
-
-namespace {
-
-at::Tensor in_huge_pages(at::Tensor output) {
-  if (output.is_cpu()) use_huge_pages(output.data_ptr(), output.nbytes());
-  return output;
-}
-
-}  // namespace
-
-at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
-  return in_huge_pages(at::empty(sizes, options.memory_format(format)));
-}
-
-at::Tensor empty_output_like(const at::Tensor& like) { return in_huge_pages(at::empty_like(like)); }
 
 ChannelVector channel_vector(const at::Tensor& tensor) { return {tensor.data_ptr(), dtype_of(tensor.scalar_type())}; }
 

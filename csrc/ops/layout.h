@@ -1,4 +1,4 @@
-// From tensors to kernel arguments: dense views, dtypes, and uninitialized outputs.
+// From tensors to kernel arguments: dense views and dtypes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,11 +27,6 @@ at::Tensor as_dense(const at::Tensor& tensor);
 
 // `tensor`, or a copy, in the memory layout of `like`, which has the same shape and a view.
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like);
-
-// Uninitialized tensors. On Linux CPUs, those of 4 MiB and more use huge pages: on a new output of 100 MB, page faults
-// take more time than all the arithmetic.
-at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format);
-at::Tensor empty_output_like(const at::Tensor& like);
 
 // Precondition: a contiguous tensor of a floating-point dtype.
 ChannelVector channel_vector(const at::Tensor& tensor);

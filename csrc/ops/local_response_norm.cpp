@@ -7,6 +7,7 @@
 #include "ops/backend.h"
 #include "ops/derivatives.h"
 #include "ops/layout.h"
+#include "ops/output_memory.h"
 #include "ops/registration.h"
 
 namespace normfused::ops {

@@ -8,6 +8,7 @@
 #include "ops/backend.h"
 #include "ops/derivatives.h"
 #include "ops/layout.h"
+#include "ops/output_memory.h"
 #include "ops/registration.h"
 
 namespace normfused::ops {
@@ -65,7 +66,8 @@ Tensor standardize_kernels(const Tensor& input, Constants mean, Constants std, d
   const at::ScalarType type = output_type(input, dtype);
   check(input, type, mean, std);
   const Tensor dense = as_dense(as_batch(input));
-  const Tensor output = empty_output(dense.sizes(), input.options().dtype(type), output_format(dense, memory_format));
+  const Tensor output =
+      empty_output(dense.sizes(), input.options().dtype(type).memory_format(output_format(dense, memory_format)));
   run(dense, output, mean, std, scale);
   return input.dim() == 3 ? output.squeeze(0) : output;
 }

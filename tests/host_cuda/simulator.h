@@ -63,8 +63,8 @@ enum class State : uint8_t { kReady, kSpinning, kAtWarp, kAtBlock, kAtCluster, k
 constexpr const char* kStateNames[] = {
     "ready", "spinning", "in a warp collective", "at __syncthreads", "at cluster sync", "at grid sync", "exited"};
 
-// A barrier. Votes of two successive rounds are kept apart, because threads leave one round while others arrive at the
-// next.
+// A barrier. It stores the votes of two successive rounds separately, because threads leave one round while others
+// arrive at the next.
 struct Barrier {
   Place place;
   unsigned arrived, round, votes[2];
@@ -302,7 +302,7 @@ CUDAHOST_HIDDEN void* shared_at(const void* tag, size_t size, size_t alignment) 
   return variable;
 }
 
-// Each declaration passes a lambda of its own type, so that it instantiates a tag of its own.
+// Each declaration passes a lambda of a different type, so that each instantiates a different tag.
 template <class T, class Lambda>
 CUDAHOST_HIDDEN T& shared(Lambda) {
   static const char tag = 0;

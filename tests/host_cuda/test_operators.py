@@ -21,6 +21,7 @@ import normfused
 SOURCES = [
     HERE / "backend.cpp",
     ROOT / "csrc/binding.cpp",
+    *sorted((ROOT / "csrc/memory").glob("*.cpp")),
     *(path for path in sorted((ROOT / "csrc/ops").glob("*.cpp")) if path.name != "cpu_backend.cpp"),
     *LAUNCHERS,
     KERNELS / "traffic.cpp",

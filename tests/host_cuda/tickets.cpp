@@ -1,4 +1,4 @@
-// Ranges of tickets: one per key, disjoint, zero at first, and kept until they grow.
+// Ranges of tickets: one per key, disjoint, initially zero, and reused until they grow.
 #include "kernels/cuda/tickets.h"
 
 #include <algorithm>
@@ -36,7 +36,7 @@ void mark(unsigned* first, int64_t count) {
   for (int64_t i = 0; i < count; ++i) expect(first[i]++ == 0, "a ticket belongs to two keys, or is not zero");
 }
 
-void keys_have_ranges_of_their_own() {
+void keys_have_separate_ranges() {
   Memory memory;
   cuda::Tickets tickets([&](int device, int64_t count) { return memory.zeros(device, count); });
   const TicketKey keys[] = {{0, 1, 0, 0},  {0, 2, 0, 0}, {0, 1, 0, 9}, {0, 2, 0, 9},
@@ -76,7 +76,7 @@ void threads_agree() {
 }  // namespace
 
 int main() {
-  keys_have_ranges_of_their_own();
+  keys_have_separate_ranges();
   a_range_grows_into_fresh_memory();
   threads_agree();
 }

@@ -21,12 +21,12 @@ inline void set_nan(BFloat16* p) { p->bits = 0x7fc0; }
 // there is one.
 template <class T>
 struct Large {
-  static double greatest() { return std::is_same_v<T, double> ? 1.7976931348623157e308 : 3.38953138925153547e38; }
+  static double maximum() { return std::is_same_v<T, double> ? 1.7976931348623157e308 : 3.38953138925153547e38; }
   static double square_overflows() { return std::ldexp(1, std::is_same_v<T, double> ? 700 : 100); }
 };
 template <>
 struct Large<Half> {
-  static double greatest() { return 65504; }
+  static double maximum() { return 65504; }
   static double square_overflows() { return 65504; }
 };
 
@@ -39,7 +39,7 @@ enum NonfiniteChannel {
   kBothInfinities,
   kSquaresOverflow,
   kSquaresOverflowNearZero,
-  kGreatest,
+  kMaximum,
   kFinite,
   kNonfiniteChannels
 };
@@ -73,8 +73,8 @@ void set_nonfinite(T* p, int64_t channel, int64_t m, int64_t count) {
     case kSquaresOverflowNearZero:
       if (m == count / 2) encode(p, Large<T>::square_overflows());
       break;
-    case kGreatest:
-      encode(p, Large<T>::greatest());
+    case kMaximum:
+      encode(p, Large<T>::maximum());
       break;
     default:
       break;
@@ -106,8 +106,8 @@ void run_nonfinite(const Backend& backend, int64_t outer, int64_t inner) {
       m2[c] += deviation * deviation;
     }
   }
-  mean[kGreatest] = Large<T>::greatest();  // long double sums round; the deviations are exactly 0
-  m2[kGreatest] = 0;
+  mean[kMaximum] = Large<T>::maximum();  // long double sums round; the deviations are exactly 0
+  m2[kMaximum] = 0;
   backend.channel_moments(ChannelStats{{outer, channels, inner},
                                        Format<T>::dtype,
                                        input.data,

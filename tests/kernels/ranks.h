@@ -198,7 +198,7 @@ class RanksCase {
   const int64_t count_, stride_;
   std::vector<int64_t> messages_;
   std::vector<long double> mean_, m2_, g_, gd_;  // the definition: statistics and sums of all ranks
-  std::vector<double> merged_mean_, invstd_;     // what the kernels computed
+  std::vector<double> merged_mean_, invstd_;     // computed by the kernels
   std::vector<S> weight_, bias_;
   Buffer<T> output_;
 };

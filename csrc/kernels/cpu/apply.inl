@@ -47,12 +47,12 @@ constexpr bool check_apply_op() {
   return true;
 }
 
-// Applies the op to `rows` contiguous rows of n values each, one channel a row. The channels' constants are the columns
-// of `table`.
+// Applies the op to `rows` contiguous rows of n values each, one channel per row. The channels' constants are the
+// columns of `table`.
 //
 // The rows are processed as one run of packs that may cross row boundaries. So only the first and the last store of the
-// run are tails, and all others are aligned, even if a row is short: each row of 7 x 7 float32 would end in a store of
-// four bytes.
+// run are tails, and all others are aligned, even if rows are short. If rows were processed separately, each row of 7 x
+// 7 float32 would end in a store of four bytes.
 template <bool kNonTemporal, class Op>
 NF_FN void apply_run(const Op& op, int64_t offset, int64_t rows, int64_t n, const typename Op::V::S* table,
                      int64_t table_stride) {
@@ -137,8 +137,8 @@ NF_NOINLINE void apply_lanes(const Op& op, const ChannelView& view, const Unit& 
   if (rest > 0) apply_rows<kNonTemporal, 1>(op, offset, stride, rest * layout.channels, table, table_stride);
 }
 
-// Rows of up to this many values are applied in lanes. Of longer rows at most three share a pack; selecting their
-// constants costs less than the unaligned stores of lanes.
+// Rows of up to this many values are applied in lanes. A pack contains values of at most three longer rows; selecting
+// their constants costs less than the unaligned stores of lanes.
 template <class V>
 inline constexpr int64_t kShortRow = V::kSize / 2;
 

@@ -3,7 +3,7 @@
 //
 // With z = (x - mean) * invstd * weight + bias, the output is y = activation(z + residual). g is the gradient of z.
 //
-// All ops compute with pivot = mean rounded to S, and with coefficients that make up for the rounding (see math.h). The
+// All ops compute with pivot = mean rounded to S, and with coefficients that compensate for it (see math.h). The
 // coefficients of all channels are in a (kCoefficients, channels) table in the workspace. kFused: the call has an
 // activation, a residual or a mask.
 #pragma once
@@ -96,8 +96,8 @@ struct NormalizeOp : ForwardTable {
 
 // ---- backward ops ------------------------------------------------------------------------------------------------
 
-// Rows of the coefficient table in backward. kForwardShift, the shift that forward adds, is needed to recompute z for
-// the activation's gradient. Without fusion nothing reads it; it then names an existing row.
+// Rows of the coefficient table in backward. kForwardShift is the shift that forward adds. It is needed to recompute z
+// for the activation's gradient. Without fusion it is not read, and names an existing row.
 template <bool kFused>
 struct BackwardTable {
   static constexpr int64_t kScale = 0, kPivot = 1, kSlope = 2, kShift = 3, kForwardShift = kFused ? 4 : 3;
@@ -199,7 +199,7 @@ struct GradSumsOp {
   NF_INLINE Vec<double> next_pivot(Vec<double> pivot, const ChannelResults<GradSumsOp>&) const { return pivot; }
 };
 
-// What the two ops that write grad_input have in common. grad_residual, null unless requested, is g.
+// Common to the two ops that write grad_input. grad_residual is g; it is null unless requested.
 template <class T_, bool kFused>
 struct GradInputOutputs : BackwardTable<kFused> {
   using T = T_;
@@ -332,9 +332,9 @@ void fill_normalization_table(const BatchNormBackward& args, S* table, int64_t c
   }
 }
 
-// Computes the parameter gradients from the sums of GradSumsOp and writes those that are requested. Without `results`
-// (null) they were reduced over all ranks before, and are read. Then fills the rest of BackwardTable; `count` is the
-// number of values per channel in the sums.
+// Computes the parameter gradients from `results`, the sums of GradSumsOp, and writes those that are requested. If
+// `results` is null, they were already reduced over all ranks, and are read instead. Then fills the rest of
+// BackwardTable. `count` is the number of values per channel in the sums.
 template <class S>
 void finish_backward(const BatchNormBackward& args, const ResultTable* results, int64_t count, S* table, int64_t c0,
                      int64_t n) {

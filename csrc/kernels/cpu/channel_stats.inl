@@ -16,7 +16,7 @@ NF_FN S identity_of_sum(int64_t k) {
   return k == 2 ? kInfinity : k == 3 ? -kInfinity : S(0);
 }
 
-// A NaN does not survive the comparisons. The sums are then NaN, from which the callers restore it.
+// The comparisons lose a NaN. The sums are then NaN, so the callers restore it from them.
 template <class V>
 NF_FN V join_sum_or_extreme(int64_t k, V a, V b) {
   return k == 2 ? minimum(a, b) : k == 3 ? maximum(a, b) : a + b;

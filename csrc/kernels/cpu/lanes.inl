@@ -1,4 +1,4 @@
-// Units of the tensor, and lane layouts: which units are walked as rows of lanes.
+// Units of the tensor, and lane layouts: which units are processed as rows of lanes.
 //
 // A row of lanes is a contiguous run of values in which lane i belongs to the same channel in row after row. Loops over
 // it use full vectors even where a channel has only a few contiguous values.
@@ -70,7 +70,7 @@ NF_FN int64_t positions_per_row(int64_t channels) {
 // joining the lanes' sums.
 inline constexpr int64_t kMinShortRows = 8;
 
-// Calls f(part, layout) for parts of the unit, if it is to be walked as rows of lanes. Returns whether it is:
+// Calls f(part, layout) for parts of the unit, if it is to be processed as rows of lanes. Returns whether it is:
 //   channels last    always
 //   channels first   if a channel has at most `longest` contiguous values, which would end in a tail each. The rows of
 //                    neighbouring channels are contiguous and form one row of lanes.

@@ -10,7 +10,7 @@
 namespace normfused::cpu::NF_ISA {
 namespace {
 
-// Values of a tile. Its planar input, planar output and NHWC output, of up to 4 bytes a value, use 24 KiB of a 48 KiB
+// Values of a tile. Its planar input, planar output and NHWC output, of up to 4 bytes per value, use 24 KiB of a 48 KiB
 // L1.
 inline constexpr int64_t kTileValues = 2048;
 // Maximum number of channels of a tile: its planar arrays are at least one vector of bytes long.

@@ -12,9 +12,9 @@
 //   operator()(x, y, coefficients_of, offset, valid)
 //                                     computes the output vectors y at an offset from the input vectors x; value i uses
 //                                     coefficients_of(i), and lies in the tensor if bit i of `valid` is set
-//   prologue()                        what the launch does besides; called by every thread of an application before it
-//   prepare(channel, is_owner, k)     if kPrepares: computes the coefficients k of a channel; exactly one thread of the
-//                                     launch is told that it owns the channel
+//   prologue()                        other work of the launch; every thread of an application calls it first
+//   prepare(channel, is_owner, k)     if kPrepares: computes the coefficients k of a channel; is_owner is true in
+//                                     exactly one thread of the launch
 //
 // check_apply_op() verifies the contract at compile time.
 #pragma once
@@ -164,7 +164,7 @@ NF_DEVICE void load_coefficients(const CoefficientTable<Op>& table, int64_t firs
   for (int i = 0; i < kValues; ++i) coefficients[i] = table[channels[i] - first];
 }
 
-// Applies Op to one iteration of rows: the next kRows, or with kFull false those that are left. All loads come before
+// Applies Op to one iteration of rows: the next kRows, or with kFull false the remaining ones. All loads come before
 // all stores. Returns the offset of a vector that reaches past the end of the tensor and is left to the caller, or
 // numel.
 template <bool kFull, int kRows, class Op, int kValues, class CoefficientsOf>
@@ -285,7 +285,7 @@ class FlatRows {
   Divisor by_inner_, by_channels_;
 };
 
-// What a block of a flat tensor has computed before its first output.
+// The values that a block of a flat tensor computes before its first output.
 template <class Op>
 struct FlatBlock {
   FlatRows::Start start;

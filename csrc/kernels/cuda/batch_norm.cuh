@@ -104,7 +104,7 @@ struct NormalizeOp {
 };
 
 // Computes z, the normalized value before the residual is added, for n values. With `from_output` the values are
-// forward's output: they are replaced by z, which the activation is inverted for. Otherwise they are its input, and
+// forward's output, and are replaced by z: the activation is inverted. Otherwise they are its input, and
 // normalize(i, x) gives z.
 template <int n, class S, class Normalize>
 NF_DEVICE void recover_z(bool from_output, const Activation& activation, S (&value)[n], S (&z)[n],
@@ -316,7 +316,7 @@ NF_DEVICE void store_coefficients(S* table, int64_t channels, int64_t c, const F
   table[2 * channels + c] = k.shift;
 }
 
-// What the update of the running statistics reads. It is loaded before anything is stored, so that the loads of a
+// The inputs of the update of the running statistics. They are loaded before anything is stored, so that the loads of a
 // channel overlap.
 struct RunningStatistics {
   double mean, var;
@@ -440,7 +440,7 @@ NF_DEVICE ForwardCoefficients<S> inference_coefficients(const BatchNormForward& 
   return forward_coefficients<S>({mean, invstd, weight, bias});
 }
 
-// Computes a table of the coefficients of inference, in a launch of its own.
+// Computes a table of the coefficients of inference, in a separate launch.
 template <class S>
 struct PrepareInference {
   BatchNormForward args;

@@ -1,4 +1,4 @@
-// Batch norm for one dtype of the data. Every function and dtype has a source file of its own, so that they compile in
+// Batch norm for one dtype of the data. Every function and dtype has its own source file, so that they compile in
 // parallel.
 #pragma once
 

@@ -161,8 +161,8 @@ struct MomentsOp {
   static NF_DEVICE double infinity() { return HUGE_VAL; }
   static NF_DEVICE double nan_double() { return infinity() - infinity(); }
 
-  // The sum of f over every lanes-th value of a channel, from the lane's own on. The offset and the place in the row
-  // are updated by additions: a 64-bit division per value would take longer than everything else.
+  // The sum of f over every lanes-th value of a channel, starting at the lane's own. The offset and the place in the
+  // row are updated by additions: a 64-bit division per value would take longer than everything else.
   template <class F>
   NF_DEVICE double sum_over(int64_t channel, int lane, int lanes, const F& f) const {
     const int64_t positions = view.positions(), inner = view.inner;

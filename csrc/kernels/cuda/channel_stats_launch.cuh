@@ -1,4 +1,4 @@
-// The launch of channel_moments and channel_sums. Each has a source file of its own, so that they compile in parallel.
+// The launch of channel_moments and channel_sums. Each has its own source file, so that they compile in parallel.
 #pragma once
 
 #include "kernels/cuda/channel_stats.cuh"

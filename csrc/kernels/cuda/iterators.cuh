@@ -1,5 +1,5 @@
 // Iterators over the tensor: each gives a thread the offsets of the vectors it processes. A bitmask `valid` says which
-// values of a vector belong to the channel and lie within the tensor; bit i stands for value i.
+// values of a vector belong to the channel and lie within the tensor; bit i is for value i.
 #pragma once
 
 #include "kernels/cuda/plan.h"
@@ -39,7 +39,7 @@ NF_DEVICE void store_valid(T* tensor, int64_t offset, const Vector<T, kValues>& 
     if (valid >> i & 1) tensor[offset + i] = vector.value[i];
 }
 
-// Iterates over the vectors of one channel in one split, channels first. The channel's plan.lanes lanes take the
+// Iterates over the vectors of one channel in one split, channels first. The channel's plan.lanes lanes process the
 // vectors in turn. With kMasked, rows need not begin or end on a vector: the vectors at both ends are shared with the
 // neighbouring rows.
 template <int kValues, bool kMasked>
@@ -57,8 +57,8 @@ class RowIterator {
   // Whether at least this many vectors are left.
   NF_DEVICE bool has(int vectors) const { return unit_ + (vectors - 1) * plan_.lanes < end_; }
 
-  // Returns the offset of the next vector, a multiple of kValues, and its valid values. A vector that a masked row only
-  // might touch can have none.
+  // Returns the offset of the next vector, a multiple of kValues, and its valid values. A masked row is iterated with
+  // the maximum number of vectors that a row can touch, so its last vector can have no valid values.
   NF_DEVICE int64_t next(uint32_t& valid) {
     const int64_t row = (outer_ * plan_.view.channels + channel_) * plan_.view.inner;
     int64_t offset = row + vector_ * kValues;
@@ -84,7 +84,7 @@ class RowIterator {
 };
 
 // Iterates over a thread's rows of one tile and split of a matrix (see ColumnsPlan). A thread stays in one vector of
-// columns, `column`; the plan.height threads above one another, with the same `x`, take the rows in turn.
+// columns, `column`; the plan.height threads with the same `x` process the rows in turn.
 template <int kValues>
 class ColumnIterator {
  public:

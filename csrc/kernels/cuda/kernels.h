@@ -1,6 +1,6 @@
-// The interface of the CUDA kernels. Each launches on the stream of its Resources, does not wait, and returns the first
-// error. kernels/list.h documents what they compute. Pointers in argument structs are to device memory unless the list
-// says otherwise.
+// The interface of the CUDA kernels. Each function launches on the stream of its Resources, does not synchronize, and
+// returns the first error. kernels/list.h documents what they compute. Pointers in argument structs point to device
+// memory, except where the list says otherwise.
 #pragma once
 
 #include <driver_types.h>
@@ -10,15 +10,16 @@
 
 namespace normfused::cuda {
 
-// The resources that launches need from their caller.
+// What the caller provides for launches: device limits, a stream, and device memory.
 class Resources {
  public:
   Resources(const DeviceLimits& limits, cudaStream_t stream) : limits(limits), stream(stream) {}
   virtual ~Resources() = default;
 
-  // Uninitialized device memory, aligned to 16 bytes. Valid until the work launched so far on the stream has finished.
+  // Returns uninitialized device memory, aligned to 16 bytes, for launches on the stream during the lifetime of this
+  // object.
   virtual void* scratch(int64_t bytes) = 0;
-  // Counters in device memory, initially zero. Launches reset them to zero before they end.
+  // Returns counters in device memory, which are zero. Launches reset them to zero before they end.
   virtual unsigned* tickets(int64_t count) = 0;
 
   const DeviceLimits limits;

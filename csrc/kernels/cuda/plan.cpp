@@ -114,7 +114,7 @@ int64_t folded_channels(const ChannelView& view, int itemsize, bool aligned) {
   return view.inner > 1 && channels > 1 && aligned && columns % values == 0 && fits ? channels : 0;
 }
 
-// The width of a tile: `min_width` vectors, or more if there are so few rows that threads would have none.
+// The width of a tile: `min_width` vectors, or more if there are so few rows that threads would have no work.
 int64_t width_for(int64_t rows, int64_t min_width) { return std::max(min_width, kThreads / rows); }
 
 // Common to reductions and applications: the form of the matrix and its tiles. The width of a tile is a multiple of
@@ -137,8 +137,8 @@ ColumnsPlan columns_of(const ChannelView& view, int itemsize, bool aligned, int6
   return plan;
 }
 
-// A plan starts with the width of a cache line. Narrower tiles let one launch do, or make more blocks for a device that
-// would not be full.
+// A plan starts with the width of a cache line. Narrower tiles allow a single launch, or give more blocks to a device
+// that would not be full.
 ColumnsPlan plan_columns(const ChannelView& view, int itemsize, int inputs, bool aligned, bool may_apply,
                          const DeviceLimits& limits, const Residency& resident) {
   const int64_t folded = folded_channels(view, itemsize, aligned);
@@ -163,7 +163,8 @@ ColumnsPlan plan_columns(const ChannelView& view, int itemsize, int inputs, bool
   return plan;
 }
 
-// Splits per group: all of them, or if there are many the square root, so that groups and splits per group are alike.
+// Splits per group: all of them, or if there are many their square root, so that there are about as many groups as
+// splits per group.
 int merge_group(int splits) {
   if (splits <= kMergedSplits) return splits;
   int group = 1;

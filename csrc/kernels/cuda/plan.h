@@ -42,7 +42,7 @@ constexpr int values_per_access(int itemsize) {
 }
 
 // Vectors of each input that a thread has in flight in one iteration: four loads of rows, or eight loads of columns.
-// Every value of a column vector has a state of its own, so doubles leave registers for half as many.
+// Every value of a column vector has its own state, so doubles leave registers for half as many.
 constexpr int row_vectors_in_flight(int inputs) { return 4 / inputs; }
 constexpr int column_vectors_in_flight(int inputs, bool doubles) { return 8 / inputs / (doubles ? 2 : 1); }
 
@@ -135,8 +135,8 @@ struct ReductionPlan {
 ReductionPlan plan_reduction(const ChannelView& view, int itemsize, int inputs, bool aligned, bool may_apply,
                              const DeviceLimits& limits, const Residency& resident = {});
 
-// --- applications. Blocks process the tensor from its end to its beginning: what the reduction read last is still in
-// the L2 cache.
+// --- applications. Blocks process the tensor from its end to its beginning: the values that the reduction read last
+// are still in the L2 cache.
 
 // Channels first: the tensor as one sequence of vectors, kThreads * kFlatVectors per block.
 struct FlatPlan {

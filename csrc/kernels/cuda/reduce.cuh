@@ -20,7 +20,7 @@
 //                                    `valid` is set, at least one; `first`: the state is empty
 //   fold(state, count, channel, sums)
 //                                    converts the state of `count` values to sums that can be merged
-//   merge(k, a, b), identity(k)      merges two values of sum k; the value that changes nothing
+//   merge(k, a, b), identity(k)      merges two values of sum k; the neutral value of that merge
 //   finalize(channel, sums)          converts the merged sums to results, in place
 //   kRecomputes, is_valid(results), recompute(first, channels, slot, is_leader, results)
 //                                    whether results can be invalid, whether they are, and the slow way to compute
@@ -28,8 +28,8 @@
 //
 // A Finish consumes the results of a channel:
 //
-//   prefetch(channel)                starts to fetch what it will read; called first of all
-//   Preloaded, preload(channel)      loads what it needs besides the results, before these are merged
+//   prefetch(channel)                starts to fetch the memory that it will read; called first
+//   Preloaded, preload(channel)      loads its other inputs, before the results are merged
 //   operator()(channel, results, preloaded)
 //                                    called by one thread, once per channel
 //
@@ -43,7 +43,7 @@
 
 namespace normfused::cuda {
 
-// The Preloaded of a Finish that needs nothing besides the results.
+// The Preloaded of a Finish whose only input is the results.
 struct NoPreload {};
 
 // Device memory of a reduction: the partial sums of every split, and tickets. A tile has a ticket for each group of
@@ -80,7 +80,7 @@ NF_DEVICE void store_partial(const Partials<typename Op::Sum>& partials, int64_t
 
 // --- accumulate, channels first
 
-// The vectors that a thread has in flight together. Bit v * kValues + i of the bitmasks stands for value i of vector v.
+// The vectors that a thread has in flight together. Bit v * kValues + i of the bitmasks is for value i of vector v.
 template <int kValues, int kVectors>
 struct RowVectors {
   int64_t offsets[kVectors];
@@ -88,7 +88,7 @@ struct RowVectors {
   bool within;  // all vectors are present and lie wholly within the tensor
 };
 
-// Advances the iterator by kVectors vectors, or with kFull false by those that are left.
+// Advances the iterator by kVectors vectors, or with kFull false by the remaining ones.
 template <bool kFull, int kVectors, class Op, int kValues, bool kMasked>
 NF_DEVICE RowVectors<kValues, kVectors> next_vectors(const Op& op, RowIterator<kValues, kMasked>& it, int64_t numel) {
   RowVectors<kValues, kVectors> vectors;
@@ -181,7 +181,7 @@ NF_DEVICE void start_columns(const Op& op, const ColumnIterator<kValues>& it, co
   }
 }
 
-// Accumulates one iteration of a thread's rows: the next kRows, or with kFull false those that are left. Returns the
+// Accumulates one iteration of a thread's rows: the next kRows, or with kFull false the remaining ones. Returns the
 // offset of a vector that reaches past the end of the tensor and is left to accumulate_clipped(), or numel.
 template <bool kFull, int kRows, class Op, int kValues>
 NF_DEVICE int64_t accumulate_rows(const Op& op, ColumnIterator<kValues>& it, int64_t numel, bool& first,
@@ -238,7 +238,7 @@ NF_DEVICE void accumulate_clipped(const Op& op, int64_t offset, int64_t numel, b
   }
 }
 
-// Accumulates a thread's columns in one split, each in a state of its own.
+// Accumulates a thread's columns in one split, each in its own state.
 template <class Op, int kValues>
 NF_DEVICE void accumulate_columns(const Op& op, const ColumnsPlan& plan, ColumnIterator<kValues>& it,
                                   typename Op::State (&state)[kValues]) {
@@ -261,7 +261,7 @@ struct ColumnStates {
   const ColumnIterator<kValues>& it;
   const typename Op::State* data;
 
-  // Folds the states of one channel of the tile and merges their sums. Each of `lanes` lanes takes every lanes-th
+  // Folds the states of one channel of the tile and merges their sums. Each of `lanes` lanes processes every lanes-th
   // state. `first` is the tile's first channel.
   NF_DEVICE void fold(const Op& op, int64_t first, int channel, int lane, int lanes,
                       typename Op::Sum (&sums)[Op::kSums]) const {
@@ -291,7 +291,7 @@ struct SplitRange {
   int begin, end, step;
 };
 
-// Merges the partial sums of these splits for a channel. Each of `lanes` lanes takes every lanes-th of the splits.
+// Merges the partial sums of these splits for a channel. Each of `lanes` lanes processes every lanes-th of the splits.
 template <class Op>
 NF_DEVICE void merge_splits(const Partials<typename Op::Sum>& partials, int64_t channel, const SplitRange& range,
                             int lane, int lanes, typename Op::Sum (&sums)[Op::kSums]) {

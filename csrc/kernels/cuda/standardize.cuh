@@ -17,7 +17,7 @@ inline constexpr int kLaunchChannels = 128;
 // Loads that a thread has in flight.
 inline constexpr int kLoads = 4;
 
-// The coefficients of a launch, passed by value: neither a copy to the device nor another launch has to come first.
+// The coefficients of a launch, passed by value: no copy to the device and no other launch is needed before.
 template <class T>
 struct Constants {
   StandardizeCoefficients<T, compute_t<T>> channel[kLaunchChannels];

@@ -37,7 +37,7 @@ struct MergeChannel {
   }
 };
 
-// Increments the counter of batches, in a launch of its own after every channel has read the counter.
+// Increments the counter of batches, in a separate launch after every channel has read the counter.
 struct CountBatch {
   int64_t* num_batches_tracked;
   const int64_t* count;
