@@ -21,7 +21,7 @@ import processes
 import tables
 import torch
 from cases import Case, grid
-from growth import Growth, measure_growth
+from growth import Growth, Level, measure_growth, measure_levels
 from measure import Result, complaint, measure, summarize
 from peers import DEFAULT, LOCAL, PEERS, REMOTE, REQUIRED, not_measured
 from timing import FULL, QUICK, Budget
@@ -42,6 +42,7 @@ class Report:
     results: list[Result] = dataclasses.field(default_factory=list)
     memory: list[Growth] = dataclasses.field(default_factory=list)
     failures: list[dict[str, str]] = dataclasses.field(default_factory=list)  # name of the case, and the error
+    levels: list[Level] = dataclasses.field(default_factory=list)
 
     @classmethod
     def load(cls, folder: Path) -> Report:
@@ -56,7 +57,7 @@ class Report:
 
     def render(self, folder: Path) -> None:
         """Writes table.md and the plots, and prints the summary."""
-        parts = (self.machine, self.settings, self.results, self.memory, self.failures)
+        parts = (self.machine, self.settings, self.results, self.memory, self.failures, self.levels)
         (folder / "table.md").write_text(tables.render(*parts))
         plots.draw(self.machine, self.results, folder)
         print(tables.render(*parts, every_case=False))
@@ -139,6 +140,7 @@ def _measure(
     chosen = [c for c in grid(arguments.device, quick=arguments.quick, tiny=arguments.tiny) if pattern.search(c.name)]
     if not arguments.tiny and pattern.search("memory"):
         report.memory = measure_growth(arguments.device, arguments.threads)
+        report.levels = measure_levels(arguments.threads) if arguments.device == "cpu" else []
     gc.freeze()  # each case collects garbage; this excludes the objects of imported modules
     for index, case in enumerate(chosen, 1):
         if time.monotonic() > end:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cases import DTYPES, LAYOUTS, OPERATIONS, Traffic, dtype_name
-from growth import LEAK_KB, Growth
+from growth import LEAK_KB, LEVEL, Growth, Level
 from measure import Result
 from peers import PEERS, not_measured
 from targets import TARGETS, Figure, figure
@@ -21,6 +21,7 @@ def render(
     results: list[Result],
     memory: list[Growth],
     failures: Failures = (),
+    levels: Sequence[Level] = (),
     every_case: bool = True,
 ) -> str:
     """The summary, followed by the tables of all cases if `every_case`."""
@@ -30,7 +31,7 @@ def render(
         "## Targets",
         "Limit at copy speed: the speedup of moving each byte once, at the speed of a copy into an existing buffer. It "
         "is an upper bound for tensors that do not fit in the caches.",
-        _targets(machine["device"], [] if settings["partial"] else results, memory),
+        _targets(machine["device"], [] if settings["partial"] else results, memory, levels),
     ]
     if results:
         parts += [
@@ -79,7 +80,7 @@ def _describe(machine: dict[str, Any], settings: dict[str, Any], results: list[R
     return "  \n".join(lines)
 
 
-def _targets(device: str, results: list[Result], memory: list[Growth]) -> str:
+def _targets(device: str, results: list[Result], memory: list[Growth], levels: Sequence[Level]) -> str:
     rows = []
     for target in TARGETS:
         if target.device != device:
@@ -96,8 +97,18 @@ def _targets(device: str, results: list[Result], memory: list[Growth]) -> str:
         ours = growth["peer"] == "normfused"
         verdict = "" if not ours else "reached" if kb < LEAK_KB else "**not reached**"
         rows.append((title, "", f"< {LEAK_KB:.0f} kB" if ours else "", f"{kb:+.0f} kB", "", verdict))
+    rows += [_level(level) for level in levels]
     header = ("measurement", "statistic", "target", "measured", "limit at copy speed", "")
     return table(header, rows, text_columns=2)
+
+
+def _level(level: Level) -> tuple[str, ...]:
+    ratio = level["second_half_mb"] / level["first_half_mb"]
+    title = f"Memory of {level['steps']:,} training steps of varying sizes, second half / first half, {level['peer']}"
+    measured = f"{ratio:.3f}× ({level['first_half_mb']:.0f} MB, of which the pool at most {level['pool_mb']:.0f} MB)"
+    ours = level["peer"] == "normfused"
+    verdict = "" if not ours else "reached" if ratio <= LEVEL else "**not reached**"
+    return title, "maximum", f"≤ {LEVEL}×" if ours else "", measured, "", verdict
 
 
 def _geometric_means(results: list[Result]) -> str:
