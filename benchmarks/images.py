@@ -25,6 +25,10 @@ from normfused.transforms import IMAGENET, ToNormalizedTensor
 
 Calls = dict[str, Callable[[], Any]]
 
+# Height and width of single images, and the target: time of the stock recipe / time of normfused.
+IMAGES = {(224, 224): 4.0, (480, 640): 8.0, (1080, 1920): 10.0}
+PIXELS = 100 * 480 * 640  # of all images of one call
+
 
 @dataclass(frozen=True)
 class Case:
@@ -53,7 +57,8 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 def cases(device: str) -> Iterator[Case]:
-    yield one_image(device)
+    for (height, width), minimum in IMAGES.items():
+        yield one_image(height, width, minimum, device)
     yield batch(device)
     yield data_set("60,000×1×28×28", (60_000, 1, 28, 28), "NCHW", device)
     for layout in MEMORY_FORMATS:
@@ -63,12 +68,13 @@ def cases(device: str) -> Iterator[Case]:
             yield local_response(shape, layout, device)
 
 
-def one_image(device: str) -> Case:
+def one_image(height: int, width: int, minimum: float, device: str) -> Case:
     """uint8 (H, W, C) to normalized float32 (C, H, W). The peers compute what torchvision's v1 and v2 transforms do.
 
-    One call processes 100 images one after another, as the worker of a data loader does.
+    One call processes several images one after another, as the worker of a data loader does.
     """
-    hwc = _bytes((480, 640, 3), device)
+    times = PIXELS // (height * width)
+    hwc = _bytes((height, width, 3), device)
     image = hwc.permute(2, 0, 1)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET)
     ours = ToNormalizedTensor(*IMAGENET)
@@ -98,10 +104,10 @@ def one_image(device: str) -> Case:
             torch.from_numpy(cv2.LUT(array, lookup)).permute(2, 0, 1).contiguous()
         )
         per_image["cv2.LUT alone"] = lambda: cv2.LUT(array, lookup)
-    calls = {name: _repeat(call, 100) for name, call in per_image.items()}
-    what = "100 images, uint8 HWC to normalized float32 CHW"
-    target = {"ToTensor + Normalize": 8.0}
-    return Case(what, "480×640×3", calls, target, 1e-6, "ToTensor + Normalize", ("cv2.LUT alone",))
+    calls = {name: _repeat(call, times) for name, call in per_image.items()}
+    what, shape = f"{times} images, uint8 HWC to normalized float32 CHW", f"{height}×{width}×3"
+    target = {"ToTensor + Normalize": minimum}
+    return Case(what, shape, calls, target, 1e-6, "ToTensor + Normalize", ("cv2.LUT alone",))
 
 
 def batch(device: str) -> Case:
