@@ -218,7 +218,7 @@ def test_synchronized_layers_refuse_the_same(case: Case, kind: type[Exception], 
 @modes
 @residuals
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 @pytest.mark.usefixtures("needs_extension")
 def test_compiled_in_one_graph_is_eager(backend: str, dynamic: bool, with_residual: bool, training: bool) -> None:
     layer = normfused.BatchNormAct1d(3, activation="relu").train(training)
