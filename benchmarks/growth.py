@@ -64,10 +64,11 @@ def _level(peer: str, threads: int) -> Level:
     """Trains a layer on batches of 1 to 16 images of 32x32 to 96x96: outputs of 64 KiB to 9 MiB."""
     torch.set_num_threads(threads)
     layer, sizes = LAYERS[peer](16), random.Random(0)
+    largest = torch.rand(16, 16, 96, 96)
     maxima, held = [0.0, 0.0], 0
     for step in range(STEPS):
         side = sizes.randint(32, 96)
-        x = torch.rand(sizes.randint(1, 16), 16, side, side).requires_grad_()
+        x = largest[: sizes.randint(1, 16), :, :side, :side].contiguous().requires_grad_()
         layer(x).square().mean().backward()
         half = step * 2 // STEPS
         maxima[half] = max(maxima[half], _host_kb())
