@@ -29,6 +29,7 @@ def memory_stats() -> dict[str, int]:
         ValueError: If ``NORMFUSED_POOL`` is not 0 or 1, or ``NORMFUSED_POOL_LIMIT`` is not a number of bytes.
 
     Example:
+        >>> import torch, normfused
         >>> x = torch.randn(8, 64, 56, 56)  # 6.1 MiB
         >>> y = normfused.BatchNorm2d(64)(x)
         >>> memory_stats()["allocated_bytes"] % 2**21
