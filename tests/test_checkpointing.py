@@ -75,6 +75,7 @@ def test_an_eager_layer_updates_once(how: dict[str, Any], options: dict[str, Any
     assert_same_step(model, functools.partial(checkpoint, model, **how), block(**options))
 
 
+@pytest.mark.exhaustive
 @how
 @options
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,6 +86,7 @@ def test_a_compiled_layer_updates_once(backend: str, how: dict[str, Any], option
     assert_same_step(model, functools.partial(checkpoint, compiled, **how), block(**options))
 
 
+@pytest.mark.exhaustive
 @how
 @options
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # "eager" raises for any mutated buffer, as for torch.nn

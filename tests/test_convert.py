@@ -295,6 +295,7 @@ def test_revert_keeps_the_current_state(change: Callable[[nn.Module], nn.Module]
 # ---- number of graphs per mode ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_modes_and_sizes_need_a_bounded_number_of_graphs() -> None:
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), BasicBlock(4, 6, 2)).double()
@@ -443,6 +444,7 @@ def test_a_network_of_leaky_relus_in_place() -> None:
     assert bytes_saved_for_backward(ours, images()) < 0.7 * bytes_saved_for_backward(stock, images())
 
 
+@pytest.mark.exhaustive
 def test_resnet50_is_reported_as_a_table() -> None:
     model = normfused.convert(resnet50(), example_inputs=(images(2, 64, torch.float32),))
     lines = str(normfused.conversion_report(model)).splitlines()

@@ -56,6 +56,7 @@ def test_under_distributed_data_parallel(ranks: Ranks) -> None:
         assert ", 5 fused" in report
 
 
+@pytest.mark.exhaustive
 def test_synchronized_under_distributed_data_parallel(ranks: Ranks) -> None:
     # They call separate operators before and after the exchange, and are not fused.
     for report in ranks.run(2, data_parallel, True):

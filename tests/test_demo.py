@@ -461,6 +461,7 @@ def test_demo_trains_and_both_batch_norms_agree(tmp_path: Path, capsys: pytest.C
         assert any(line.startswith(f"{curve['run']} ") and accuracy in line for line in printed.splitlines())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("nothing_installed")
 def test_resnet_is_converted_and_trains_alike(tmp_path: Path) -> None:
     arguments = ["--experiment", "resnet", "--epochs", "2", "--limit", "400", "--out", str(tmp_path)]

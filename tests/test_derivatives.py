@@ -226,6 +226,7 @@ def test_transform(name: str, transform: str) -> None:
     assert_close(*(TRANSFORMS[transform](f, values) for f in (ours, theirs)))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("transform", ["jvp", "vjp", "grad", "jacfwd", "jacrev", "hessian", "vmap", "vmap of grad"])
 @basic_functions

@@ -157,7 +157,7 @@ def process_groups() -> None:
         layer(x)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_compiled_with_fullgraph(ranks: Ranks, needs_extension: None, dynamic: bool) -> None:
     ranks.run(2, compiled_with_fullgraph, dynamic, timeout=300)
 

@@ -86,6 +86,7 @@ def test_training_on_two_processes_equals_one_process_and_resumes_from_a_checkpo
     assert run(TORCHRUN, tmp_path, *options, *checkpoint, "--epochs", 2, "--resume") == two_processes
 
 
+@pytest.mark.exhaustive
 def test_interrupted_training_leaves_a_valid_checkpoint_and_no_process(data: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.pt"
     process = start(TORCHRUN, tmp_path, "--data", data, "--batch", 100, "--epochs", 1000, "--checkpoint", saved)

@@ -71,6 +71,7 @@ class Blocks(nn.Module):
         return self.leaky(x * 3)
 
 
+@pytest.mark.exhaustive
 @exporters
 def test_onnx_of_a_residual_network(dynamo: bool) -> None:
     model = trained(normfused.convert(resnet18(), fuse=False), 4, 3, 32, 32)
@@ -82,6 +83,7 @@ def test_onnx_of_a_residual_network(dynamo: bool) -> None:
     assert operators == of_stock  # the same graph, with the batch norms folded into convolutions
 
 
+@pytest.mark.exhaustive
 @exporters
 def test_onnx_of_a_fused_network(dynamo: bool) -> None:
     model = trained(normfused.convert(resnet18()), 4, 3, 32, 32)

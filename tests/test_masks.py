@@ -17,6 +17,9 @@ import normfused
 
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 residuals = pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
+backends = pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("aot_eager", "inductor"))]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +221,7 @@ def test_synchronized_layers_refuse_the_same(case: Case, kind: type[Exception], 
 @modes
 @residuals
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
+@backends
 @pytest.mark.usefixtures("needs_extension")
 def test_compiled_in_one_graph_is_eager(backend: str, dynamic: bool, with_residual: bool, training: bool) -> None:
     layer = normfused.BatchNormAct1d(3, activation="relu").train(training)
@@ -248,7 +251,7 @@ COMPILED_BAD = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@backends
 @pytest.mark.parametrize(("arguments", "training", "message"), COMPILED_BAD)
 @pytest.mark.usefixtures("needs_extension")
 def test_compiled_code_checks_values_at_run_time(
