@@ -21,9 +21,20 @@ def _why_no_cuda() -> str | None:
 
 
 _WHY_NO_CUDA = _why_no_cuda()
-# Folders of tests that compile kernels anew, and run them under sanitizers or read their machine code; and torch's own
-# test suites.
-_EXHAUSTIVE = {"cpu_kernels", "cuda_build", "host_cuda", "memory", "test_torch_suites.py"}
+# Folders of tests that compile kernels anew, and run them under sanitizers or read their machine code; torch's own test
+# suites; and files whose many cases in Python do not depend on the machine.
+_EXHAUSTIVE = {
+    "cpu_kernels",
+    "cuda_build",
+    "host_cuda",
+    "memory",
+    "test_convert_hooks.py",
+    "test_convert_python.py",
+    "test_convert_tools.py",
+    "test_gpu_check.py",
+    "test_torch_suites.py",
+    "test_torch_tools.py",
+}
 # Files that take longest. They run first: a file that is still running when all others have ended leaves cores idle.
 _LONG = {
     "test_kernels.py",
