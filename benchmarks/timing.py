@@ -54,14 +54,15 @@ def samplers(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch) -> di
 
 
 def host_sampler(call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Sampler:
-    """A sampler of a call on the CPU that first wakes torch's threads and reads the call's inputs.
+    """A sampler of a call on the CPU that first makes the call once, wakes torch's threads and reads the call's inputs.
 
-    So the state of threads and caches is the same for every peer, in whatever process, and like that between two layers
-    of a network.
+    So the state of threads and caches is the same for every peer, in whatever process and from whatever allocator: the
+    peer itself wrote to the memory of its outputs last, and its inputs were read since.
     """
     enough = torch.zeros(1 << 17)  # for torch to use several threads
 
     def seconds() -> float:
+        call()
         for tensor in (enough, *inputs):
             tensor.sum()
         return _host_seconds(call)
