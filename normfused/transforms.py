@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ FASHION_MNIST = Preset((0.2860,), (0.3530,))
 
 
 class Normalize(nn.Module):
-    """``(x * scale - mean) / std`` for each channel: torchvision's ``Normalize`` that also accepts uint8.
+    """``(x * scale - mean) / std`` for each channel: torchvision's ``Normalize`` that also accepts integers.
 
     It needs one pass over memory, and one kernel launch on CUDA; the constants are arguments of the launch.
 
@@ -62,7 +63,7 @@ class Normalize(nn.Module):
         inplace: overwrite and return the input, which must be floating.
         scale: factor of the input; default 1/255 for uint8, 1 otherwise.
         eps: minimum divisor: a ``std`` below it is replaced by it.
-        dtype: dtype of the output; default that of the input, float32 for uint8.
+        dtype: dtype of the output; default that of the input, float32 for integers.
         memory_format: of the output; default that of the input.
 
     Raises:
@@ -98,14 +99,24 @@ class Normalize(nn.Module):
         if inplace and (dtype is not None or memory_format != torch.preserve_format):
             raise ValueError(f"{type(self).__name__}: inplace=True excludes dtype and memory_format")
 
+    @property
+    def mean(self) -> list[float]:
+        """The means, for values after scaling, as in torchvision."""
+        return self.constants.mean
+
+    @property
+    def std(self) -> list[float]:
+        """The divisors: the standard deviations, but at least ``eps``."""
+        return self.constants.std
+
     def forward(self, image: Tensor) -> Tensor:
-        """Normalize images of shape ``(..., C, H, W)``, uint8 or floating, on any device."""
+        """Normalize images of shape ``(..., C, H, W)``, integers or floating, on any device."""
         if self.inplace:
             return self.constants.normalize_(image)
         return self.constants.normalize(image, self.dtype, self.memory_format)
 
     def extra_repr(self) -> str:  # noqa: D102
-        return f"mean={self.constants.mean}, std={self.constants.std}"
+        return f"mean={self.mean}, std={self.std}"
 
 
 class ToNormalizedTensor(Normalize):
@@ -139,7 +150,7 @@ class ToNormalizedTensor(Normalize):
         super().__init__(mean, std, scale=scale, eps=eps, dtype=dtype, memory_format=memory_format)
 
     def forward(self, image: Any) -> Tensor:
-        """Normalize a PIL image, an array or a tensor, uint8 or floating, which is not changed.
+        """Normalize a PIL image, an array or a tensor, integers or floating, which is not changed.
 
         Args:
             image: a PIL image, an array of shape ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)``, or a tensor of shape
@@ -219,7 +230,10 @@ class _ByOwnStatistics(nn.Module):
             grouped = x.reshape((1, images * channels, height, width) if self.per_channel else (1, images, -1, width))
         else:
             grouped = x.reshape((images, channels, height, width) if self.per_channel else (1, 1, -1, width))
-        mean, std = self._mean_and_std(measure(grouped, "NCHW", None))
+        stats = measure(grouped, "NCHW", None)
+        if excluded := int(stats.nonfinite.sum()):
+            warnings.warn(f"{name}: the statistics exclude {excluded} NaN or infinite values", RuntimeWarning, 2)
+        mean, std = self._mean_and_std(stats)
         output = ImageConstants(name, mean, std).normalize(grouped, self.dtype)
         return output.reshape(x.shape)
 
@@ -239,7 +253,7 @@ class Standardize(_ByOwnStatistics):
         correction: subtracted from the count in the variance, as in :func:`torch.var`: 0 or 1.
         eps: a standard deviation up to it (for uint8 after scaling to 0..1) is replaced by 1, so that a constant image
             becomes 0.
-        dtype: dtype of the output; default that of the input, float32 for uint8.
+        dtype: dtype of the output; default that of the input, float32 for integers.
 
     Raises:
         ValueError: an argument that is not listed. A call raises as :func:`normfused.functional.normalize`.

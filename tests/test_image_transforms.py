@@ -44,6 +44,33 @@ def test_normalize_keeps_torchvisions_contract(device: torch.device) -> None:
     assert_same_bits(x, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize("output", [None, torch.float64, torch.float16])
+def test_normalize_accepts_every_integer(device: torch.device, dtype: torch.dtype, output: torch.dtype | None) -> None:
+    limits = torch.iinfo(dtype)
+    numbers = np.random.default_rng(0).integers(limits.min, limits.max, (2, 3, 5, 6), endpoint=True)
+    x, mean, std = torch.tensor(numbers).to(dtype), 1e-3 * limits.max, 0.25 * limits.max
+    y = Normalize(mean, std, dtype=output)(x.to(device)).cpu()
+    exact = ((numbers.astype(np.longdouble) - mean) / std).astype(np.float64)
+    expected = torch.from_numpy(exact).to(output or torch.float32)
+    torch.testing.assert_close(y, expected, rtol=torch.finfo(y.dtype).eps, atol=torch.finfo(y.dtype).eps)
+
+
+def test_large_integers_keep_their_differences() -> None:
+    x = torch.tensor([[[2**30 + 1, 2**30 + 3]]], dtype=torch.int32)
+    assert Normalize(2**30 + 2, 1.0)(x).tolist() == [[[-1.0, 1.0]]]
+
+
+def test_constants_of_any_shape_and_their_names() -> None:
+    x = torch.rand(3, 4, 4)
+    transform = Normalize(torch.tensor(IMAGENET.mean).double().view(3, 1, 1), np.reshape(IMAGENET.std, (3, 1, 1)))
+    assert transform.mean == pytest.approx(IMAGENET.mean)
+    assert transform.std == list(IMAGENET.std)
+    assert_same_bits(transform(x), Normalize(transform.mean, transform.std)(x))
+    with pytest.raises(TypeError, match="Normalize: mean must be a number or a sequence of numbers"):
+        Normalize(torch.zeros(3, 1, 2), 1.0)
+
+
 def test_normalize_accepts_bytes(device: torch.device) -> None:
     x = pixels(2, 3, 5, 6).to(device)
     y = Normalize(*IMAGENET, dtype=torch.bfloat16, memory_format=torch.channels_last)(x)
@@ -203,9 +230,10 @@ ERRORS = [
         "Normalize: inplace=True excludes dtype and memory_format",
     ),
     (
-        lambda: ToNormalizedTensor(0.5, 0.5)(np.zeros((4, 4), np.uint16)),
+        lambda: Normalize(0.5, 0.5)(torch.zeros(1, 4, 4, dtype=torch.bool)),
         TypeError,
-        "ToNormalizedTensor: input must be one of uint8, float32, float64, float16, bfloat16, got torch.int32",
+        "Normalize: input must be one of uint8, int8, int16, uint16, int32, int64, float32, float64, float16, "
+        "bfloat16, got torch.bool",
     ),
     (lambda: ToNormalizedTensor(0.5, 0.5)(Image.new("P", (4, 4))), ValueError, "a palette image contains indices"),
     (

@@ -339,3 +339,52 @@ def test_repr_names_images_channels_mean_and_std() -> None:
     assert repr(ChannelStats()) == "ChannelStats(images=0)"
     stats = ChannelStats().update(torch.tensor([[[0, 255]], [[255, 255]]], dtype=torch.uint8))
     assert repr(stats) == "ChannelStats(images=1, channels=2, mean=[0.5000, 1.0000], std=[0.5000, 0.0000])"
+
+
+# --- the printed transform ---------------------------------------------------------------------
+
+
+def printed_transform(stats: ChannelStats) -> torch.nn.Module:
+    line = str(stats).splitlines()[-1]
+    assert line.startswith("normfused.transforms.Normalize(")
+    transform: torch.nn.Module = eval(line, {"normfused": normfused})
+    return transform
+
+
+@pytest.mark.parametrize("layout", ["HW", "CHW", "HWC", "NHW", "NCHW", "NHWC"])
+@pytest.mark.parametrize("scale", [None, 1 / 255, 1 / 65535, 1e-9, 2.5], ids=str)
+@pytest.mark.parametrize("dtype", [*INTEGERS, *FLOATS], ids=dtype_id)
+def test_the_printed_transform_normalizes_the_images(dtype: torch.dtype, scale: float | None, layout: str) -> None:
+    sizes = {"N": 4, "C": 3, "H": 20, "W": 30}
+    if dtype.is_floating_point:
+        images = (torch.randn([sizes[d] for d in layout]) * 40 + 1000).to(dtype)
+    else:
+        limits = torch.iinfo(dtype)
+        values = np.random.default_rng(0).integers(limits.min // 2, limits.max // 2, [sizes[d] for d in layout])
+        images = torch.tensor(values).to(dtype)
+    transform = printed_transform(ChannelStats(scale).update(images, layout))
+    for name in "CN":
+        if name not in layout:
+            images, layout = images.unsqueeze(0), name + layout
+    y = transform(images.movedim(layout.index("C"), 1))
+    assert y.dtype == (dtype if dtype.is_floating_point else torch.float32)
+    exact = y.double()
+    rounding = 0.1 if dtype in (torch.float16, torch.bfloat16) else 0.005  # of the output
+    assert exact.mean((0, 2, 3)).abs().max() < rounding
+    assert (exact.std((0, 2, 3), correction=0) - 1).abs().max() < rounding
+
+
+@pytest.mark.parametrize("std", [1e-9, 1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("mean", [0.0, 0.0123456789, 1234.56789])
+def test_the_printed_mean_is_precise_relative_to_the_deviation(mean: float, std: float) -> None:
+    x = torch.randn(1, 1, 100, 100, dtype=torch.float64) * std + mean
+    y = printed_transform(ChannelStats().update(x))(x)
+    assert abs(y.mean().item()) < 2e-3
+    assert abs(y.std(correction=0).item() - 1) < 1e-3
+
+
+def test_the_printed_scale() -> None:
+    x = torch.tensor([[[0, 1]]], dtype=torch.int16)
+    lines = [str(ChannelStats(scale).update(x)).splitlines()[-1] for scale in (None, 1 / 65535, 0.3, 2.0)]
+    ends = [line.partition("]")[2].partition("]")[2] for line in lines]
+    assert ends == [")", ", scale=1/65535)", ", scale=0.3)", ", scale=2.0)"]

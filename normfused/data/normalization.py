@@ -14,6 +14,8 @@ from normfused._torch_private import is_transformed
 from normfused.checks import DTYPES, check_can_be_overwritten, check_device, needs_torchs_operators
 from normfused.distributed import dtensor
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
+
 
 def normalize(
     input: Tensor,
@@ -32,12 +34,14 @@ def normalize(
     with :class:`normfused.transforms.Standardize`.
 
     Args:
-        input: shape ``(..., C, H, W)``, uint8, float32, float64, float16 or bfloat16, any strides. For an image of
-            shape ``(H, W, C)`` pass ``image.permute(2, 0, 1)``; this makes no copy.
-        mean, std: one number, or one per channel. A tensor is copied to the host, which on CUDA waits for the device.
+        input: shape ``(..., C, H, W)``, any strides, uint8, int8, int16, uint16, int32, int64, float32, float64,
+            float16 or bfloat16. For an image of shape ``(H, W, C)`` pass ``image.permute(2, 0, 1)``; this makes no
+            copy.
+        mean, std: one number, or one per channel. A tensor, of shape ``(C,)`` or ``(C, 1, 1)``, is copied to the host,
+            which on CUDA waits for the device.
         scale: factor of the input; default 1/255 for uint8, as in torchvision's ``ToTensor``, 1 otherwise.
         eps: minimum divisor: a ``std`` below it is replaced by it. With it a constant channel becomes 0.
-        dtype: dtype of the output; default that of ``input``, float32 for uint8.
+        dtype: dtype of the output; default that of ``input``, float32 for integers.
         memory_format: ``torch.contiguous_format`` or ``torch.channels_last``; default that of ``input``.
         out: tensor that the output is written to, in its dtype and memory format, such as a slice of a batch or pinned
             memory. Excludes ``dtype``, ``memory_format`` and gradients.
@@ -137,7 +141,7 @@ class ImageConstants:
     ) -> Tensor:
         """:func:`normalize` without ``out``."""
         check_image(self.name, input)
-        dtype = dtype or (torch.float32 if input.dtype == torch.uint8 else input.dtype)
+        dtype = dtype or (input.dtype if input.dtype in DTYPES else torch.float32)
         if dtype not in DTYPES:
             raise TypeError(f"{self.name}: dtype must be float32, float64, float16 or bfloat16, got {dtype}")
         if memory_format not in (torch.preserve_format, torch.contiguous_format, torch.channels_last):
@@ -147,7 +151,7 @@ class ImageConstants:
             )
         scale = self._scale_of(input)
         if not _has_kernel(input.dtype, dtype):
-            input = input.to(torch.promote_types(input.dtype, dtype))  # holds the values of both dtypes
+            input = input.to(_common_dtype(input.dtype, dtype))
         direct = _has_kernel(input.dtype, dtype)
         mean, std = self._for_channels_of(input)
         images = input.flatten(0, -4) if input.dim() > 4 else input
@@ -220,8 +224,19 @@ def _has_kernel(input: torch.dtype, output: torch.dtype) -> bool:
     return input == output or (input in (torch.uint8, torch.float32) and output != torch.float64)
 
 
+def _common_dtype(input: torch.dtype, output: torch.dtype) -> torch.dtype:
+    """A floating dtype that holds the values of both dtypes; of int64 as well as float64 can."""
+    if input in (torch.int32, torch.int64):
+        return torch.float64
+    if input in INTEGERS:
+        return torch.promote_types(torch.float32, output)
+    return torch.promote_types(input, output)
+
+
 def _numbers(name: str, which: str, values: Any) -> list[float]:
-    """A number, sequence, array or tensor as a list of finite floats."""
+    """A number, sequence, array or tensor, of shape (), (C,) or (C, 1, 1), as a list of finite floats."""
+    if tuple(getattr(values, "shape", ()))[1:] == (1, 1):
+        values = values[:, 0, 0]
     plain = values.tolist() if hasattr(values, "tolist") else values
     try:
         numbers = [float(plain)] if isinstance(plain, (int, float)) else [float(number) for number in plain]
@@ -235,7 +250,7 @@ def _numbers(name: str, which: str, values: Any) -> list[float]:
     return numbers
 
 
-def check_image(name: str, input: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.uint8, *DTYPES)) -> None:
+def check_image(name: str, input: Tensor, dtypes: tuple[torch.dtype, ...] = (*INTEGERS, *DTYPES)) -> None:
     """Raise ``TypeError`` or ``ValueError`` if ``input`` is not a tensor of images ``(..., C, H, W)`` in ``dtypes``."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")

@@ -69,6 +69,15 @@ class Moments(NamedTuple):
             self.nonfinite + other.nonfinite,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON: without values, the minimum and the maximum are None, because JSON has no infinity."""
+        return self._asdict() if self.count else {**self._asdict(), "min": None, "max": None}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Moments:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**(fields if fields["count"] else {**fields, "min": math.inf, "max": -math.inf}))
+
     def scaled(self, scale: float) -> Moments:
         """The moments of the values times ``scale``."""
         return Moments(
@@ -282,7 +291,7 @@ class ChannelStats:
             "complete": self.complete,
             "integer_scale": self.integer_scale,
             "sums": [channel._asdict() for channel in self._sums],
-            "moments": [channel._asdict() for channel in self._floats],
+            "moments": [channel.to_dict() for channel in self._floats],
         }
 
     @classmethod
@@ -292,12 +301,12 @@ class ChannelStats:
         stats.images, stats.complete = figures["images"], figures["complete"]
         stats.integer_scale = figures["integer_scale"]
         stats._sums = tuple(Sums(**channel) for channel in figures["sums"])
-        stats._floats = tuple(Moments(**channel) for channel in figures["moments"])
+        stats._floats = tuple(Moments.from_dict(channel) for channel in figures["moments"])
         return stats
 
     def save(self, path: str | Path) -> None:
         """Write all numbers as JSON. An existing file is replaced in one step."""
-        files.replace(Path(path), json.dumps(self.to_dict(), indent=2).encode() + b"\n")
+        files.replace(Path(path), json.dumps(self.to_dict(), indent=2, allow_nan=False).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> ChannelStats:
@@ -349,12 +358,18 @@ class ChannelStats:
         widths = [max(map(len, column)) for column in table]
         for cells in zip(*table, strict=True):
             lines.append("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
-        mean, std = (", ".join(columns[name]) for name in ("mean", "std"))
-        lines.append(f"normfused.transforms.Normalize(mean=[{mean}], std=[{std}])")
+        lines.append(f"normfused.transforms.{self._normalize_call()}")
         constant = [str(channel) for channel, value in enumerate(self.std.tolist()) if value == 0]
         if constant:
             lines[-1] += f"  # constant, with a std of 0: channel {', '.join(constant)}"
         return "\n".join(lines)
+
+    def _normalize_call(self) -> str:
+        """The code of the transform that normalizes these images."""
+        pairs = list(zip(self.mean.tolist(), self.std.tolist(), strict=True))
+        mean, std = ", ".join(_mean_for(*pair) for pair in pairs), ", ".join(_four_digits(std) for _, std in pairs)
+        scale = "" if self.scale is None else f", scale={_fraction(self.scale)}"
+        return f"Normalize(mean=[{mean}], std=[{std}]{scale})"
 
     def _moments(self) -> tuple[Moments, ...]:
         """Scaled moments of each channel, of its integers and floating values together."""
@@ -373,6 +388,19 @@ class ChannelStats:
 def _four_digits(value: float) -> str:
     """Four decimals; four significant digits for small values, so that a small std is not shown as 0."""
     return f"{value:.4f}" if value == 0 or not abs(value) < 0.1 else f"{value:#.4g}"
+
+
+def _mean_for(mean: float, std: float) -> str:
+    """A mean with an error of at most 1/1000 of the standard deviation: as in `_four_digits`, or with more decimals."""
+    if not 0 < std < math.inf or abs(mean - float(_four_digits(mean))) <= std / 1000:
+        return _four_digits(mean)
+    return f"{mean:.{max(0, 3 - math.floor(math.log10(std)))}f}"
+
+
+def _fraction(scale: float) -> str:
+    """The number as Python code, as 1/n where that is the same number."""
+    inverse = round(1 / scale) if 1e-15 < scale < 1 else 1
+    return f"1/{inverse}" if inverse > 1 and 1 / inverse == scale else repr(scale)
 
 
 def measure(images: Any, layout: str | None, scale: float | None) -> ChannelStats:
