@@ -20,11 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
+import normfused
 from normfused import ChannelStats
 from normfused.cli import stats as stats_command
 from normfused.cli.main import main
 from normfused.cli.stats import histogram
-from normfused.cli.stats.readers import Pictures
+from normfused.cli.stats.readers import Files, Pictures
 
 RANDOM = np.random.default_rng(0)
 PICTURES = [RANDOM.integers(0, 250 - 20 * i, (6 + i, 9, 3), dtype=np.uint8) for i in range(5)]
@@ -40,6 +41,11 @@ def folder(tmp_path: Path) -> Path:
         Image.fromarray(pixels).save(folder / f"{i}.{ending}", lossless=True)
     (folder / "labels.txt").write_text("cat")
     return folder
+
+
+# What is printed about the folder's other files.
+TEXT = "not read (not a picture by its name): labels.txt\n"
+SUBFOLDER = "not read (subfolder, which --recursive searches): more\n"
 
 
 def expected(images: list[np.ndarray], layout: str | None = None, scale: float | None = None) -> ChannelStats:
@@ -64,7 +70,7 @@ def fails_with(message: str, capsys: pytest.CaptureFixture[str], *arguments: Any
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_folder(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, folder, "--workers", workers) == (0, f"{expected(PICTURES)}\n", "")
+    assert run(capsys, folder, "--workers", workers) == (0, f"{expected(PICTURES)}\n", TEXT + SUBFOLDER)
 
 
 def test_one_picture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,8 +79,70 @@ def test_one_picture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_recursive(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(PICTURES[0]).save(folder / "more" / "0.png")
-    assert run(capsys, folder) == (0, f"{expected(PICTURES)}\n", "")
-    assert run(capsys, folder, "--recursive") == (0, f"{expected([*PICTURES, PICTURES[0]])}\n", "")
+    assert run(capsys, folder) == (0, f"{expected(PICTURES)}\n", TEXT + SUBFOLDER)
+    assert run(capsys, folder, "--recursive") == (0, f"{expected([*PICTURES, PICTURES[0]])}\n", TEXT)
+
+
+def test_links_to_folders_are_followed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.fromarray(PICTURES[1]).save(elsewhere / "1.png")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "more" / "again").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(folder)
+    (folder / "more" / "self").symlink_to(folder / "more")
+    (folder / "no folder").symlink_to("no folder")
+    code, table, error = run(capsys, folder, "--recursive")
+    assert (code, table) == (0, f"{expected([*PICTURES, PICTURES[1], PICTURES[1]])}\n")
+    assert error == "not read (not a picture by its name): labels.txt, no folder\n"
+
+
+def test_a_link_to_a_folder_of_pictures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert run(capsys, tmp_path / "link")[:2] == (0, f"{expected(PICTURES)}\n")
+
+
+def test_a_link_to_nothing_is_no_picture_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link = folder / "5.png"
+    link.symlink_to("gone.png")
+    reason = f"[Errno 2] No such file or directory: '{link}'"
+    assert fails_with(f"{link}: {reason}", capsys, folder)
+    code, table, error = run(capsys, folder, "--on-error", "skip")
+    assert (code, table) == (0, f"{expected(PICTURES)}\n")
+    assert error == f"skipped {link}: {reason}\n1 of 6 files were skipped\n" + TEXT + SUBFOLDER
+
+
+def test_a_folder_that_cannot_be_listed(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated, because root may list every folder."""
+    closed = folder / "more"
+    reason = f"[Errno 13] Permission denied: '{closed}'"
+    for name in ("scandir", "listdir"):
+        real = getattr(os, name)
+
+        def restricted(path: Any, real: Any = real) -> Any:
+            if Path(path) == closed:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        monkeypatch.setattr(os, name, restricted)
+    assert fails_with(f"{closed}: {reason}", capsys, folder, "--recursive")
+    code, table, error = run(capsys, folder, "--recursive", "--on-error", "skip")
+    assert (code, table) == (0, f"{expected(PICTURES)}\n")
+    assert error == f"skipped {closed}: {reason}\n1 of 6 files were skipped\n" + TEXT
+
+
+def test_long_lists_are_shortened(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(9):
+        (folder / f"{i}.csv").write_text("")
+    out = tmp_path / "out.json"
+    error = run(capsys, folder, "--json", out)[2]
+    assert error.splitlines()[0].endswith(": 0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 5 more")
+    written = json.loads(out.read_text())["not_read"]
+    assert written["not a picture by its name"] == [str(folder / f"{i}.csv") for i in range(9)] + [
+        str(folder / "labels.txt")
+    ]
 
 
 def idx_bytes(values: np.ndarray) -> bytes:
@@ -153,7 +221,7 @@ def test_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
 def one_picture(tmp_path: Path, image: Image.Image, channels: str | None = None, ending: str = "png") -> np.ndarray:
     path = tmp_path / f"picture.{ending}"
     image.save(path)
-    return Pictures([path], channels)[0]
+    return Pictures(Files([path]), channels)[0]
 
 
 GRAY, RGB = Image.fromarray(STACK[0]), Image.fromarray(PICTURES[0])
@@ -192,7 +260,7 @@ def test_modes(tmp_path: Path, image: Image.Image, channels: str | None, pixels:
 def test_first_frame(tmp_path: Path) -> None:
     path = tmp_path / "two.tiff"
     GRAY.save(path, save_all=True, append_images=[Image.fromarray(STACK[1])])
-    assert (Pictures([path], None)[0] == STACK[0]).all()
+    assert (Pictures(Files([path]), None)[0] == STACK[0]).all()
 
 
 def test_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +280,8 @@ def test_mixed_channel_counts(folder: Path, workers: int, capsys: pytest.Capture
     assert fails_with(message, capsys, folder, "--workers", workers)
     assert fails_with(message, capsys, folder, "--on-error", "skip")
     gray = [np.asarray(Image.fromarray(p).convert("L")) for p in PICTURES]
-    assert run(capsys, folder, "--channels", "gray") == (0, f"{expected([*gray[:4], STACK[0], gray[4]])}\n", "")
+    table = f"{expected([*gray[:4], STACK[0], gray[4]])}\n"
+    assert run(capsys, folder, "--channels", "gray") == (0, table, TEXT + SUBFOLDER)
     table = run(capsys, folder, "--channels", "rgb")[1]
     assert table == f"{expected([*PICTURES, np.stack([STACK[0]] * 3, -1)])}\n"
 
@@ -246,6 +315,7 @@ def test_skip_lists_and_counts(folder: Path, truncated: Path, workers: int, caps
         f"skipped {truncated}: image file is truncated",
         f"skipped {last}: {unknown}",
         "2 of 7 files were skipped",
+        *(TEXT + SUBFOLDER).splitlines(),
     ]
     written = json.loads(out.read_text())
     assert written["skipped"] == {str(truncated): "image file is truncated", str(last): unknown}
@@ -255,9 +325,51 @@ def test_skip_lists_and_counts(folder: Path, truncated: Path, workers: int, caps
 def test_no_readable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "only.png"
     path.write_bytes(b"no picture")
-    code, table, error = run(capsys, path, "--on-error", "skip")
+    out = tmp_path / "out.json"
+    code, table, error = run(capsys, path, "--on-error", "skip", "--json", out)
     assert (code, table) == (2, "")
-    assert error == f"normfused stats: error: {path}: no image could be read\n"
+    reason = f"cannot identify image file {str(path)!r}"
+    assert error.splitlines() == [
+        f"skipped {path}: {reason}",
+        "1 of 1 files were skipped",
+        f"normfused stats: error: {path}: no image could be read",
+    ]
+    written = json.loads(out.read_text())
+    assert (written["images"], written["skipped"]) == (0, {str(path): reason})
+
+
+def test_json_without_finite_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "images.npy", tmp_path / "out.json"
+    np.save(path, np.array([[[np.nan], [np.inf]], [[np.nan], [-np.inf]]], dtype=np.float32))
+    assert run(capsys, path, "--layout", "HWC", "--json", out)[0] == 0
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    written = json.loads(out.read_text(), parse_constant=no_constant)
+    assert (written["mean"], written["min"], written["nonfinite"]) == ([None], [None], [4])
+    loaded = ChannelStats.load(out)
+    assert loaded.min.item() == -loaded.max.item() == float("inf")
+
+
+def test_outputs_that_cannot_be_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = folder / "0.png"
+    before = picture.read_bytes()
+    (folder / "link.json").symlink_to(picture)
+    for option, path in (("--json", picture), ("--plot", picture), ("--json", folder / "link.json")):
+        message = f"{option} {path}: is an input, which would be overwritten"
+        assert fails_with(message, capsys, folder, option, path)
+    assert picture.read_bytes() == before
+    assert fails_with(f"--json {tmp_path}: is a folder", capsys, folder, "--json", tmp_path)
+    both = tmp_path / "out"
+    assert fails_with(f"--json and --plot both name {both}", capsys, folder, "--json", both, "--plot", both)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"normfused {normfused.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -322,8 +434,9 @@ def test_inapplicable_options(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert fails_with(message, capsys, path, "--channels", "gray")
     message = "--layout applies to arrays; a picture file defines its own layout"
     assert fails_with(message, capsys, folder, "--layout", "HWC")
-    message = f"{folder / 'more'}: no picture files; --recursive searches subfolders"
-    assert fails_with(message, capsys, folder / "more")
+    assert fails_with(f"{folder / 'more'}: no picture files", capsys, folder / "more")
+    message = f"{tmp_path}: no picture files; --recursive searches its subfolders (1)"
+    assert fails_with(message, capsys, tmp_path)
     message = f"--json {tmp_path}/none/out.json: the folder {tmp_path}/none does not exist"
     assert fails_with(message, capsys, folder, "--json", tmp_path / "none" / "out.json")
 
@@ -475,7 +588,7 @@ def test_interrupted(
     code, table, error = run(capsys, folder, "--json", out, "--plot", plot)
     stats = expected(PICTURES[:done])
     assert (code, table) == (130, f"{stats}\n")
-    assert error == f"interrupted: the statistics cover {done} of 5 images\n"
+    assert error == TEXT + SUBFOLDER + f"interrupted: the statistics cover {done} of 5 images\n"
     written = json.loads(out.read_text())
     assert (written["images"], written["complete"]) == (done, False)
     assert ChannelStats.from_dict(written["stats"]).sums == stats.sums
@@ -490,7 +603,8 @@ def test_interrupted_while_drawing(
 
     monkeypatch.setattr(histogram, "draw", interrupted)
     code, table, error = run(capsys, folder, "--plot", tmp_path / "out.png")
-    assert (code, table, error) == (130, f"{expected(PICTURES)}\n", "interrupted: there is no plot\n")
+    assert (code, table) == (130, f"{expected(PICTURES)}\n")
+    assert error == TEXT + SUBFOLDER + "interrupted: there is no plot\n"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -512,7 +626,7 @@ def read(self, index):
     return np.full((4, 4), index, dtype=np.uint8)
 
 readers.Pictures.__getitem__ = read
-readers._picture_files = lambda folder, recursive: sorted(folder.glob("*.slow"))
+readers._picture_files = lambda folder, recursive: readers.Files(list(folder.glob("*.slow")))
 sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {str(out)!r}]))
 """
     # In its own process group, because Ctrl-C in a terminal goes to the workers too.

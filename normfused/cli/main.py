@@ -46,6 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="normfused", description="Fast normalization layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"normfused {normfused.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="show versions and how normfused was built")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ __all__ = ["Settings", "run_stats"]
 _Item = TypeVar("_Item")
 
 INTERRUPTED = 130  # a shell's exit code for Ctrl-C
+_NAMES = 5  # that a list of files shows
 
 
 @dataclass(frozen=True)
@@ -54,22 +57,22 @@ def run_stats(settings: Settings) -> int:
     Raises:
         CommandError, OSError: an input or output cannot be used; the message is one line.
     """
-    _check_outputs(settings)
+    if settings.plot and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("matplotlib not installed: pip install 'normfused[data]'")
     source = open_source(settings.path, settings.layout, settings.channels, settings.recursive)
+    _check_outputs(settings, source)
     skipped: dict[int, str] = {}
     try:
         stats = collect(_parts(source, settings, skipped), settings.scale, source.images, None)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if not stats.images and stats.complete:
-        raise CommandError(f"{settings.path}: no image could be read")
-    print(stats)
-    for index, reason in skipped.items():
-        print(f"skipped {source.name(index)}: {reason}", file=sys.stderr)
-    if skipped:
-        print(f"{len(skipped)} of {len(source)} files were skipped", file=sys.stderr)
+    if stats.images or not stats.complete:
+        print(stats)
+    _print_what_is_missing(source, skipped)
     if settings.json:
         files.replace(settings.json, _as_json(stats, source, settings, skipped))
+    if not stats.images and stats.complete:
+        raise CommandError(f"{settings.path}: no image could be read")
     if not stats.complete:
         print(f"interrupted: the statistics cover {stats.images} of {source.images} images", file=sys.stderr)
         return INTERRUPTED
@@ -82,13 +85,32 @@ def run_stats(settings: Settings) -> int:
     return 0
 
 
-def _check_outputs(settings: Settings) -> None:
-    # Checked before the images are read, not after.
-    for option, path in (("--json", settings.json), ("--plot", settings.plot)):
-        if path and not path.parent.is_dir():
+def _print_what_is_missing(source: Source, skipped: dict[int, str]) -> None:
+    for index, reason in skipped.items():
+        print(f"skipped {source.name(index)}: {reason}", file=sys.stderr)
+    if skipped:
+        print(f"{len(skipped)} of {len(source)} files were skipped", file=sys.stderr)
+    for reason, paths in source.left_out().items():
+        some = ", ".join(Path(path).name for path in paths[:_NAMES])
+        more = f" and {len(paths) - _NAMES} more" if len(paths) > _NAMES else ""
+        print(f"not read ({reason}): {some}{more}", file=sys.stderr)
+
+
+def _check_outputs(settings: Settings, source: Source) -> None:
+    """Raises what would prevent the results from being written, before the images are read."""
+    outputs = [(option, path) for option, path in (("--json", settings.json), ("--plot", settings.plot)) if path]
+    inputs = {os.path.realpath(path) for path in (str(settings.path), *map(source.name, range(len(source))))}
+    for option, path in outputs:
+        if not path.parent.is_dir():
             raise CommandError(f"{option} {path}: the folder {path.parent} does not exist")
-    if settings.plot and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("matplotlib not installed: pip install 'normfused[data]'")
+        if path.is_dir():
+            raise CommandError(f"{option} {path}: is a folder")
+        if os.path.realpath(path) in inputs:
+            raise CommandError(f"{option} {path}: is an input, which would be overwritten")
+        if not os.access(path.parent, os.W_OK):
+            raise CommandError(f"{option} {path}: the folder {path.parent} is not writable")
+    if len({os.path.realpath(path) for _, path in outputs}) < len(outputs):
+        raise CommandError(f"--json and --plot both name {settings.json}")
 
 
 class _Measured(Dataset[ChannelStats | str]):
@@ -146,10 +168,16 @@ def _as_json(stats: ChannelStats, source: Source, settings: Settings, skipped: d
         "images": stats.images,
         "complete": stats.complete,
         "skipped": {source.name(index): reason for index, reason in skipped.items()},
+        "not_read": source.left_out(),
     }
     if stats.images:
         names = ("count", "mean", "std", "min", "max", "nonfinite")
         values = (stats.count, stats.mean, stats.std, stats.min, stats.max, stats.nonfinite)
-        content |= {name: value.tolist() for name, value in zip(names, values, strict=True)}
+        content |= {name: _finite(value.tolist()) for name, value in zip(names, values, strict=True)}
     content["stats"] = stats.to_dict()  # exact, for ChannelStats.load
-    return json.dumps(content, indent=2, default=str).encode() + b"\n"
+    return json.dumps(content, indent=2, default=str, allow_nan=False).encode() + b"\n"
+
+
+def _finite(values: list[float]) -> list[float | None]:
+    """JSON has no NaN and no infinity, the results of a channel without finite values."""
+    return [value if math.isfinite(value) else None for value in values]

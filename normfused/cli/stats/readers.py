@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,15 +35,37 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """The name of a part in errors."""
 
+    def left_out(self) -> dict[str, list[str]]:
+        """Paths that are not read, by the reason."""
+
+
+@dataclass
+class Files:
+    """The files of a folder, links followed."""
+
+    # Files to read. Also links to nothing and folders that cannot be listed, whose reading fails with the reason.
+    pictures: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)  # no pictures, by their names
+    subfolders: list[Path] = field(default_factory=list)  # not searched
+
+    def left_out(self) -> dict[str, list[str]]:
+        """The paths that are not read, by the reason."""
+        reasons = {
+            "not a picture by its name": self.others,
+            "subfolder, which --recursive searches": self.subfolders,
+        }
+        return {reason: [str(path) for path in sorted(paths)] for reason, paths in reasons.items() if paths}
+
 
 class Pictures:
     """Picture files, one at a time."""
 
     layout: str | None = None
 
-    def __init__(self, paths: Sequence[Path], channels: str | None) -> None:
-        self.paths, self.channels = paths, channels
-        self.images = len(paths)
+    def __init__(self, files: Files, channels: str | None) -> None:
+        self.files, self.channels = files, channels
+        self.paths = sorted(files.pictures)
+        self.images = len(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -50,7 +73,10 @@ class Pictures:
     def __getitem__(self, index: int) -> np.ndarray:
         from PIL import Image
 
-        with Image.open(self.paths[index]) as file:
+        path = self.paths[index]
+        if path.is_dir():
+            os.listdir(path)  # raises the error that `find_files` met
+        with Image.open(path) as file:
             image: Image.Image = file
             if image.mode.startswith(("I", "F")):  # gray with more than 8 bits, to which Pillow clips
                 if self.channels == "rgb":
@@ -64,6 +90,10 @@ class Pictures:
     def name(self, index: int) -> str:
         """The file's path."""
         return str(self.paths[index])
+
+    def left_out(self) -> dict[str, list[str]]:
+        """Files that are no pictures, and subfolders."""
+        return self.files.left_out()
 
 
 class Stack:
@@ -88,6 +118,10 @@ class Stack:
         """The file's path."""
         return str(self.path)
 
+    def left_out(self) -> dict[str, list[str]]:
+        """Nothing."""
+        return {}
+
 
 def open_source(path: Path, layout: str | None, channels: str | None, recursive: bool) -> Source:
     """The images in a file or folder.
@@ -101,7 +135,7 @@ def open_source(path: Path, layout: str | None, channels: str | None, recursive:
             raise CommandError("--layout applies to arrays; a picture file defines its own layout")
         if importlib.util.find_spec("PIL") is None:
             raise CommandError("pillow not installed: pip install 'normfused[data]'")
-        return Pictures(_picture_files(path, recursive) if path.is_dir() else [path], channels)
+        return Pictures(_picture_files(path, recursive) if path.is_dir() else Files([path]), channels)
     if channels is not None:
         raise CommandError(f"--channels applies to pictures, but {path} contains an array")
     try:
@@ -110,15 +144,53 @@ def open_source(path: Path, layout: str | None, channels: str | None, recursive:
         raise CommandError(f"{path}: {error}") from error
 
 
-def _picture_files(folder: Path, recursive: bool) -> list[Path]:
+def _picture_files(folder: Path, recursive: bool) -> Files:
     from PIL import Image
 
     endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
-    paths = folder.rglob("*") if recursive else folder.iterdir()
-    found = sorted(path for path in paths if path.suffix.lower() in endings and path.is_file())
-    if not found:
-        raise CommandError(f"{folder}: no picture files{'' if recursive else '; --recursive searches subfolders'}")
-    return found
+    files = find_files(folder, endings, recursive)
+    if not files.pictures:
+        hint = f"; --recursive searches its subfolders ({len(files.subfolders)})" if files.subfolders else ""
+        raise CommandError(f"{folder}: no picture files{hint}")
+    return files
+
+
+def find_files(folder: Path, endings: set[str], recursive: bool) -> Files:
+    """The files of a folder, and with ``recursive`` of all folders below it.
+
+    Links to folders are followed, but not into a folder that contains the link. A file is a picture if its name has one
+    of the ``endings``.
+    """
+    files = Files()
+
+    def search(folder: Path, parents: tuple[tuple[int, int], ...]) -> None:
+        try:
+            status = folder.stat()
+            entries = list(os.scandir(folder))
+        except OSError:
+            files.pictures.append(folder)
+            return
+        identity = status.st_dev, status.st_ino
+        if identity in parents:
+            return
+        for entry in entries:
+            path = folder / entry.name
+            if not _is_folder(entry):
+                (files.pictures if path.suffix.lower() in endings else files.others).append(path)
+            elif recursive:
+                search(path, (*parents, identity))
+            else:
+                files.subfolders.append(path)
+
+    search(folder, ())
+    return files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 def _stack_layout(path: Path, array: Tensor | np.ndarray) -> str | None:
