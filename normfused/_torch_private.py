@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, distributed, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils import _pytree
+from torch.utils.data._utils import worker
 
 _Function = Callable[..., Any]
 
@@ -287,3 +289,28 @@ def call_from_inductor(operator: torch._ops.OpOverload) -> None:
         return
     tag = torch._library.utils.get_layout_constraint_tag(operator)
     lowering.make_fallback(operator, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
+
+
+@contextmanager
+def watched_worker_info() -> Iterator[Callable[[], bool]]:
+    """In the worker of a DataLoader, a context whose value tells whether ``get_worker_info()`` was used in it.
+
+    Always True if torch lacks the private variable.
+    """
+    if not hasattr(worker, "_worker_info"):
+        yield lambda: True
+        return
+    info = worker._worker_info
+    used = False
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            nonlocal used
+            used = True
+            return getattr(info, name)
+
+    worker._worker_info = Watched()  # type: ignore[assignment]
+    try:
+        yield lambda: used
+    finally:
+        worker._worker_info = info

@@ -58,6 +58,24 @@ class Shard(IterableDataset[Any]):
         return iter(self.items if worker is None else self.items[worker.id :: worker.num_workers])
 
 
+class Everything(IterableDataset[Any]):
+    """Yields all items in each worker."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from IMAGES
+
+
+class SeededByWorker(IterableDataset[Any]):
+    """A generator that divides the items after its first line of code."""
+
+    def __iter__(self) -> Iterator[Any]:
+        items = list(IMAGES)
+        worker = torch.utils.data.get_worker_info()
+        for index, item in enumerate(items):
+            if worker is None or index % worker.num_workers == worker.id:
+                yield item
+
+
 def batches_of_one() -> list[Tensor]:
     return [torch.from_numpy(image).permute(2, 0, 1)[None] for image in IMAGES]
 
@@ -126,8 +144,10 @@ def test_workers(start_method: Callable[[str], None], method: str, workers: int)
     assert_is_of_all_pixels(dataset_stats(Threads(IMAGES), num_workers=workers, batch_size=2))
 
 
-def test_workers_of_an_iterable_dataset() -> None:
-    assert_is_of_all_pixels(dataset_stats(Shard(IMAGES), num_workers=2))
+@pytest.mark.parametrize("data", [Shard(IMAGES), Everything(), SeededByWorker()])
+@pytest.mark.parametrize("workers", [1, 2, 3, 20])
+def test_workers_of_an_iterable_dataset_count_each_image_once(data: IterableDataset[Any], workers: int) -> None:
+    assert_is_of_all_pixels(dataset_stats(data, num_workers=workers))
 
 
 def test_workers_give_bitwise_identical_results() -> None:

@@ -177,3 +177,11 @@ def test_results_without_images(result: str) -> None:
     with pytest.raises(ValueError, match=r"^no images yet$"):
         getattr(stats, result)() if result in ("var", "std") else getattr(stats, result)
     assert (stats.channels, stats.images, stats.sums, str(stats)) == (None, 0, (), "no images yet")
+
+
+def test_masked_arrays() -> None:
+    images = np.ma.masked_array(HWC, np.zeros(HWC.shape, bool))
+    assert ChannelStats().update(images).sums == exact_sums(HWC.reshape(-1, 3))
+    images.mask[0, 0] = True
+    with pytest.raises(ValueError, match=r"^a masked array with 3 masked values, which cannot be left out"):
+        ChannelStats().update(images)

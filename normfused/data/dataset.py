@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from normfused._torch_private import watched_worker_info
 from normfused.checks import check_process_group
 from normfused.data.images import guess_layout
 from normfused.data.stats import NONFINITE, ChannelStats, measure
@@ -51,9 +53,10 @@ def dataset_stats(
             ``"image"``, ``"images"``, ``"img"`` and ``"pixel_values"`` that it has.
         batch_size: number of images whose statistics are merged at once, or sent by a worker at once.
         num_workers: processes that read items and compute their statistics; only statistics are sent back. 0: this
-            process, which always reads tensors and arrays. An iterable dataset must give each worker its own share, as
-            for any ``DataLoader``. The result does not depend on it, except for rounding of the floating values of
-            an iterable dataset.
+            process, which always reads tensors and arrays. An iterable dataset that asks for
+            ``torch.utils.data.get_worker_info()`` before its first item must give each worker its own share, as for any
+            ``DataLoader``; of any other each worker reads all items, and uses every ``num_workers``-th. The result does
+            not depend on it, except for rounding of the floating values of an iterable dataset.
         progress: whether to show a progress bar, which needs ``tqdm``. Default: only if stderr is a terminal.
         process_group: a process group of :mod:`torch.distributed`, such as ``torch.distributed.group.WORLD``. Each of
             its ranks reads a part of the data, and all get the same result. If ``data`` cannot be indexed, each rank
@@ -227,13 +230,28 @@ class _Batches(Dataset[Part]):
 
 
 class _Stream(IterableDataset[Part]):
-    """The statistics of the items of an iterable, one at a time."""
+    """The statistics of the items of an iterable, one at a time.
+
+    In each of several worker processes it holds that worker's share of the items.
+    """
 
     def __init__(self, data: Iterable[Any], reader: _Reader) -> None:
         self.data, self.reader = data, reader
 
+    def _share(self) -> Iterator[tuple[int, Any]]:
+        """Items and their numbers. A dataset that does not ask for its worker gives all items to each of them."""
+        worker = get_worker_info()
+        if worker is None:
+            yield from enumerate(self.data)
+            return
+        with watched_worker_info() as was_read:
+            items = iter(self.data)
+            start = list(itertools.islice(items, 1))
+        step = (0, 1) if was_read() else (worker.id, worker.num_workers)
+        yield from itertools.islice(enumerate(itertools.chain(start, items)), step[0], None, step[1])
+
     def __iter__(self) -> Iterator[Part]:
-        for index, item in enumerate(self.data):
+        for index, item in self._share():
             stats = ChannelStats(self.reader.scale)
             with _naming(index):
                 self.reader.add(item, stats)

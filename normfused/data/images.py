@@ -67,6 +67,10 @@ def as_array(images: Any) -> Tensor | np.ndarray:
     """A tensor or array unchanged; anything else, such as a PIL image, as an array. Checks the dtype."""
     if getattr(images, "mode", None) in ("P", "PA"):
         raise ValueError("a palette image contains indices, not colors: convert it to RGB first")
+    if isinstance(images, np.ma.MaskedArray):
+        if masked := int(np.sum(images.mask)):
+            raise ValueError(f"a masked array with {masked} masked values, which cannot be left out")
+        images = images.data
     if not isinstance(images, (Tensor, np.ndarray)):
         images = np.array(images)
     dtype = images.dtype.name if isinstance(images, np.ndarray) else str(images.dtype).removeprefix("torch.")
