@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import picture_files
 import pytest
 import torch
 from PIL import Image
@@ -255,6 +256,46 @@ def test_modes(tmp_path: Path, image: Image.Image, channels: str | None, pixels:
     got = one_picture(tmp_path, image, channels)
     assert got.dtype != bool
     assert (got == pixels).all()
+
+
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
+PILLOWS = {("uint8", 1), ("uint8", 3), ("uint16", 1), ("int16", 1), ("int32", 1), ("float32", 1)}  # dtypes and bands
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tiff_is_read_as_stored_or_refused(
+    tmp_path: Path, dtype: str, channels: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = np.iinfo(dtype) if dtype[0] in "ui" else np.finfo("float32")
+    pixels = np.random.default_rng(0).uniform(limits.min / 2, limits.max / 2, (6, 5, channels)).astype(dtype)
+    path = tmp_path / "image.tiff"
+    path.write_bytes(picture_files.tiff(pixels))
+    code, table, error = run(capsys, path)
+    if (dtype, channels) in PILLOWS:
+        stats = expected([pixels.astype(np.int32) if dtype == "int16" else pixels], "HWC")
+        assert (code, table, error) == (0, f"{stats}\n", "")
+    else:
+        assert (code, table) == (2, "")
+        assert error.startswith(f"normfused stats: error: {path}: ")
+        assert "which Pillow reads as mode" in error or "cannot identify image file" in error
+
+
+@pytest.mark.parametrize("channels", ["gray", "rgb", None])
+@pytest.mark.parametrize("bands", [2, 3, 4])
+def test_sixteen_bits_are_not_reduced_to_eight(
+    tmp_path: Path, bands: int, channels: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = RANDOM.integers(0, 65536, (6, 5, bands), dtype=np.uint16)
+    (tmp_path / "image.png").write_bytes(picture_files.png(pixels))
+    (tmp_path / "image.ppm").write_bytes(picture_files.ppm(pixels[..., :3]))
+    (tmp_path / "gray.png").write_bytes(picture_files.png(pixels[..., :1]))
+    for name in ("image.png", "image.ppm")[: 2 if bands >= 3 else 1]:
+        options = ("--channels", channels) if channels else ()
+        code, table, error = run(capsys, tmp_path / name, *options)
+        assert (code, table) == (2, "")
+        assert "16 bits per sample, of which Pillow keeps 8" in error
+    assert run(capsys, tmp_path / "gray.png")[:2] == (0, f"{expected([pixels[..., :1]], 'HWC')}\n")
 
 
 def test_first_frame(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ class Pictures:
         if path.is_dir():
             os.listdir(path)  # raises the error that `find_files` met
         with Image.open(path) as file:
+            if changes := _changes(file):
+                raise ValueError(f"{changes}; an .npy file can hold it")
             image: Image.Image = file
             if image.mode.startswith(("I", "F")):  # gray with more than 8 bits, to which Pillow clips
                 if self.channels == "rgb":
@@ -94,6 +96,35 @@ class Pictures:
     def left_out(self) -> dict[str, list[str]]:
         """Files that are no pictures, and subfolders."""
         return self.files.left_out()
+
+
+# Tags of a TIFF file.
+_BITS, _SAMPLES, _FORMAT = 258, 277, 339
+_FORMATS = {1: "unsigned", 2: "signed", 3: "floating"}
+# Bits and format of the samples that a mode of Pillow's holds unchanged, or scaled to 0..255 if they have fewer bits.
+_EIGHT_BITS = {(bits, 1) for bits in (1, 2, 4, 8)}
+_WIDE = {"I;16": {(16, 1)}, "I": {(16, 2), (32, 2)}, "F": {(32, 3)}}
+
+
+def _changes(file: Any) -> str:
+    """What Pillow changes in the values of an opened file; empty if it reads what the file says."""
+    mode = file.mode.removesuffix("B")  # I;16B: the same in another byte order
+    if file.format == "TIFF":
+        tags = file.tag_v2
+        samples, formats = tags.get(_SAMPLES, 1), tags.get(_FORMAT, (1,))
+        stored = {(bits, formats[0]) for bits in tags.get(_BITS, (1,))}
+        if samples != len(file.getbands()) or len(set(formats)) > 1 or not stored <= _WIDE.get(mode, _EIGHT_BITS):
+            kinds = " and ".join(f"{bits}-bit {_FORMATS.get(kind, 'other')}" for bits, kind in sorted(stored))
+            return f"{samples} samples per pixel, {kinds}, which Pillow reads as mode {file.mode}"
+    elif mode not in _WIDE and any(_is_deep(tile[3]) for tile in file.tile):
+        return f"16 bits per sample, of which Pillow keeps 8 in mode {file.mode}"
+    return ""
+
+
+def _is_deep(arguments: Any) -> bool:
+    """Whether a decoder reads more than 8 bits per sample: its raw mode says so, or a PPM's maximum."""
+    raw_mode, *rest = arguments if isinstance(arguments, tuple) else (arguments,)
+    return ";16" in str(raw_mode) or (len(rest) == 1 and isinstance(rest[0], int) and rest[0] > 255)
 
 
 class Stack:
