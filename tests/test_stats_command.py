@@ -281,6 +281,21 @@ def test_a_tiff_is_read_as_stored_or_refused(
         assert "which Pillow reads as mode" in error or "cannot identify image file" in error
 
 
+@pytest.mark.parametrize(
+    "ending", ["pcx", "tga", "sgi", "bmp", "ppm", "png", "webp", "gif", "ras", "im", "tiff", "jp2"]
+)
+def test_eight_bits_of_any_width_are_accepted(tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = RANDOM.integers(0, 256, (5, 700, 3), dtype=np.uint8)
+    path = tmp_path / f"image.{ending}"
+    try:
+        Image.fromarray(pixels).save(path)
+    except (KeyError, OSError, ValueError):
+        pytest.skip(f"Pillow cannot write .{ending}")
+    with Image.open(path) as file:
+        stored = np.asarray(file.convert("RGB"))
+    assert run(capsys, path) == (0, f"{expected([stored])}\n", "")
+
+
 @pytest.mark.parametrize("channels", ["gray", "rgb", None])
 @pytest.mark.parametrize("bands", [2, 3, 4])
 def test_sixteen_bits_are_not_reduced_to_eight(

@@ -116,15 +116,15 @@ def _changes(file: Any) -> str:
         if samples != len(file.getbands()) or len(set(formats)) > 1 or not stored <= _WIDE.get(mode, _EIGHT_BITS):
             kinds = " and ".join(f"{bits}-bit {_FORMATS.get(kind, 'other')}" for bits, kind in sorted(stored))
             return f"{samples} samples per pixel, {kinds}, which Pillow reads as mode {file.mode}"
-    elif mode not in _WIDE and any(_is_deep(tile[3]) for tile in file.tile):
+    elif mode not in _WIDE and any(_is_deep(codec, arguments) for codec, _, _, arguments in file.tile):
         return f"16 bits per sample, of which Pillow keeps 8 in mode {file.mode}"
     return ""
 
 
-def _is_deep(arguments: Any) -> bool:
-    """Whether a decoder reads more than 8 bits per sample: its raw mode says so, or a PPM's maximum."""
+def _is_deep(codec: str, arguments: Any) -> bool:
+    """Whether a decoder reads more than 8 bits per sample: its raw mode says so, or the maximum of a PPM."""
     raw_mode, *rest = arguments if isinstance(arguments, tuple) else (arguments,)
-    return ";16" in str(raw_mode) or (len(rest) == 1 and isinstance(rest[0], int) and rest[0] > 255)
+    return ";16" in str(raw_mode) or (codec.startswith("ppm") and any(value > 255 for value in rest))
 
 
 class Stack:
