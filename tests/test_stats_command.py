@@ -313,10 +313,41 @@ def test_sixteen_bits_are_not_reduced_to_eight(
     assert run(capsys, tmp_path / "gray.png")[:2] == (0, f"{expected([pixels[..., :1]], 'HWC')}\n")
 
 
-def test_first_frame(tmp_path: Path) -> None:
-    path = tmp_path / "two.tiff"
+@pytest.mark.parametrize("ending", ["tiff", "png", "webp", "gif"])
+def test_several_frames(tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / f"three.{ending}"
+    frames = [Image.fromarray(image.repeat(4, 0)).convert("RGB") for image in STACK[:3]]
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    pixels = []
+    with Image.open(path) as file:
+        for number in range(3):
+            file.seek(number)
+            pixels.append(np.asarray(file.convert("RGB")))
+    assert fails_with(f"{path}: 3 frames or pages: --frames first or --frames all", capsys, path)
+    assert run(capsys, path, "--frames", "first") == (0, f"{expected(pixels[:1])}\n", "")
+    assert run(capsys, path, "--frames", "all") == (0, f"{expected(pixels)}\n", "")
+    assert run(capsys, path, "--frames", "all", "--channels", "gray")[0] == 0
+
+
+def test_all_frames_of_gray_pages_and_of_single_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, folder, "--frames", "all")[1] == f"{expected(PICTURES)}\n"
+    path = folder / "more" / "two.tiff"
     GRAY.save(path, save_all=True, append_images=[Image.fromarray(STACK[1])])
-    assert (Pictures(Files([path]), None)[0] == STACK[0]).all()
+    assert run(capsys, path, "--frames", "all") == (0, f"{expected([STACK[0], STACK[1]])}\n", "")
+    GRAY.save(path, save_all=True, append_images=[GRAY.crop((0, 0, 2, 2))])
+    code, table, error = run(capsys, path, "--frames", "all")
+    assert (code, table) == (2, "")
+    assert "2 frames or pages of different shapes: (2, 2, 1), (6, 5, 1)" in error
+
+
+def test_the_photograph_of_a_phone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "photo.mpo"
+    RGB.save(path, format="MPO", save_all=True, append_images=[RGB])
+    with Image.open(path) as file:
+        assert file.n_frames == 2
+        stored = np.asarray(file)
+    path.rename(path.with_suffix(".jpg"))
+    assert run(capsys, path.with_suffix(".jpg")) == (0, f"{expected([stored])}\n", "")
 
 
 def test_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -488,6 +519,7 @@ def test_inapplicable_options(folder: Path, tmp_path: Path, capsys: pytest.Captu
     np.save(path, STACK[0])
     message = f"--channels applies to pictures, but {path} contains an array"
     assert fails_with(message, capsys, path, "--channels", "gray")
+    assert fails_with(message.replace("channels", "frames"), capsys, path, "--frames", "all")
     message = "--layout applies to arrays; a picture file defines its own layout"
     assert fails_with(message, capsys, folder, "--layout", "HWC")
     assert fails_with(f"{folder / 'more'}: no picture files", capsys, folder / "more")

@@ -74,6 +74,7 @@ def _add_stats(commands: Any) -> None:
         choices=("gray", "rgb"),
         help="convert pictures (default: as stored, palettes as RGB without their transparency)",
     )
+    add("--frames", choices=("first", "all"), help="of animations and files with several pages (default: an error)")
     add("--json", type=Path, metavar="FILE", help="write settings, figures and exact sums")
     add("--plot", type=Path, metavar="FILE", help="draw a histogram (PNG); reads the images a second time")
     add(
@@ -167,6 +168,7 @@ def _stats(arguments: argparse.Namespace) -> int:
         layout=arguments.layout,
         scale=arguments.scale,
         channels=arguments.channels,
+        frames=arguments.frames,
         json=arguments.json,
         plot=arguments.plot,
         workers=arguments.workers,

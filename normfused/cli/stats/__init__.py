@@ -35,13 +35,15 @@ class Settings:
     """The options of the command.
 
     ``layout`` and ``scale`` are those of :class:`normfused.ChannelStats`. ``channels`` None: pictures as stored.
-    ``json`` and ``plot`` None: no such file. ``skip``: skip unreadable files; otherwise they end the command.
+    ``frames`` None: a picture with several is an error. ``json`` and ``plot`` None: no such file. ``skip``: skip
+    unreadable files; otherwise they end the command.
     """
 
     path: Path
     layout: str | None
     scale: float | None
     channels: str | None
+    frames: str | None
     json: Path | None
     plot: Path | None
     workers: int
@@ -59,7 +61,7 @@ def run_stats(settings: Settings) -> int:
     """
     if settings.plot and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("matplotlib not installed: pip install 'normfused[data]'")
-    source = open_source(settings.path, settings.layout, settings.channels, settings.recursive)
+    source = open_source(settings.path, settings.layout, settings.channels, settings.recursive, settings.frames)
     _check_outputs(settings, source)
     skipped: dict[int, str] = {}
     try:

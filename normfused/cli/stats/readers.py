@@ -58,12 +58,15 @@ class Files:
 
 
 class Pictures:
-    """Picture files, one at a time."""
+    """Picture files, one at a time.
 
-    layout: str | None = None
+    ``frames``: ``"first"`` or ``"all"`` of the pages of a TIFF or the frames of an animation. None: more than one are
+    an error. Of the pictures of a phone's MPO file, the first is the photograph.
+    """
 
-    def __init__(self, files: Files, channels: str | None) -> None:
-        self.files, self.channels = files, channels
+    def __init__(self, files: Files, channels: str | None, frames: str | None = None) -> None:
+        self.files, self.channels, self.frames = files, channels, frames
+        self.layout = "NHWC" if frames == "all" else None
         self.paths = sorted(files.pictures)
         self.images = len(self.paths)
 
@@ -77,17 +80,33 @@ class Pictures:
         if path.is_dir():
             os.listdir(path)  # raises the error that `find_files` met
         with Image.open(path) as file:
-            if changes := _changes(file):
-                raise ValueError(f"{changes}; an .npy file can hold it")
-            image: Image.Image = file
-            if image.mode.startswith(("I", "F")):  # gray with more than 8 bits, to which Pillow clips
-                if self.channels == "rgb":
-                    raise ValueError(f"Pillow cannot convert mode {image.mode} to RGB")
-                return np.array(image)
-            mode = self.channels or image.mode
-            if image.mode in ("P", "PA"):
-                image = image.convert("RGBA")  # Pillow warns of transparency if converted to RGB directly
-            return np.array(image.convert(_MODES.get(mode, mode)))
+            count = getattr(file, "n_frames", 1) if file.format != "MPO" else 1
+            if self.frames != "all":
+                if count > 1 and self.frames is None:
+                    raise ValueError(f"{count} frames or pages: --frames first or --frames all")
+                return self._pixels(file)
+            frames = []
+            for number in range(count):
+                file.seek(number)
+                frames.append(np.atleast_3d(self._pixels(file)))
+            shapes = {frame.shape for frame in frames}
+            if len(shapes) > 1:
+                raise ValueError(f"{count} frames or pages of different shapes: {', '.join(map(str, sorted(shapes)))}")
+            return np.stack(frames)
+
+    def _pixels(self, file: Any) -> np.ndarray:
+        """The current frame, as an array of shape (H, W) or (H, W, C)."""
+        if changes := _changes(file):
+            raise ValueError(f"{changes}; an .npy file can hold it")
+        image = file
+        if image.mode.startswith(("I", "F")):  # gray with more than 8 bits, to which Pillow clips
+            if self.channels == "rgb":
+                raise ValueError(f"Pillow cannot convert mode {image.mode} to RGB")
+            return np.array(image)
+        mode = self.channels or image.mode
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA")  # Pillow warns of transparency if converted to RGB directly
+        return np.array(image.convert(_MODES.get(mode, mode)))
 
     def name(self, index: int) -> str:
         """The file's path."""
@@ -154,7 +173,9 @@ class Stack:
         return {}
 
 
-def open_source(path: Path, layout: str | None, channels: str | None, recursive: bool) -> Source:
+def open_source(
+    path: Path, layout: str | None, channels: str | None, recursive: bool, frames: str | None = None
+) -> Source:
     """The images in a file or folder.
 
     Raises:
@@ -166,9 +187,10 @@ def open_source(path: Path, layout: str | None, channels: str | None, recursive:
             raise CommandError("--layout applies to arrays; a picture file defines its own layout")
         if importlib.util.find_spec("PIL") is None:
             raise CommandError("pillow not installed: pip install 'normfused[data]'")
-        return Pictures(_picture_files(path, recursive) if path.is_dir() else Files([path]), channels)
-    if channels is not None:
-        raise CommandError(f"--channels applies to pictures, but {path} contains an array")
+        return Pictures(_picture_files(path, recursive) if path.is_dir() else Files([path]), channels, frames)
+    for option, value in (("--channels", channels), ("--frames", frames)):
+        if value is not None:
+            raise CommandError(f"{option} applies to pictures, but {path} contains an array")
     try:
         return Stack(path, array, layout or _stack_layout(path, array))
     except ValueError as error:
