@@ -10,6 +10,7 @@ from torch import Tensor, distributed
 from normfused import _extension, _torch_private
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def needs_torchs_operators(compiling: bool) -> bool:

@@ -25,7 +25,7 @@ from normfused.arguments import (
     check_shape,
     check_statistics_input,
 )
-from normfused.checks import DTYPES, needs_torchs_operators
+from normfused.checks import DTYPES, INTEGERS, needs_torchs_operators
 from normfused.data.normalization import normalize, normalize_
 from normfused.distributed import dtensor
 from normfused.layout import values_per_channel
@@ -43,8 +43,6 @@ __all__ = [
     "normalize",
     "normalize_",
 ]
-
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def batch_norm(

@@ -65,8 +65,8 @@ class Everything(IterableDataset[Any]):
         yield from IMAGES
 
 
-class SeededByWorker(IterableDataset[Any]):
-    """A generator that divides the items after its first line of code."""
+class DividesWhileReading(IterableDataset[Any]):
+    """A generator, which asks for its worker at the first item, and divides the items as it reads them."""
 
     def __iter__(self) -> Iterator[Any]:
         items = list(IMAGES)
@@ -144,7 +144,7 @@ def test_workers(start_method: Callable[[str], None], method: str, workers: int)
     assert_is_of_all_pixels(dataset_stats(Threads(IMAGES), num_workers=workers, batch_size=2))
 
 
-@pytest.mark.parametrize("data", [Shard(IMAGES), Everything(), SeededByWorker()])
+@pytest.mark.parametrize("data", [Shard(IMAGES), Everything(), DividesWhileReading()])
 @pytest.mark.parametrize("workers", [1, 2, 3, 20])
 def test_workers_of_an_iterable_dataset_count_each_image_once(data: IterableDataset[Any], workers: int) -> None:
     assert_is_of_all_pixels(dataset_stats(data, num_workers=workers))

@@ -232,7 +232,7 @@ ERRORS = [
     (
         lambda: Normalize(0.5, 0.5)(torch.zeros(1, 4, 4, dtype=torch.bool)),
         TypeError,
-        "Normalize: input must be one of uint8, int8, int16, uint16, int32, int64, float32, float64, float16, "
+        "Normalize: input must be one of uint8, int8, int16, int32, int64, uint16, float32, float64, float16, "
         "bfloat16, got torch.bool",
     ),
     (lambda: ToNormalizedTensor(0.5, 0.5)(Image.new("P", (4, 4))), ValueError, "a palette image contains indices"),

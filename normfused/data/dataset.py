@@ -247,8 +247,8 @@ class _Stream(IterableDataset[Part]):
         with watched_worker_info() as was_read:
             items = iter(self.data)
             start = list(itertools.islice(items, 1))
-        step = (0, 1) if was_read() else (worker.id, worker.num_workers)
-        yield from itertools.islice(enumerate(itertools.chain(start, items)), step[0], None, step[1])
+        first, step = (0, 1) if was_read() else (worker.id, worker.num_workers)
+        yield from itertools.islice(enumerate(itertools.chain(start, items)), first, None, step)
 
     def __iter__(self) -> Iterator[Part]:
         for index, item in self._share():

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from normfused import _extension, decompositions, reference
 from normfused._torch_private import is_transformed
-from normfused.checks import DTYPES, check_can_be_overwritten, check_device, needs_torchs_operators
+from normfused.checks import DTYPES, INTEGERS, check_can_be_overwritten, check_device, needs_torchs_operators
 from normfused.distributed import dtensor
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
+_INTEGERS = (*INTEGERS, torch.uint16)
 
 
 def normalize(
@@ -228,7 +228,7 @@ def _common_dtype(input: torch.dtype, output: torch.dtype) -> torch.dtype:
     """A floating dtype that holds the values of both dtypes; of int64 as well as float64 can."""
     if input in (torch.int32, torch.int64):
         return torch.float64
-    if input in INTEGERS:
+    if input in _INTEGERS:
         return torch.promote_types(torch.float32, output)
     return torch.promote_types(input, output)
 
@@ -250,7 +250,7 @@ def _numbers(name: str, which: str, values: Any) -> list[float]:
     return numbers
 
 
-def check_image(name: str, input: Tensor, dtypes: tuple[torch.dtype, ...] = (*INTEGERS, *DTYPES)) -> None:
+def check_image(name: str, input: Tensor, dtypes: tuple[torch.dtype, ...] = (*_INTEGERS, *DTYPES)) -> None:
     """Raise ``TypeError`` or ``ValueError`` if ``input`` is not a tensor of images ``(..., C, H, W)`` in ``dtypes``."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")

@@ -17,7 +17,8 @@ inline constexpr int64_t kMinNonTemporalBytes = 4 << 20;
 //   inference: 1.5 at 13 MB, 0.75 at 51 MB
 //   training step of a stack of batch norm and ReLU layers: at 6 MB 1.2 with two layers, 1.0 with eight, 0.97 with 32
 //   (no cache holds their tensors); at 13 MB 0.9 to 1.0 with any number of layers
-// A shared cache of 260 MiB, inference at 13 MB: 0.6 to 0.9 alone, 1.0 to 1.1 between convolutions or ReLU layers.
+// A shared cache of 260 MiB, inference at 13 MB: 0.5 to 0.9 alone, 0.9 to 1.1 between convolutions, 1.0 to 1.2 between
+// ReLU layers, 1.5 in a stack of fused layers that read nothing else.
 // On Ice Lake (48 MiB) kMinNonTemporalBytes decides.
 inline constexpr int64_t kInferenceCachePart = 24, kTrainingCachePart = 48;
 

@@ -101,7 +101,9 @@ def _print_what_is_missing(source: Source, skipped: dict[int, str]) -> None:
 def _check_outputs(settings: Settings, source: Source) -> None:
     """Raises what would prevent the results from being written, before the images are read."""
     outputs = [(option, path) for option, path in (("--json", settings.json), ("--plot", settings.plot)) if path]
-    inputs = {os.path.realpath(path) for path in (str(settings.path), *map(source.name, range(len(source))))}
+    inputs = set()
+    if any(path.exists() for _, path in outputs):  # else none is an input, of which there may be a million
+        inputs = {os.path.realpath(path) for path in (str(settings.path), *map(source.name, range(len(source))))}
     for option, path in outputs:
         if not path.parent.is_dir():
             raise CommandError(f"{option} {path}: the folder {path.parent} does not exist")

@@ -80,9 +80,11 @@ class Pictures:
         if path.is_dir():
             os.listdir(path)  # raises the error that `find_files` met
         with Image.open(path) as file:
+            if self.frames == "first":  # without counting them, for which Pillow reads the whole file
+                return self._pixels(file)
             count = getattr(file, "n_frames", 1) if file.format != "MPO" else 1
-            if self.frames != "all":
-                if count > 1 and self.frames is None:
+            if self.frames is None:
+                if count > 1:
                     raise ValueError(f"{count} frames or pages: --frames first or --frames all")
                 return self._pixels(file)
             frames = []
