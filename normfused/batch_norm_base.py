@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from normfused._torch_private import BatchNormBase, assert_async, is_in_backward
 from normfused.activations import ACTIVATION_PARAMS
 from normfused.arguments import BatchNormFields, check_activation, check_invertible
-from normfused.functional import INTEGERS, run_batch_norm
+from normfused.checks import INTEGERS
+from normfused.functional import run_batch_norm
 from normfused.scripting import scriptable
 
 if TYPE_CHECKING:
