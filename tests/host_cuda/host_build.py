@@ -22,10 +22,7 @@ LAUNCHERS = [*sorted(KERNELS.glob("*.cu")), KERNELS / "plan.cpp"]
 # Kernels access memory as vectors of another type, which nvcc defines; other compilers need -fno-strict-aliasing.
 COMMON = "-std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing"
 PLAIN = "-O1"
-# Checks are calls of functions: inlined into kernels they take minutes to compile.
-ADDRESS = (
-    "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0"
-)
+ADDRESS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 THREAD = "-O1 -g1 -fsanitize=thread -DNORMFUSED_CUDA_THREADS=64"
 
 

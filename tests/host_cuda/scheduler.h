@@ -112,8 +112,9 @@ CUDAHOST_HIDDEN void run_resident(const std::vector<unsigned>& blocks, const std
   }
 }
 
-// Stacks and shared memory of the resident blocks. They are reused by later launches. With ThreadSanitizer they are new
-// for every wave of blocks, because reused memory would look like a race.
+// Stacks and shared memory of the resident blocks. They are reused by later launches, unless a launch fails: its frames
+// stay poisoned. With ThreadSanitizer they are new for every wave of blocks, because reused memory would look like a
+// race.
 class Memory {
  public:
   CUDAHOST_HIDDEN Memory(size_t threads, size_t blocks) {
@@ -135,13 +136,19 @@ class Memory {
 #endif
     return kArenaBytes;
   }
-
- private:
   CUDAHOST_HIDDEN static void release() {
-    if (kept_threads > 0) munmap(stacks, kept_threads * kStackBytes);
-    if (kept_blocks > 0) munmap(arenas, kept_blocks * kArenaBytes);
+    unmap(stacks, kept_threads * kStackBytes);
+    unmap(arenas, kept_blocks * kArenaBytes);
     kept_threads = kept_blocks = 0;
   }
+
+ private:
+  CUDAHOST_HIDDEN static void unmap(char* memory, size_t bytes) {
+    if (bytes == 0) return;
+    ASAN_UNPOISON_MEMORY_REGION(memory, bytes);  // for the next mapping at this address
+    munmap(memory, bytes);
+  }
+
   static inline char *stacks = nullptr, *arenas = nullptr;
   static inline size_t kept_threads = 0, kept_blocks = 0;
 };
@@ -153,7 +160,6 @@ CUDAHOST_HIDDEN void prepare(Thread& thread, Block& block, unsigned rank, char* 
   thread.rank = rank;
   thread.index = {rank % extent.x, rank / extent.x % extent.y, rank / extent.x / extent.y};
   thread.stack = stack;
-  ASAN_UNPOISON_MEMORY_REGION(stack + kPageBytes, kStackBytes - kPageBytes);  // a failed launch leaves poisoned frames
   thread.position = first_position(stack, run_thread);
 #if defined(__SANITIZE_THREAD__)
   char name[64];
@@ -173,9 +179,9 @@ CUDAHOST_HIDDEN void prepare(Block& block, uint64_t id, char* arena, size_t used
   block.live = running.threads;
   block.seen = nullptr;
   block.barrier = block.cluster_barrier = {};
-  ASAN_UNPOISON_MEMORY_REGION(arena, kArenaBytes);
+  ASAN_UNPOISON_MEMORY_REGION(arena, used);
   std::memset(arena, 0xff, used);
-  ASAN_POISON_MEMORY_REGION(arena, kArenaBytes);
+  ASAN_POISON_MEMORY_REGION(arena, used);  // the rest is poisoned since the block before has exited
   ASAN_UNPOISON_MEMORY_REGION(arena, running.config.shared_bytes);
   for (unsigned w = 0; w < running.warps; ++w) {
     Warp& warp = block.warps[w];
@@ -259,7 +265,10 @@ CUDAHOST_HIDDEN void run(const Config& config, void (*call)(void*), void* argume
     run_resident(block_order, warp_order, lane_order);
   }
   join(fibers);
-  if (running.failed) throw Error(running.message);
+  if (running.failed) {
+    Memory::release();
+    throw Error(running.message);
+  }
 }
 
 // Starts a kernel: runs it to its end and throws an Error if it failed. Its arguments stay alive until the host

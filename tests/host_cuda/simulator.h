@@ -249,7 +249,7 @@ CUDAHOST_HIDDEN Exchanged exchange_in_warp(const char* kind, unsigned mask, uint
   }
   if (exchange.arrived == 0)
     exchange.kind = kind;
-  else if (std::strcmp(exchange.kind, kind) != 0)
+  else if (exchange.kind != kind && std::strcmp(exchange.kind, kind) != 0)
     fail("%s at %s:%d while other lanes of mask %08x wait in %s", kind, place.file, place.line, mask, exchange.kind);
 
   const unsigned round = exchange.round, slot = round & 1;

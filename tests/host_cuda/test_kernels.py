@@ -22,10 +22,9 @@ def test_kernels_match_their_definition_in_three_orders(
     cache: Path, record_property: Callable[[str, str], None]
 ) -> None:
     program = build(cache, gcc(), PLAIN, EVERYTHING)
+    tasks = [("full", 0), ("small", 1), ("small", 7)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = list(
-            pool.map(lambda task: run(program, task[0], order=task[1]), [("full", 0), ("small", 1), ("small", 7)])
-        )
+        runs = list(pool.map(lambda task: run(program, task[0], order=task[1]), tasks))
     for done in runs:
         assert done.returncode == 0, done.stdout + done.stderr
     record_property("table", "".join(done.stdout for done in runs))
@@ -42,9 +41,9 @@ def test_kernels_have_no_race(cache: Path, order: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def mutate(tmp_path: Path, file: str, change: dict[str, str]) -> Path:
+def mutate(folder: Path, file: str, change: dict[str, str]) -> Path:
     """Copies the sources and replaces some text of one kernel file. Each text must occur exactly once."""
-    csrc = tmp_path / "csrc"
+    csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     path = csrc / "kernels/cuda" / file
     text = path.read_text()
@@ -65,20 +64,20 @@ def barrier_sites() -> list[tuple[str, int]]:
     ]
 
 
-def test_every_barrier_and_fence_is_needed(cache: Path, tmp_path: Path) -> None:
+def test_every_barrier_and_fence_is_needed(folder: Path) -> None:
     """Without any single one, ThreadSanitizer, the simulator or a wrong result reports an error."""
     compiler = clang()
 
     def survives(site: tuple[str, int]) -> bool:
         file, number = site
-        folder = tmp_path / f"{file}-{number}"
-        shutil.copytree(ROOT / "csrc", folder)
-        path = folder / "kernels/cuda" / file
+        csrc = folder / f"{file}-{number}"
+        shutil.copytree(ROOT / "csrc", csrc)
+        path = csrc / "kernels/cuda" / file
         lines = path.read_text().splitlines()
         lines[number] = BARRIER.sub("(void)0", lines[number])
         path.write_text("\n".join(lines))
-        sources = [BARRIERS[0], folder / "kernels/cuda/plan.cpp"]
-        return run(build(folder, compiler, THREAD, sources, csrc=folder)).returncode == 0
+        sources = [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"]
+        return run(build(csrc, compiler, THREAD, sources, csrc=csrc)).returncode == 0
 
     sites = barrier_sites()
     assert len(sites) > 10
@@ -109,9 +108,9 @@ WAIT = "  wait_for_previous_launch();\n"
         ),
     ],
 )
-def test_waiting_late_for_the_previous_launch_is_a_race(tmp_path: Path, change: dict[str, str]) -> None:
-    csrc = mutate(tmp_path, "apply.cuh", change)
-    done = run(build(tmp_path, clang(), THREAD, [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
+def test_waiting_late_for_the_previous_launch_is_a_race(folder: Path, change: dict[str, str]) -> None:
+    csrc = mutate(folder, "apply.cuh", change)
+    done = run(build(folder, clang(), THREAD, [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
     assert done.returncode != 0
     assert "ThreadSanitizer: data race" in done.stderr, done.stdout + done.stderr
 
@@ -142,9 +141,9 @@ def test_waiting_late_for_the_previous_launch_is_a_race(tmp_path: Path, change: 
         ),
     ],
 )
-def test_the_report_of_a_fault_names_its_place(tmp_path: Path, file: str, change: dict[str, str], message: str) -> None:
-    csrc = mutate(tmp_path, file, change)
-    done = run(build(tmp_path, gcc(), "-O1", [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
+def test_the_report_of_a_fault_names_its_place(folder: Path, file: str, change: dict[str, str], message: str) -> None:
+    csrc = mutate(folder, file, change)
+    done = run(build(folder, gcc(), "-O1", [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
     assert done.returncode != 0
     assert re.search(message, done.stdout), done.stdout
 
@@ -162,11 +161,11 @@ def test_a_minimal_operation_compiles() -> None:
         ("void operator()", "a Finish needs operator()(channel, results, preloaded) const"),
     ],
 )
-def test_a_missing_member_of_an_operation_is_named(tmp_path: Path, member: str, message: str) -> None:
+def test_a_missing_member_of_an_operation_is_named(folder: Path, member: str, message: str) -> None:
     """The minimal operation without one member fails with the message of contracts.cuh."""
     text = (HERE / "contract.cpp").read_text()
     assert text.count(member) == 1
-    path = tmp_path / "contract.cpp"
+    path = folder / "contract.cpp"
     path.write_text(text.replace(member, f"{member.rpartition(' ')[0]} renamed"))
     done = check_syntax(path)
     assert done.returncode != 0
@@ -186,9 +185,9 @@ def test_concurrent_launches_share_no_tickets(cache: Path, flags: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["a.device, ", "a.stream, ", "a.thread, ", ", a.capture"])
-def test_every_part_of_a_ticket_key_is_compared(tmp_path: Path, part: str) -> None:
-    csrc = mutate(tmp_path, "tickets.h", {part: "", part.replace("a.", "b."): ""})
-    done = run(build(tmp_path, gcc(), "-O1", [HERE / "tickets.cpp"], csrc=csrc))
+def test_every_part_of_a_ticket_key_is_compared(folder: Path, part: str) -> None:
+    csrc = mutate(folder, "tickets.h", {part: "", part.replace("a.", "b."): ""})
+    done = run(build(folder, gcc(), "-O1", [HERE / "tickets.cpp"], csrc=csrc))
     assert "FAILED" in done.stdout
 
 
@@ -198,9 +197,9 @@ def test_a_build_is_reused(cache: Path) -> None:
     assert build(cache, gcc(), PLAIN, [HERE / "faults.cpp"]).stat().st_mtime_ns == stamp
 
 
-def test_a_plain_shared_variable_does_not_compile(tmp_path: Path) -> None:
+def test_a_plain_shared_variable_does_not_compile(folder: Path) -> None:
     """A plain __shared__ would be a variable per thread on the CPU; NF_SHARED works with both compilers."""
-    source = tmp_path / "plain.cpp"
+    source = folder / "plain.cpp"
     source.write_text('#include "cuda_host.h"\n__global__ void kernel() { __shared__ int s; (void)s; }\n')
     with pytest.raises(subprocess.CalledProcessError):
-        build(tmp_path, gcc(), PLAIN, [source])
+        build(folder, gcc(), PLAIN, [source])

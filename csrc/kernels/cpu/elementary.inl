@@ -19,10 +19,10 @@ NF_FN Vec<double> map_lanes(const Vec<double>& x, const F& f) {
   return result;
 }
 
-// 2^n for integers n in [-126, 127].
+// 2^n for integers n in [-126, 127]; any value for a NaN, whose bits may overflow.
 NF_FN Vec<float> exp2_integer(Vec<float> n) {
   const Vec<float> shifted = n + 12582912.f;  // 1.5 * 2^23: moves the integer to the low bits
-  const Vec<int32_t> bits = (bit_cast<Vec<int32_t>>(shifted) << 23) + (127 << 23);
+  const Vec<uint32_t> bits = (bit_cast<Vec<uint32_t>>(shifted) << 23) + (127u << 23);
   return bit_cast<Vec<float>>(bits);
 }
 
@@ -127,9 +127,10 @@ struct Elementary {
     const float low = static_cast<float>(y - static_cast<double>(high));
     const Vec<float> magnitude = x < 0.f ? -x : x;
     const Vec<float> normal = magnitude < 0x1p-126f ? magnitude * 0x1p24f : magnitude;
-    const Vec<int32_t> bits = bit_cast<Vec<int32_t>>(normal);
-    const Vec<int32_t> exponent = (bits - 0x3f3504f3) >> 23;  // relative to the bits of sqrt(1/2)
-    const Vec<int32_t> mantissa = bits - (exponent << 23);
+    // Unsigned where the bits of a negative number or a NaN would overflow; the shift to the right keeps the sign.
+    const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(normal);
+    const Vec<int32_t> exponent = bit_cast<Vec<int32_t>>(bits - 0x3f3504f3u) >> 23;  // relative to sqrt(1/2)
+    const Vec<uint32_t> mantissa = bits - (bit_cast<Vec<uint32_t>>(exponent) << 23);
     const Vec<float> e =
         __builtin_convertvector(exponent, Vec<float>) - (magnitude < 0x1p-126f ? Vec<float>{} + 24.f : Vec<float>{});
     const Vec<float> n = (e * high + 12582912.f) - 12582912.f;
