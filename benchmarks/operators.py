@@ -94,12 +94,12 @@ def batch_norm_by_statistics(i: Inputs) -> Results:
 
 def pack_moments(i: Inputs) -> Results:
     """Only merge_ranks can read the packed words; here it merges those of two equal ranks."""
-    words = ops.pack_moments(i.x)
+    words = ops.pack_moments(i.x, 1e-5)
     return merge(i, torch.stack([words, words]))
 
 
 def merge_ranks(i: Inputs) -> Results:
-    return merge(i, ops.pack_moments(i.x)[None])
+    return merge(i, ops.pack_moments(i.x, 1e-5)[None])
 
 
 def merge(i: Inputs, words: Tensor) -> Results:
@@ -115,6 +115,11 @@ def channel_moments(i: Inputs) -> Results:
 
 def channel_sums(i: Inputs) -> Results:
     return ops.channel_sums(i.x)  # type: ignore[no-any-return]
+
+
+def integer_sums(i: Inputs) -> Results:
+    integers = (i.x.clamp(-4, 4) * 2**28).nan_to_num()
+    return tuple(ops.integer_sums(integers.to(dtype)) for dtype in (torch.int8, torch.int16, torch.int32, torch.int64))
 
 
 def constants(i: Inputs) -> tuple[list[float], list[float]]:
@@ -148,7 +153,7 @@ OPERATORS: dict[str, Callable[[Inputs], Results]] = {
     for function in (
         *(batch_norm_training, batch_norm_inference, batch_norm_training_, batch_norm_inference_),
         *(batch_norm_backward, batch_norm_by_statistics, pack_moments, merge_ranks),
-        *(channel_moments, channel_sums, standardize, standardize_out, standardize_),
+        *(channel_moments, channel_sums, integer_sums, standardize, standardize_out, standardize_),
         *(local_response_norm, local_response_norm_backward),
     )
 }

@@ -44,6 +44,7 @@ void bind_operators(py::module_& m) {
   define("merge_ranks", call_object<ops::merge_ranks>());
   define("channel_moments", &ops::channel_moments);
   define("channel_sums", &ops::channel_sums);
+  define("integer_sums", &ops::integer_sums);
   using Constants = std::vector<double>;
   define("standardize", [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale,
                            std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {

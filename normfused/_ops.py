@@ -180,7 +180,7 @@ def _batch_norm_by_statistics(
 
 
 @torch.library.register_fake("normfused::pack_moments")
-def _pack_moments(input: Tensor) -> Tensor:
+def _pack_moments(input: Tensor, eps: float) -> Tensor:
     words = 1 + (2 if input.dtype == torch.float64 else 1) * input.size(1)
     return input.new_empty((words,), dtype=torch.int64)
 
@@ -227,6 +227,11 @@ def _channel_sums(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if input.is_floating_point() else torch.int64
     total, squares, low, high = (input.new_empty((input.size(1),), dtype=dtype) for _ in range(4))
     return total, squares, low, high
+
+
+@torch.library.register_fake("normfused::integer_sums")
+def _integer_sums(input: Tensor) -> Tensor:
+    return input.new_empty((8, input.size(1)), dtype=torch.int64)
 
 
 @_fake_of_decomposed("standardize")

@@ -298,16 +298,17 @@ def channel_sums(input: Tensor) -> ChannelSums:
 
     Args:
         input: shape ``(N, C, ...)``, any strides, floating-point or integer. Floating-point dtypes are summed in
-            float64, integers exactly in int64; the sums must fit.
+            float64, integers exactly in int64.
 
     Returns:
         ``count`` (int, elements per channel), and ``sum``, ``sum_of_squares``, ``min`` and ``max``: shape ``(C,)``,
         float64 or int64. NaN for a channel that contains NaN. For empty channels 0, 0, and infinities or int64's
         limits. Not differentiable. For the variance of floating-point data use :func:`channel_moments`, which does not
-        suffer from cancellation.
+        suffer from cancellation. On CUDA, int32 and int64 wait for the device.
 
     Raises:
-        ValueError: fewer than two dimensions.
+        ValueError: fewer than two dimensions; integers whose sum or sum of squares exceeds int64
+            (:class:`ChannelStats` has no such limit).
         TypeError: bool or complex input.
 
     Example:
@@ -335,8 +336,9 @@ def channel_moments(input: Tensor) -> ChannelMoments:
 
     Returns:
         ``count`` (int, elements per channel), and ``mean``, ``m2``, ``min`` and ``max``: shape ``(C,)``, float64.
-        ``m2`` is the sum of squared deviations from the mean, so ``m2 / count`` is the biased variance. NaN for a
-        channel that contains NaN. For empty channels 0, 0, inf, -inf. Not differentiable.
+        ``m2`` is the sum of squared deviations from the mean, so ``m2 / count`` is the biased variance. Deviations of
+        any magnitude count; only of float64 input, below 1e-154 and above 1e154, the squares underflow or overflow.
+        NaN for a channel that contains NaN. For empty channels 0, 0, inf, -inf. Not differentiable.
 
     Raises:
         ValueError: fewer than two dimensions.

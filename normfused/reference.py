@@ -14,6 +14,7 @@ Example:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -198,15 +199,56 @@ def channel_sums(input: Tensor) -> ChannelSums:
         >>> channel_sums(torch.tensor([[1, 2], [3, 4]])).sum.tolist()
         [4, 6]
     """
-    floating = input.is_floating_point()
-    rows, count = _by_channel(input.double() if floating else input.long()), values_per_channel(input)
+    if not input.is_floating_point():
+        rows = integer_sums(input)
+        total, squares = _joined("sum", rows[:2]), _joined("sum of squares", rows[2:6])
+        return ChannelSums(values_per_channel(input), total, squares, rows[6], rows[7])
+    rows, count = _by_channel(input.double()), values_per_channel(input)
     if count == 0:
         zeros = rows.new_zeros(input.size(1))
-        low, high = (
-            (-torch.inf, torch.inf) if floating else (torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max)
-        )
-        return ChannelSums(0, zeros, zeros.clone(), torch.full_like(zeros, high), torch.full_like(zeros, low))
+        return ChannelSums(0, zeros, zeros.clone(), zeros + torch.inf, zeros - torch.inf)
     return ChannelSums(count, rows.sum(1), rows.square().sum(1), rows.amin(1), rows.amax(1))
+
+
+def integer_sums(input: Tensor) -> Tensor:
+    """Exact sums of integers, int64 of shape (8, C).
+
+    Rows 0 and 1 are the digits of the sum in base 2^32, rows 2 to 5 those of the sum of squares; the last digit of each
+    has the sign. Rows 6 and 7 are the minimum and the maximum.
+
+    Example:
+        >>> import torch
+        >>> integer_sums(torch.tensor([[2**40], [2**40]]))[:, 0].tolist()
+        [0, 512, 0, 0, 131072, 0, 1099511627776, 1099511627776]
+    """
+    x, limits = _by_channel(input.long()), torch.iinfo(torch.int64)
+    quarters = [*(x >> shift & 0xFFFF for shift in (0, 16, 32)), x >> 48]
+    total, squares = [x.new_zeros(x.size(0)) for _ in range(2)], [x.new_zeros(x.size(0)) for _ in range(4)]
+
+    def add(digits: list[Tensor], values: Tensor, quarter: int) -> None:
+        """Add values times 2^(16 quarter)."""
+        digit, is_odd = divmod(quarter, 2)
+        digits[digit] += (values & 0xFFFF) << 16 if is_odd else values
+        if is_odd:
+            digits[digit + 1] += values >> 16
+
+    for i, a in enumerate(quarters):
+        add(total, a.sum(1), i) if i < 3 else total[1].add_(a.sum(1) << 16)
+        for j, b in enumerate(quarters):
+            add(squares, (a * b).sum(1), i + j)
+    for digits in (total, squares):
+        for low, high in itertools.pairwise(digits):
+            high += low >> 32
+            low &= 0xFFFFFFFF
+    extremes = (x.amin(1), x.amax(1)) if x.size(1) else (torch.full_like(total[0], v) for v in (limits.max, limits.min))
+    return torch.stack([*total, *squares, *extremes])
+
+
+def _joined(what: str, digits: Tensor) -> Tensor:
+    """The numbers with these digits. Raise ``ValueError`` if one does not fit int64."""
+    if not ((digits[1] == digits[1].int()) & (digits[2:] == 0).all(0)).all():
+        raise ValueError(f"channel_sums: the {what} of a channel exceeds int64; normfused.ChannelStats has no limit")
+    return digits[0] + (digits[1] << 32)
 
 
 def channel_moments(input: Tensor) -> ChannelMoments:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from common import LAYOUTS, assert_same_bits, dtype_id, lay_out
@@ -73,6 +75,82 @@ def test_integers_are_exact(device: torch.device, dtype: torch.dtype, layout: st
     assert sums.min.dtype == sums.max.dtype == torch.int64
     assert sums.min.tolist() == [min(row) for row in rows]
     assert sums.max.tolist() == [max(row) for row in rows]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=dtype_id)
+def test_integers_up_to_what_int64_holds(device: torch.device, dtype: torch.dtype, layout: str) -> None:
+    """Sums of squares up to the limit are exact. Beyond it they are refused, by the reference too; so are sums."""
+    largest = math.isqrt((2**63 - 1) // 3)  # of which three squares fit
+    largest = min(largest, torch.iinfo(dtype).max)
+    values = [largest, -largest, 0, 5, -3, 1]
+    x = lay_out(torch.tensor(values).view(1, 1, 2, 3).expand(1, 4, 2, 3).to(device, dtype), layout)
+    expected = [sum(v * v for v in values)] * 4
+    for function in (channel_sums, reference.channel_sums):
+        sums = function(x)
+        assert sums.sum.tolist() == [sum(values)] * 4
+        assert sums.sum_of_squares.tolist() == expected
+    limits = torch.iinfo(dtype)
+    beyond = [("sum of squares", [limits.min, limits.max, limits.min + 1, limits.max])] + [("sum", [2**62] * 3)] * (
+        dtype == torch.int64
+    )
+    for what, values in beyond:
+        wide = lay_out(torch.tensor(values).view(1, 1, -1, 1).expand(1, 4, -1, 1).to(device, dtype), layout)
+        for function in (channel_sums, reference.channel_sums):
+            with pytest.raises(ValueError, match=f"channel_sums: the {what} of a channel exceeds int64; normfused.Ch"):
+                function(wide)
+
+
+# The exponents of float32 in steps that reach its largest, its smallest normal and its subnormal numbers; then others.
+EXPONENTS = [*range(-136, 127, 12), *range(-1000, 500, 125)]
+SIXTEENTHS = [-24.0, -9.0, -8.0, -1.0, 0.0, 3.0, 16.0, 31.0]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_moments_of_any_magnitude(device: torch.device, dtype: torch.dtype, layout: str) -> None:
+    """A power of two scales mean and M2 exactly, also where squares underflow or overflow the dtype of the data."""
+    x = torch.tensor(SIXTEENTHS, dtype=torch.float64).repeat(40).view(2, 1, 20, 8).repeat(1, 3, 1, 1)
+    moments = reference.channel_moments(x)
+    smallest, largest = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    done = 0
+    for exponent in EXPONENTS:
+        scale = 2.0**exponent
+        if not (smallest / 2**5 if dtype == torch.float32 else smallest) <= scale <= largest / 32:
+            continue
+        if dtype == torch.float64 and abs(exponent) > 480:  # the squares are beyond float64
+            continue
+        ours = channel_moments(lay_out((x * scale).to(device, dtype), layout))
+        rtol = 1e-13 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(ours.mean.cpu() / scale, moments.mean, rtol=rtol, atol=0)
+        torch.testing.assert_close(ours.m2.cpu() / scale / scale, moments.m2, rtol=rtol, atol=0)
+        done += 1
+    assert done >= 2
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_moments_of_tiny_values_with_flushed_subnormals(layout: str) -> None:
+    x = torch.tensor(SIXTEENTHS).repeat(40).view(2, 1, 20, 8).repeat(1, 3, 1, 1)
+    moments = reference.channel_moments(x)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        ours = channel_moments(lay_out(x * 2.0**-66, layout))
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(ours.m2 * 2.0**132, moments.m2, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("eps", [0.0, 2.0**-150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_batch_norm_of_tiny_values(device: torch.device, dtype: torch.dtype, eps: float, layout: str) -> None:
+    """With an eps that allows it, values whose squares underflow are normalized as larger ones."""
+    x = torch.tensor(SIXTEENTHS).repeat(40).view(2, 1, 20, 8).repeat(1, 3, 1, 1).to(device)
+    scale = 2.0**-90
+    expected = functional.batch_norm(x.to(dtype), None, None, training=True, eps=eps / scale**2)
+    y = functional.batch_norm(lay_out((x * scale).to(dtype), layout), None, None, training=True, eps=eps)
+    torch.testing.assert_close(y.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_many_bytes(device: torch.device) -> None:

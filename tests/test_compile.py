@@ -69,6 +69,8 @@ def test_opcheck_channel_statistics(shape: tuple[int, ...], layout: str) -> None
     x = lay_out(torch.randn(shape), layout)
     torch.library.opcheck(ops.channel_moments.default, (x,))
     torch.library.opcheck(ops.channel_sums.default, (x,))
+    torch.library.opcheck(ops.channel_sums.default, ((x * 100).int(),))
+    torch.library.opcheck(ops.integer_sums.default, ((x * 100).int(),))
 
 
 def steps(model: nn.Module, function, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:

@@ -425,7 +425,7 @@ def operator_calls() -> dict[str, Any]:
         "standardize_out": (lambda x: ops.standardize_out(x, MEAN, STD, 1.0, torch.empty_like(x)), (x,), REFUSED),
         "channel_moments": (ops.channel_moments, (x,), REFUSED),
         "channel_sums": (ops.channel_sums, (x,), REFUSED),
-        "pack_moments": (ops.pack_moments, (x,), REFUSED),
+        "pack_moments": (lambda x: ops.pack_moments(x, 1e-5), (x,), REFUSED),
     }
 
 
@@ -462,8 +462,9 @@ def test_every_operator_is_listed() -> None:
     if OPERATORS:
         registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("normfused::")}
         names = {f"normfused::{name.split()[0]}" for name in OPERATORS}
-        # merge_ranks has integer input; the result of outside_backward is a flag.
-        assert registered - names == {"normfused::merge_ranks", "normfused::outside_backward"}
+        # merge_ranks and integer_sums have integer input; the result of outside_backward is a flag.
+        others = ("merge_ranks", "integer_sums", "outside_backward")
+        assert registered - names == {f"normfused::{name}" for name in others}
 
 
 @pytest.mark.usefixtures("needs_extension")

@@ -36,7 +36,7 @@ def test_parts_of_a_batch_equal_the_whole(
     expected_grads = torch.autograd.grad(expected_output, whole, grad.double())
 
     shares = [[lay_out(s, layout) if len(s) else s for s in t.split(list(sizes))] for t in (x, r, grad)]
-    words = torch.stack([ops.pack_moments(share) for share in shares[0]])
+    words = torch.stack([ops.pack_moments(share, 1e-5) for share in shares[0]])
     statistics, count = ops.merge_ranks(words, 6, 25 * sizes[0], *running, batches, None, 1e-5)
     outputs, sums, masks = [], [], []
     for own, residual, g in zip(*shares, strict=True):
@@ -69,8 +69,8 @@ def test_opcheck(device: torch.device) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x, grad = (torch.randn(4, 3, 5).to(device, dtype) for _ in range(2))
         parameter = torch.randn(3).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-        words = ops.pack_moments(x)
-        torch.library.opcheck(ops.pack_moments.default, (x,))
+        words = ops.pack_moments(x, 1e-5)
+        torch.library.opcheck(ops.pack_moments.default, (x, 1e-5))
         rows = torch.stack((words, words))
         buffers = [b.to(device) for b in (torch.zeros(3), torch.ones(3), torch.zeros((), dtype=torch.int64))]
         torch.library.opcheck(ops.merge_ranks.default, (rows, 3, 20, *buffers, None, 1e-5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -71,6 +72,57 @@ def test_integers_are_exact(dtype: torch.dtype) -> None:
         assert stats.var[channel].item() == pytest.approx(float(variance / 4), rel=1e-14)
         assert stats.min[channel].item() == low / 2
         assert stats.max[channel].item() == high / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=dtype_id)
+def test_extreme_integers_are_exact(dtype: torch.dtype) -> None:
+    """Every value is an extreme: sums of squares take more than 64 bits, and for int64 more than 128."""
+    limits = torch.iinfo(dtype)
+    values = torch.tensor([limits.min, limits.max, limits.min, limits.max - 1] * 30, dtype=dtype).view(2, 3, 4, 5)
+    exact = exact_sums(values.movedim(1, -1).reshape(-1, 3).numpy())
+    assert ChannelStats(scale=1.0).update(values).sums == exact
+    assert tuple(ChannelStats(scale=1.0).update(values.movedim(1, -1).contiguous(), "NHWC").sums) == exact
+
+
+def test_many_integers_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randint(-(2**40), 2**40, (1, 2, 70, 3))
+    whole = ChannelStats(scale=1.0).update(values)
+    monkeypatch.setattr(normfused.data.stats, "_MAX_VALUES", 16)
+    assert ChannelStats(scale=1.0).update(values) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
+def test_any_magnitude(dtype: torch.dtype) -> None:
+    """A power of two scales every figure, over the whole range of the dtype, in one update and in many."""
+    x = torch.tensor([-24.0, -9.0, -8.0, -1.0, 0.0, 3.0, 16.0, 31.0], dtype=torch.float64).repeat(12).view(4, 3, 8)
+    expected = ChannelStats().update(x.unsqueeze(-1))
+    smallest, largest = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    exponents = range(math.ceil(math.log2(smallest)), math.floor(math.log2(largest)) - 5, 7)
+    assert len(exponents) * 7 / math.log2(10) > 70
+    for exponent in exponents:
+        scaled = torch.ldexp(x, torch.tensor(exponent)).to(dtype).unsqueeze(-1)
+        whole, parts = ChannelStats().update(scaled), ChannelStats()
+        for image in scaled:
+            parts.update(image)
+        for stats in (whole, parts):
+            for name in ("mean", "std", "min", "max"):
+                figure = torch.ldexp(getattr(stats, name), torch.tensor(-exponent))
+                assert_close(figure, getattr(expected, name).tolist(), rtol=1e-6 if dtype != torch.float64 else 1e-14)
+
+
+def test_a_range_beyond_the_largest_number() -> None:
+    largest = torch.finfo(torch.float64).max
+    x = torch.tensor([-largest, largest, largest, -largest], dtype=torch.float64).view(4, 1, 1, 1)
+    whole, parts = ChannelStats().update(x), ChannelStats()
+    for image in x:
+        parts.update(image)
+    for stats in (whole, parts):
+        assert (stats.min.item(), stats.max.item()) == (-largest, largest)
+        assert stats.mean.item() == pytest.approx(0, abs=1e-15 * largest)
+        assert stats.std.item() == pytest.approx(largest)
+    assert "Normalize(mean=[0.0000], std=[1.798e+308])" in str(whole)
+    constant = ChannelStats().update(x[1:3])
+    assert (constant.mean.item(), constant.std.item()) == (largest, 0)
 
 
 def test_no_cancellation() -> None:

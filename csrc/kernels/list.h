@@ -25,11 +25,14 @@ NF_DTYPE_KERNEL(batch_norm_inference, BatchNormForward)
 // Writes the gradients whose pointers are not null.
 NF_DTYPE_KERNEL(batch_norm_backward, BatchNormBackward)
 
-// Mean, sum of squared deviations, minimum and maximum per channel, in one read. Floating dtypes; CUDA also integers.
+// Mean, sum of squared deviations, minimum and maximum per channel, in one read.
 NF_DTYPE_KERNEL(channel_moments, ChannelStats)
 
-// Sum, sum of squares, minimum and maximum per channel, in one read: float64, or exact int64 for integers.
+// Sum, sum of squares, minimum and maximum per channel, in one read, in double.
 NF_DTYPE_KERNEL(channel_sums, ChannelStats)
+
+// The same for integers, exact.
+NF_UNTYPED_KERNEL(integer_sums, IntegerSums)
 
 // The moments of one rank's share of a batch, in one read.
 NF_DTYPE_KERNEL(pack_moments, PackMoments)

@@ -46,17 +46,26 @@ NF_FN MomentsOf<V> moments_about(const V& pivot, int64_t count, const V& sum, co
   return {count, pivot + offset, sum_of_squares - sum * offset};
 }
 
+NF_FN double biased_variance(const Moments& m) {
+  // Rounding can leave a tiny negative m2. A NaN passes through.
+  return (m.m2 < 0 ? 0 : m.m2) / static_cast<double>(m.count);
+}
+
+// Whether squares that sum to m2 can have lost digits to underflow in S: squares below S's smallest normal value are
+// rounded to few digits, or flushed to 0. A variance of at least 2^24 times that value keeps all digits of a float, and
+// so does one that is added to such an eps.
+template <class S>
+NF_FN bool can_underflow(const Moments& m, double eps) {
+  constexpr double kLeast = 0x1p-126 * 0x1p24;
+  return sizeof(S) < sizeof(double) && biased_variance(m) + eps < kLeast;
+}
+
 // The moments of a channel that a rank sends. It sends the standard deviation, because M2 of floats can overflow float.
 // The mean in float has at most the rounding error of the values themselves, which are float too.
 template <class S>
 struct RankMoments {
   S mean, deviation;
 };
-
-NF_FN double biased_variance(const Moments& m) {
-  // Rounding can leave a tiny negative m2. A NaN passes through.
-  return (m.m2 < 0 ? 0 : m.m2) / static_cast<double>(m.count);
-}
 
 template <class S>
 NF_FN RankMoments<S> packed(const Moments& m) {
@@ -78,6 +87,48 @@ NF_FN Moments merged(const MergeRanks& args, int64_t c) {
 }
 
 NF_FN double invstd_of(double variance, double eps) { return 1 / std::sqrt(variance + eps); }
+
+// How many parts (see IntegerSums) a value of T and its square have together: one each for up to 16 bits, one and two
+// for 32 bits, two and four for 64 bits.
+template <class T>
+inline constexpr int kIntegerParts = sizeof(T) <= 2   ? 2
+                                     : sizeof(T) == 4 ? 3
+                                                      : 6;
+
+// The row of IntegerSums that part k belongs to.
+template <class T>
+NF_FN constexpr int integer_row(int k) {
+  return sizeof(T) == 8 || k == 0 ? k : IntegerSums::kSquares + k - 1;
+}
+
+// Writes the parts of a value, followed by those of its square: less than 2^34 each. A is unsigned; a negative value
+// wraps around.
+template <class T, class A>
+NF_FN void split_integer(T value, A (&parts)[kIntegerParts<T>]) {
+  constexpr uint64_t kDigit = 0xffffffff;
+  if constexpr (sizeof(T) <= 2) {
+    parts[0] = static_cast<A>(value);
+    parts[1] = parts[0] * parts[0];
+  } else if constexpr (sizeof(T) == 4) {
+    const int64_t wide = value;
+    const auto square = static_cast<uint64_t>(wide * wide);
+    parts[0] = static_cast<A>(wide);
+    parts[1] = square & kDigit;
+    parts[2] = square >> 32;
+  } else {
+    const auto bits = static_cast<uint64_t>(value);
+    const uint64_t magnitude = value < 0 ? 0 - bits : bits;
+    // (high 2^32 + low)^2: each product is below 2^64.
+    const uint64_t low = magnitude & kDigit, high = magnitude >> 32;
+    const uint64_t lows = low * low, mixed = low * high, highs = high * high;
+    parts[0] = bits & kDigit;
+    parts[1] = static_cast<A>(value >> 32);
+    parts[2] = lows & kDigit;
+    parts[3] = (lows >> 32) + 2 * (mixed & kDigit);
+    parts[4] = 2 * (mixed >> 32) + (highs & kDigit);
+    parts[5] = highs >> 32;
+  }
+}
 
 // Weight of this batch in the running statistics. `batches` includes this batch. NaN momentum: cumulative average.
 NF_FN double update_factor(double momentum, int64_t batches) {

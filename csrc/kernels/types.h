@@ -128,9 +128,28 @@ struct ChannelStats {
   ChannelView view;
   DType dtype;
   const void* input;
-  // (C) each, written. channel_moments: mean, M2, minimum, maximum, as double. channel_sums: sum, sum of squares,
-  // minimum, maximum, as double, or as int64 for integers.
-  void* results[4];
+  // (C) each, written. channel_moments: mean, M2, minimum, maximum. channel_sums: sum, sum of squares, minimum,
+  // maximum.
+  double* results[4];
+};
+
+// The sum and the sum of squares of integers, exact. They can exceed 64 bits, so each is written as parts, which are
+// digits of base 2^32 that have not been carried: a sum is parts[0] + 2^32 parts[1] + ....
+struct IntegerSums {
+  static constexpr int kSum = 0, kSquares = 2, kMin = 6, kMax = 7, kRows = 8;
+
+  ChannelView view;
+  DType dtype;
+  const void* input;
+  // (kRows, C): two parts of the sum, four of the sum of squares, minimum and maximum. Parts that are 0 for every value
+  // of the dtype are not written.
+  int64_t* rows;
+
+  // The number of values per channel up to which no part overflows int64.
+  static constexpr int64_t max_count(DType dtype) {
+    const int bits = dtype == DType::kInt64 ? 34 : dtype == DType::kInt32 ? 32 : dtype == DType::kInt16 ? 30 : 16;
+    return int64_t{1} << (63 - bits);
+  }
 };
 
 // Size in words of the message with a rank's moments: one word for the number of values per channel, then RankMoments
@@ -144,6 +163,7 @@ struct PackMoments {
   DType dtype;
   const void* input;
   int64_t* words;  // (rank_words), written
+  double eps;      // of the batch norm
 };
 
 // The statistics of a batch from the moments of all ranks. If the batch has no values, nothing is updated.

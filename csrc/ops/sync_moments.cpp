@@ -13,7 +13,7 @@ namespace {
 
 using at::Tensor;
 
-Tensor pack_moments_kernels(const Tensor& input) {
+Tensor pack_moments_kernels(const Tensor& input, double eps) {
   check_floating(input);
   const DType dtype = dtype_of(input.scalar_type());
   const auto options = input.options().dtype(at::kLong).memory_format(at::MemoryFormat::Contiguous);
@@ -21,8 +21,8 @@ Tensor pack_moments_kernels(const Tensor& input) {
   if (input.numel() == 0) return at::zeros({words}, options);
   const Tensor dense = as_dense(input);
   const Tensor result = at::empty({words}, options);
-  backend_of(input).pack_moments({*view_of(dense), dtype, dense.const_data_ptr(), result.mutable_data_ptr<int64_t>()},
-                                 input.device());
+  backend_of(input).pack_moments(
+      {*view_of(dense), dtype, dense.const_data_ptr(), result.mutable_data_ptr<int64_t>(), eps}, input.device());
   return result;
 }
 
@@ -60,9 +60,9 @@ MergeRanksCall::Result merge_ranks_kernels(const MergeRanksCall& call) {
 
 }  // namespace
 
-Tensor pack_moments(const Tensor& input) {
+Tensor pack_moments(const Tensor& input, double eps) {
   static const auto op = find_operator<decltype(pack_moments)>("normfused::pack_moments");
-  return op.call(input);
+  return op.call(input, eps);
 }
 
 MergeRanksCall::Result merge_ranks(const MergeRanksCall& c) {
@@ -72,7 +72,7 @@ MergeRanksCall::Result merge_ranks(const MergeRanksCall& c) {
 }
 
 TORCH_LIBRARY_FRAGMENT(normfused, m) {
-  m.def("pack_moments(Tensor input) -> Tensor words");
+  m.def("pack_moments(Tensor input, float eps) -> Tensor words");
   m.def(
       "merge_ranks(Tensor words, int channels, int own_count, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float? momentum, float eps, int correction=1, Tensor(d!)? "

@@ -12,7 +12,7 @@ namespace normfused::ops {
 
 // The count, means and standard deviations of `input`, int64 of shape (rank_words,): see rank_words() in
 // kernels/types.h.
-at::Tensor pack_moments(const at::Tensor& input);
+at::Tensor pack_moments(const at::Tensor& input, double eps);
 
 // Merges the moments of all ranks, one rank per row of `words`. Returns `statistics` (see batch_norm.h) and `count`,
 // the number of elements per channel on all ranks together, int64 of shape (). Updates the buffers of running(), unless

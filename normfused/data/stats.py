@@ -12,12 +12,19 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from normfused import _extension, reference
 from normfused.checks import check_process_group
 from normfused.data import files
 from normfused.data.images import as_nchw
-from normfused.functional import channel_moments, channel_sums
+from normfused.functional import channel_moments
+from normfused.layout import values_per_channel
 
+_MAX_VALUES = 2**29  # per channel, in one call of the kernel
 NONFINITE = "the images contain NaN or infinity; the statistics exclude them and .nonfinite counts them"
+
+
+class ChannelMismatchError(ValueError):
+    """Images with another number of channels than those before."""
 
 
 class Sums(NamedTuple):
@@ -41,17 +48,19 @@ class Sums(NamedTuple):
 
     def moments(self, scale: float) -> Moments:
         """The moments of the values times ``scale``. The subtraction is of integers, so nothing cancels."""
-        deviations = self.count * self.sum_of_squares - self.sum**2
-        m2 = deviations / self.count * scale**2
-        return Moments(self.count, self.sum / self.count * scale, m2, self.min * scale, self.max * scale)
+        std = math.sqrt(self.count * self.sum_of_squares - self.sum**2) / self.count * scale
+        return Moments(self.count, self.sum / self.count * scale, std, self.min * scale, self.max * scale)
 
 
 class Moments(NamedTuple):
-    """Moments of the finite floating values of one channel, and the number of values that are not finite."""
+    """Moments of the finite floating values of one channel, and the number of values that are not finite.
+
+    They hold the standard deviation, because the squares of float64 values can overflow and underflow float64.
+    """
 
     count: int  # type: ignore[assignment]  # hides tuple.count
     mean: float
-    m2: float
+    std: float
     min: float
     max: float
     nonfinite: int = 0
@@ -59,11 +68,14 @@ class Moments(NamedTuple):
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of values. Source: Chan, Golub and LeVeque, 1983."""
         count = self.count + other.count
-        share, delta = other.count / max(count, 1), other.mean - self.mean
+        mine, others = self.count / max(count, 1), other.count / max(count, 1)
+        unit = 1.0 if math.isfinite(other.mean - self.mean) else 2.0  # in units of 2 the difference does not overflow
+        delta = other.mean / unit - self.mean / unit
+        deviations = self.std / unit * math.sqrt(mine), other.std / unit * math.sqrt(others)
         return Moments(
             count,
-            self.mean + delta * share,
-            self.m2 + other.m2 + delta**2 * self.count * share,
+            unit * (self.mean / unit + delta * others),
+            unit * math.hypot(*deviations, delta * math.sqrt(mine * others)),
             min(self.min, other.min),
             max(self.max, other.max),
             self.nonfinite + other.nonfinite,
@@ -81,7 +93,7 @@ class Moments(NamedTuple):
     def scaled(self, scale: float) -> Moments:
         """The moments of the values times ``scale``."""
         return Moments(
-            self.count, self.mean * scale, self.m2 * scale**2, self.min * scale, self.max * scale, self.nonfinite
+            self.count, self.mean * scale, self.std * scale, self.min * scale, self.max * scale, self.nonfinite
         )
 
 
@@ -147,13 +159,14 @@ class ChannelStats:
             images: tensor, NumPy array or PIL image of uint8, int8, int16, uint16, int32, int64, float16, bfloat16,
                 float32 or float64. It is not copied, except for uint16, PIL images, and arrays with reversed byte order
                 or negative strides.
-            layout: ``"HW"``, ``"CHW"``, ``"HWC"``, ``"NHW"``, ``"NCHW"``, ``"NHWC"`` or ``"NC"``. The default depends
-                on the number of dimensions: ``"HW"``, ``"CHW"``, ``"NCHW"`` for a tensor, ``"HW"``, ``"HWC"``,
-                ``"NHWC"`` otherwise.
+            layout: a letter for each dimension: N for images, C for channels, any other for a dimension of an image.
+                For example ``"NHW"`` for many grayscale images, ``"CDHW"`` for a volume, ``"TCHW"`` for a video,
+                ``"NC"`` for a table. The default depends on the number of dimensions: ``"HW"``, ``"CHW"``, ``"NCHW"``
+                for a tensor, ``"HW"``, ``"HWC"``, ``"NHWC"`` otherwise.
 
         Raises:
             ValueError: no values; a number of channels that differs from the images before; a shape that does not fit
-                ``layout``; a default layout with more than 4 channels if the other layout has at most 4; a PIL image of
+                ``layout``; the default layout with more than 4 channels, which is as likely another one; a PIL image of
                 palette indices; integer dtypes with different default scales.
             TypeError: an unsupported dtype, such as bool.
 
@@ -187,7 +200,7 @@ class ChannelStats:
             tensor([2.], dtype=torch.float64)
         """
         if self.channels and other.channels and self.channels != other.channels:
-            raise ValueError(f"channels: got {other.channels}, but the images before have {self.channels}")
+            raise ChannelMismatchError(f"channels: got {other.channels}, but the images before have {self.channels}")
         if self.scale != other.scale:
             raise ValueError(f"cannot merge scale={other.scale} into scale={self.scale}")
         scales = {s.integer_scale for s in (self, other)} - {None}
@@ -264,17 +277,21 @@ class ChannelStats:
 
         ``m2 / (count - 1)`` is the unbiased variance.
         """
-        return self._result(lambda m: m.m2)
+        return self._result(lambda m: m.std * m.std * m.count)
 
     @property
     def var(self) -> Tensor:
-        """Biased variance ``m2 / count`` of each channel, shape (C,), float64; NaN without values."""
-        return self._result(lambda m: m.m2 / m.count if m.count else math.nan)
+        """Biased variance of each channel, the square of :attr:`std`, shape (C,), float64; NaN without values."""
+        return self.std.square()
 
     @property
     def std(self) -> Tensor:
-        """Square root of :attr:`var`, shape (C,), float64; NaN without values."""
-        return self.var.sqrt()
+        """Biased standard deviation of each channel, shape (C,), float64; NaN without values.
+
+        It is right for values of any magnitude. Below 1e-154 and above 1e154 its square, :attr:`var`, underflows or
+        overflows float64.
+        """
+        return self._result(lambda m: m.std if m.count else math.nan)
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, exact, as a dict for JSON.
@@ -386,8 +403,8 @@ class ChannelStats:
 
 
 def _four_digits(value: float) -> str:
-    """Four decimals; four significant digits for small values, so that a small std is not shown as 0."""
-    return f"{value:.4f}" if value == 0 or not abs(value) < 0.1 else f"{value:#.4g}"
+    """Four decimals; four significant digits for small values, so that a small std is not shown as 0, and huge ones."""
+    return f"{value:.4f}" if value == 0 or not (abs(value) < 0.1 or 1e16 < abs(value) < math.inf) else f"{value:#.4g}"
 
 
 def _mean_for(mean: float, std: float) -> str:
@@ -422,23 +439,43 @@ def scale_of(dtype: torch.dtype, scale: float | None) -> float:
 
 
 def _integer_sums(x: Tensor) -> tuple[Sums, ...]:
-    count, *figures = channel_sums(x)
-    channels = [Sums(count, *values) for values in zip(*(f.tolist() for f in figures), strict=True)]
-    largest = max(max(-channel.min, channel.max) for channel in channels)
-    if largest**2 * count >= 2**63:  # the int64 sums may have overflowed: sum in Python, whose integers do not
-        lists = (channel.flatten().tolist() for channel in x.unbind(1))
-        channels = [Sums(count, sum(v), sum(i * i for i in v), min(v), max(v)) for v in lists]
-    return tuple(channels)
+    if values_per_channel(x) > _MAX_VALUES:
+        longest = max((size, dim) for dim, size in enumerate(x.shape) if dim != 1)[1]
+        first, second = (_integer_sums(half) for half in x.chunk(2, longest))
+        return _merged(first, second)
+    sums = reference.integer_sums if _extension.C is None else _extension.C.integer_sums
+    channels = sums(x.detach()).T.tolist()
+    return tuple(Sums(values_per_channel(x), _joined(c[:2]), _joined(c[2:6]), *c[6:]) for c in channels)
+
+
+def _joined(digits: list[int]) -> int:
+    """The number with these digits in base 2^32."""
+    return sum(digit << 32 * k for k, digit in enumerate(digits))
 
 
 def _float_moments(x: Tensor) -> tuple[Moments, ...]:
     count, *figures = channel_moments(x)
-    if torch.stack(figures).isfinite().all():
-        return tuple(Moments(count, *values) for values in zip(*(f.tolist() for f in figures), strict=True))
-    return tuple(_finite_moments(channel) for channel in x.unbind(1))
+    finite = torch.stack(figures).isfinite().all()
+    mean, m2, low, high = (figure.tolist() for figure in figures)
+    if not finite or not all(_has_squares(*extremes) for extremes in zip(low, high, strict=True)):
+        return tuple(_extreme_moments(channel) for channel in x.unbind(1))
+    std = [math.sqrt(value / count) for value in m2]
+    return tuple(Moments(count, *values) for values in zip(mean, std, low, high, strict=True))
 
 
-def _finite_moments(channel: Tensor) -> Moments:
+def _has_squares(low: float, high: float) -> bool:
+    """Whether squares of values from ``low`` to ``high``, and of their deviations, are within the range of float64."""
+    return low == high or (high - low > 2.0**-500 and max(-low, high) < 2.0**500)
+
+
+def _extreme_moments(channel: Tensor) -> Moments:
+    """The moments of the finite values of one channel, of any magnitude."""
     finite = channel[channel.isfinite()]
-    count, *figures = channel_moments(finite.unsqueeze(1))
-    return Moments._make([count, *(f.item() for f in figures), channel.numel() - finite.numel()])
+    count, nonfinite = finite.numel(), channel.numel() - finite.numel()
+    if count == 0:
+        return Moments(0, 0.0, 0.0, math.inf, -math.inf, nonfinite)
+    low, high = (extreme.item() for extreme in finite.aminmax())
+    # Multiplication by a power of two is exact, or loses what is negligible beside the largest value.
+    unit = 1.0 if _has_squares(low, high) else 2.0 ** (600 if high - low > 1 else -600)
+    _, mean, m2, *_ = channel_moments((finite / unit).unsqueeze(1))
+    return Moments(count, mean.item() * unit, math.sqrt(m2.item() / count) * unit, low, high, nonfinite)

@@ -146,7 +146,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def _by_kernels(group: Group, labels: list[str], calls: list[Call]) -> list[Tensor]:
-    words = [_kernels().pack_moments(call.input.detach()) for call in calls]
+    words = [_kernels().pack_moments(call.input.detach(), call.eps) for call in calls]
     gathered = gather(_joined(words), group, " and ".join(labels))
     tensors: list[Tensor | None] = []
     first = 0

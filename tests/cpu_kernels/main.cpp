@@ -32,6 +32,7 @@ struct Cpu {
   void batch_norm_backward(const BatchNormBackward& args) { cpu::batch_norm_backward(args, kThreads); }
   void channel_moments(const ChannelStats& args) const { cpu::channel_moments(args, kThreads); }
   void channel_sums(const ChannelStats& args) { cpu::channel_sums(args, kThreads); }
+  void integer_sums(const IntegerSums& args) { cpu::integer_sums(args, kThreads); }
   void pack_moments(const PackMoments& args) { cpu::pack_moments(args, kThreads); }
   void merge_ranks(const MergeRanks& args) { cpu::merge_ranks(args, kThreads); }
   void standardize(const Standardize& args) { cpu::standardize(args, kThreads); }
@@ -96,15 +97,15 @@ int64_t run_integers(Cpu& backend, std::mt19937& random) {
   int64_t cases = 0;
   for (const ChannelView& view : kViews)
     for (const int64_t offset : {0, 1}) {
-      run_integer_sums<uint8_t>(backend, DType::kUInt8, view, offset, false, random);
-      run_integer_sums<int8_t>(backend, DType::kInt8, view, offset, false, random);
-      run_integer_sums<int16_t>(backend, DType::kInt16, view, offset, false, random);
-      run_integer_sums<int32_t>(backend, DType::kInt32, view, offset, false, random);
-      run_integer_sums<int64_t>(backend, DType::kInt64, view, offset, false, random);
+      run_integer_sums<uint8_t>(backend, DType::kUInt8, view, offset, Integers::kAny, random);
+      run_integer_sums<int8_t>(backend, DType::kInt8, view, offset, Integers::kAny, random);
+      run_integer_sums<int16_t>(backend, DType::kInt16, view, offset, Integers::kAny, random);
+      run_integer_sums<int32_t>(backend, DType::kInt32, view, offset, Integers::kAny, random);
+      run_integer_sums<int64_t>(backend, DType::kInt64, view, offset, Integers::kAny, random);
       cases += 5;
     }
   // So many bytes that the sum of their squares exceeds 32 bits.
-  run_integer_sums<uint8_t>(backend, DType::kUInt8, {1, 2, 140000}, 0, true, random);
+  run_integer_sums<uint8_t>(backend, DType::kUInt8, {1, 2, 140000}, 0, Integers::kMaximum, random);
   return cases + 1;
 }
 

@@ -1,4 +1,4 @@
-// Statistics of channels with infinities, NaN, or values whose sums or squares overflow.
+// Statistics of channels with infinities, NaN, or values whose sums or squares overflow or underflow.
 #pragma once
 
 #include "values.h"
@@ -17,17 +17,22 @@ inline void set_nan(double* p) { *p = std::numeric_limits<double>::quiet_NaN(); 
 inline void set_nan(Half* p) { p->bits = 0x7e00; }
 inline void set_nan(BFloat16* p) { p->bits = 0x7fc0; }
 
-// The largest finite value (of bfloat16 for float, too), and a value whose square overflows the arithmetic type if
-// there is one.
+// The largest finite value (of bfloat16 for float, too); values whose squares overflow the arithmetic type, underflow
+// to 0, and underflow to few digits, if there are any.
 template <class T>
-struct Large {
-  static double maximum() { return std::is_same_v<T, double> ? 1.7976931348623157e308 : 3.38953138925153547e38; }
-  static double square_overflows() { return std::ldexp(1, std::is_same_v<T, double> ? 700 : 100); }
+struct Extreme {
+  static constexpr bool kIsDouble = std::is_same_v<T, double>;
+  static double maximum() { return kIsDouble ? 1.7976931348623157e308 : 3.38953138925153547e38; }
+  static double square_overflows() { return std::ldexp(1, kIsDouble ? 700 : 100); }
+  static double square_underflows() { return std::ldexp(1, kIsDouble ? -400 : -90); }
+  static double square_loses_digits() { return std::ldexp(1, kIsDouble ? -400 : -69); }
 };
 template <>
-struct Large<Half> {
+struct Extreme<Half> {
   static double maximum() { return 65504; }
   static double square_overflows() { return 65504; }
+  static double square_underflows() { return std::ldexp(1, -8); }
+  static double square_loses_digits() { return std::ldexp(1, -7); }
 };
 
 enum NonfiniteChannel {
@@ -39,6 +44,8 @@ enum NonfiniteChannel {
   kBothInfinities,
   kSquaresOverflow,
   kSquaresOverflowNearZero,
+  kSquaresUnderflow,
+  kSquaresLoseDigits,
   kMaximum,
   kFinite,
   kNonfiniteChannels
@@ -46,7 +53,8 @@ enum NonfiniteChannel {
 
 template <class T>
 void set_nonfinite(T* p, int64_t channel, int64_t m, int64_t count) {
-  encode(p, m % 8 / 8.0 - 0.5);
+  const double small = m % 8 / 8.0 - 0.5;
+  encode(p, small);
   switch (channel) {
     case kNaNFirst:
       if (m == 0) set_nan(p);
@@ -68,13 +76,19 @@ void set_nonfinite(T* p, int64_t channel, int64_t m, int64_t count) {
       if (m == 0 || m == count - 1) set_infinity(p, m == 0);
       break;
     case kSquaresOverflow:
-      encode(p, (m % 2 == 0 ? 1 : -1) * Large<T>::square_overflows());
+      encode(p, (m % 2 == 0 ? 1 : -1) * Extreme<T>::square_overflows());
       break;
     case kSquaresOverflowNearZero:
-      if (m == count / 2) encode(p, Large<T>::square_overflows());
+      if (m == count / 2) encode(p, Extreme<T>::square_overflows());
+      break;
+    case kSquaresUnderflow:
+      encode(p, small * Extreme<T>::square_underflows());
+      break;
+    case kSquaresLoseDigits:
+      encode(p, small * Extreme<T>::square_loses_digits());
       break;
     case kMaximum:
-      encode(p, Large<T>::maximum());
+      encode(p, Extreme<T>::maximum());
       break;
     default:
       break;
@@ -106,7 +120,7 @@ void run_nonfinite(const Backend& backend, int64_t outer, int64_t inner) {
       m2[c] += deviation * deviation;
     }
   }
-  mean[kMaximum] = Large<T>::maximum();  // long double sums round; the deviations are exactly 0
+  mean[kMaximum] = Extreme<T>::maximum();  // long double sums round; the deviations are exactly 0
   m2[kMaximum] = 0;
   backend.channel_moments(ChannelStats{{outer, channels, inner},
                                        Format<T>::dtype,
@@ -114,7 +128,9 @@ void run_nonfinite(const Backend& backend, int64_t outer, int64_t inner) {
                                        {results[0].data(), results[1].data(), results[2].data(), results[3].data()}});
   for (int64_t c = 0; c < channels; ++c) {
     const auto want = static_cast<double>(mean[c]), squares = static_cast<double>(m2[c]);
-    expect_near("mean", c, results[0][c], want, 1e-6 * std::sqrt(static_cast<double>(m2[c] / count)) + 1e-7);
+    const bool tiny = c == kSquaresUnderflow || c == kSquaresLoseDigits;
+    expect_near("mean", c, results[0][c], want,
+                1e-6 * std::sqrt(static_cast<double>(m2[c] / count)) + (tiny ? 0 : 1e-7));
     expect_near("m2", c, results[1][c], squares, 1e-5 * squares);
     expect_near("min", c, results[2][c], low[c], 0);
     expect_near("max", c, results[3][c], high[c], 0);

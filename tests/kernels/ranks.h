@@ -46,8 +46,8 @@ class RanksCase {
   // The messages of the first and the third rank.
   void run_pack() {
     int64_t* const first = messages_.data();
-    backend_.pack_moments({view_, Format<T>::dtype, data_.input.data, first});
-    backend_.pack_moments({other_.view, Format<T>::dtype, other_.input.data, first + 2 * stride_});
+    backend_.pack_moments({view_, Format<T>::dtype, data_.input.data, first, 1e-5});
+    backend_.pack_moments({other_.view, Format<T>::dtype, other_.input.data, first + 2 * stride_, 1e-5});
     const auto count = static_cast<double>(view_.positions());
     expect_near("count sent", 0, static_cast<double>(first[0]), count, 0);
     const auto* const sent = reinterpret_cast<const RankMoments<S>*>(first + 1);

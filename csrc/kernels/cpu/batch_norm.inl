@@ -387,7 +387,7 @@ void batch_norm_training(const BatchNormForward& args, const Parallel& parallel)
   using S = compute_t<T>;
   using Reduce = MomentsOp<T, false>;
   const ChannelView& view = args.view;
-  const Reduce moments{static_cast<const T*>(args.input)};
+  const Reduce moments{static_cast<const T*>(args.input), args.eps};
   const Plan plan = plan_reduction(view, sizeof(T), 1);
   const Workspace workspace(plan.position_units * Reduce::kSums * view.channels,
                             ForwardTable::kCoefficients * view.channels * sizeof(S));

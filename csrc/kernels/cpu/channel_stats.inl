@@ -31,6 +31,7 @@ struct MomentsOp {
   static constexpr bool kEstimatesPivot = true;
 
   const T* input;
+  double eps = 0;  // that the variance is added to
 
   static NF_INLINE S identity(int64_t k) { return identity_of_sum<S>(k); }
 
@@ -73,6 +74,16 @@ struct MomentsOp {
   }
 
   NF_INLINE Vec<double> next_pivot(Vec<double>, const ChannelResults<MomentsOp>& results) const { return results.k[0]; }
+
+  // Whether M2 is exact to the digits of S: it is not with a NaN, an infinity, or squares that overflow or underflow S.
+  // A constant channel is exact.
+  bool is_valid(const ResultTable& results, int64_t c, int64_t count) const {
+    const Moments moments{count, results(0, c), results(1, c)};
+    if (!(moments.m2 <= std::numeric_limits<double>::max())) return false;
+    if constexpr (kExtremes)
+      if (results(2, c) == results(3, c)) return true;
+    return !can_underflow<S>(moments, eps);
+  }
 };
 
 // Sum, sum of squares, minimum and maximum, accumulated in double. The pivot is not used.
@@ -125,14 +136,16 @@ void for_each_value(const T* input, const ChannelView& view, int64_t c, const F&
       if (!f(static_cast<double>(load<compute_t<T>>(row + i, Tail{1})[0]))) return;
 }
 
-// Recomputes, in double and by the definition, the channels of [c0, c1) whose M2 is not finite: channels with a NaN, an
-// infinity, or squares that overflow S. A channel with a NaN gets NaN results.
+// Recomputes, in double and by the definition, the invalid channels of [c0, c1). A channel with a NaN gets NaN results.
 template <class T, bool kExtremes>
 void recompute_moments(const MomentsOp<T, kExtremes>& op, const ChannelView& view, const ResultTable& results,
                        int64_t c0, int64_t c1) {
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
   for (int64_t c = c0; c < c1; ++c) {
-    if (results(1, c) <= std::numeric_limits<double>::max()) continue;
+    if (op.is_valid(results, c, view.positions())) {
+      if (results(1, c) < 0) results(1, c) = 0;  // by rounding
+      continue;
+    }
     bool holds_nan = false;
     double sum = 0, m2 = 0, low = std::numeric_limits<double>::infinity(), high = -low;
     for_each_value(op.input, view, c, [&](double value) {
@@ -174,7 +187,7 @@ void reduce_tensor(const Op& op, const ChannelView& view, int64_t itemsize, cons
 // Copies row k of the results to args.results[k].
 void write_results(const ChannelStats& args, const ResultTable& results, int64_t c0, int64_t c1) {
   for (int64_t k = 0; k < 4; ++k)
-    for (int64_t c = c0; c < c1; ++c) static_cast<double*>(args.results[k])[c] = results(k, c);
+    for (int64_t c = c0; c < c1; ++c) args.results[k][c] = results(k, c);
 }
 
 template <class T>

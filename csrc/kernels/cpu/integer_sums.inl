@@ -1,5 +1,4 @@
-// Exact sums of integers. 8-bit values are summed in 32 bits for as long as the sum of squares fits, all other types in
-// 64 bits. The loops are scalar; compilers vectorize them.
+// Exact sums of integers. The loops are scalar; compilers vectorize them.
 #pragma once
 
 #ifndef NF_ISA
@@ -8,63 +7,72 @@
 #include "kernels/cpu/lanes.inl"
 #include "kernels/cpu/pack.inl"
 #include "kernels/cpu/planes.inl"
+#include "kernels/math.h"
 
 namespace normfused::cpu::NF_ISA {
 namespace {
 
-struct IntegerSums {
-  int64_t sum, squares, min, max;
+// The sums of one channel: rows of IntegerSums.
+struct IntegerTotals {
+  int64_t rows[IntegerSums::kRows];
 
-  static constexpr IntegerSums identity() {
-    return {0, 0, std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::min()};
+  static constexpr IntegerTotals identity() {
+    return {{0, 0, 0, 0, 0, 0, std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::min()}};
   }
-  void add(const IntegerSums& other) {
-    sum += other.sum;
-    squares += other.squares;
-    min = other.min < min ? other.min : min;
-    max = other.max > max ? other.max : max;
+  void add(const IntegerTotals& other) {
+    for (int k = 0; k < IntegerSums::kMin; ++k) rows[k] += other.rows[k];
+    rows[IntegerSums::kMin] = minimum(rows[IntegerSums::kMin], other.rows[IntegerSums::kMin]);
+    rows[IntegerSums::kMax] = maximum(rows[IntegerSums::kMax], other.rows[IntegerSums::kMax]);
   }
 };
 
-// The accumulator type for values of T, and the number of squares that fit it: 2^16 squares of at most 255^2 fit 32
-// bits.
+// The accumulator type for values of T, and the number of values that fit it: the squares of 2^16 bytes fit 32 bits.
 template <class T>
 struct IntegerAccumulator {
   using type = std::conditional_t<sizeof(T) == 1, uint32_t, uint64_t>;
   static constexpr int64_t kCapacity = sizeof(T) == 1 ? 1 << 16 : std::numeric_limits<int64_t>::max();
 };
 
-// Adds one value. Unsigned sums wrap around modulo 2^n, which is correct for negative values too.
+// Minimum and maximum of values of T. At first the range is empty.
 template <class T>
-NF_FN void add_value(T value, typename IntegerAccumulator<T>::type& sum, typename IntegerAccumulator<T>::type& squares,
-                     T& min, T& max) {
-  using A = typename IntegerAccumulator<T>::type;
-  const A wide = static_cast<A>(value);
-  sum += wide;
-  squares += wide * wide;
-  min = value < min ? value : min;
-  max = value > max ? value : max;
-}
+struct IntegerRange {
+  T min = std::numeric_limits<T>::max(), max = std::numeric_limits<T>::min();
 
-template <class T>
-NF_FN IntegerSums widen_sums(typename IntegerAccumulator<T>::type sum, typename IntegerAccumulator<T>::type squares,
-                             T min, T max) {
-  using A = typename IntegerAccumulator<T>::type;
-  using Signed = std::make_signed_t<A>;
-  const int64_t wide = std::is_signed_v<T> ? static_cast<int64_t>(static_cast<Signed>(sum)) : static_cast<int64_t>(sum);
-  return {wide, static_cast<int64_t>(squares), static_cast<int64_t>(min), static_cast<int64_t>(max)};
+  NF_INLINE void add(T value) {
+    min = value < min ? value : min;
+    max = value > max ? value : max;
+  }
+};
+
+// Adds the parts and the range of some values.
+template <class T, class A>
+void add_parts(const A (&parts)[kIntegerParts<T>], const IntegerRange<T>& range, IntegerTotals& totals) {
+  IntegerTotals added = IntegerTotals::identity();
+  for (int k = 0; k < kIntegerParts<T>; ++k) {
+    const bool is_signed = std::is_signed_v<T> && integer_row<T>(k) < IntegerSums::kSquares;
+    added.rows[integer_row<T>(k)] =
+        is_signed ? static_cast<int64_t>(static_cast<std::make_signed_t<A>>(parts[k])) : static_cast<int64_t>(parts[k]);
+  }
+  added.rows[IntegerSums::kMin] = static_cast<int64_t>(range.min);
+  added.rows[IntegerSums::kMax] = static_cast<int64_t>(range.max);
+  totals.add(added);
 }
 
 // Adds n contiguous values of one channel.
 template <class T>
-void add_row(const T* values, int64_t n, IntegerSums& total) {
+void add_row(const T* values, int64_t n, IntegerTotals& totals) {
   using A = typename IntegerAccumulator<T>::type;
   while (n > 0) {
     const int64_t run = minimum(n, IntegerAccumulator<T>::kCapacity);
-    A sum = 0, squares = 0;
-    T low = std::numeric_limits<T>::max(), high = std::numeric_limits<T>::min();
-    for (int64_t i = 0; i < run; ++i) add_value(values[i], sum, squares, low, high);
-    total.add(widen_sums<T>(sum, squares, low, high));
+    A sums[kIntegerParts<T>]{};
+    IntegerRange<T> range;
+    for (int64_t i = 0; i < run; ++i) {
+      A parts[kIntegerParts<T>];
+      split_integer(values[i], parts);
+      for (int k = 0; k < kIntegerParts<T>; ++k) sums[k] += parts[k];
+      range.add(values[i]);
+    }
+    add_parts<T>(sums, range, totals);
     values += run;
     n -= run;
   }
@@ -73,14 +81,15 @@ void add_row(const T* values, int64_t n, IntegerSums& total) {
 // Adds a unit in lane layout (see lanes.inl).
 template <class T>
 void add_lanes(const T* input, const ChannelView& view, const Unit& unit, const LaneLayout& layout,
-               IntegerSums* totals) {
+               IntegerTotals* totals) {
   using A = typename IntegerAccumulator<T>::type;
-  alignas(64) A sum[kMaxLanes], squares[kMaxLanes];
+  constexpr int kParts = kIntegerParts<T>;
+  alignas(64) A sums[kParts][kMaxLanes];
   alignas(64) T low[kMaxLanes], high[kMaxLanes];
   const T* values = input + offset_of(view, unit.c0, unit.m0);
   for (int64_t m = unit.m0; m < unit.m1;) {
     for (int64_t lane = 0; lane < layout.lanes(); ++lane) {
-      sum[lane] = squares[lane] = 0;
+      for (int k = 0; k < kParts; ++k) sums[k][lane] = 0;
       low[lane] = std::numeric_limits<T>::max();
       high[lane] = std::numeric_limits<T>::min();
     }
@@ -88,10 +97,19 @@ void add_lanes(const T* input, const ChannelView& view, const Unit& unit, const 
         minimum((unit.m1 - m + layout.positions - 1) / layout.positions, IntegerAccumulator<T>::kCapacity);
     for (int64_t i = 0; i < rows; ++i, m += layout.positions, values += view.channels * layout.positions) {
       const int64_t n = minimum(unit.m1 - m, layout.positions) * layout.channels;
-      for (int64_t lane = 0; lane < n; ++lane) add_value(values[lane], sum[lane], squares[lane], low[lane], high[lane]);
+      for (int64_t lane = 0; lane < n; ++lane) {
+        A parts[kParts];
+        split_integer(values[lane], parts);
+        for (int k = 0; k < kParts; ++k) sums[k][lane] += parts[k];
+        low[lane] = values[lane] < low[lane] ? values[lane] : low[lane];
+        high[lane] = values[lane] > high[lane] ? values[lane] : high[lane];
+      }
     }
-    for (int64_t lane = 0; lane < layout.lanes(); ++lane)
-      totals[layout.channel_of(lane)].add(widen_sums<T>(sum[lane], squares[lane], low[lane], high[lane]));
+    for (int64_t lane = 0; lane < layout.lanes(); ++lane) {
+      A own[kParts];
+      for (int k = 0; k < kParts; ++k) own[k] = sums[k][lane];
+      add_parts<T>(own, {low[lane], high[lane]}, totals[layout.channel_of(lane)]);
+    }
   }
 }
 
@@ -100,7 +118,7 @@ void add_lanes(const T* input, const ChannelView& view, const Unit& unit, const 
 inline constexpr int64_t kShortIntegerRow = 50;
 
 template <class T>
-void add_channels_first(const T* input, const ChannelView& view, const Unit& unit, IntegerSums* totals) {
+void add_channels_first(const T* input, const ChannelView& view, const Unit& unit, IntegerTotals* totals) {
   const bool in_lanes =
       walk_as_lanes<Pack<float, T>>(view, unit, kShortIntegerRow, [&](const Unit& part, const LaneLayout& layout) {
         add_lanes(input, view, part, layout, totals + (part.c0 - unit.c0));
@@ -114,7 +132,7 @@ void add_channels_first(const T* input, const ChannelView& view, const Unit& uni
 
 // NHWC pixels of three or four channels are converted to planar tiles: the sums of a channel then stay in registers.
 template <class T>
-void add_pixels(const T* input, const ChannelView& view, const Unit& unit, IntegerSums* totals) {
+void add_pixels(const T* input, const ChannelView& view, const Unit& unit, IntegerTotals* totals) {
   alignas(64) T planar[kTileValues];
   const int64_t length = kTileValues / view.channels;
   for (int64_t m = unit.m0, n; m < unit.m1; m += n) {
@@ -125,7 +143,7 @@ void add_pixels(const T* input, const ChannelView& view, const Unit& unit, Integ
 }
 
 template <class T>
-void add_channels_last(const T* input, const ChannelView& view, const Unit& unit, IntegerSums* totals) {
+void add_channels_last(const T* input, const ChannelView& view, const Unit& unit, IntegerTotals* totals) {
   if (view.channels == 3 || view.channels == 4) return add_pixels(input, view, unit, totals);
   constexpr int64_t kRows = 16;
   const int64_t channels = unit.c1 - unit.c0;
@@ -133,30 +151,28 @@ void add_channels_last(const T* input, const ChannelView& view, const Unit& unit
   add_lanes(input, view, unit, {channels, fitting ? kRows : 1, true}, totals);
 }
 
-// Writes sums, sums of squares, minima and maxima, all int64.
 template <class T>
-void integer_sums(const ChannelStats& args, const Parallel& parallel) {
+void integer_sums(const IntegerSums& args, const Parallel& parallel) {
   const ChannelView& view = args.view;
   const T* const input = static_cast<const T*>(args.input);
   const Plan plan = plan_reduction(view, sizeof(T), 1);
-  static_assert(sizeof(IntegerSums) == 4 * sizeof(double));
-  const Workspace workspace(plan.position_units * 4 * view.channels, 0);
-  IntegerSums* const partials = reinterpret_cast<IntegerSums*>(workspace.results);  // (position_units, channels)
+  static_assert(sizeof(IntegerTotals) == IntegerSums::kRows * sizeof(double));
+  const Workspace workspace(plan.position_units * IntegerSums::kRows * view.channels, 0);
+  IntegerTotals* const partials = reinterpret_cast<IntegerTotals*>(workspace.results);  // (position_units, channels)
   parallel(plan.units(), grain(plan), [&](int64_t index) {
     const Unit unit = unit_of(plan, view, index);
-    IntegerSums* const totals = partials + unit.m0 / plan.position_block * view.channels + unit.c0;
-    for (int64_t c = 0; c < unit.c1 - unit.c0; ++c) totals[c] = IntegerSums::identity();
+    IntegerTotals* const totals = partials + unit.m0 / plan.position_block * view.channels + unit.c0;
+    for (int64_t c = 0; c < unit.c1 - unit.c0; ++c) totals[c] = IntegerTotals::identity();
     view.inner > 1 ? add_channels_first(input, view, unit, totals) : add_channels_last(input, view, unit, totals);
   });
   for (int64_t c = 0; c < view.channels; ++c) {
-    IntegerSums total = IntegerSums::identity();
+    IntegerTotals total = IntegerTotals::identity();
     for (int64_t part = 0; part < plan.position_units; ++part) total.add(partials[part * view.channels + c]);
-    const int64_t results[] = {total.sum, total.squares, total.min, total.max};
-    for (int k = 0; k < 4; ++k) static_cast<int64_t*>(args.results[k])[c] = results[k];
+    for (int row = 0; row < IntegerSums::kRows; ++row) args.rows[row * view.channels + c] = total.rows[row];
   }
 }
 
-inline void integer_sums_of(const ChannelStats& args, const Parallel& parallel) {
+inline void integer_sums(const IntegerSums& args, const Parallel& parallel) {
   switch (args.dtype) {
     case DType::kUInt8:
       return integer_sums<uint8_t>(args, parallel);

@@ -24,18 +24,14 @@ constexpr DTypeKernels make_kernels() {
   };
 }
 
-constexpr DTypeKernels make_integer_kernels() {
-  DTypeKernels kernels{};
-  kernels.channel_sums = integer_sums_of;
-  return kernels;
-}
-
 }  // namespace
 
 const KernelTable& kernels() {
   static constexpr KernelTable table{
-      make_kernels<float>(),    make_kernels<double>(), make_kernels<Half>(),
-      make_kernels<BFloat16>(), make_integer_kernels(),
+      make_kernels<float>(),
+      make_kernels<double>(),
+      make_kernels<Half>(),
+      make_kernels<BFloat16>(),
 #define NF_DTYPE_KERNEL(name, Args)
 #define NF_UNTYPED_KERNEL(name, Args) name,
 #include "kernels/list.h"

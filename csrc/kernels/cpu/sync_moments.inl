@@ -14,7 +14,7 @@ template <class T>
 void pack_moments(const PackMoments& args, const Parallel& parallel) {
   using S = compute_t<T>;
   const ChannelView& view = args.view;
-  const MomentsOp<T, false> op{static_cast<const T*>(args.input)};
+  const MomentsOp<T, false> op{static_cast<const T*>(args.input), args.eps};
   args.words[0] = view.positions();
   auto* const moments = reinterpret_cast<RankMoments<S>*>(args.words + 1);
   reduce_tensor(op, view, sizeof(T), parallel, [&](const ResultTable& results, int64_t c0, int64_t c1) {

@@ -6,7 +6,6 @@
 
 namespace normfused::cpu {
 
-// Null where a kernel does not support the dtype.
 struct DTypeKernels {
 #define NF_DTYPE_KERNEL(name, Args) void (*name)(const Args&, const Parallel&);
 #define NF_UNTYPED_KERNEL(name, Args)
@@ -14,15 +13,14 @@ struct DTypeKernels {
 };
 
 struct KernelTable {
-  DTypeKernels float32, float64, float16, bfloat16, integers;
+  DTypeKernels float32, float64, float16, bfloat16;
 #define NF_DTYPE_KERNEL(name, Args)
 #define NF_UNTYPED_KERNEL(name, Args) void (*name)(const Args&, const Parallel&);
 #include "kernels/list.h"
 
+  // Precondition: a floating-point dtype.
   constexpr const DTypeKernels& of(DType dtype) const {
     switch (dtype) {
-      case DType::kFloat32:
-        return float32;
       case DType::kFloat64:
         return float64;
       case DType::kFloat16:
@@ -30,7 +28,7 @@ struct KernelTable {
       case DType::kBFloat16:
         return bfloat16;
       default:
-        return integers;
+        return float32;
     }
   }
 };

@@ -56,7 +56,7 @@ cudaError_t BatchNormOf<T>::training(const BatchNormForward& args, Resources& re
     using Normalize = NormalizeOp<T, fused()>;
     using S = typename Normalize::S;
     S* const table = table_for<Normalize>(args.view, resources);
-    const MomentsOp<T, false> moments{static_cast<const T*>(args.input), args.view};
+    const MomentsOp<T, false> moments{static_cast<const T*>(args.input), args.view, args.eps};
     const bool aligned = all_aligned(args.input, args.output, args.residual);
     Normalize normalize;
     cudaError_t error = prepare_normalize(args, aligned, args.num_batches_tracked, table, resources, normalize);

@@ -3,7 +3,7 @@
 namespace normfused::cuda {
 
 cudaError_t channel_moments(const ChannelStats& args, Resources& resources) {
-  return for_any(args.dtype, [&](auto type) {
+  return for_floating(args.dtype, [&](auto type) {
     return channel_stats<MomentsOp<typename decltype(type)::type, true>>(args, resources);
   });
 }

@@ -29,6 +29,7 @@ struct MomentsOp {
 
   const T* tensor;
   ChannelView view;
+  double eps = 0;  // that the variance is added to
 
   NF_DEVICE const T* input(int) const { return tensor; }
   template <int>
@@ -110,14 +111,20 @@ struct MomentsOp {
     if (is_finite(sums[1])) {
       const Moments moments = moments_about(origin(channel), view.positions(), sums[0], sums[1]);
       sums[0] = moments.mean;
-      sums[1] = moments.m2;
+      sums[1] = moments.m2 < 0 ? 0 : moments.m2;  // rounding can leave a tiny negative M2
     } else if (sums[1] != sums[1]) {
       for (int k = 0; k < kSums; ++k) sums[k] = nan_double();
     }
   }
 
-  // A channel with an infinite value, or whose squares overflow S, is recomputed in double. A NaN is a valid result.
-  static NF_DEVICE bool is_valid(const Sum (&results)[kSums]) { return results[1] != infinity(); }
+  // A channel with an infinite value, or whose squares overflow or underflow S, is recomputed in double. A NaN is a
+  // valid result, and a constant channel is exact.
+  NF_DEVICE bool is_valid(const Sum (&results)[kSums]) const {
+    if (results[1] == infinity()) return false;
+    if constexpr (kExtremes)
+      if (results[2] == results[3]) return true;
+    return !can_underflow<S>({view.positions(), results[0], results[1]}, eps);
+  }
 
   // Block-wide: recomputes mean and M2 of the invalid channels among [first, first + channels), all of them at once, in
   // two passes over the tensor: one for the mean, one for the squared deviations. The leader of a channel, the thread
@@ -184,12 +191,12 @@ struct MomentsOp {
   }
 };
 
-// Sum, sum of squares, minimum and maximum: in double for floating dtypes, exact in int64 for integers.
+// Sum, sum of squares, minimum and maximum, in double.
 template <class T_>
 struct SumsOp {
   using T = T_;
-  using S = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
-  using Sum = S;
+  using S = double;
+  using Sum = double;
   static constexpr int kInputs = 1, kRequiredInputs = 1, kSums = 4;
   static constexpr bool kRecomputes = false, kStartsFromMemory = false;
 
@@ -209,7 +216,7 @@ struct SumsOp {
   NF_DEVICE uint32_t mask_bits(int64_t) const {
     return 0;
   }
-  static NF_DEVICE Sum identity(int k) { return k == 2 ? maximum() : k == 3 ? minimum() : 0; }
+  static NF_DEVICE Sum identity(int k) { return k == 2 ? HUGE_VAL : k == 3 ? -HUGE_VAL : 0; }
   // Minimum and maximum ignore a NaN; the sums carry it.
   static NF_DEVICE Sum merge(int k, Sum a, Sum b) {
     return k == 2 ? (b < a ? b : a) : k == 3 ? (b > a ? b : a) : a + b;
@@ -255,24 +262,70 @@ struct SumsOp {
     memcpy(&bits, &value, sizeof bits);
     return bits;
   }
-  static NF_DEVICE Sum maximum() {
-    if constexpr (std::is_integral_v<T>)
-      return INT64_MAX;
-    else
-      return HUGE_VAL;
+};
+
+// The rows of IntegerSums that T has, in order, as sums in int64: exact.
+template <class T_>
+struct IntegerSumsOp {
+  using T = T_;
+  using S = int64_t;
+  using Sum = int64_t;
+  static constexpr int kParts = kIntegerParts<T>, kMin = kParts, kMax = kParts + 1;
+  static constexpr int kInputs = 1, kRequiredInputs = 1, kSums = kParts + 2;
+  static constexpr bool kRecomputes = false, kStartsFromMemory = false;
+
+  // Packed, so that the states of a block fit into 48 KiB of shared memory.
+  struct __attribute__((packed, aligned(4))) State {
+    Sum parts[kParts];
+    T low, high;
+  };
+
+  const T* tensor;
+  ChannelView view;
+
+  NF_DEVICE const T* input(int) const { return tensor; }
+  template <int>
+  NF_DEVICE uint32_t mask_bits(int64_t) const {
+    return 0;
   }
-  static NF_DEVICE Sum minimum() {
-    if constexpr (std::is_integral_v<T>)
-      return INT64_MIN;
-    else
-      return -HUGE_VAL;
+  static NF_DEVICE Sum identity(int k) { return k == kMin ? INT64_MAX : k == kMax ? INT64_MIN : 0; }
+  static NF_DEVICE Sum merge(int k, Sum a, Sum b) {
+    return k == kMin ? (b < a ? b : a) : k == kMax ? (b > a ? b : a) : a + b;
   }
+  // accumulate() initializes the extremes with its first values, so T's limits are not needed.
+  NF_DEVICE State start(int64_t) const { return {}; }
+
+  template <int n, bool kMasked>
+  NF_DEVICE void accumulate(State& state, const S (&values)[1][n], uint32_t valid, uint32_t, bool first) const {
+    Sum low = first ? identity(kMin) : state.low, high = first ? identity(kMax) : state.high;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (kMasked && !(valid >> i & 1)) continue;
+      const S value = values[0][i];
+      uint64_t parts[kParts];
+      split_integer(static_cast<T>(value), parts);
+#pragma unroll
+      for (int k = 0; k < kParts; ++k) state.parts[k] += static_cast<Sum>(parts[k]);
+      low = merge(kMin, low, value);
+      high = merge(kMax, high, value);
+    }
+    state.low = static_cast<T>(low);
+    state.high = static_cast<T>(high);
+  }
+
+  NF_DEVICE void fold(const State& state, int64_t, int64_t, Sum (&sums)[kSums]) const {
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) sums[k] = state.parts[k];
+    sums[kMin] = state.low;
+    sums[kMax] = state.high;
+  }
+  NF_DEVICE void finalize(int64_t, Sum (&)[kSums]) const {}
 };
 
 // A Finish that writes result k of a channel to results[k][channel].
 template <class Sum>
 struct WriteResults {
-  Sum* results[4];
+  Sum* results[IntegerSums::kRows];
 
   using Preloaded = NoPreload;
   NF_DEVICE Preloaded preload(int64_t) const { return {}; }

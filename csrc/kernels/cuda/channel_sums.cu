@@ -3,8 +3,8 @@
 namespace normfused::cuda {
 
 cudaError_t channel_sums(const ChannelStats& args, Resources& resources) {
-  return for_any(args.dtype,
-                 [&](auto type) { return channel_stats<SumsOp<typename decltype(type)::type>>(args, resources); });
+  return for_floating(args.dtype,
+                      [&](auto type) { return channel_stats<SumsOp<typename decltype(type)::type>>(args, resources); });
 }
 
 }  // namespace normfused::cuda

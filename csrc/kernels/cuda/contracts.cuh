@@ -55,7 +55,7 @@ NF_TRAIT(HasMerge,
          std::enable_if_t<std::is_same_v<decltype(T::merge(0, T::identity(0), T::identity(0))), typename T::Sum>>);
 NF_TRAIT(HasFinalize,
          decltype(std::declval<const T&>().finalize(int64_t{}, std::declval<typename T::Sum (&)[T::kSums]>())));
-NF_TRAIT(HasRecompute, decltype(T::is_valid(std::declval<const typename T::Sum (&)[T::kSums]>())),
+NF_TRAIT(HasRecompute, decltype(std::declval<const T&>().is_valid(std::declval<const typename T::Sum (&)[T::kSums]>())),
          decltype(std::declval<const T&>().recompute(int64_t{}, 0, 0, bool{},
                                                      std::declval<typename T::Sum (&)[T::kSums]>())));
 
@@ -110,7 +110,7 @@ constexpr bool check_reduce_op() {
   static_assert(HasFinalize<Op>::value, "a reduce Op needs finalize(channel, sums) const");
   if constexpr (Op::kRecomputes)
     static_assert(HasRecompute<Op>::value,
-                  "a reduce Op with kRecomputes needs static is_valid(results) and "
+                  "a reduce Op with kRecomputes needs is_valid(results) const and "
                   "recompute(first, channels, slot, is_leader, results) const");
   static_assert(HasPrefetch<Finish>::value, "a Finish needs prefetch(channel) const");
   static_assert(HasPreload<Finish>::value, "a Finish needs the type Preloaded and Preloaded preload(channel) const");

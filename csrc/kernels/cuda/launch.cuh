@@ -28,9 +28,9 @@ cudaError_t for_floating(DType dtype, const F& f) {
   }
 }
 
-// The same for floating and integer dtypes.
+// The same for integer dtypes.
 template <class F>
-cudaError_t for_any(DType dtype, const F& f) {
+cudaError_t for_integer(DType dtype, const F& f) {
   switch (dtype) {
     case DType::kUInt8:
       return f(Type<uint8_t>{});
@@ -43,7 +43,7 @@ cudaError_t for_any(DType dtype, const F& f) {
     case DType::kInt64:
       return f(Type<int64_t>{});
     default:
-      return for_floating(dtype, f);
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -7,7 +7,7 @@ namespace normfused::cuda {
 cudaError_t pack_moments(const PackMoments& args, Resources& resources) {
   return for_floating(args.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const MomentsOp<T, false> moments{static_cast<const T*>(args.input), args.view};
+    const MomentsOp<T, false> moments{static_cast<const T*>(args.input), args.view, args.eps};
     const WriteMoments<compute_t<T>> write{args};
     const ReductionPlan plan = plan_for(moments, write, 1, all_aligned(args.input), false, resources);
     return reduce(moments, write, NoApply{}, plan, resources);
