@@ -44,6 +44,10 @@ def check_can_be_overwritten(caller: str, input: Tensor) -> None:
             f"{caller} cannot write over input, whose elements share memory: shape {tuple(input.shape)}, "
             f"strides {input.stride()}; clone it first"
         )
+    if input.is_neg():
+        raise RuntimeError(
+            f"{caller} cannot write over input, a view that negates its memory; pass a copy: input.resolve_neg()"
+        )
     base = _torch_private.view_base(input)
     if torch.is_grad_enabled() and base is not None and base.is_leaf and base.requires_grad:
         kind = "a leaf" if base is input else "a view of a leaf"
