@@ -1,5 +1,5 @@
-"""The exception of the commands."""
+"""The exception of the commands and of files."""
 
 
-class CommandError(Exception):
-    """A command cannot run. The message is one line for the user."""
+class CommandError(ValueError):
+    """A command cannot run, or files cannot be read. The message is one line for the user."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pixels import BOOLS, CHW, HWC, IMAGES, OTHER_CHANNELS, assert_is_of_all_pixels, exact_sums
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -122,9 +123,11 @@ def test_array_of_images(data: Any, layout: str | None, batch_size: int) -> None
 
 
 def test_one_image_is_no_data_set() -> None:
-    message = r"^data of shape \(60, 28, 28\) is one image in layout CHW: pass layout='NHW' for many grayscale images$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"images of shape \(60, 28, 28\) .* or 'NHW' for 60 grayscale images$"):
         dataset_stats(torch.zeros(60, 28, 28))
+    message = r"^data of shape \(3, 28, 28\) has layout CHW, whose first dimension is not N: pass layout='NHW' for many"
+    with pytest.raises(ValueError, match=message):
+        dataset_stats(torch.zeros(3, 28, 28))
     assert dataset_stats(torch.zeros(60, 28, 28), layout="NHW").images == 60
 
 
@@ -350,3 +353,61 @@ assert sum(s.sum_of_squares for s in stats.sums) == squares
 @pytest.mark.usefixtures("needs_extension")
 def test_a_billion_bytes_need_no_additional_memory(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", BILLION], check=True, timeout=900, cwd=tmp_path)
+
+
+def test_batches_of_grayscale_images_need_a_layout() -> None:
+    """Four images of shape (28, 28) would otherwise be four channels of one image."""
+    images = torch.randint(0, 256, (10, 28, 28), dtype=torch.uint8)
+    loader = DataLoader(images, batch_size=4)
+    message = (
+        r"item 0: a batch of shape \(4, 28, 28\): pass layout=, 'NHW' for grayscale images, or the layout of a single"
+    )
+    with pytest.raises(ValueError, match=message):
+        dataset_stats(loader)
+    stats = dataset_stats(loader, layout="NHW")
+    assert (stats.images, stats.channels) == (10, 1)
+    assert stats == ChannelStats().update(images, "NHW")
+
+
+class Chunked:
+    """As an array of zarr or h5py: it is neither a tensor nor a NumPy array, and reads what is indexed."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape, self.dtype, self.ndim = array, array.shape, array.dtype, array.ndim
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.array(self.array[index])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_arrays_of_other_libraries(num_workers: int) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (9, 4, 5, 3), dtype=np.uint8)
+    expected = ChannelStats().update(array)
+    assert dataset_stats(Chunked(array), num_workers=num_workers) == expected
+    assert dataset_stats(Chunked(array.transpose(0, 3, 1, 2)), layout="NCHW", num_workers=num_workers) == expected
+
+
+def test_a_dict_of_data_sets_is_refused() -> None:
+    with pytest.raises(TypeError, match="data must be one dataset, got a dict of 'train', 'test': pass one of them"):
+        dataset_stats({"train": [], "test": []})
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_path_is_read_as_by_the_command(tmp_path: Path, num_workers: int) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    np.savez(tmp_path / "images.npz", x=pictures, y=np.arange(6))
+    expected = ChannelStats().update(pictures)
+    with pytest.warns(RuntimeWarning, match=r"not read: not a picture by its name: .*images\.npz"):
+        assert dataset_stats(tmp_path, num_workers=num_workers) == expected
+    assert dataset_stats(str(tmp_path / "images.npz"), key="x") == expected
+    assert dataset_stats(str(tmp_path / "images.npz"), key="x", layout="NHWC", scale=0.5).scale == 0.5
+    (tmp_path / "7.png").write_bytes(b"no PNG")
+    with pytest.raises(ValueError, match=r"7\.png: cannot identify image file"):
+        dataset_stats(tmp_path, num_workers=num_workers)
+    with pytest.raises(FileNotFoundError):
+        dataset_stats(tmp_path / "missing")

@@ -16,21 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import picture_files
 import pytest
 import torch
 from PIL import Image
+from stats_runs import GRAY, PICTURES, RANDOM, RGB, STACK, expected, fails_with, run
 
 import normfused
 from normfused import ChannelStats
-from normfused.cli import stats as stats_command
 from normfused.cli.main import main
 from normfused.cli.stats import histogram
-from normfused.cli.stats.readers import Files, Pictures
-
-RANDOM = np.random.default_rng(0)
-PICTURES = [RANDOM.integers(0, 250 - 20 * i, (6 + i, 9, 3), dtype=np.uint8) for i in range(5)]
-STACK = RANDOM.integers(0, 256, (20, 6, 5), dtype=np.uint8)
+from normfused.data import sources
+from normfused.data.sources import Options, Pictures
 
 
 @pytest.fixture
@@ -47,23 +43,6 @@ def folder(tmp_path: Path) -> Path:
 # What is printed about the folder's other files.
 TEXT = "not read (not a picture by its name): labels.txt\n"
 SUBFOLDER = "not read (subfolder, which --recursive searches): more\n"
-
-
-def expected(images: list[np.ndarray], layout: str | None = None, scale: float | None = None) -> ChannelStats:
-    stats = ChannelStats(scale)
-    for image in images:
-        stats.update(image, layout)
-    return stats
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    code = main(["stats", *map(str, arguments)])
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
-
-
-def fails_with(message: str, capsys: pytest.CaptureFixture[str], *arguments: Any) -> bool:
-    return run(capsys, *arguments) == (2, "", f"normfused stats: error: {message}\n")
 
 
 # --- inputs ------------------------------------------------------------------------------------
@@ -186,15 +165,78 @@ def test_layout(
     assert run(capsys, path, *(("--layout", layout) if layout else ())) == (0, f"{stats}\n", "")
 
 
+def test_several_paths(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".PNG"))
+    assert run(capsys, *paths) == (0, f"{expected(PICTURES[:2])}\n", "")
+    other = folder.with_name("others")
+    other.mkdir()
+    Image.fromarray(PICTURES[0]).save(other / "5.png")
+    assert run(capsys, folder, other)[1] == f"{expected([*PICTURES, PICTURES[0]])}\n"
+    out = folder / "more" / "out.png"
+    assert run(capsys, folder, other, "--plot", out, "--json", folder / "more" / "out.json")[0] == 0
+    assert json.loads((folder / "more" / "out.json").read_text())["settings"]["paths"] == [str(folder), str(other)]
+
+
+@pytest.mark.parametrize("ending", ["npy", "NPY", "npz", "NPZ"])
+def test_a_folder_of_arrays(tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, images in (("b", STACK[:3]), ("a", STACK[3:])):
+        with (tmp_path / f"{name}.{ending}").open("wb") as file:  # np.save would add an ending
+            (np.save if ending.lower() == "npy" else np.savez)(file, images)
+    (tmp_path / "labels.txt").write_text("cat")
+    done = run(capsys, tmp_path, "--layout", "NHW")
+    assert done == (0, f"{expected([STACK[3:], STACK[:3]], 'NHW')}\n", TEXT)
+
+
+def test_arrays_beside_pictures_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(folder / "embeddings.npy", STACK)
+    text = TEXT.replace("labels.txt", "embeddings.npy, labels.txt")
+    assert run(capsys, folder) == (0, f"{expected(PICTURES)}\n", text + SUBFOLDER)
+
+
+def test_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "images.npz"
+    np.savez(path, x=STACK, y=np.arange(20))
+    assert run(capsys, path, "--key", "x", "--layout", "NHW") == (0, f"{expected([STACK], 'NHW')}\n", "")
+    assert fails_with(f"{path}: contains x, y, not z", capsys, path, "--key", "z")
+
+
+@pytest.mark.parametrize("layout", ["NCDHW", "CDHW", "TCHW", "THWC", "HWCN", "HWNC", "CN"])
+def test_layouts_by_name(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces too: the images need not be the first dimension."""
+    monkeypatch.setattr("normfused.data.sources._VALUES_AT_A_TIME", 100)
+    sizes = {"N": 4, "C": 3, "D": 2, "T": 6, "H": 5, "W": 7}
+    array = RANDOM.integers(0, 256, [sizes[letter] for letter in layout], dtype=np.uint8)
+    path = tmp_path / "images.npy"
+    np.save(path, array)
+    stats = expected([np.moveaxis(array, layout.index("C"), -1).reshape(-1, 3)], "NC")
+    stats.images = sizes["N"] if "N" in layout else 1
+    assert run(capsys, path, "--layout", layout) == (0, f"{stats}\n", "")
+
+
+IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: "i2", 0x0C: "i4", 0x0D: "f4", 0x0E: "f8"}
+
+
+@pytest.mark.parametrize("name", ["images-idx", "images.gz"])
+@pytest.mark.parametrize("kind", IDX_TYPES)
+def test_idx_of_any_type(tmp_path: Path, kind: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    array = (STACK.astype(np.int64) - 100).astype(IDX_TYPES[kind])
+    content = struct.pack(">BBBB3I", 0, 0, kind, 3, *array.shape) + array.astype(f">{IDX_TYPES[kind]}").tobytes()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert run(capsys, path) == (0, f"{expected([array], 'NHW')}\n", "")
+
+
 def test_an_array_is_read_in_pieces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("normfused.cli.stats.readers._VALUES_AT_A_TIME", 7 * 30)
+    monkeypatch.setattr("normfused.data.sources._VALUES_AT_A_TIME", 7 * 30)
     path = tmp_path / "images.npy"
     np.save(path, STACK)
     pieces: list[int] = []
-    measure = stats_command.measure
-    monkeypatch.setattr(stats_command, "measure", lambda x, *rest: pieces.append(len(x)) or measure(x, *rest))
+    measure = sources.measure
+    monkeypatch.setattr(sources, "measure", lambda x, *rest: pieces.append(len(x)) or measure(x, *rest))
     assert run(capsys, path, "--layout", "NHW") == (0, f"{expected([STACK], 'NHW')}\n", "")
     assert pieces == [7, 7, 6]
 
@@ -202,9 +244,9 @@ def test_an_array_is_read_in_pieces(
 def test_npy_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "images.npy"
     np.save(path, STACK)
-    source = stats_command.open_source(path, "NHW", None, False)
-    assert np.shares_memory(source[0], source.array)
-    assert isinstance(source.array, np.memmap)
+    array, layout = sources.open_source([path], Options(layout="NHW"))[0]
+    assert layout == "NHW"
+    assert isinstance(array, np.memmap)
 
 
 def test_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,163 +256,6 @@ def test_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
     code, table, _ = run(capsys, path)
     assert code == 0
     assert table.endswith("\nnormfused.transforms.Normalize(mean=[0.2860], std=[0.3530])\n")
-
-
-# --- modes and channels of pictures ------------------------------------------------------------
-
-
-def one_picture(tmp_path: Path, image: Image.Image, channels: str | None = None, ending: str = "png") -> np.ndarray:
-    path = tmp_path / f"picture.{ending}"
-    image.save(path)
-    return Pictures(Files([path]), channels)[0]
-
-
-GRAY, RGB = Image.fromarray(STACK[0]), Image.fromarray(PICTURES[0])
-
-
-def transparent_palette() -> Image.Image:
-    image = RGB.quantize(16)
-    image.info["transparency"] = bytes(range(16))
-    return image
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    ("image", "channels", "pixels"),
-    [
-        (GRAY, None, STACK[0]),
-        (GRAY, "rgb", np.stack([STACK[0]] * 3, -1)),
-        (RGB, None, PICTURES[0]),
-        (RGB, "gray", np.asarray(RGB.convert("L"))),
-        (RGB.convert("RGBA"), None, np.dstack([PICTURES[0], np.full(PICTURES[0].shape[:2], 255)])),
-        (RGB.convert("RGBA"), "rgb", PICTURES[0]),
-        (RGB.quantize(16), None, np.asarray(RGB.quantize(16).convert("RGB"))),
-        (transparent_palette(), None, np.asarray(RGB.quantize(16).convert("RGB"))),
-        (transparent_palette(), "gray", np.asarray(RGB.quantize(16).convert("RGB").convert("L"))),
-        (GRAY.convert("1"), None, np.asarray(GRAY.convert("1")) * 255),
-        (Image.fromarray(STACK[0].astype(np.uint16) * 257), None, STACK[0].astype(np.int64) * 257),
-        (Image.fromarray(STACK[0].astype(np.uint16) * 257), "gray", STACK[0].astype(np.int64) * 257),
-    ],
-)
-def test_modes(tmp_path: Path, image: Image.Image, channels: str | None, pixels: np.ndarray) -> None:
-    got = one_picture(tmp_path, image, channels)
-    assert got.dtype != bool
-    assert (got == pixels).all()
-
-
-DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
-PILLOWS = {("uint8", 1), ("uint8", 3), ("uint16", 1), ("int16", 1), ("int32", 1), ("float32", 1)}  # dtypes and bands
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_tiff_is_read_as_stored_or_refused(
-    tmp_path: Path, dtype: str, channels: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    limits = np.iinfo(dtype) if dtype[0] in "ui" else np.finfo("float32")
-    pixels = np.random.default_rng(0).uniform(limits.min / 2, limits.max / 2, (6, 5, channels)).astype(dtype)
-    path = tmp_path / "image.tiff"
-    path.write_bytes(picture_files.tiff(pixels))
-    code, table, error = run(capsys, path)
-    if (dtype, channels) in PILLOWS:
-        stats = expected([pixels.astype(np.int32) if dtype == "int16" else pixels], "HWC")
-        assert (code, table, error) == (0, f"{stats}\n", "")
-    else:
-        assert (code, table) == (2, "")
-        assert error.startswith(f"normfused stats: error: {path}: ")
-        assert "which Pillow reads as mode" in error or "cannot identify image file" in error
-
-
-@pytest.mark.parametrize(
-    "ending", ["pcx", "tga", "sgi", "bmp", "ppm", "png", "webp", "gif", "ras", "im", "tiff", "jp2"]
-)
-def test_eight_bits_of_any_width_are_accepted(tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pixels = RANDOM.integers(0, 256, (5, 700, 3), dtype=np.uint8)
-    path = tmp_path / f"image.{ending}"
-    try:
-        Image.fromarray(pixels).save(path)
-    except (KeyError, OSError, ValueError):
-        pytest.skip(f"Pillow cannot write .{ending}")
-    with Image.open(path) as file:
-        stored = np.asarray(file.convert("RGB"))
-    assert run(capsys, path) == (0, f"{expected([stored])}\n", "")
-
-
-@pytest.mark.parametrize("channels", ["gray", "rgb", None])
-@pytest.mark.parametrize("bands", [2, 3, 4])
-def test_sixteen_bits_are_not_reduced_to_eight(
-    tmp_path: Path, bands: int, channels: str | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pixels = RANDOM.integers(0, 65536, (6, 5, bands), dtype=np.uint16)
-    (tmp_path / "image.png").write_bytes(picture_files.png(pixels))
-    (tmp_path / "image.ppm").write_bytes(picture_files.ppm(pixels[..., :3]))
-    (tmp_path / "gray.png").write_bytes(picture_files.png(pixels[..., :1]))
-    for name in ("image.png", "image.ppm")[: 2 if bands >= 3 else 1]:
-        options = ("--channels", channels) if channels else ()
-        code, table, error = run(capsys, tmp_path / name, *options)
-        assert (code, table) == (2, "")
-        assert "16 bits per sample, of which Pillow keeps 8" in error
-    assert run(capsys, tmp_path / "gray.png")[:2] == (0, f"{expected([pixels[..., :1]], 'HWC')}\n")
-
-
-@pytest.mark.parametrize("ending", ["tiff", "png", "webp", "gif"])
-def test_several_frames(tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / f"three.{ending}"
-    frames = [Image.fromarray(image.repeat(4, 0)).convert("RGB") for image in STACK[:3]]
-    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
-    pixels = []
-    with Image.open(path) as file:
-        for number in range(3):
-            file.seek(number)
-            pixels.append(np.asarray(file.convert("RGB")))
-    assert fails_with(f"{path}: 3 frames or pages: --frames first or --frames all", capsys, path)
-    assert run(capsys, path, "--frames", "first") == (0, f"{expected(pixels[:1])}\n", "")
-    assert run(capsys, path, "--frames", "all") == (0, f"{expected(pixels)}\n", "")
-    assert run(capsys, path, "--frames", "all", "--channels", "gray")[0] == 0
-
-
-def test_all_frames_of_gray_pages_and_of_single_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, folder, "--frames", "all")[1] == f"{expected(PICTURES)}\n"
-    path = folder / "more" / "two.tiff"
-    GRAY.save(path, save_all=True, append_images=[Image.fromarray(STACK[1])])
-    assert run(capsys, path, "--frames", "all") == (0, f"{expected([STACK[0], STACK[1]])}\n", "")
-    GRAY.save(path, save_all=True, append_images=[GRAY.crop((0, 0, 2, 2))])
-    code, table, error = run(capsys, path, "--frames", "all")
-    assert (code, table) == (2, "")
-    assert "2 frames or pages of different shapes: (2, 2, 1), (6, 5, 1)" in error
-
-
-def test_the_photograph_of_a_phone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "photo.mpo"
-    RGB.save(path, format="MPO", save_all=True, append_images=[RGB])
-    with Image.open(path) as file:
-        assert file.n_frames == 2
-        stored = np.asarray(file)
-    path.rename(path.with_suffix(".jpg"))
-    assert run(capsys, path.with_suffix(".jpg")) == (0, f"{expected([stored])}\n", "")
-
-
-def test_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "deep.png"
-    Image.fromarray(STACK[0].astype(np.uint16)).save(path)
-    code, _, error = run(capsys, path, "--channels", "rgb")
-    assert code == 2
-    assert error.startswith(f"normfused stats: error: {path}: Pillow cannot convert mode I")
-    code, table, _ = run(capsys, path)
-    assert table == f"{expected([STACK[0].astype(np.uint16)])}\n"
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_mixed_channel_counts(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
-    GRAY.save(folder / "3a.png")
-    message = f"{folder / '3a.png'}: channels: got 1, but the images before have 3"
-    assert fails_with(message, capsys, folder, "--workers", workers)
-    assert fails_with(message, capsys, folder, "--on-error", "skip")
-    gray = [np.asarray(Image.fromarray(p).convert("L")) for p in PICTURES]
-    table = f"{expected([*gray[:4], STACK[0], gray[4]])}\n"
-    assert run(capsys, folder, "--channels", "gray") == (0, table, TEXT + SUBFOLDER)
-    table = run(capsys, folder, "--channels", "rgb")[1]
-    assert table == f"{expected([*PICTURES, np.stack([STACK[0]] * 3, -1)])}\n"
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -466,8 +351,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("missing", None, "[Errno 2] No such file or directory: '{path}'"),
         ("a.npy", lambda path: path.write_bytes(b""), "{path}: No data left in file"),
         ("a.npz", lambda path: path.write_bytes(b"PK\x03\x04 and no more"), "{path}: File is not a zip file"),
-        ("a.npz", lambda path: np.savez(path, x=STACK, y=STACK), "{path}: must contain one array, has x, y"),
-        ("a.npz", lambda path: np.savez(path), "{path}: must contain one array, has none"),
+        ("a.npz", lambda path: np.savez(path, x=STACK, y=STACK), "{path}: contains x, y: --key chooses one"),
+        ("a.npz", lambda path: np.savez(path), "{path}: contains no array"),
         (
             "a.npy",
             lambda path: np.save(path, np.array([None])),
@@ -482,12 +367,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "a.npy",
             lambda path: np.save(path, STACK.reshape(20, 3, 2, 5)),
             "{path}: images of shape (20, 3, 2, 5) would have 5 channels in layout NHWC, the default for arrays: "
-            "pass layout='NCHW' for 3 channels, or layout='NHWC' for 5",
+            "pass --layout, such as 'NCHW' for 3 channels, 'NHWC' for 5 channels or 'CDHW' for 20 channels of a volume",
         ),
         (
             "labels-idx1-ubyte",
             lambda path: path.write_bytes(idx_bytes(STACK[0, 0])),
-            "{path}: images need 2, 3 or 4 dimensions, got shape (5,)",
+            "{path}: images need 2, 3 or 4 dimensions, got shape (5,): for others pass --layout",
         ),
         (
             "images-idx3-ubyte",
@@ -497,7 +382,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             "images.gz",
             lambda path: path.write_bytes(gzip.compress(b"no IDX")),
-            "{path}: not an IDX file of unsigned bytes: starts with 6e 6f 20 49, not 00 00 08",
+            "{path}: not an IDX file: starts with 6e 6f 20 49, not 00 00",
         ),
     ],
 )
@@ -522,8 +407,19 @@ def test_inapplicable_options(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert fails_with(message.replace("channels", "frames"), capsys, path, "--frames", "all")
     message = "--layout applies to arrays; a picture file defines its own layout"
     assert fails_with(message, capsys, folder, "--layout", "HWC")
+    assert fails_with(message.replace("layout applies", "key applies"), capsys, folder, "--key", "x")
+    assert fails_with(f"{path}: --key names an array of an .npz file", capsys, path, "--key", "x")
+    picture = folder / "0.png"
+    assert fails_with(f"{path} is an array and {picture} is not: pass one kind", capsys, picture, path)
+    assert fails_with(f"{picture}: given more than once", capsys, picture, picture)
+    layout = (
+        "layout must consist of distinct letters, N for images, C for channels and any other for a dimension of an "
+    )
+    assert run(capsys, path, "--layout", "cc")[2].startswith(f"normfused stats: error: {layout}")
+    assert fails_with(f"{path}: --layout NCHW does not fit shape (6, 5)", capsys, path, "--layout", "NCHW")
     assert fails_with(f"{folder / 'more'}: no picture files", capsys, folder / "more")
     message = f"{tmp_path}: no picture files; --recursive searches its subfolders (1)"
+    path.unlink()
     assert fails_with(message, capsys, tmp_path)
     message = f"--json {tmp_path}/none/out.json: the folder {tmp_path}/none does not exist"
     assert fails_with(message, capsys, folder, "--json", tmp_path / "none" / "out.json")
@@ -564,7 +460,7 @@ def test_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     stats = expected(PICTURES, scale=0.5)
     assert code == 0
     assert ChannelStats.from_dict(written["stats"]) == stats == ChannelStats.load(out)
-    assert written["settings"]["path"] == str(folder)
+    assert written["settings"]["paths"] == [str(folder)]
     assert written["settings"]["scale"] == 0.5
     assert (written["images"], written["complete"], written["skipped"]) == (5, True, {})
     for name, values in {"mean": stats.mean, "std": stats.std, "min": stats.min, "max": stats.max}.items():
@@ -601,7 +497,7 @@ def test_histogram_counts(
     path, out = tmp_path / "images.npy", tmp_path / "out.png"
     np.save(path, np.stack([image[:6] for image in images]))
     pixels = np.concatenate([image[:6].reshape(-1, 3) for image in images])
-    monkeypatch.setattr("normfused.cli.stats.readers._VALUES_AT_A_TIME", 300)
+    monkeypatch.setattr("normfused.data.sources._VALUES_AT_A_TIME", 300)
     assert run(capsys, path, "--plot", out)[0] == 0
     counts, stats, low, high, name = drawn[0]
     assert name == "images.npy"
@@ -657,6 +553,53 @@ def test_no_histogram_without_finite_values(tmp_path: Path, capsys: pytest.Captu
     assert not out.exists()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("$x_{$.npy", "$x_{$.npy"),
+        ("\u56fe\u50cf \u00e9.npy", "\\u56fe\\u50cf \u00e9.npy"),
+        ("bad\udcff.npy", "bad\\udcff.npy"),
+    ],
+    ids=["math", "CJK", "surrogate"],
+)
+def test_names_in_plots(tmp_path: Path, name: str, title: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert histogram._printable(name) == title
+    path, out = tmp_path / name, tmp_path / "out.json"
+    np.save(path, np.stack([image[:6] for image in PICTURES]))
+    assert run(capsys, path, "--plot", tmp_path / "out.png", "--json", out)[0] == 0
+    assert json.loads(out.read_text())["settings"]["paths"] == [str(path)]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("channels", "inches"), [(1, 3.4), (16, 39.4), (17, 5.8), (300, 5.8)])
+def test_plots_of_many_channels_have_a_limited_size(
+    tmp_path: Path, channels: int, inches: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "images.npy", tmp_path / "out.png"
+    np.save(path, RANDOM.normal(size=(2, channels, 4, 5)))
+    assert run(capsys, path, "--layout", "NCHW", "--plot", out)[0] == 0
+    with Image.open(out) as picture:
+        assert picture.size == (8 * 150, round(inches * 150))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("channels", [2, 20])
+def test_plots_of_a_channel_without_finite_values(
+    tmp_path: Path, channels: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = RANDOM.normal(size=(2, channels, 4, 5))
+    images[:, 1] = np.nan
+    path, out = tmp_path / "images.npy", tmp_path / "out.png"
+    np.save(path, images)
+    assert run(capsys, path, "--layout", "NCHW", "--plot", out)[0] == 0
+    assert out.stat().st_size > 10_000
+    images[:] = np.nan
+    np.save(path, images)
+    code, _, error = run(capsys, path, "--layout", "NCHW", "--plot", out)
+    assert (code, error) == (2, "normfused stats: error: --plot: all values are NaN or infinite\n")
+
+
 # --- Ctrl-C ------------------------------------------------------------------------------------
 
 
@@ -704,17 +647,17 @@ def test_a_real_interrupt(tmp_path: Path, workers: int) -> None:
 import sys, time
 import numpy as np
 from normfused.cli.main import main
-from normfused.cli.stats import readers
+from normfused.data import sources
 from pathlib import Path
 
 def read(self, index):
     if index >= 8:
         Path({str(tmp_path / "started")!r}).touch()
     time.sleep(0.05)
-    return np.full((4, 4), index, dtype=np.uint8)
+    return np.full((4, 4), index, dtype=np.uint8), "HW"
 
-readers.Pictures.__getitem__ = read
-readers._picture_files = lambda folder, recursive: readers.Files(list(folder.glob("*.slow")))
+sources.Pictures.__getitem__ = read
+sources.find_files = lambda folder, *rest: sources.Files(list(folder.glob("*.slow")))
 sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {str(out)!r}]))
 """
     # In its own process group, because Ctrl-C in a terminal goes to the workers too.

@@ -78,14 +78,27 @@ def test_input_is_not_written() -> None:
     assert (before == HWC).all()
 
 
+BATCH = (
+    "images of shape (64, 28, 28) would have 64 channels in layout CHW, the default for tensors: "
+    "pass layout=, such as 'CHW' for 64 channels, 'HWC' for 28 channels or 'NHW' for 64 grayscale images"
+)
+VOLUME = (
+    "images of shape (1, 64, 32, 32) would have 64 channels in layout NCHW, the default for tensors: "
+    "pass layout=, such as 'NCHW' for 64 channels, 'NHWC' for 32 channels or 'CDHW' for 1 channel of a volume"
+)
 BAD_IMAGES = [
     (torch.zeros(3, 4, 4, dtype=torch.bool), None, TypeError, BOOLS + "bool"),
     (np.zeros((4, 4), dtype=bool), None, TypeError, BOOLS + "bool"),
     (torch.zeros(3, 4, 4, dtype=torch.complex64), None, TypeError, BOOLS + "complex64"),
     (np.zeros((4, 4), dtype=np.uint32), None, TypeError, BOOLS + "uint32"),
     ("picture.png", None, TypeError, BOOLS + "str352"),
-    (torch.zeros(4), None, ValueError, "images need 2, 3 or 4 dimensions, got shape (4,)"),
-    (np.zeros((1, 2, 3, 4, 5)), None, ValueError, "images need 2, 3 or 4 dimensions, got shape (1, 2, 3, 4, 5)"),
+    (torch.zeros(4), None, ValueError, "images need 2, 3 or 4 dimensions, got shape (4,): for others pass layout="),
+    (
+        np.zeros((1, 2, 3, 4, 5)),
+        None,
+        ValueError,
+        "images need 2, 3 or 4 dimensions, got shape (1, 2, 3, 4, 5): for others pass layout=",
+    ),
     (torch.zeros(3, 0, 4), None, ValueError, "images of shape (3, 0, 4) have no values"),
     (torch.zeros(0, 3, 4, 4), None, ValueError, "images of shape (0, 3, 4, 4) have no values"),
     (
@@ -93,28 +106,35 @@ BAD_IMAGES = [
         None,
         ValueError,
         "images of shape (32, 32, 3) would have 32 channels in layout CHW, the default for tensors: "
-        "pass layout='HWC' for 3 channels, or layout='CHW' for 32",
+        "pass layout=, such as 'CHW' for 32 channels, 'HWC' for 3 channels or 'NHW' for 32 grayscale images",
     ),
     (
         np.zeros((3, 32, 32)),
         None,
         ValueError,
         "images of shape (3, 32, 32) would have 32 channels in layout HWC, the default for arrays: "
-        "pass layout='CHW' for 3 channels, or layout='HWC' for 32",
+        "pass layout=, such as 'CHW' for 3 channels, 'HWC' for 32 channels or 'NHW' for 3 grayscale images",
     ),
     (
         np.zeros((8, 1, 28, 28)),
         None,
         ValueError,
         "images of shape (8, 1, 28, 28) would have 28 channels in layout NHWC, the default for arrays: "
-        "pass layout='NCHW' for 1 channels, or layout='NHWC' for 28",
+        "pass layout=, such as 'NCHW' for 1 channel, 'NHWC' for 28 channels or 'CDHW' for 8 channels of a volume",
     ),
-    (
-        torch.zeros(3, 4, 4),
-        "CWH",
-        ValueError,
-        "layout must be one of HW, CHW, HWC, NHW, NCHW, NHWC, NC, got 'CWH'",
+    *(
+        (
+            torch.zeros(3, 4, 4),
+            layout,
+            ValueError,
+            "layout must consist of distinct letters, N for images, C for channels and any other for a dimension of an "
+            f"image, such as 'NCHW', 'HWC' or 'CDHW'; got {layout!r}",
+        )
+        for layout in ("CHC", "chw", "", "C W", 3)
     ),
+    # A batch of grayscale images, which a loader makes of items of shape (28, 28), and a volume.
+    (torch.zeros(64, 28, 28), None, ValueError, BATCH),
+    (torch.zeros(1, 64, 32, 32), None, ValueError, VOLUME),
     (
         torch.zeros(4, 4),
         "CHW",
@@ -143,7 +163,7 @@ def test_bad_images(images: Any, layout: str | None, kind: type[Exception], mess
 
 def test_unusual_shapes() -> None:
     assert ChannelStats().update(torch.zeros(32, 32, 3), "CHW").channels == 32
-    assert ChannelStats().update(torch.zeros(13, 32, 32)).channels == 13  # both ends are large
+    assert ChannelStats().update(torch.zeros(13, 32, 32), "CHW").channels == 13
 
 
 def test_other_number_of_channels() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import normfused
-from normfused.data.images import LAYOUTS
+from normfused.data.sources import MAX_PIXELS, Options
 from normfused.errors import CommandError
 
 USAGE_ERROR = 2
@@ -66,8 +66,20 @@ def _add_stats(commands: Any) -> None:
         "130 after Ctrl-C, with the statistics of the images so far.",
     )
     add = stats.add_argument
-    add("path", type=Path, metavar="PATH", help="a folder of pictures, a picture, or an IDX (.gz), .npy or .npz file")
-    add("--layout", choices=LAYOUTS, help="layout of an array (default: HW, NHWC; NHW for IDX)")
+    add(
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="folders of pictures or arrays, pictures, or arrays: IDX (also .gz), .npy or .npz files",
+    )
+    add(
+        "--layout",
+        metavar="L",
+        help="layout of an array: a letter for each dimension, N images, C channels, as NHW, NCHW or CDHW "
+        "(default: HW, NHWC; NHW for IDX)",
+    )
+    add("--key", metavar="NAME", help="the array of an .npz file that has several")
     add("--scale", type=_scale, metavar="S", help="multiply values by S (default: 1/255 for 8 bits, else 1)")
     add(
         "--channels",
@@ -75,6 +87,13 @@ def _add_stats(commands: Any) -> None:
         help="convert pictures (default: as stored, palettes as RGB without their transparency)",
     )
     add("--frames", choices=("first", "all"), help="of animations and files with several pages (default: an error)")
+    add(
+        "--max-pixels",
+        type=_integer(1),
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse larger pictures (default: %(default)s)",
+    )
     add("--json", type=Path, metavar="FILE", help="write settings, figures and exact sums")
     add("--plot", type=Path, metavar="FILE", help="draw a histogram (PNG); reads the images a second time")
     add(
@@ -163,17 +182,15 @@ def _info(arguments: argparse.Namespace) -> int:
 def _stats(arguments: argparse.Namespace) -> int:
     from normfused.cli import stats  # imported here, so that other commands start faster
 
+    names = ("layout", "key", "channels", "frames", "recursive", "max_pixels")
     settings = stats.Settings(
-        path=arguments.path,
-        layout=arguments.layout,
+        paths=arguments.paths,
+        reading=Options(**{name: getattr(arguments, name) for name in names}),
         scale=arguments.scale,
-        channels=arguments.channels,
-        frames=arguments.frames,
         json=arguments.json,
         plot=arguments.plot,
         workers=arguments.workers,
         skip=arguments.on_error == "skip",
-        recursive=arguments.recursive,
     )
     try:
         return stats.run_stats(settings)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from normfused._torch_private import watched_worker_info
 from normfused.checks import check_process_group
 from normfused.data.images import guess_layout
+from normfused.data.sources import Arrays, Options, Pictures, Source, open_source, read_parts
 from normfused.data.stats import NONFINITE, ChannelStats, measure
 
 # Minimum number of values of a tensor or array per call. With fewer the overhead of a call outweighs its work.
@@ -44,10 +47,11 @@ def dataset_stats(
     Ctrl-C stops the reading and returns the statistics of the images so far, with ``complete=False``.
 
     Args:
-        data: a tensor or array of images with a first dimension N; a map-style dataset or sequence; an iterable
-            dataset; a ``DataLoader``; any iterable. Items are what :meth:`ChannelStats.update` accepts, or tuples or
-            dicts that contain it.
-        layout: layout of ``data`` if that is a tensor or array, else of each item; see :meth:`ChannelStats.update`.
+        data: a tensor or array (also of ``zarr`` or ``h5py``) of images with a dimension N; the path of a file or
+            folder, as for ``normfused stats``; a map-style dataset or sequence; an iterable dataset; a ``DataLoader``;
+            any iterable. Items are what :meth:`ChannelStats.update` accepts, or tuples or dicts that contain it.
+        layout: layout of ``data`` if that is a tensor or array, else of each item; see :meth:`ChannelStats.update`. It
+            must be given if a ``DataLoader`` batches items to three dimensions.
         scale: as in :class:`ChannelStats`.
         key: index or key of the image in an item. Default: 0 for a tuple or list; for a dict the one key of
             ``"image"``, ``"images"``, ``"img"`` and ``"pixel_values"`` that it has.
@@ -82,6 +86,11 @@ def dataset_stats(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(data, Mapping):
+        names = ", ".join(map(repr, data))
+        raise TypeError(f"data must be one dataset, got a {type(data).__name__} of {names}: pass one of them")
+    if isinstance(data, (str, os.PathLike)):
+        data = open_source([Path(data)], Options(layout=layout, key=key))
     is_indexed = not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
     items = range(len(data)) if is_indexed else None
     if process_group is not None:
@@ -90,18 +99,25 @@ def dataset_stats(
         progress = progress if rank == 0 else False
         if items is not None:
             items = items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
-    own, total = (None, None) if items is None else (len(items), len(data))
+    is_source = isinstance(data, (Pictures, Arrays))
+    own, total = (None, None) if items is None or is_source else (len(items), len(data))
 
     def read() -> ChannelStats:
         parts: Iterable[Part]
-        if isinstance(data, (Tensor, np.ndarray)):
+        if is_source:
             assert items is not None
+            parts = read_parts(data, items, scale, num_workers, lambda index, reason: _fail(data, index, reason))
+        elif items is not None and _is_array(data):
             parts = _stack_parts(data, items, layout, scale, batch_size)
         else:
-            parts = _dataset_parts(data, _Reader(layout, scale, key), items, batch_size, num_workers)
+            are_batches = isinstance(data, DataLoader) and data.batch_sampler is not None
+            parts = _dataset_parts(data, _Reader(layout, scale, key, are_batches), items, batch_size, num_workers)
         return collect(parts, scale, own, progress)
 
     stats = read() if process_group is None else _of_all_ranks(read, process_group)
+    if is_source and (left_out := data.left_out()):
+        listed = "; ".join(f"{reason}: {', '.join(paths[:5])}" for reason, paths in left_out.items())
+        warnings.warn(f"not read: {listed}", RuntimeWarning, stacklevel=2)
     if stats.images and stats.nonfinite.any():
         warnings.warn(NONFINITE, RuntimeWarning, stacklevel=2)
     if not stats.complete:
@@ -110,6 +126,15 @@ def dataset_stats(
     elif not stats.images:
         raise ValueError("data holds no images")
     return stats
+
+
+def _fail(source: Source, index: int, reason: str) -> None:
+    raise ValueError(f"{source.name(index)}: {reason}")
+
+
+def _is_array(data: Any) -> bool:
+    """Whether data is a tensor, or an array of NumPy, zarr or h5py, which slices many images at once."""
+    return isinstance(data, (Tensor, np.ndarray)) or (hasattr(data, "shape") and hasattr(data, "dtype"))
 
 
 def _of_all_ranks(read: Callable[[], ChannelStats], process_group: Any) -> ChannelStats:
@@ -144,7 +169,7 @@ def collect(parts: Iterable[Part], scale: float | None, total: int | None, progr
                 try:
                     stats.merge(part)
                 except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+                    raise type(error)(f"{name}: {error}") from error
                 advance(part.images)
     except KeyboardInterrupt:
         stats.complete = False
@@ -170,7 +195,7 @@ def _stack_parts(
     layout = layout or guess_layout(images)
     if not layout.startswith("N"):
         raise ValueError(
-            f"data of shape {tuple(images.shape)} is one image in layout {layout}: "
+            f"data of shape {tuple(images.shape)} has layout {layout}, whose first dimension is not N: "
             "pass layout='NHW' for many grayscale images"
         )
     step = max(batch_size, _VALUES_AT_A_TIME * len(images) // max(1, math.prod(images.shape)))
@@ -184,9 +209,16 @@ class _Reader(NamedTuple):
     layout: str | None
     scale: float | None
     key: Any
+    are_batches: bool  # whether items are batches of a DataLoader
 
     def add(self, item: Any, stats: ChannelStats) -> None:
-        stats.merge(measure(self._image(item), self.layout, self.scale))
+        image = self._image(item)
+        if self.are_batches and self.layout is None and getattr(image, "ndim", 4) == 3:
+            raise ValueError(
+                f"a batch of shape {tuple(image.shape)}: pass layout=, 'NHW' for grayscale images, or the layout of a "
+                "single image"
+            )
+        stats.merge(measure(image, self.layout, self.scale))
 
     def _image(self, item: Any) -> Any:
         if self.key is not None:

@@ -8,24 +8,32 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from normfused.errors import CommandError
 
 _UNSIGNED_BYTE = 0x08
-IDX_START = bytes((0, 0, _UNSIGNED_BYTE))
+_IDX_DTYPES = {_UNSIGNED_BYTE: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def is_idx(path: Path) -> bool:
+    """Whether a file begins as an IDX file does."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return len(start) == 4 and start[:2] == b"\0\0" and start[2] in _IDX_DTYPES and start[3] > 0
 
 
 def read_idx(path: Path, dims: int | None = None) -> Tensor:
-    """Read a uint8 tensor from an IDX file, plain or gzipped (``.gz``), the format of MNIST.
+    """Read a tensor from an IDX file, plain or gzipped (``.gz``), the format of MNIST.
 
     The format: two zero bytes, the data type (0x08: unsigned bytes), the number of dimensions, each size as a
-    big-endian uint32, then the values, last dimension fastest.
+    big-endian uint32, then the values, big-endian, last dimension fastest.
 
     Args:
         path: the file.
-        dims: required number of dimensions; ``None``: any.
+        dims: required number of dimensions, of unsigned bytes; ``None``: any, of any data type.
 
     Raises:
         CommandError: another format, or a damaged file; the message names the file.
@@ -34,22 +42,24 @@ def read_idx(path: Path, dims: int | None = None) -> Tensor:
     Source: http://yann.lecun.com/exdb/mnist.
     """
     content = _read_bytes(path)
-    start = IDX_START if dims is None else IDX_START + bytes((dims,))
-    if len(content) < 4 or not content.startswith(start):
-        required = "" if dims is None else f" in {dims}D"
+    kind = content[2] if len(content) >= 4 and content[:2] == b"\0\0" else None
+    if kind not in _IDX_DTYPES or (dims is not None and (kind, dims) != (_UNSIGNED_BYTE, content[3])):
+        required = "" if dims is None else f" of unsigned bytes in {dims}D"
+        start = "00 00" if dims is None else bytes((0, 0, _UNSIGNED_BYTE, dims)).hex(" ")
         raise CommandError(
-            f"{path}: not an IDX file of unsigned bytes{required}: "
-            f"starts with {content[:4].hex(' ') or 'nothing'}, not {start.hex(' ')}"
+            f"{path}: not an IDX file{required}: starts with {content[:4].hex(' ') or 'nothing'}, not {start}"
         )
+    dtype = np.dtype(_IDX_DTYPES[kind])
     dims = content[3]
     header = 4 + 4 * dims
     if len(content) < header:
         raise CommandError(f"{path}: ends in its header, after {len(content)} of {header} bytes")
     sizes = struct.unpack_from(f">{dims}I", content, offset=4)
-    needed, found = math.prod(sizes), len(content) - header
+    needed, found = math.prod(sizes) * dtype.itemsize, len(content) - header
     if found != needed or not needed:
         raise CommandError(f"{path}: sizes {sizes} need {needed} bytes, the file has {found}")
-    return torch.frombuffer(content, dtype=torch.uint8, offset=header).view(sizes)
+    values = np.frombuffer(content, dtype, offset=header).reshape(sizes)
+    return torch.from_numpy(values.astype(dtype.newbyteorder("="), copy=False))
 
 
 def _read_bytes(path: Path) -> bytearray:

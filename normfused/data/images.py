@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any, cast
 
@@ -9,35 +10,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LAYOUTS = ("HW", "CHW", "HWC", "NHW", "NCHW", "NHWC", "NC")
 _OF_TENSORS = {2: "HW", 3: "CHW", 4: "NCHW"}
 _OF_ARRAYS = {2: "HW", 3: "HWC", 4: "NHWC"}
-_SWAPPED = {"CHW": "HWC", "HWC": "CHW", "NCHW": "NHWC", "NHWC": "NCHW"}
-_FEW_CHANNELS = range(1, 5)  # gray and RGB, with and without alpha
+_OTHERS = {3: ("CHW", "HWC", "NHW"), 4: ("NCHW", "NHWC", "CDHW")}
+FEW_CHANNELS = range(1, 5)  # gray and RGB, with and without alpha
 
 _DTYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 
 
-def guess_layout(images: Tensor | np.ndarray) -> str:
-    """The default layout: channels first for tensors, last for arrays.
+def check_layout(layout: str) -> str:
+    """``layout`` if it is valid: distinct letters, each of which names a dimension.
+
+    N are the images, C the channels, all others are dimensions of an image, such as D, H and W or time T.
 
     Raises:
-        ValueError: not 2 to 4 dimensions; more than 4 channels, while the other layout would have 1 to 4.
+        ValueError: any other string.
+    """
+    if not (isinstance(layout, str) and re.fullmatch("[A-Z]+", layout) and len(set(layout)) == len(layout)):
+        raise ValueError(
+            f"layout must consist of distinct letters, N for images, C for channels and any other for a dimension of "
+            f"an image, such as 'NCHW', 'HWC' or 'CDHW'; got {layout!r}"
+        )
+    return layout
+
+
+def guess_layout(images: Tensor | np.ndarray, option: str = "layout=") -> str:
+    """The default layout: channels first for tensors, last for arrays. Errors name the ``option`` that sets another.
+
+    Raises:
+        ValueError: not 2 to 4 dimensions; more than 4 channels, because any other layout is as likely then.
     """
     kind, guesses = ("tensors", _OF_TENSORS) if isinstance(images, Tensor) else ("arrays", _OF_ARRAYS)
     shape = tuple(images.shape)
     if len(shape) not in guesses:
-        raise ValueError(f"images need 2, 3 or 4 dimensions, got shape {shape}")
+        raise ValueError(f"images need 2, 3 or 4 dimensions, got shape {shape}: for others pass {option}")
     layout = guesses[len(shape)]
-    other = _SWAPPED.get(layout)
-    if other is not None:
-        guessed, swapped = shape[layout.index("C")], shape[other.index("C")]
-        if guessed not in _FEW_CHANNELS and swapped in _FEW_CHANNELS:
-            raise ValueError(
-                f"images of shape {shape} would have {guessed} channels in layout {layout}, the default for {kind}: "
-                f"pass layout={other!r} for {swapped} channels, or layout={layout!r} for {guessed}"
-            )
-    return layout
+    if "C" not in layout or shape[layout.index("C")] in FEW_CHANNELS:
+        return layout
+    ways = [f"{other!r} for {_described(other, shape)}" for other in _OTHERS[len(shape)]]
+    raise ValueError(
+        f"images of shape {shape} would have {shape[layout.index('C')]} channels in layout {layout}, the default for "
+        f"{kind}: pass {option}, such as {', '.join(ways[:-1])} or {ways[-1]}"
+    )
+
+
+def _described(layout: str, shape: tuple[int, ...]) -> str:
+    letter, noun = ("C", "channel") if "C" in layout else ("N", "grayscale image")
+    count = shape[layout.index(letter)]
+    return f"{count} {noun}{'s' if count != 1 else ''}{' of a volume' if 'D' in layout else ''}"
 
 
 def as_nchw(images: Any, layout: str | None) -> Tensor:
@@ -46,10 +66,8 @@ def as_nchw(images: Any, layout: str | None) -> Tensor:
     Arguments and errors are those of :meth:`ChannelStats.update`.
     """
     images = as_array(images)
-    layout = layout or guess_layout(images)
+    layout = check_layout(layout) if layout is not None else guess_layout(images)
     shape = tuple(images.shape)
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if len(layout) != len(shape):
         raise ValueError(f"layout={layout!r} needs {len(layout)} dimensions, got images of shape {shape}")
     if 0 in shape:
@@ -60,7 +78,7 @@ def as_nchw(images: Any, layout: str | None) -> Tensor:
     for name in "CN":
         if name not in layout:
             x, layout = x.unsqueeze(0), name + layout
-    return x.movedim(layout.index("C"), 1)
+    return x.movedim((layout.index("N"), layout.index("C")), (0, 1))
 
 
 def as_array(images: Any) -> Tensor | np.ndarray:

@@ -10,21 +10,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Subset
 
 from normfused._version import __version__
-from normfused.cli.stats.readers import Pictures, Source, open_source
 from normfused.data import files
 from normfused.data.dataset import Part, collect, progress_bar
-from normfused.data.stats import ChannelStats, measure
+from normfused.data.sources import Options, Pictures, Source, load, open_source, read_parts
+from normfused.data.stats import ChannelMismatchError, ChannelStats
 from normfused.errors import CommandError
 
 __all__ = ["Settings", "run_stats"]
-
-_Item = TypeVar("_Item")
 
 INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 _NAMES = 5  # that a list of files shows
@@ -34,21 +31,27 @@ _NAMES = 5  # that a list of files shows
 class Settings:
     """The options of the command.
 
-    ``layout`` and ``scale`` are those of :class:`normfused.ChannelStats`. ``channels`` None: pictures as stored.
-    ``frames`` None: a picture with several is an error. ``json`` and ``plot`` None: no such file. ``skip``: skip
+    ``scale`` is that of :class:`normfused.ChannelStats`. ``json`` and ``plot`` None: no such file. ``skip``: skip
     unreadable files; otherwise they end the command.
     """
 
-    path: Path
-    layout: str | None
+    paths: list[Path]
+    reading: Options
     scale: float | None
-    channels: str | None
-    frames: str | None
     json: Path | None
     plot: Path | None
     workers: int
     skip: bool
-    recursive: bool
+
+    @property
+    def title(self) -> str:
+        """The name of the input."""
+        return self.paths[0].name + self.others
+
+    @property
+    def others(self) -> str:
+        """What follows the first path in messages."""
+        return f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
 
 
 def run_stats(settings: Settings) -> int:
@@ -61,11 +64,15 @@ def run_stats(settings: Settings) -> int:
     """
     if settings.plot and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("matplotlib not installed: pip install 'normfused[data]'")
-    source = open_source(settings.path, settings.layout, settings.channels, settings.recursive, settings.frames)
+    source = open_source(settings.paths, settings.reading)
     _check_outputs(settings, source)
     skipped: dict[int, str] = {}
     try:
         stats = collect(_parts(source, settings, skipped), settings.scale, source.images, None)
+    except ChannelMismatchError as error:
+        converts = isinstance(source, Pictures) and settings.reading.channels is None
+        hint = "; --channels gray or --channels rgb converts all pictures" if converts else ""
+        raise CommandError(f"{error}{hint}") from error
     except ValueError as error:
         raise CommandError(str(error)) from error
     if stats.images or not stats.complete:
@@ -74,7 +81,7 @@ def run_stats(settings: Settings) -> int:
     if settings.json:
         files.replace(settings.json, _as_json(stats, source, settings, skipped))
     if not stats.images and stats.complete:
-        raise CommandError(f"{settings.path}: no image could be read")
+        raise CommandError(f"{settings.paths[0]}{settings.others}: no image could be read")
     if not stats.complete:
         print(f"interrupted: the statistics cover {stats.images} of {source.images} images", file=sys.stderr)
         return INTERRUPTED
@@ -103,7 +110,7 @@ def _check_outputs(settings: Settings, source: Source) -> None:
     outputs = [(option, path) for option, path in (("--json", settings.json), ("--plot", settings.plot)) if path]
     inputs = set()
     if any(path.exists() for _, path in outputs):  # else none is an input, of which there may be a million
-        inputs = {os.path.realpath(path) for path in (str(settings.path), *map(source.name, range(len(source))))}
+        inputs = {os.path.realpath(path) for path in (*map(str, settings.paths), *map(source.name, range(len(source))))}
     for option, path in outputs:
         if not path.parent.is_dir():
             raise CommandError(f"{option} {path}: the folder {path.parent} does not exist")
@@ -117,37 +124,15 @@ def _check_outputs(settings: Settings, source: Source) -> None:
         raise CommandError(f"--json and --plot both name {settings.json}")
 
 
-class _Measured(Dataset[ChannelStats | str]):
-    """Of each item of the source its statistics, or why there are none."""
-
-    def __init__(self, source: Source, scale: float | None) -> None:
-        self.source, self.scale = source, scale
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> ChannelStats | str:
-        try:
-            return measure(self.source[index], self.source.layout, self.scale)
-        except Exception as error:  # a damaged file can raise almost anything
-            return str(error) or repr(error)
-
-
-def _read(dataset: Dataset[_Item], source: Source, settings: Settings) -> DataLoader[_Item]:
-    # An array needs no decoding, and would be sent whole to spawned workers.
-    workers = settings.workers if isinstance(source, Pictures) else 0
-    return DataLoader(dataset, batch_size=None, num_workers=workers)
-
-
 def _parts(source: Source, settings: Settings, skipped: dict[int, str]) -> Iterator[Part]:
     """Statistics of the items that could be read. The reasons for the others are added to ``skipped``."""
-    for index, part in enumerate(_read(_Measured(source, settings.scale), source, settings)):
-        if isinstance(part, ChannelStats):
-            yield source.name(index), part
-        elif settings.skip:
-            skipped[index] = part
-        else:
-            raise CommandError(f"{source.name(index)}: {part}")
+
+    def failed(index: int, reason: str) -> None:
+        if not settings.skip:
+            raise CommandError(f"{source.name(index)}: {reason}")
+        skipped[index] = reason
+
+    return read_parts(source, range(len(source)), settings.scale, settings.workers, failed)
 
 
 def _plot(stats: ChannelStats, source: Source, settings: Settings, skipped: dict[int, str]) -> bytes:
@@ -159,16 +144,16 @@ def _plot(stats: ChannelStats, source: Source, settings: Settings, skipped: dict
     read = Subset(counts, [index for index in range(len(source)) if index not in skipped])
     total = torch.zeros(1, dtype=torch.float64)
     with progress_bar(len(read), None) as advance:
-        for part in _read(read, source, settings):
+        for part in load(read, source, settings.workers):
             total = total + part
             advance(1)
-    return histogram.draw(total, stats, low, high, settings.path.name)
+    return histogram.draw(total, stats, low, high, settings.title)
 
 
 def _as_json(stats: ChannelStats, source: Source, settings: Settings, skipped: dict[int, str]) -> bytes:
     content = {
         "normfused": __version__,
-        "settings": asdict(settings),
+        "settings": _settings(settings),
         "images": stats.images,
         "complete": stats.complete,
         "skipped": {source.name(index): reason for index, reason in skipped.items()},
@@ -180,6 +165,11 @@ def _as_json(stats: ChannelStats, source: Source, settings: Settings, skipped: d
         content |= {name: _finite(value.tolist()) for name, value in zip(names, values, strict=True)}
     content["stats"] = stats.to_dict()  # exact, for ChannelStats.load
     return json.dumps(content, indent=2, default=str, allow_nan=False).encode() + b"\n"
+
+
+def _settings(settings: Settings) -> dict[str, object]:
+    options = asdict(settings)
+    return {**options.pop("reading"), **options}
 
 
 def _finite(values: list[float]) -> list[float | None]:

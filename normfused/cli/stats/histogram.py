@@ -5,16 +5,18 @@ from __future__ import annotations
 from io import BytesIO
 
 import torch
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from normfused.cli.stats.readers import Source
 from normfused.data.images import as_nchw
+from normfused.data.sources import Source
 from normfused.data.stats import ChannelStats, scale_of
 from normfused.errors import CommandError
 
 BINS = 256
+MOST_HISTOGRAMS = 16  # of more channels there is one plot
 _RGB = ("#c8453b", "#3c9d6b", "#3b6fc8")
 _OTHER = "#5b6470"
 
@@ -47,20 +49,34 @@ class Counts(Dataset[Tensor]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
-        x = as_nchw(self.source[index], self.source.layout)
+        x = as_nchw(*self.source[index])
         scale = scale_of(x.dtype, self.scale)
         return torch.stack([torch.histc(c.double() * scale, BINS, self.low, self.high) for c in x.unbind(1)])
 
 
 def draw(counts: Tensor, stats: ChannelStats, low: float, high: float, name: str) -> bytes:
-    """A PNG with a histogram of each channel, its mean and its standard deviation."""
+    """A PNG with a histogram of each channel, its mean and its standard deviation; of many channels only the range."""
     channels = len(counts)
-    figure = Figure(figsize=(8, 1 + 2.4 * channels), dpi=150, layout="constrained")
+    rows = channels if channels <= MOST_HISTOGRAMS else 2
+    figure = Figure(figsize=(8, 1 + 2.4 * rows), dpi=150, layout="constrained")
     summary = str(stats).partition("\n")[0]
-    figure.suptitle(f"{name}, {summary}")
+    figure.suptitle(f"{_printable(name)}, {summary}", parse_math=False)
+    (_draw_histograms if channels <= MOST_HISTOGRAMS else _draw_ranges)(figure, counts, stats, low, high)
+    png = BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def _draw_histograms(figure: Figure, counts: Tensor, stats: ChannelStats, low: float, high: float) -> None:
+    channels = len(counts)
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
     mean, std = stats.mean.tolist(), stats.std.tolist()
     for channel, axes in enumerate(figure.subplots(channels, 1, sharex=True, squeeze=False)[:, 0]):
+        axes.set_ylabel("number of values")
+        axes.spines[["top", "right"]].set_visible(False)
+        if not counts[channel].any():
+            axes.set_title(f"channel {channel}: all values are NaN or infinite", loc="left", fontsize="medium")
+            continue
         color = _RGB[channel] if channels == len(_RGB) else _OTHER
         axes.stairs(counts[channel].numpy(), edges.numpy(), fill=True, color=color)
         axes.axvline(mean[channel], color="black", linewidth=1.5)
@@ -68,9 +84,31 @@ def draw(counts: Tensor, stats: ChannelStats, low: float, high: float, name: str
         figures = f"mean {mean[channel]:.4g} (line), std {std[channel]:.4g} (band: mean ± std)"
         axes.set_title(f"channel {channel}: {figures}", loc="left", fontsize="medium")
         axes.set_yscale("log")  # otherwise the value of the background hides all others
-        axes.set_ylabel("number of values")
-        axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("value")
-    png = BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+
+
+def _draw_ranges(figure: Figure, counts: Tensor, stats: ChannelStats, low: float, high: float) -> None:
+    """The range and mean ± std of each channel, over the number of the channel; and one histogram of all."""
+    ranges, histogram = figure.subplots(2, 1)
+    channel = torch.arange(len(counts)).numpy()
+    mean, std = stats.mean.numpy(), stats.std.numpy()
+    ranges.fill_between(channel, stats.min.numpy(), stats.max.numpy(), color=_OTHER, alpha=0.2, label="min to max")
+    ranges.fill_between(channel, mean - std, mean + std, color=_OTHER, alpha=0.5, label="mean ± std")
+    ranges.plot(channel, mean, color="black", linewidth=1.5, label="mean")
+    ranges.set_xlabel("channel")
+    ranges.set_ylabel("value")
+    ranges.legend(frameon=False)
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+    histogram.stairs(counts.sum(0).numpy(), edges.numpy(), fill=True, color=_OTHER)
+    histogram.set_title(f"all {len(counts)} channels", loc="left", fontsize="medium")
+    histogram.set_yscale("log")
+    histogram.set_xlabel("value")
+    histogram.set_ylabel("number of values")
+    for axes in (ranges, histogram):
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _printable(name: str) -> str:
+    """The name, with the characters that the font lacks as escapes."""
+    glyphs = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    return "".join(c if ord(c) in glyphs else c.encode("unicode_escape").decode() for c in name)
