@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from normfused.data.images import as_array, as_nchw
+from normfused.data.images import FEW_CHANNELS, as_array, as_nchw
 from normfused.data.normalization import ImageConstants, check_image
 from normfused.data.stats import ChannelStats, measure
 
@@ -53,13 +55,68 @@ CIFAR10 = Preset((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 FASHION_MNIST = Preset((0.2860,), (0.3530,))
 
 
-class Normalize(nn.Module):
+class _ImageTransform(nn.Module):
+    """A transform of images, alone or with what belongs to them.
+
+    Called with one image it returns the result. Called with more, such as ``(image, label)`` or a dict, it returns the
+    same structure, in which the images are replaced and everything else is as it was. Images are those of
+    ``torchvision.tv_tensors`` and PIL images; if there are none, the first tensor of at least three dimensions, in the
+    order of :mod:`torch.utils._pytree`. The result of a subclass of :class:`torch.Tensor` is of that subclass.
+    """
+
+    def _transformed(self, image: Any) -> Tensor:
+        """The result for one image."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Any) -> Any:
+        """Transform the image, or the images among several inputs or in a tuple, list or dict."""
+        sample = inputs[0] if len(inputs) == 1 else inputs
+        if not isinstance(sample, (tuple, list, Mapping)):
+            return _of_the_type_of(sample, self._transformed(sample))
+        leaves, structure = pytree.tree_flatten(sample)
+        chosen = _images_among(leaves)
+        if not chosen:
+            kinds = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
+            raise TypeError(f"{type(self).__name__}: no image among the inputs: {kinds}")
+        for index in chosen:
+            leaves[index] = _of_the_type_of(leaves[index], self._transformed(leaves[index]))
+        return pytree.tree_unflatten(leaves, structure)
+
+
+def _images_among(leaves: list[Any]) -> list[int]:
+    """The indices of the images, as torchvision's v2 transforms choose them."""
+    # Neither package is needed. Without it there are no objects of its classes.
+    tv_tensors, pillow = sys.modules.get("torchvision.tv_tensors"), sys.modules.get("PIL.Image")
+    kinds = (*((tv_tensors.Image, tv_tensors.Video) if tv_tensors else ()), *((pillow.Image,) if pillow else ()))
+    images = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)]
+    others = (tv_tensors.TVTensor,) if tv_tensors else ()
+    plain = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and not isinstance(x, others) and x.dim() > 2]
+    return images or plain[:1]
+
+
+def _of_the_type_of(image: Any, output: Tensor) -> Tensor:
+    """The output as the subclass of Tensor that the input has, with its metadata."""
+    kind = type(image)
+    plain = not isinstance(image, Tensor) or kind in (Tensor, nn.Parameter)
+    # A subclass that implements operators, such as FakeTensor, makes its own results.
+    if plain or isinstance(output, kind) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return output
+    result: Any = output.as_subclass(kind)
+    if hasattr(result, "copy_meta_from"):  # MONAI's MetaTensor
+        result.copy_meta_from(image)
+    else:
+        vars(result).update(vars(image))
+    return cast("Tensor", result)
+
+
+class Normalize(_ImageTransform):
     """``(x * scale - mean) / std`` for each channel: torchvision's ``Normalize`` that also accepts integers.
 
     It needs one pass over memory, and one kernel launch on CUDA; the constants are arguments of the launch.
 
     Args:
-        mean, std: one number, or one per channel, for values after scaling.
+        mean, std: one number, one per channel, or a tensor of shape ``(N, C)`` for the images of a batch of shape
+            ``(N, C, H, W)``, for values after scaling.
         inplace: overwrite and return the input, which must be floating.
         scale: factor of the input; default 1/255 for uint8, 1 otherwise.
         eps: minimum divisor: a ``std`` below it is replaced by it.
@@ -100,17 +157,16 @@ class Normalize(nn.Module):
             raise ValueError(f"{type(self).__name__}: inplace=True excludes dtype and memory_format")
 
     @property
-    def mean(self) -> list[float]:
+    def mean(self) -> list[Any]:
         """The means, for values after scaling, as in torchvision."""
-        return self.constants.mean
+        return self.constants.listed("mean")
 
     @property
-    def std(self) -> list[float]:
+    def std(self) -> list[Any]:
         """The divisors: the standard deviations, but at least ``eps``."""
-        return self.constants.std
+        return self.constants.listed("std")
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalize images of shape ``(..., C, H, W)``, integers or floating, on any device."""
+    def _transformed(self, image: Tensor) -> Tensor:
         if self.inplace:
             return self.constants.normalize_(image)
         return self.constants.normalize(image, self.dtype, self.memory_format)
@@ -149,20 +205,23 @@ class ToNormalizedTensor(Normalize):
     ) -> None:
         super().__init__(mean, std, scale=scale, eps=eps, dtype=dtype, memory_format=memory_format)
 
-    def forward(self, image: Any) -> Tensor:
+    def forward(self, *inputs: Any) -> Any:
         """Normalize a PIL image, an array or a tensor, integers or floating, which is not changed.
 
         Args:
-            image: a PIL image, an array of shape ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)``, or a tensor of shape
-                ``(..., C, H, W)``.
+            inputs: a PIL image, an array of shape ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)``, or a tensor of shape
+                ``(..., C, H, W)``. Or several values, or a tuple, list or dict, with one or more images.
 
         Returns:
-            A new tensor of shape ``(..., C, H, W)``.
+            A new tensor of shape ``(..., C, H, W)``; for several values the same structure with the new tensors.
         """
-        return super().forward(_as_tensor(image))
+        return super().forward(*inputs)
+
+    def _transformed(self, image: Any) -> Tensor:
+        return super()._transformed(_as_tensor(image))
 
 
-class Denormalize(nn.Module):
+class Denormalize(_ImageTransform):
     """The inverse of :class:`Normalize`: ``x * std + mean``, which is in 0..1 for images that were uint8.
 
     Args:
@@ -190,10 +249,10 @@ class Denormalize(nn.Module):
         # x * std + mean is (x - (-mean / std)) / (1 / std).
         shift = [-m / s for m, s in zip(means, stds, strict=True)]
         self.constants = ImageConstants(name, shift, [1 / (s * white) for s in stds], 1.0)
-        self.mean, self.std, self.dtype = given.mean, given.std, dtype
+        self.constants.images = given.images
+        self.mean, self.std, self.dtype = given.listed("mean"), given.listed("std"), dtype
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Denormalize images of shape ``(..., C, H, W)``, floating. Returns a new tensor."""
+    def _transformed(self, image: Tensor) -> Tensor:
         if self.dtype != torch.uint8:
             return self.constants.normalize(image, self.dtype)
         white = self.constants.normalize(image, torch.promote_types(image.dtype, torch.float32))
@@ -203,7 +262,7 @@ class Denormalize(nn.Module):
         return f"mean={self.mean}, std={self.std}"
 
 
-class _ByOwnStatistics(nn.Module):
+class _ByOwnStatistics(_ImageTransform):
     """Normalizes images by their own statistics."""
 
     def __init__(self, over: str, per_channel: bool, eps: float, dtype: torch.dtype | None) -> None:
@@ -219,7 +278,7 @@ class _ByOwnStatistics(nn.Module):
         """The subtrahend and the divisor of each channel, shape (C,)."""
         raise NotImplementedError
 
-    def forward(self, image: Any) -> Tensor:
+    def _transformed(self, image: Any) -> Tensor:
         x = _as_tensor(image)
         name = type(self).__name__
         check_image(name, x)
@@ -280,7 +339,7 @@ class Standardize(_ByOwnStatistics):
         self.correction = correction
 
     def _mean_and_std(self, stats: ChannelStats) -> tuple[Tensor, Tensor]:
-        std = (stats.m2 / (stats.count - self.correction)).sqrt()
+        std = stats.std * (stats.count / (stats.count - self.correction)).sqrt()
         return stats.mean, torch.where(std > self.eps, std, 1.0)
 
 
@@ -325,10 +384,10 @@ class MinMaxNormalize(_ByOwnStatistics):
         std = torch.where(extent > self.eps, extent / (high - low), 1.0)
         return stats.min - low * std, std
 
-    def forward(self, image: Any) -> Tensor:
-        """Map images to the range; input as in :meth:`ToNormalizedTensor.forward`. Returns a new tensor."""
+    def _transformed(self, image: Any) -> Tensor:
         # Clamped, because rounding can exceed the range by one unit in the last place.
-        return super().forward(image).clamp_(*self.range)
+        stretched: Tensor = super()._transformed(image)
+        return stretched.clamp_(*self.range)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"range={self.range}, {super().extra_repr()}"
@@ -339,5 +398,10 @@ def _as_tensor(image: Any) -> Tensor:
     if isinstance(image, Tensor):
         return image
     array = as_array(image)
-    images = as_nchw(array, None)
+    shape = tuple(array.shape)
+    if array.ndim not in (2, 3, 4):
+        raise ValueError(f"an array needs 2, 3 or 4 dimensions, got shape {shape}")
+    if array.ndim > 2 and shape[-1] not in FEW_CHANNELS and shape[-3] in FEW_CHANNELS:
+        raise ValueError(f"an array of shape {shape} would have {shape[-1]} channels: pass a tensor for {shape[-3]}")
+    images = as_nchw(array, ("HW", "HWC", "NHWC")[array.ndim - 2])
     return images if array.ndim == 4 else images.squeeze(0)

@@ -239,7 +239,7 @@ ERRORS = [
     (
         lambda: ToNormalizedTensor(*IMAGENET)(np.zeros((3, 48, 64), np.uint8)),
         ValueError,
-        "images of shape (3, 48, 64) would have 64 channels in layout HWC, the default for arrays: pass layout='CHW'",
+        "an array of shape (3, 48, 64) would have 64 channels: pass a tensor for 3",
     ),
     (lambda: Standardize("row"), ValueError, "Standardize: over must be 'image' or 'batch', got 'row'"),
     (lambda: MinMaxNormalize(eps=-1.0), ValueError, "MinMaxNormalize: eps must be a non-negative finite number, got"),

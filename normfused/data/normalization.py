@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normfused import _extension, decompositions, reference
-from normfused._torch_private import is_transformed
+from normfused._torch_private import is_transformed, suggest_memory_format
 from normfused.checks import DTYPES, INTEGERS, check_can_be_overwritten, check_device, needs_torchs_operators
 from normfused.distributed import dtensor
 
@@ -38,7 +38,8 @@ def normalize(
             float16 or bfloat16. For an image of shape ``(H, W, C)`` pass ``image.permute(2, 0, 1)``; this makes no
             copy.
         mean, std: one number, or one per channel. A tensor, of shape ``(C,)`` or ``(C, 1, 1)``, is copied to the host,
-            which on CUDA waits for the device.
+            which on CUDA waits for the device. A tensor of shape ``(N, C)`` holds the constants of each image of a
+            batch of shape ``(N, C, H, W)``.
         scale: factor of the input; default 1/255 for uint8, as in torchvision's ``ToTensor``, 1 otherwise.
         eps: minimum divisor: a ``std`` below it is replaced by it. With it a constant channel becomes 0.
         dtype: dtype of the output; default that of ``input``, float32 for integers.
@@ -119,6 +120,8 @@ class ImageConstants:
         eps: float = 0.0,
     ) -> None:
         self.name = name
+        # Of constants per image, self.mean and self.std hold those of all images, one after the other.
+        self.images, (mean, std) = _of_images(name, mean, std)
         self.mean, self.std = (_numbers(name, which, values) for which, values in (("mean", mean), ("std", std)))
         self.scale = scale
         if not 0 <= eps < math.inf:
@@ -141,6 +144,11 @@ class ImageConstants:
     ) -> Tensor:
         """:func:`normalize` without ``out``."""
         check_image(self.name, input)
+        if self.images is not None:
+            parts = [x.normalize(image, dtype, torch.contiguous_format) for x, image in self._per_image(input)]
+            if memory_format == torch.preserve_format:
+                memory_format = suggest_memory_format(input)
+            return torch.stack(parts).contiguous(memory_format=memory_format)
         dtype = dtype or (input.dtype if input.dtype in DTYPES else torch.float32)
         if dtype not in DTYPES:
             raise TypeError(f"{self.name}: dtype must be float32, float64, float16 or bfloat16, got {dtype}")
@@ -178,6 +186,10 @@ class ImageConstants:
             )
         if torch.is_grad_enabled() and (input.requires_grad or out.requires_grad):
             raise RuntimeError(f"{self.name}: out excludes tensors that require grad")
+        if self.images is not None:
+            for (x, image), target in zip(self._per_image(input), out, strict=True):
+                x.normalize_into(target, image)
+            return out
         if input.dim() > 4 or not _has_kernel(input.dtype, out.dtype) or _extension.C is None or is_transformed():
             return out.copy_(self.normalize(input, out.dtype))
         mean, std = self._for_channels_of(input)
@@ -189,6 +201,10 @@ class ImageConstants:
         """:func:`normalize_`."""
         check_image(self.name, input, DTYPES)
         check_can_be_overwritten(self.name, input)
+        if self.images is not None:
+            for x, image in self._per_image(input):
+                x.normalize_(image)
+            return input
         mean, std = self._for_channels_of(input)
         if input.dim() > 4:
             for part in input:
@@ -199,6 +215,30 @@ class ImageConstants:
         operators = torch.ops.normfused if torch.compiler.is_compiling() else _extension.C
         operators.standardize_(input, mean, std, self._scale_of(input))
         return input
+
+    def listed(self, which: str) -> list[Any]:
+        """The ``"mean"`` or the ``"std"``: a list of numbers, or of such lists for constants of each image."""
+        values: list[float] = getattr(self, which)
+        if self.images is None or len(values) == 1:
+            return values
+        size = len(values) // self.images
+        return [values[first : first + size] for first in range(0, len(values), size)]
+
+    def _per_image(self, input: Tensor) -> list[tuple[ImageConstants, Tensor]]:
+        """The constants of each image of a batch, and the image."""
+        if input.dim() != 4 or input.size(0) != self.images:
+            raise ValueError(
+                f"{self.name}: constants for {self.images} images need input of shape ({self.images}, C, H, W), got "
+                f"{tuple(input.shape)}"
+            )
+        images = []
+        for index, image in enumerate(input):
+            of_image = ImageConstants(self.name, 0.0, 1.0, self.scale)
+            for which in ("mean", "std"):
+                values = self.listed(which)
+                setattr(of_image, which, values[index] if isinstance(values[0], list) else values)
+            images.append((of_image, image))
+        return images
 
     def _scale_of(self, input: Tensor) -> float:
         if self.scale is not None:
@@ -231,6 +271,19 @@ def _common_dtype(input: torch.dtype, output: torch.dtype) -> torch.dtype:
     if input in _INTEGERS:
         return torch.promote_types(torch.float32, output)
     return torch.promote_types(input, output)
+
+
+def _of_images(name: str, mean: Any, std: Any) -> tuple[int | None, list[Any]]:
+    """The number of images of constants of shape (N, C), and the constants in one dimension; None for others."""
+    shapes = [tuple(getattr(values, "shape", ())) for values in (mean, std)]
+    images = {shape[0] for shape in shapes if len(shape) == 2}
+    if not images:
+        return None, [mean, std]
+    for which, values, shape in zip(("mean", "std"), (mean, std), shapes, strict=True):
+        if len(images) > 1 or (len(shape) != 2 and not isinstance(values, (int, float))):
+            other = f"shape {shape}" if shape else repr(values)
+            raise ValueError(f"{name}: {which} must be a number or of shape (N, C) as the other one, got {other}")
+    return images.pop(), [v.reshape(-1) if len(s) == 2 else v for v, s in zip((mean, std), shapes, strict=True)]
 
 
 def _numbers(name: str, which: str, values: Any) -> list[float]:
