@@ -289,7 +289,7 @@ class _ByOwnStatistics(_ImageTransform):
             grouped = x.reshape((1, images * channels, height, width) if self.per_channel else (1, images, -1, width))
         else:
             grouped = x.reshape((images, channels, height, width) if self.per_channel else (1, 1, -1, width))
-        stats = measure(grouped, "NCHW", None)
+        stats = measure(grouped, "NCHW", ChannelStats())
         if excluded := int(stats.nonfinite.sum()):
             warnings.warn(f"{name}: the statistics exclude {excluded} NaN or infinite values", RuntimeWarning, 2)
         mean, std = self._mean_and_std(stats)

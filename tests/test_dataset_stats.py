@@ -253,7 +253,7 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
 def test_collect_names_the_part() -> None:
     parts = [("first.png", ChannelStats().update(CHW)), ("second.png", ChannelStats().update(CHW[:1]))]
     with pytest.raises(ValueError, match=f"^second.png: {OTHER_CHANNELS}$"):
-        collect(parts, None, None, False)
+        collect(parts, ChannelStats(), None, False)
 
 
 def test_dataset_stats_warns_once() -> None:

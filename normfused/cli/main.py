@@ -81,6 +81,7 @@ def _add_stats(commands: Any) -> None:
     )
     add("--key", metavar="NAME", help="the array of an .npz file that has several")
     add("--scale", type=_scale, metavar="S", help="multiply values by S (default: 1/255 for 8 bits, else 1)")
+    add("--nodata", type=_finite, metavar="V", help="leave out the values V, which stand for missing ones")
     add(
         "--channels",
         choices=("gray", "rgb"),
@@ -170,6 +171,16 @@ def _scale(text: str) -> float:
     return value
 
 
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+    return value
+
+
 def _info(arguments: argparse.Namespace) -> int:
     info = normfused.info()
     if arguments.json:
@@ -187,6 +198,7 @@ def _stats(arguments: argparse.Namespace) -> int:
         paths=arguments.paths,
         reading=Options(**{name: getattr(arguments, name) for name in names}),
         scale=arguments.scale,
+        nodata=arguments.nodata,
         json=arguments.json,
         plot=arguments.plot,
         workers=arguments.workers,

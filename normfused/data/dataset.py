@@ -36,6 +36,7 @@ def dataset_stats(
     *,  # independent options, each with a default
     layout: str | None = None,
     scale: float | None = None,
+    nodata: float | None = None,
     key: Any = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -52,7 +53,7 @@ def dataset_stats(
             any iterable. Items are what :meth:`ChannelStats.update` accepts, or tuples or dicts that contain it.
         layout: layout of ``data`` if that is a tensor or array, else of each item; see :meth:`ChannelStats.update`. It
             must be given if a ``DataLoader`` batches items to three dimensions.
-        scale: as in :class:`ChannelStats`.
+        scale, nodata: as in :class:`ChannelStats`.
         key: index or key of the image in an item. Default: 0 for a tuple or list; for a dict the one key of
             ``"image"``, ``"images"``, ``"img"`` and ``"pixel_values"`` that it has.
         batch_size: number of images whose statistics are merged at once, or sent by a worker at once.
@@ -84,6 +85,7 @@ def dataset_stats(
         >>> normfused.dataset_stats(items, progress=False)
         ChannelStats(images=2, channels=3, mean=[0.5000, 0.5000, 0.5000], std=[0.5000, 0.5000, 0.5000])
     """
+    like = ChannelStats(scale, nodata)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(data, Mapping):
@@ -106,13 +108,13 @@ def dataset_stats(
         parts: Iterable[Part]
         if is_source:
             assert items is not None
-            parts = read_parts(data, items, scale, num_workers, lambda index, reason: _fail(data, index, reason))
+            parts = read_parts(data, items, like, num_workers, lambda index, reason: _fail(data, index, reason))
         elif items is not None and _is_array(data):
-            parts = _stack_parts(data, items, layout, scale, batch_size)
+            parts = _stack_parts(data, items, layout, like, batch_size)
         else:
             are_batches = isinstance(data, DataLoader) and data.batch_sampler is not None
-            parts = _dataset_parts(data, _Reader(layout, scale, key, are_batches), items, batch_size, num_workers)
-        return collect(parts, scale, own, progress)
+            parts = _dataset_parts(data, _Reader(layout, like, key, are_batches), items, batch_size, num_workers)
+        return collect(parts, like, own, progress)
 
     stats = read() if process_group is None else _of_all_ranks(read, process_group)
     if is_source and (left_out := data.left_out()):
@@ -149,7 +151,7 @@ def _of_all_ranks(read: Callable[[], ChannelStats], process_group: Any) -> Chann
     distributed.all_gather_object(outcomes, own, group=process_group)
     if failure is not None:
         raise failure
-    stats = ChannelStats(outcomes[0].scale if isinstance(outcomes[0], ChannelStats) else None)
+    stats = outcomes[0].empty() if isinstance(outcomes[0], ChannelStats) else ChannelStats()
     for rank, outcome in enumerate(outcomes):
         if isinstance(outcome, str):
             raise RuntimeError(f"rank {rank}: {outcome}")
@@ -160,9 +162,9 @@ def _of_all_ranks(read: Callable[[], ChannelStats], process_group: Any) -> Chann
     return stats
 
 
-def collect(parts: Iterable[Part], scale: float | None, total: int | None, progress: bool | None) -> ChannelStats:
+def collect(parts: Iterable[Part], like: ChannelStats, total: int | None, progress: bool | None) -> ChannelStats:
     """All parts merged in order, with a progress bar over ``total`` images. Ctrl-C ends the merge early."""
-    stats = ChannelStats(scale)
+    stats = like.empty()
     try:
         with progress_bar(total, progress) as advance:
             for name, part in parts:
@@ -189,7 +191,7 @@ def progress_bar(total: int | None, enabled: bool | None) -> Iterator[Callable[[
 
 
 def _stack_parts(
-    images: Tensor | np.ndarray, items: range, layout: str | None, scale: float | None, batch_size: int
+    images: Tensor | np.ndarray, items: range, layout: str | None, like: ChannelStats, batch_size: int
 ) -> Iterator[Part]:
     """Statistics of a tensor or array of images with a first dimension N, at least ``batch_size`` images at a time."""
     layout = layout or guess_layout(images)
@@ -200,14 +202,14 @@ def _stack_parts(
         )
     step = max(batch_size, _VALUES_AT_A_TIME * len(images) // max(1, math.prod(images.shape)))
     for first in items[::step]:
-        yield f"item {first}", measure(images[first : min(first + step, items.stop)], layout, scale)
+        yield f"item {first}", measure(images[first : min(first + step, items.stop)], layout, like)
 
 
 class _Reader(NamedTuple):
     """Computes the statistics of an item."""
 
     layout: str | None
-    scale: float | None
+    like: ChannelStats
     key: Any
     are_batches: bool  # whether items are batches of a DataLoader
 
@@ -218,7 +220,7 @@ class _Reader(NamedTuple):
                 f"a batch of shape {tuple(image.shape)}: pass layout=, 'NHW' for grayscale images, or the layout of a "
                 "single image"
             )
-        stats.merge(measure(image, self.layout, self.scale))
+        stats.merge(measure(image, self.layout, self.like))
 
     def _image(self, item: Any) -> Any:
         if self.key is not None:
@@ -254,7 +256,7 @@ class _Batches(Dataset[Part]):
 
     def __getitem__(self, batch: int) -> Part:
         items = self.items[batch * self.batch_size :][: self.batch_size]
-        stats = ChannelStats(self.reader.scale)
+        stats = self.reader.like.empty()
         for index in items:
             with _naming(index):
                 self.reader.add(self.data[index], stats)
@@ -284,7 +286,7 @@ class _Stream(IterableDataset[Part]):
 
     def __iter__(self) -> Iterator[Part]:
         for index, item in self._share():
-            stats = ChannelStats(self.reader.scale)
+            stats = self.reader.like.empty()
             with _naming(index):
                 self.reader.add(item, stats)
             yield f"item {index}", stats

@@ -75,10 +75,35 @@ def as_nchw(images: Any, layout: str | None) -> Tensor:
     x = _from_numpy(images) if isinstance(images, np.ndarray) else images
     if x.dtype == torch.uint16:
         x = x.to(torch.int32)  # few functions of torch support uint16
+    return _arranged(x, layout)
+
+
+def _arranged(x: Tensor, layout: str) -> Tensor:
+    """A view of shape (N, C, ...)."""
     for name in "CN":
         if name not in layout:
             x, layout = x.unsqueeze(0), name + layout
     return x.movedim((layout.index("N"), layout.index("C")), (0, 1))
+
+
+def mask_as_nchw(mask: Any, images: Tensor | np.ndarray, layout: str | None) -> Tensor:
+    """A mask of ``images`` as a tensor of shape (N, C, ...), with one channel if it has no C.
+
+    Raises:
+        TypeError: the mask is not bool.
+        ValueError: another shape than that of the images, or that without C.
+    """
+    layout, shape = layout or guess_layout(images), tuple(images.shape)
+    if isinstance(mask, np.ndarray):
+        mask = torch.from_numpy(np.ascontiguousarray(mask))
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = str(getattr(mask, "dtype", type(mask).__name__)).removeprefix("torch.")
+        raise TypeError(f"mask must be a bool tensor or array, got {kind}")
+    of_all_channels = layout.replace("C", "")
+    without = tuple(size for size, letter in zip(shape, layout, strict=True) if letter != "C")
+    if tuple(mask.shape) not in (shape, without):
+        raise ValueError(f"mask must have the shape {shape} of the images, or {without}, got {tuple(mask.shape)}")
+    return _arranged(mask, layout if tuple(mask.shape) == shape else of_all_channels)
 
 
 def as_array(images: Any) -> Tensor | np.ndarray:

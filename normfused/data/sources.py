@@ -70,27 +70,27 @@ class Source(Protocol):
 class _Measured(Dataset[ChannelStats | str]):
     """Of each part of the source its statistics, or why there are none."""
 
-    def __init__(self, source: Source, scale: float | None) -> None:
-        self.source, self.scale = source, scale
+    def __init__(self, source: Source, like: ChannelStats) -> None:
+        self.source, self.like = source, like
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> ChannelStats | str:
         try:
-            return measure(*self.source[index], self.scale)
+            return measure(*self.source[index], self.like)
         except Exception as error:  # a damaged file can raise almost anything
             return str(error) or repr(error)
 
 
 def read_parts(
-    source: Source, parts: range, scale: float | None, workers: int, failed: Callable[[int, str], None]
+    source: Source, parts: range, like: ChannelStats, workers: int, failed: Callable[[int, str], None]
 ) -> Iterator[tuple[str, ChannelStats]]:
     """Names and statistics of these parts of the source, of those that can be read.
 
     ``failed`` is called with the number of each other part and the reason.
     """
-    for index, part in zip(parts, load(Subset(_Measured(source, scale), parts), source, workers), strict=True):
+    for index, part in zip(parts, load(Subset(_Measured(source, like), parts), source, workers), strict=True):
         if isinstance(part, ChannelStats):
             yield source.name(index), part
         else:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
 from normfused import _extension, reference
 from normfused.checks import check_process_group
 from normfused.data import files
-from normfused.data.images import as_nchw
+from normfused.data.images import as_array, as_nchw, mask_as_nchw
 from normfused.functional import channel_moments
 from normfused.layout import values_per_channel
 
@@ -48,6 +49,8 @@ class Sums(NamedTuple):
 
     def moments(self, scale: float) -> Moments:
         """The moments of the values times ``scale``. The subtraction is of integers, so nothing cancels."""
+        if self.count == 0:
+            return _NO_VALUES
         std = math.sqrt(self.count * self.sum_of_squares - self.sum**2) / self.count * scale
         return Moments(self.count, self.sum / self.count * scale, std, self.min * scale, self.max * scale)
 
@@ -97,6 +100,8 @@ class Moments(NamedTuple):
         )
 
 
+_NO_VALUES = Moments(0, 0.0, 0.0, math.inf, -math.inf)
+
 _Channel = TypeVar("_Channel", Sums, Moments)
 
 
@@ -116,15 +121,17 @@ class ChannelStats:
     Args:
         scale: positive factor of the values in all results but ``sums``. Default: 1/255 for uint8, as in torchvision's
             ``ToTensor``, and 1 otherwise.
+        nodata: a number that stands for a missing value, before scaling. Such values are left out of every figure.
 
     Attributes:
-        scale: the argument.
+        scale, nodata: the arguments.
         images: number of images.
         complete: False if :func:`normfused.dataset_stats` was interrupted.
         integer_scale: factor of integer values; None before the first of them.
 
     Raises:
-        ValueError: ``scale`` is not a positive number. Results raise it before the first image.
+        ValueError: ``scale`` is not a positive number, or ``nodata`` is not a finite one. Results raise it before the
+            first image.
 
     Example:
         >>> import torch, normfused
@@ -142,17 +149,20 @@ class ChannelStats:
     Source: Chan, Golub and LeVeque, 1983, "Algorithms for Computing the Sample Variance".
     """
 
-    def __init__(self, scale: float | None = None) -> None:
+    def __init__(self, scale: float | None = None, nodata: float | None = None) -> None:
         if scale is not None and (not isinstance(scale, (int, float)) or not 0 < scale < math.inf):
             raise ValueError(f"scale must be a positive number or None, got {scale!r}")
+        if nodata is not None and (not isinstance(nodata, (int, float)) or not math.isfinite(nodata)):
+            raise ValueError(f"nodata must be a finite number or None, got {nodata!r}")
         self.scale = scale
+        self.nodata = nodata
         self.images = 0
         self.complete = True
         self.integer_scale: float | None = None
         self._sums: tuple[Sums, ...] = ()  # one per channel; empty before the first integers
         self._floats: tuple[Moments, ...] = ()  # the same for floating values
 
-    def update(self, images: Any, layout: str | None = None) -> ChannelStats:
+    def update(self, images: Any, layout: str | None = None, mask: Any = None) -> ChannelStats:
         """Add one image or a batch. Changes this object and returns it.
 
         Args:
@@ -163,12 +173,14 @@ class ChannelStats:
                 For example ``"NHW"`` for many grayscale images, ``"CDHW"`` for a volume, ``"TCHW"`` for a video,
                 ``"NC"`` for a table. The default depends on the number of dimensions: ``"HW"``, ``"CHW"``, ``"NCHW"``
                 for a tensor, ``"HW"``, ``"HWC"``, ``"NHWC"`` otherwise.
+            mask: bool tensor or array, True for the values to count: of the shape of ``images``, or without C for all
+                channels alike. A NumPy masked array has its own, which is True for the others.
 
         Raises:
             ValueError: no values; a number of channels that differs from the images before; a shape that does not fit
-                ``layout``; the default layout with more than 4 channels, which is as likely another one; a PIL image of
-                palette indices; integer dtypes with different default scales.
-            TypeError: an unsupported dtype, such as bool.
+                ``layout``; the default layout with more than 4 channels, which is as likely another one; a mask of
+                another shape; a PIL image of palette indices; integer dtypes with different default scales.
+            TypeError: an unsupported dtype, such as bool; a mask that is not bool.
 
         Warns:
             RuntimeWarning: at the first NaN or infinity.
@@ -182,7 +194,7 @@ class ChannelStats:
             (3, 3)
         """
         was_finite = not self._has_nonfinite()
-        self.merge(measure(images, layout, self.scale))
+        self.merge(measure(images, layout, self, mask))
         if was_finite and self._has_nonfinite():
             warnings.warn(NONFINITE, RuntimeWarning, stacklevel=2)
         return self
@@ -191,7 +203,7 @@ class ChannelStats:
         """Add the images of ``other``, which is not changed. Changes this object and returns it.
 
         Raises:
-            ValueError: ``other`` has another number of channels or another scale. Neither object has changed then.
+            ValueError: ``other`` has another number of channels, scale or nodata. Neither object has changed then.
 
         Example:
             >>> import torch, normfused
@@ -203,6 +215,8 @@ class ChannelStats:
             raise ChannelMismatchError(f"channels: got {other.channels}, but the images before have {self.channels}")
         if self.scale != other.scale:
             raise ValueError(f"cannot merge scale={other.scale} into scale={self.scale}")
+        if self.nodata != other.nodata:
+            raise ValueError(f"cannot merge nodata={other.nodata} into nodata={self.nodata}")
         scales = {s.integer_scale for s in (self, other)} - {None}
         if len(scales) > 1:
             raise ValueError("uint8 is scaled by 1/255, other integers by 1: pass scale= to scale all images alike")
@@ -230,11 +244,15 @@ class ChannelStats:
         check_process_group("all_reduce", process_group)
         ranks: list[Any] = [None] * distributed.get_world_size(process_group)
         distributed.all_gather_object(ranks, self, group=process_group)
-        total = ChannelStats(self.scale)
+        total = self.empty()
         for rank in ranks:
             total.merge(rank)
         self.__dict__.update(vars(total))
         return self
+
+    def empty(self) -> ChannelStats:
+        """A new object without images, with the same arguments."""
+        return ChannelStats(self.scale, self.nodata)
 
     @property
     def channels(self) -> int | None:
@@ -304,6 +322,7 @@ class ChannelStats:
         """
         return {
             "scale": self.scale,
+            "nodata": self.nodata,
             "images": self.images,
             "complete": self.complete,
             "integer_scale": self.integer_scale,
@@ -314,7 +333,7 @@ class ChannelStats:
     @classmethod
     def from_dict(cls, figures: Mapping[str, Any]) -> ChannelStats:
         """The inverse of :meth:`to_dict`. Raises ``KeyError`` or ``TypeError`` for other dicts."""
-        stats = cls(figures["scale"])
+        stats = cls(figures["scale"], figures["nodata"])
         stats.images, stats.complete = figures["images"], figures["complete"]
         stats.integer_scale = figures["integer_scale"]
         stats._sums = tuple(Sums(**channel) for channel in figures["sums"])
@@ -420,17 +439,40 @@ def _fraction(scale: float) -> str:
     return f"1/{inverse}" if inverse > 1 and 1 / inverse == scale else repr(scale)
 
 
-def measure(images: Any, layout: str | None, scale: float | None) -> ChannelStats:
-    """The statistics of these images alone, without warnings. Arguments as in :meth:`ChannelStats.update`."""
-    x = as_nchw(images, layout)
-    stats = ChannelStats(scale)
+def measure(images: Any, layout: str | None, like: ChannelStats, mask: Any = None) -> ChannelStats:
+    """The statistics of these images alone, without warnings, with the arguments of ``like``.
+
+    Arguments as in :meth:`ChannelStats.update`.
+    """
+    x, counted = values_of(images, layout, like, mask)
+    stats = like.empty()
     stats.images = x.size(0)
+    if not x.is_floating_point():
+        stats.integer_scale = scale_of(x.dtype, like.scale)
+    channels = None if counted is None else [channel[kept] for channel, kept in zip(x.unbind(1), counted, strict=True)]
     if x.is_floating_point():
-        stats._floats = _float_moments(x)
-    else:
-        stats.integer_scale = scale_of(x.dtype, scale)
+        stats._floats = _float_moments(x) if channels is None else tuple(map(_extreme_moments, channels))
+    elif channels is None:
         stats._sums = _integer_sums(x)
+    else:
+        stats._sums = tuple(_integer_sums(channel.unsqueeze(1))[0] for channel in channels)
     return stats
+
+
+def values_of(
+    images: Any, layout: str | None, like: ChannelStats, mask: Any = None
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """The images as a tensor of shape (N, C, ...), and which values of each channel count; None: all."""
+    masks = [] if mask is None else [mask]
+    if isinstance(images, np.ma.MaskedArray):
+        if images.mask is not np.ma.nomask:
+            masks.append(~np.ma.getmaskarray(images))
+        images = images.data
+    x = as_nchw(images, layout)
+    counted = [mask_as_nchw(mask, as_array(images), layout).to(x.device).expand_as(x) for mask in masks]
+    if like.nodata is not None:
+        counted.append(x != like.nodata)
+    return x, torch.stack(counted).all(0).unbind(1) if counted else None
 
 
 def scale_of(dtype: torch.dtype, scale: float | None) -> float:
@@ -473,7 +515,7 @@ def _extreme_moments(channel: Tensor) -> Moments:
     finite = channel[channel.isfinite()]
     count, nonfinite = finite.numel(), channel.numel() - finite.numel()
     if count == 0:
-        return Moments(0, 0.0, 0.0, math.inf, -math.inf, nonfinite)
+        return _NO_VALUES._replace(nonfinite=nonfinite)
     low, high = (extreme.item() for extreme in finite.aminmax())
     # Multiplication by a power of two is exact, or loses what is negligible beside the largest value.
     unit = 1.0 if _has_squares(low, high) else 2.0 ** (600 if high - low > 1 else -600)

@@ -31,17 +31,23 @@ _NAMES = 5  # that a list of files shows
 class Settings:
     """The options of the command.
 
-    ``scale`` is that of :class:`normfused.ChannelStats`. ``json`` and ``plot`` None: no such file. ``skip``: skip
-    unreadable files; otherwise they end the command.
+    ``scale`` and ``nodata`` are those of :class:`normfused.ChannelStats`. ``json`` and ``plot`` None: no such file.
+    ``skip``: skip unreadable files; otherwise they end the command.
     """
 
     paths: list[Path]
     reading: Options
     scale: float | None
+    nodata: float | None
     json: Path | None
     plot: Path | None
     workers: int
     skip: bool
+
+    @property
+    def like(self) -> ChannelStats:
+        """Statistics without images."""
+        return ChannelStats(self.scale, self.nodata)
 
     @property
     def title(self) -> str:
@@ -68,7 +74,7 @@ def run_stats(settings: Settings) -> int:
     _check_outputs(settings, source)
     skipped: dict[int, str] = {}
     try:
-        stats = collect(_parts(source, settings, skipped), settings.scale, source.images, None)
+        stats = collect(_parts(source, settings, skipped), settings.like, source.images, None)
     except ChannelMismatchError as error:
         converts = isinstance(source, Pictures) and settings.reading.channels is None
         hint = "; --channels gray or --channels rgb converts all pictures" if converts else ""
@@ -132,7 +138,7 @@ def _parts(source: Source, settings: Settings, skipped: dict[int, str]) -> Itera
             raise CommandError(f"{source.name(index)}: {reason}")
         skipped[index] = reason
 
-    return read_parts(source, range(len(source)), settings.scale, settings.workers, failed)
+    return read_parts(source, range(len(source)), settings.like, settings.workers, failed)
 
 
 def _plot(stats: ChannelStats, source: Source, settings: Settings, skipped: dict[int, str]) -> bytes:
@@ -140,7 +146,7 @@ def _plot(stats: ChannelStats, source: Source, settings: Settings, skipped: dict
     from normfused.cli.stats import histogram  # only here: matplotlib may be missing
 
     low, high = histogram.value_range(stats)
-    counts = histogram.Counts(source, settings.scale, low, high)
+    counts = histogram.Counts(source, settings.like, low, high)
     read = Subset(counts, [index for index in range(len(source)) if index not in skipped])
     total = torch.zeros(1, dtype=torch.float64)
     with progress_bar(len(read), None) as advance:

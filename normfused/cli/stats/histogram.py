@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from normfused.data.images import as_nchw
 from normfused.data.sources import Source
-from normfused.data.stats import ChannelStats, scale_of
+from normfused.data.stats import ChannelStats, scale_of, values_of
 from normfused.errors import CommandError
 
 BINS = 256
@@ -42,16 +41,17 @@ def value_range(stats: ChannelStats) -> tuple[float, float]:
 class Counts(Dataset[Tensor]):
     """The histogram of each item of the source: number of scaled values in each bin, shape (C, 256), float64."""
 
-    def __init__(self, source: Source, scale: float | None, low: float, high: float) -> None:
-        self.source, self.scale, self.low, self.high = source, scale, low, high
+    def __init__(self, source: Source, like: ChannelStats, low: float, high: float) -> None:
+        self.source, self.like, self.low, self.high = source, like, low, high
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
-        x = as_nchw(*self.source[index])
-        scale = scale_of(x.dtype, self.scale)
-        return torch.stack([torch.histc(c.double() * scale, BINS, self.low, self.high) for c in x.unbind(1)])
+        x, counted = values_of(*self.source[index], self.like)
+        scale = scale_of(x.dtype, self.like.scale)
+        channels = x.unbind(1) if counted is None else [c[kept] for c, kept in zip(x.unbind(1), counted, strict=True)]
+        return torch.stack([torch.histc(c.double() * scale, BINS, self.low, self.high) for c in channels])
 
 
 def draw(counts: Tensor, stats: ChannelStats, low: float, high: float, name: str) -> bytes:
