@@ -429,8 +429,8 @@ def test_inapplicable_options(folder: Path, tmp_path: Path, capsys: pytest.Captu
     ("arguments", "message"),
     [
         ([], "the following arguments are required: PATH"),
-        (["x", "--scale", "0"], "argument --scale: must be positive and finite, got 0"),
-        (["x", "--scale", "nan"], "argument --scale: must be positive and finite, got nan"),
+        (["x", "--scale", "0"], "argument --scale: must be positive, got 0"),
+        (["x", "--scale", "nan"], "argument --scale: must be finite, got nan"),
         (["x", "--scale", "1/255"], "argument --scale: '1/255' is not a number"),
         (["x", "--workers", "-1"], "argument --workers: must be at least 0, got -1"),
     ],

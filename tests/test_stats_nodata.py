@@ -66,6 +66,17 @@ def test_nodata(dtype: str) -> None:
     assert ChannelStats(nodata=-9999).update(images).sums == ChannelStats().update(images).sums
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int64"])
+@pytest.mark.parametrize("nodata", [-9999, 300, 1e300, 44.5, 2**63])
+def test_a_nodata_that_the_dtype_lacks_leaves_nothing_out(dtype: str, nodata: float) -> None:
+    """Compared as an integer of 8 bits, -9999 would be 241, and 300 be 44."""
+    limits = np.iinfo(dtype)
+    values = np.arange(max(limits.min, -500), min(limits.max, 500) + 1)
+    images = values[values != nodata].astype(dtype).reshape(1, -1, 1, 1)
+    stats = ChannelStats(nodata=nodata).update(images)
+    assert stats.sums == ChannelStats().update(images).sums
+
+
 def test_the_lowest_float_is_a_common_nodata() -> None:
     lowest = float(np.finfo(np.float32).min)
     images = torch.rand(2, 1, 4, 4)

@@ -80,7 +80,7 @@ def _add_stats(commands: Any) -> None:
         "(default: HW, NHWC; NHW for IDX)",
     )
     add("--key", metavar="NAME", help="the array of an .npz file that has several")
-    add("--scale", type=_scale, metavar="S", help="multiply values by S (default: 1/255 for 8 bits, else 1)")
+    add("--scale", type=_positive, metavar="S", help="multiply values by S (default: 1/255 for 8 bits, else 1)")
     add("--nodata", type=_finite, metavar="V", help="leave out the values V, which stand for missing ones")
     add(
         "--channels",
@@ -161,13 +161,10 @@ def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def _scale(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+def _positive(text: str) -> float:
+    value = _finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
 
 

@@ -48,7 +48,7 @@ def dataset_stats(
     Ctrl-C stops the reading and returns the statistics of the images so far, with ``complete=False``.
 
     Args:
-        data: a tensor or array (also of ``zarr`` or ``h5py``) of images with a dimension N; the path of a file or
+        data: a tensor or array (also of ``zarr`` or ``h5py``) of images with a first dimension N; the path of a file or
             folder, as for ``normfused stats``; a map-style dataset or sequence; an iterable dataset; a ``DataLoader``;
             any iterable. Items are what :meth:`ChannelStats.update` accepts, or tuples or dicts that contain it.
         layout: layout of ``data`` if that is a tensor or array, else of each item; see :meth:`ChannelStats.update`. It
@@ -136,7 +136,9 @@ def _fail(source: Source, index: int, reason: str) -> None:
 
 def _is_array(data: Any) -> bool:
     """Whether data is a tensor, or an array of NumPy, zarr or h5py, which slices many images at once."""
-    return isinstance(data, (Tensor, np.ndarray)) or (hasattr(data, "shape") and hasattr(data, "dtype"))
+    if isinstance(data, (Tensor, np.ndarray)):
+        return True
+    return not isinstance(data, Dataset) and hasattr(data, "dtype") and len(getattr(data, "shape", ())) > 1
 
 
 def _of_all_ranks(read: Callable[[], ChannelStats], process_group: Any) -> ChannelStats:

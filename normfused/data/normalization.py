@@ -144,11 +144,6 @@ class ImageConstants:
     ) -> Tensor:
         """:func:`normalize` without ``out``."""
         check_image(self.name, input)
-        if self.images is not None:
-            parts = [x.normalize(image, dtype, torch.contiguous_format) for x, image in self._per_image(input)]
-            if memory_format == torch.preserve_format:
-                memory_format = suggest_memory_format(input)
-            return torch.stack(parts).contiguous(memory_format=memory_format)
         dtype = dtype or (input.dtype if input.dtype in DTYPES else torch.float32)
         if dtype not in DTYPES:
             raise TypeError(f"{self.name}: dtype must be float32, float64, float16 or bfloat16, got {dtype}")
@@ -157,6 +152,11 @@ class ImageConstants:
                 f"{self.name}: memory_format must be torch.contiguous_format, torch.channels_last or "
                 f"torch.preserve_format, got {memory_format}"
             )
+        if self.images is not None:
+            parts = [x.normalize(image, dtype, torch.contiguous_format) for x, image in self._per_image(input)]
+            if memory_format == torch.preserve_format:
+                memory_format = suggest_memory_format(input)
+            return torch.stack(parts).contiguous(memory_format=memory_format)
         scale = self._scale_of(input)
         if not _has_kernel(input.dtype, dtype):
             input = input.to(_common_dtype(input.dtype, dtype))

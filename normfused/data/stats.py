@@ -470,9 +470,17 @@ def values_of(
         images = images.data
     x = as_nchw(images, layout)
     counted = [mask_as_nchw(mask, as_array(images), layout).to(x.device).expand_as(x) for mask in masks]
-    if like.nodata is not None:
-        counted.append(x != like.nodata)
+    if like.nodata is not None and _holds(x.dtype, like.nodata):
+        counted.append(x != (like.nodata if x.is_floating_point() else int(like.nodata)))
     return x, torch.stack(counted).all(0).unbind(1) if counted else None
+
+
+def _holds(dtype: torch.dtype, number: float) -> bool:
+    """Whether a number can be among values of ``dtype``. torch's comparisons wrap one that cannot."""
+    if dtype.is_floating_point:
+        return True
+    limits = torch.iinfo(dtype)
+    return number == int(number) and limits.min <= number <= limits.max
 
 
 def scale_of(dtype: torch.dtype, scale: float | None) -> float:
