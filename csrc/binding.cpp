@@ -11,6 +11,7 @@
 #include "ops/output_memory.h"
 #include "ops/standardize.h"
 #include "ops/sync_moments.h"
+#include "ops/value_counts.h"
 
 namespace {
 
@@ -45,6 +46,7 @@ void bind_operators(py::module_& m) {
   define("channel_moments", &ops::channel_moments);
   define("channel_sums", &ops::channel_sums);
   define("integer_sums", &ops::integer_sums);
+  define("value_counts", &ops::value_counts);
   using Constants = std::vector<double>;
   define("standardize", [](const at::Tensor& input, const Constants& mean, const Constants& std, double scale,
                            std::optional<at::ScalarType> dtype, std::optional<at::MemoryFormat> memory_format) {

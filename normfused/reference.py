@@ -244,6 +244,36 @@ def integer_sums(input: Tensor) -> Tensor:
     return torch.stack([*total, *squares, *extremes])
 
 
+def value_counts(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rounded values of each channel in ascending order, without NaN and infinities, and how often each occurs.
+
+    Integers from -2^15 to 2^16 - 1 are exact; larger ones and floating values are rounded to 11 significant bits.
+
+    Returns:
+        The values of all channels one after another, float64; their counts, int64; the number of values of each
+        channel, shape (C,), int64.
+
+    Example:
+        >>> import torch
+        >>> values, counts, sizes = value_counts(torch.tensor([[0.25], [0.25], [1 + 2**-12]]))
+        >>> values.tolist(), counts.tolist(), sizes.tolist()
+        ([0.25, 1.0], [2, 1], [2])
+    """
+    found = [torch.unique(row[row.isfinite()], return_counts=True) for row in map(_rounded, _by_channel(input))]
+    values, counts = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return values, counts, torch.tensor([len(value) for value, _ in found])
+
+
+def _rounded(x: Tensor) -> Tensor:
+    dropped, largest = 52 - 10, (2 - 2**-10) * 2.0**1023
+    wide = x.double()
+    bits = wide.contiguous().view(torch.int64) + (1 << dropped - 1)
+    rounded = (bits >> dropped << dropped).view(torch.float64).clamp(-largest, largest) + 0.0  # 0.0 for -0.0
+    if not x.is_floating_point():
+        return torch.where((wide >= -(2**15)) & (wide < 2**16), wide, rounded)
+    return torch.where(wide.isfinite(), rounded, wide)
+
+
 def _joined(what: str, digits: Tensor) -> Tensor:
     """The numbers with these digits. Raise ``ValueError`` if one does not fit int64."""
     if not ((digits[1] == digits[1].int()) & (digits[2:] == 0).all(0)).all():

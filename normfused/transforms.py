@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normfused.data.images import FEW_CHANNELS, as_array, as_nchw
-from normfused.data.normalization import ImageConstants, check_image
+from normfused.data.normalization import ImageConstants, as_numbers, check_image
 from normfused.data.stats import ChannelStats, measure
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "MinMaxNormalize",
     "Normalize",
     "Preset",
+    "QuantileNormalize",
     "Standardize",
     "ToNormalizedTensor",
 ]
@@ -262,6 +263,70 @@ class Denormalize(_ImageTransform):
         return f"mean={self.mean}, std={self.std}"
 
 
+class QuantileNormalize(_ImageTransform):
+    """Map images linearly from two quantiles of a data set to a range, and clip them to it.
+
+    It is :class:`MinMaxNormalize` without the influence of outliers. :meth:`normfused.ChannelStats.quantile` computes
+    the quantiles. Input is that of :meth:`ToNormalizedTensor.forward`.
+
+    Args:
+        low, high: one number or one per channel, for values after scaling.
+        range: the values that ``low`` and ``high`` are mapped to.
+        clip: whether values below ``low`` and above ``high`` become the ends of ``range``.
+        scale: factor of the input; default 1/255 for uint8, 1 otherwise.
+        eps: minimum extent: a difference of ``high`` and ``low`` below it is replaced by it.
+        dtype: dtype of the output; default that of the input, float32 for integers.
+
+    Raises:
+        ValueError: ``high`` that is not above ``low`` with ``eps=0``; numbers that are not finite; a ``range`` that is
+            not in ascending order; different numbers of channels. A call raises as
+            :func:`normfused.functional.normalize`.
+
+    Example:
+        >>> import torch, normfused
+        >>> from normfused.transforms import QuantileNormalize
+        >>> images = torch.arange(101.0).view(1, 1, 101)
+        >>> low, high = normfused.ChannelStats(quantiles=(0.1, 0.9)).update(images).quantile()
+        >>> QuantileNormalize(low, high)(torch.tensor([[[5.0, 10.0, 50.0, 90.0, 99.0]]]))
+        tensor([[[0.0000, 0.0000, 0.5000, 1.0000, 1.0000]]])
+    """
+
+    def __init__(
+        self,
+        low: Numbers,
+        high: Numbers,
+        range: tuple[float, float] = (0.0, 1.0),
+        clip: bool = True,
+        *,
+        scale: float | None = None,
+        eps: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.range, self.clip, self.dtype = _check_range(name, range), clip, dtype
+        self.low, self.high = (as_numbers(name, which, values) for which, values in (("low", low), ("high", high)))
+        if len(self.low) != len(self.high) and 1 not in (len(self.low), len(self.high)):
+            raise ValueError(f"{name}: low has {len(self.low)} numbers, but high has {len(self.high)}")
+        channels = max(len(self.low), len(self.high))
+        lows, highs = (values * (channels // len(values)) for values in (self.low, self.high))
+        for channel, (below, above) in enumerate(zip(lows, highs, strict=True)):
+            if above < below or (above == below and eps == 0):
+                hint = "; eps= sets a minimum extent" if above == below else ""
+                raise ValueError(f"{name}: high must be above low, got {above} and {below} for channel {channel}{hint}")
+        start, end = self.range
+        stds = [max(above - below, eps) / (end - start) for below, above in zip(lows, highs, strict=True)]
+        means = [below - start * std for below, std in zip(lows, stds, strict=True)]
+        self.constants = ImageConstants(name, means, stds, scale)
+
+    def _transformed(self, image: Any) -> Tensor:
+        output = self.constants.normalize(_as_tensor(image), self.dtype)
+        return output.clamp_(*self.range) if self.clip else output
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"low={self.low}, high={self.high}, range={self.range}, clip={self.clip}"
+
+
 class _ByOwnStatistics(_ImageTransform):
     """Normalizes images by their own statistics."""
 
@@ -373,10 +438,7 @@ class MinMaxNormalize(_ByOwnStatistics):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(over, per_channel, eps, dtype)
-        low, high = range
-        if not -math.inf < low < high < math.inf:
-            raise ValueError(f"MinMaxNormalize: range must be two finite numbers in ascending order, got {range}")
-        self.range = low, high
+        self.range = _check_range("MinMaxNormalize", range)
 
     def _mean_and_std(self, stats: ChannelStats) -> tuple[Tensor, Tensor]:
         low, high = self.range
@@ -391,6 +453,13 @@ class MinMaxNormalize(_ByOwnStatistics):
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"range={self.range}, {super().extra_repr()}"
+
+
+def _check_range(name: str, range: tuple[float, float]) -> tuple[float, float]:
+    low, high = range
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"{name}: range must be two finite numbers in ascending order, got {range}")
+    return low, high
 
 
 def _as_tensor(image: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normfused import ChannelStats
-from normfused.data.stats import Sums
+from normfused.data.records import Sums
 
 
 def random_images(sizes: list[tuple[int, ...]], channels: int = 3, seed: int = 0) -> list[np.ndarray]:

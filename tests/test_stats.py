@@ -21,7 +21,7 @@ from torch import Tensor
 
 import normfused
 from normfused import ChannelStats, dataset_stats
-from normfused.data.stats import Moments
+from normfused.data.records import Moments
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -66,7 +66,7 @@ def test_integers_are_exact(dtype: torch.dtype) -> None:
     stats = ChannelStats(scale=0.5).update(values.to(dtype))
     exact = exact_sums(values.movedim(1, -1).reshape(-1, 2).numpy())
     assert stats.sums == exact
-    for channel, (count, total, squares, low, high) in enumerate(exact):
+    for channel, (count, total, squares, low, high, _) in enumerate(exact):
         variance = Fraction(squares, count) - Fraction(total, count) ** 2
         assert stats.mean[channel].item() == pytest.approx(float(Fraction(total, count) / 2), rel=1e-14)
         assert stats.var[channel].item() == pytest.approx(float(variance / 4), rel=1e-14)
@@ -87,8 +87,14 @@ def test_extreme_integers_are_exact(dtype: torch.dtype) -> None:
 def test_many_integers_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randint(-(2**40), 2**40, (1, 2, 70, 3))
     whole = ChannelStats(scale=1.0).update(values)
-    monkeypatch.setattr(normfused.data.stats, "_MAX_VALUES", 16)
+    monkeypatch.setattr(normfused.data.records, "_MAX_VALUES", 16)
     assert ChannelStats(scale=1.0).update(values) == whole
+    small = (values % 100).to(torch.int16)
+    monkeypatch.undo()
+    counted = ChannelStats(quantiles=(0.5,)).update(small)
+    monkeypatch.setattr(normfused.data.records, "_MAX_VALUES", 16)
+    assert ChannelStats(quantiles=(0.5,)).update(small) == counted
+    assert ChannelStats(quantiles=(0.5,)).update(small.float()).histograms == counted.histograms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)

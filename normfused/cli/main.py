@@ -83,6 +83,13 @@ def _add_stats(commands: Any) -> None:
     add("--scale", type=_positive, metavar="S", help="multiply values by S (default: 1/255 for 8 bits, else 1)")
     add("--nodata", type=_finite, metavar="V", help="leave out the values V, which stand for missing ones")
     add(
+        "--quantiles",
+        type=_quantiles,
+        default=(),
+        metavar="Q,...",
+        help="quantiles, as 0.01,0.99: exact for up to 16 bits, else within 0.05 %%",
+    )
+    add(
         "--channels",
         choices=("gray", "rgb"),
         help="convert pictures (default: as stored, palettes as RGB without their transparency)",
@@ -178,6 +185,13 @@ def _finite(text: str) -> float:
     return value
 
 
+def _quantiles(text: str) -> tuple[float, ...]:
+    numbers = tuple(map(_finite, text.split(",")))
+    if not all(0 <= number <= 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return numbers
+
+
 def _info(arguments: argparse.Namespace) -> int:
     info = normfused.info()
     if arguments.json:
@@ -196,6 +210,7 @@ def _stats(arguments: argparse.Namespace) -> int:
         reading=Options(**{name: getattr(arguments, name) for name in names}),
         scale=arguments.scale,
         nodata=arguments.nodata,
+        quantiles=arguments.quantiles,
         json=arguments.json,
         plot=arguments.plot,
         workers=arguments.workers,

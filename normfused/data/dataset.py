@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from normfused._torch_private import watched_worker_info
 from normfused.checks import check_process_group
 from normfused.data.images import guess_layout
+from normfused.data.records import Weight, check_weights
 from normfused.data.sources import Arrays, Options, Pictures, Source, open_source, read_parts
 from normfused.data.stats import NONFINITE, ChannelStats, measure
 
@@ -37,6 +38,8 @@ def dataset_stats(
     layout: str | None = None,
     scale: float | None = None,
     nodata: float | None = None,
+    quantiles: Sequence[float] = (),
+    weights: Sequence[float] | Tensor | None = None,
     key: Any = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -53,7 +56,9 @@ def dataset_stats(
             any iterable. Items are what :meth:`ChannelStats.update` accepts, or tuples or dicts that contain it.
         layout: layout of ``data`` if that is a tensor or array, else of each item; see :meth:`ChannelStats.update`. It
             must be given if a ``DataLoader`` batches items to three dimensions.
-        scale, nodata: as in :class:`ChannelStats`.
+        scale, nodata, quantiles: as in :class:`ChannelStats`.
+        weights: how many times each item counts, as in :meth:`ChannelStats.update`: a number for each, such as those
+            of ``torch.utils.data.WeightedRandomSampler``. They need data that can be indexed.
         key: index or key of the image in an item. Default: 0 for a tuple or list; for a dict the one key of
             ``"image"``, ``"images"``, ``"img"`` and ``"pixel_values"`` that it has.
         batch_size: number of images whose statistics are merged at once, or sent by a worker at once.
@@ -71,8 +76,8 @@ def dataset_stats(
         A new :class:`ChannelStats`. The random number generators of the process are not used.
 
     Raises:
-        ValueError: no images; an item that cannot be used (the message has its number); ``num_workers`` for data that
-            cannot be divided among processes.
+        ValueError: no images; an item that cannot be used (the message has its number); ``num_workers`` or ``weights``
+            for data that cannot be indexed; another number of weights than of items.
         TypeError: an item of an unsupported type.
         RuntimeError: the dataset fails to return an item; an error of another rank of ``process_group``.
 
@@ -85,7 +90,7 @@ def dataset_stats(
         >>> normfused.dataset_stats(items, progress=False)
         ChannelStats(images=2, channels=3, mean=[0.5000, 0.5000, 0.5000], std=[0.5000, 0.5000, 0.5000])
     """
-    like = ChannelStats(scale, nodata)
+    like = ChannelStats(scale, nodata, quantiles)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(data, Mapping):
@@ -102,6 +107,9 @@ def dataset_stats(
         if items is not None:
             items = items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
     is_source = isinstance(data, (Pictures, Arrays))
+    if weights is not None and (items is None or is_source):
+        raise ValueError("weights need data that can be indexed: a tensor, an array, a dataset or a sequence")
+    numbers = None if weights is None else check_weights(weights, len(data))
     own, total = (None, None) if items is None or is_source else (len(items), len(data))
 
     def read() -> ChannelStats:
@@ -110,10 +118,11 @@ def dataset_stats(
             assert items is not None
             parts = read_parts(data, items, like, num_workers, lambda index, reason: _fail(data, index, reason))
         elif items is not None and _is_array(data):
-            parts = _stack_parts(data, items, layout, like, batch_size)
+            parts = _stack_parts(data, items, layout, like, numbers, batch_size)
         else:
             are_batches = isinstance(data, DataLoader) and data.batch_sampler is not None
-            parts = _dataset_parts(data, _Reader(layout, like, key, are_batches), items, batch_size, num_workers)
+            reader = _Reader(layout, like, key, are_batches, numbers)
+            parts = _dataset_parts(data, reader, items, batch_size, num_workers)
         return collect(parts, like, own, progress)
 
     stats = read() if process_group is None else _of_all_ranks(read, process_group)
@@ -193,7 +202,12 @@ def progress_bar(total: int | None, enabled: bool | None) -> Iterator[Callable[[
 
 
 def _stack_parts(
-    images: Tensor | np.ndarray, items: range, layout: str | None, like: ChannelStats, batch_size: int
+    images: Tensor | np.ndarray,
+    items: range,
+    layout: str | None,
+    like: ChannelStats,
+    weights: list[Weight] | None,
+    batch_size: int,
 ) -> Iterator[Part]:
     """Statistics of a tensor or array of images with a first dimension N, at least ``batch_size`` images at a time."""
     layout = layout or guess_layout(images)
@@ -204,7 +218,8 @@ def _stack_parts(
         )
     step = max(batch_size, _VALUES_AT_A_TIME * len(images) // max(1, math.prod(images.shape)))
     for first in items[::step]:
-        yield f"item {first}", measure(images[first : min(first + step, items.stop)], layout, like)
+        part = slice(first, min(first + step, items.stop))
+        yield f"item {first}", measure(images[part], layout, like, weights=weights and weights[part])
 
 
 class _Reader(NamedTuple):
@@ -214,15 +229,23 @@ class _Reader(NamedTuple):
     like: ChannelStats
     key: Any
     are_batches: bool  # whether items are batches of a DataLoader
+    weights: list[Weight] | None  # of the items
 
-    def add(self, item: Any, stats: ChannelStats) -> None:
+    def add_item(self, data: Sequence[Any], index: int, stats: ChannelStats) -> None:
+        """Add an item that is known by its number, unless its weight is 0."""
+        weight = 1 if self.weights is None else self.weights[index]
+        if weight > 0:
+            stats.merge(self.measure(data[index]).weigh(weight))
+
+    def measure(self, item: Any) -> ChannelStats:
+        """The statistics of one item."""
         image = self._image(item)
         if self.are_batches and self.layout is None and getattr(image, "ndim", 4) == 3:
             raise ValueError(
                 f"a batch of shape {tuple(image.shape)}: pass layout=, 'NHW' for grayscale images, or the layout of a "
                 "single image"
             )
-        stats.merge(measure(image, self.layout, self.like))
+        return measure(image, self.layout, self.like)
 
     def _image(self, item: Any) -> Any:
         if self.key is not None:
@@ -261,7 +284,7 @@ class _Batches(Dataset[Part]):
         stats = self.reader.like.empty()
         for index in items:
             with _naming(index):
-                self.reader.add(self.data[index], stats)
+                self.reader.add_item(self.data, index, stats)
         return f"item {items.start}", stats
 
 
@@ -288,9 +311,8 @@ class _Stream(IterableDataset[Part]):
 
     def __iter__(self) -> Iterator[Part]:
         for index, item in self._share():
-            stats = self.reader.like.empty()
             with _naming(index):
-                self.reader.add(item, stats)
+                stats = self.reader.measure(item)
             yield f"item {index}", stats
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
+import re
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,3 +84,14 @@ def replace(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def as_json(content: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    """JSON with lists of numbers on one line. ``default`` is that of :func:`json.dumps`.
+
+    Raises:
+        ValueError: NaN or infinity.
+    """
+    text = json.dumps(content, indent=2, default=default, allow_nan=False)
+    # Strings contain no line breaks, so what matches is a list.
+    return re.sub(r"\[\n[-+.,\de\s]*\]", lambda match: f"[{' '.join(match[0][1:-1].split())}]", text).encode() + b"\n"

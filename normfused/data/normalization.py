@@ -122,7 +122,7 @@ class ImageConstants:
         self.name = name
         # Of constants per image, self.mean and self.std hold those of all images, one after the other.
         self.images, (mean, std) = _of_images(name, mean, std)
-        self.mean, self.std = (_numbers(name, which, values) for which, values in (("mean", mean), ("std", std)))
+        self.mean, self.std = (as_numbers(name, which, values) for which, values in (("mean", mean), ("std", std)))
         self.scale = scale
         if not 0 <= eps < math.inf:
             raise ValueError(f"{name}: eps must be a non-negative finite number, got {eps}")
@@ -286,7 +286,7 @@ def _of_images(name: str, mean: Any, std: Any) -> tuple[int | None, list[Any]]:
     return images.pop(), [v.reshape(-1) if len(s) == 2 else v for v, s in zip((mean, std), shapes, strict=True)]
 
 
-def _numbers(name: str, which: str, values: Any) -> list[float]:
+def as_numbers(name: str, which: str, values: Any) -> list[float]:
     """A number, sequence, array or tensor, of shape (), (C,) or (C, 1, 1), as a list of finite floats."""
     if tuple(getattr(values, "shape", ()))[1:] == (1, 1):
         values = values[:, 0, 0]

@@ -7,6 +7,7 @@
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/nontemporal.h"
 #include "kernels/cpu/plan.h"
+#include "value_counts.h"
 
 // Replaces nontemporal.cpp: on any machine, non-temporal stores are used for outputs that are small enough for a test.
 int64_t normfused::cpu::nontemporal_threshold(int64_t) { return 256 << 10; }
@@ -109,6 +110,25 @@ int64_t run_integers(Cpu& backend, std::mt19937& random) {
   return cases + 1;
 }
 
+int64_t run_counts(std::mt19937& random) {
+  int64_t cases = 0;
+  for (const ChannelView& view : kViews)
+    for (const int64_t offset : {0, 1}) {
+      run_value_counts<uint8_t>(kThreads, DType::kUInt8, view, offset, random);
+      run_value_counts<int8_t>(kThreads, DType::kInt8, view, offset, random);
+      run_value_counts<int16_t>(kThreads, DType::kInt16, view, offset, random);
+      run_value_counts<int32_t>(kThreads, DType::kInt32, view, offset, random);
+      run_value_counts<int64_t>(kThreads, DType::kInt64, view, offset, random);
+      run_value_counts<float>(kThreads, DType::kFloat32, view, offset, random);
+      run_value_counts<double>(kThreads, DType::kFloat64, view, offset, random);
+      cases += 7;
+    }
+  // Several blocks.
+  run_value_counts<uint8_t>(kThreads, DType::kUInt8, {2, 3, 250000}, 0, random);
+  run_value_counts<float>(kThreads, DType::kFloat32, {250000, 3, 1}, 0, random);
+  return cases + 2;
+}
+
 // Numbers of channels with and without a specialized transposition, full tiles and partial tiles.
 int64_t run_images(Cpu& backend, std::mt19937& random) {
   const ChannelView images[] = {{2, 3, 35}, {1, 4, 64}, {3, 1, 50}, {2, 5, 1000}, {1, 130, 70}, {2, 3, 5000}};
@@ -143,6 +163,7 @@ int main() {
   std::mt19937 random(7);
   int64_t cases = run_floating(backend, random);
   cases += run_integers(backend, random);
+  if (std::string(cpu::capability()) == "baseline") cases += run_counts(random);  // the same for all instruction sets
   cases += run_images(backend, random);
   run_finish(backend);
   run_nonfinite(backend);

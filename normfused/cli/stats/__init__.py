@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -31,14 +30,15 @@ _NAMES = 5  # that a list of files shows
 class Settings:
     """The options of the command.
 
-    ``scale`` and ``nodata`` are those of :class:`normfused.ChannelStats`. ``json`` and ``plot`` None: no such file.
-    ``skip``: skip unreadable files; otherwise they end the command.
+    ``scale``, ``nodata`` and ``quantiles`` are those of :class:`normfused.ChannelStats`. ``json`` and ``plot`` None:
+    no such file. ``skip``: skip unreadable files; otherwise they end the command.
     """
 
     paths: list[Path]
     reading: Options
     scale: float | None
     nodata: float | None
+    quantiles: tuple[float, ...]
     json: Path | None
     plot: Path | None
     workers: int
@@ -47,7 +47,7 @@ class Settings:
     @property
     def like(self) -> ChannelStats:
         """Statistics without images."""
-        return ChannelStats(self.scale, self.nodata)
+        return ChannelStats(self.scale, self.nodata, self.quantiles)
 
     @property
     def title(self) -> str:
@@ -169,8 +169,11 @@ def _as_json(stats: ChannelStats, source: Source, settings: Settings, skipped: d
         names = ("count", "mean", "std", "min", "max", "nonfinite")
         values = (stats.count, stats.mean, stats.std, stats.min, stats.max, stats.nonfinite)
         content |= {name: _finite(value.tolist()) for name, value in zip(names, values, strict=True)}
+        if stats.quantiles:
+            rows = zip(stats.quantiles, stats.quantile(), strict=True)
+            content["quantiles"] = {str(q): _finite(row.tolist()) for q, row in rows}
     content["stats"] = stats.to_dict()  # exact, for ChannelStats.load
-    return json.dumps(content, indent=2, default=str, allow_nan=False).encode() + b"\n"
+    return files.as_json(content, default=str)
 
 
 def _settings(settings: Settings) -> dict[str, object]:

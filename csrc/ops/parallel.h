@@ -1,0 +1,16 @@
+// The loop of the CPU kernels on torch's threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include "kernels/cpu/parallel.h"
+
+namespace normfused::ops {
+
+// at::parallel_for respects torch.set_num_threads and is serial inside another parallel region.
+inline constexpr cpu::Parallel kCpuParallel{
+    [](int64_t tasks, int64_t grain, cpu::Parallel::Body body, const void* context) {
+      at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+    }};
+
+}  // namespace normfused::ops
