@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +94,23 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks = Ranks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that keeps built programs between test runs, if pytest has a cache."""
+    kept = getattr(request.config, "cache", None)  # absent with -p no:cacheprovider
+    return kept.mkdir("compiled") if kept else tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, cache: Path) -> Iterator[Path]:
+    """An empty folder. Its path is the same in every run: for ccache, a path in a command is part of the command."""
+    folder = cache / re.sub(r"\W+", "-", request.node.name)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(autouse=True)

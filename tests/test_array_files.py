@@ -81,7 +81,7 @@ def test_layouts_by_name(
     tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces too: the images need not be the first dimension."""
-    monkeypatch.setattr("normfused.data.sources._VALUES_AT_A_TIME", 100)
+    monkeypatch.setattr("normfused.data.arrays._VALUES_AT_A_TIME", 100)
     sizes = {"N": 4, "C": 3, "D": 2, "T": 6, "H": 5, "W": 7}
     array = RANDOM.integers(0, 256, [sizes[letter] for letter in layout], dtype=np.uint8)
     path = tmp_path / "images.npy"
@@ -107,7 +107,7 @@ def test_idx_of_any_type(tmp_path: Path, kind: int, name: str, capsys: pytest.Ca
 def test_an_array_is_read_in_pieces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("normfused.data.sources._VALUES_AT_A_TIME", 7 * 30)
+    monkeypatch.setattr("normfused.data.arrays._VALUES_AT_A_TIME", 7 * 30)
     path = tmp_path / "images.npy"
     np.save(path, STACK)
     pieces: list[int] = []

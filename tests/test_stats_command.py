@@ -324,7 +324,7 @@ def test_histogram_counts(
     path, out = tmp_path / "images.npy", tmp_path / "out.png"
     np.save(path, np.stack([image[:6] for image in images]))
     pixels = np.concatenate([image[:6].reshape(-1, 3) for image in images])
-    monkeypatch.setattr("normfused.data.sources._VALUES_AT_A_TIME", 300)
+    monkeypatch.setattr("normfused.data.arrays._VALUES_AT_A_TIME", 300)
     assert run(capsys, path, "--plot", out)[0] == 0
     counts, stats, low, high, name = drawn[0]
     assert name == "images.npy"

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from normfused._torch_private import watched_worker_info
 from normfused.checks import check_process_group
 from normfused.data.images import guess_layout
+from normfused.data.paths import open_source
 from normfused.data.records import Weight, check_weights
-from normfused.data.sources import Arrays, Options, Pictures, Source, open_source, read_parts
+from normfused.data.sources import Options, Source, read_parts
 from normfused.data.stats import NONFINITE, ChannelStats, measure
 
 # Minimum number of values of a tensor or array per call. With fewer the overhead of a call outweighs its work.
@@ -96,17 +97,17 @@ def dataset_stats(
     if isinstance(data, Mapping):
         names = ", ".join(map(repr, data))
         raise TypeError(f"data must be one dataset, got a {type(data).__name__} of {names}: pass one of them")
-    if isinstance(data, (str, os.PathLike)):
+    is_source = isinstance(data, (str, os.PathLike))
+    if is_source:
         data = open_source([Path(data)], Options(layout=layout, key=key))
     is_indexed = not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    items = range(len(data)) if is_indexed else None
+    items = range(len(data)) if is_source or is_indexed else None
     if process_group is not None:
         check_process_group("dataset_stats", process_group)
         rank, ranks = distributed.get_rank(process_group), distributed.get_world_size(process_group)
         progress = progress if rank == 0 else False
         if items is not None:
             items = items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
-    is_source = isinstance(data, (Pictures, Arrays))
     if weights is not None and (items is None or is_source):
         raise ValueError("weights need data that can be indexed: a tensor, an array, a dataset or a sequence")
     numbers = None if weights is None else check_weights(weights, len(data))

@@ -15,8 +15,10 @@ from torch.utils.data import Subset
 
 from normfused._version import __version__
 from normfused.data import files
+from normfused.data.arrays import Arrays
 from normfused.data.dataset import Part, collect, progress_bar
-from normfused.data.sources import Options, Pictures, Source, load, open_source, read_parts
+from normfused.data.paths import open_source
+from normfused.data.sources import Options, Source, load, read_parts
 from normfused.data.stats import ChannelMismatchError, ChannelStats
 from normfused.errors import CommandError
 
@@ -76,7 +78,7 @@ def run_stats(settings: Settings) -> int:
     try:
         stats = collect(_parts(source, settings, skipped), settings.like, source.images, None)
     except ChannelMismatchError as error:
-        converts = isinstance(source, Pictures) and settings.reading.channels is None
+        converts = not isinstance(source, Arrays) and settings.reading.channels is None
         hint = "; --channels gray or --channels rgb converts all pictures" if converts else ""
         raise CommandError(f"{error}{hint}") from error
     except ValueError as error:
@@ -89,7 +91,8 @@ def run_stats(settings: Settings) -> int:
     if not stats.images and stats.complete:
         raise CommandError(f"{settings.paths[0]}{settings.others}: no image could be read")
     if not stats.complete:
-        print(f"interrupted: the statistics cover {stats.images} of {source.images} images", file=sys.stderr)
+        of_all = "" if source.images is None else f" of {source.images}"
+        print(f"interrupted: the statistics cover {stats.images}{of_all} images", file=sys.stderr)
         return INTERRUPTED
     if settings.plot:
         try:

@@ -48,10 +48,15 @@ class Counts(Dataset[Tensor]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
-        x, counted = values_of(*self.source[index], self.like)
-        scale = scale_of(x.dtype, self.like.scale)
-        channels = x.unbind(1) if counted is None else [c[kept] for c, kept in zip(x.unbind(1), counted, strict=True)]
-        return torch.stack([torch.histc(c.double() * scale, BINS, self.low, self.high) for c in channels])
+        total = torch.zeros(1, dtype=torch.float64)
+        for image, layout in self.source.read(index):
+            x, counted = values_of(image, layout, self.like)
+            scale = scale_of(x.dtype, self.like.scale)
+            channels = x.unbind(1)
+            if counted is not None:
+                channels = tuple(channel[kept] for channel, kept in zip(channels, counted, strict=True))
+            total = total + torch.stack([torch.histc(c.double() * scale, BINS, self.low, self.high) for c in channels])
+        return total
 
 
 def draw(counts: Tensor, stats: ChannelStats, low: float, high: float, name: str) -> bytes:
