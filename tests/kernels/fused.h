@@ -6,7 +6,8 @@
 namespace normfused::testing {
 
 inline double activate(const Activation& activation, double z) {
-  const double sigmoid = 1 / (1 + std::exp(-z)), pi = std::acos(-1);
+  constexpr double kTwoOverPi = 0.63661977236758134308;
+  const auto sigmoid = [&] { return 1 / (1 + std::exp(-z)); };
   switch (activation.kind) {
     case ActivationKind::kIdentity:
       return z;
@@ -21,15 +22,15 @@ inline double activate(const Activation& activation, double z) {
     case ActivationKind::kHardswish:
       return z * std::clamp(z + 3, 0.0, 6.0) / 6;
     case ActivationKind::kSigmoid:
-      return sigmoid;
+      return sigmoid();
     case ActivationKind::kTanh:
       return std::tanh(z);
     case ActivationKind::kSilu:
-      return z * sigmoid;
+      return z * sigmoid();
     case ActivationKind::kGelu:
       return z / 2 * (1 + std::erf(z / std::sqrt(2)));
     case ActivationKind::kGeluTanh:
-      return z / 2 * (1 + std::tanh(std::sqrt(2 / pi) * (z + 0.044715 * z * z * z)));
+      return z / 2 * (1 + std::tanh(std::sqrt(kTwoOverPi) * (z + 0.044715 * z * z * z)));
   }
   return z;
 }

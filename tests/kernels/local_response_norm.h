@@ -30,7 +30,8 @@ void run_local_response_norm(Backend& backend, const Case<T>& data, int64_t offs
   std::vector<double> base(n);
   for (int64_t i = 0; i < n; ++i)
     base[i] = k + scale * window_sum(i, left, right, [&](int64_t j) { return data.x(j) * data.x(j); });
-  const auto share = [&](int64_t j) { return data.g(j) * data.x(j) * std::pow(base[j], -beta - 1); };
+  std::vector<double> share(n);
+  for (int64_t i = 0; i < n; ++i) share[i] = data.g(i) * data.x(i) * std::pow(base[i], -beta - 1);
 
   const double epsilon = Format<T>::epsilon, rounding = Format<T>::dtype == DType::kFloat64 ? 6e-16 : 6e-8;
   Buffer<T> output(n, offset);
@@ -42,8 +43,8 @@ void run_local_response_norm(Backend& backend, const Case<T>& data, int64_t offs
       double want = direct, magnitude = std::abs(direct);
       if (backward) {
         const double times = 2 * scale * beta * data.x(i);
-        want -= times * window_sum(i, right, left, share);
-        magnitude += times * window_sum(i, right, left, [&](int64_t j) { return std::abs(share(j)); });
+        want -= times * window_sum(i, right, left, [&](int64_t j) { return share[j]; });
+        magnitude += times * window_sum(i, right, left, [&](int64_t j) { return std::abs(share[j]); });
       }
       expect_near(backward ? "gradient" : "output", i, decode(output.data + i), want,
                   1.1 * epsilon * std::abs(want) + rounding * (1 + 6 * magnitude));
