@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import command
+import numpy as np
 import tables
 import torch
 from cases import MEMORY_FORMATS
@@ -63,6 +64,9 @@ def cases(device: str) -> Iterator[Case]:
     yield data_set("60,000×1×28×28", (60_000, 1, 28, 28), "NCHW", device)
     for layout in MEMORY_FORMATS:
         yield data_set("64×3×480×640", (64, 3, 480, 640), layout, device)
+    yield quantiles("60,000×1×28×28", (60_000, 1, 28, 28), "NCHW", device)
+    for layout in MEMORY_FORMATS:
+        yield quantiles("64×3×480×640", (64, 3, 480, 640), layout, device)
     for shape in ((32, 96, 55, 55), (32, 256, 27, 27)):
         for layout in MEMORY_FORMATS:
             yield local_response(shape, layout, device)
@@ -144,6 +148,20 @@ def data_set(name: str, shape: tuple[int, ...], layout: str, device: str) -> Cas
     )
 
 
+def quantiles(name: str, shape: tuple[int, ...], layout: str, device: str) -> Case:
+    """Two quantiles per channel of uint8 data, with all other statistics. The peers compute one of both."""
+    x = _bytes(shape, device).contiguous(memory_format=MEMORY_FORMATS[layout])
+    channels = [channel.cpu().numpy() for channel in x.unbind(1)]
+    q = (0.01, 0.99)
+    calls: Calls = {
+        "normfused": lambda: normfused.ChannelStats(scale=1, quantiles=q).update(x).quantile(),
+        "ChannelStats without quantiles": lambda: normfused.ChannelStats(scale=1).update(x).mean,
+        "numpy.quantile": lambda: torch.from_numpy(np.stack([np.quantile(c, q) for c in channels], axis=1)),
+    }
+    what, target = "ChannelStats of uint8 with quantiles", {"ChannelStats without quantiles": 0.6}
+    return Case(what, f"{name} {layout}", calls, target, 0, "numpy.quantile", ("ChannelStats without quantiles",))
+
+
 def local_response(shape: tuple[int, ...], layout: str, device: str) -> Case:
     """Local response normalization, forward + backward."""
     x = torch.empty(shape, device=device).normal_().contiguous(memory_format=MEMORY_FORMATS[layout]).requires_grad_()
@@ -178,7 +196,9 @@ def _bytes(shape: tuple[int, ...], device: str) -> Tensor:
 
 def rehearse(device: str) -> list[command.Row]:
     """Two small cases."""
-    few = [data_set("2×3×5×7", (2, 3, 5, 7), "NCHW", device), local_response((2, 6, 3, 3), "channels_last", device)]
+    shape = (2, 3, 5, 7)
+    few = [data_set("2×3×5×7", shape, "NCHW", device), quantiles("2×3×5×7", shape, "channels_last", device)]
+    few += [local_response((2, 6, 3, 3), "channels_last", device)]
     return measure(device, few, TINY)
 
 

@@ -12,6 +12,7 @@ import pytest
 from stats_runs import RANDOM, STACK, expected, fails_with, run
 
 from normfused.data import sources
+from normfused.data.paths import open_source
 from normfused.data.sources import Options
 
 
@@ -65,7 +66,7 @@ def test_a_folder_of_arrays(tmp_path: Path, ending: str, capsys: pytest.CaptureF
     assert done == (
         0,
         f"{expected([STACK[3:], STACK[:3]], 'NHW')}\n",
-        "not read (not a picture by its name): labels.txt\n",
+        "not read (not an array by its name): labels.txt\n",
     )
 
 
@@ -120,7 +121,7 @@ def test_an_array_is_read_in_pieces(
 def test_npy_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "images.npy"
     np.save(path, STACK)
-    array, layout = sources.open_source([path], Options(layout="NHW"))[0]
+    ((array, layout),) = open_source([path], Options(layout="NHW")).read(0)
     assert layout == "NHW"
     assert isinstance(array, np.memmap)
 
@@ -151,7 +152,8 @@ def test_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
         (
             "a.npy",
             lambda path: np.save(path, STACK),
-            "{path}: shape (20, 6, 5) is --layout NHW for many grayscale images, HWC or CHW for one image",
+            "{path}: shape (20, 6, 5) is --layout NHW for many grayscale images, HWC or CHW for one image, DHW for a "
+            "volume",
         ),
         (
             "a.npy",

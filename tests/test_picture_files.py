@@ -13,8 +13,9 @@ import tifffile
 from PIL import Image, features
 from stats_runs import GRAY, PICTURES, RANDOM, RGB, STACK, expected, fails_with, run
 
-from normfused.data import sources
-from normfused.data.sources import Files, Options, Pictures
+from normfused.data import pictures
+from normfused.data.pictures import Pictures
+from normfused.data.sources import Files, Options
 
 
 @pytest.fixture
@@ -30,7 +31,8 @@ def folder(tmp_path: Path) -> Path:
 def one_picture(tmp_path: Path, image: Image.Image, channels: str | None = None, ending: str = "png") -> np.ndarray:
     path = tmp_path / f"picture.{ending}"
     image.save(path)
-    return Pictures(Files([path]), Options(channels=channels))[0][0]
+    ((pixels, _),) = Pictures(Files([path]), Options(channels=channels)).read(0)
+    return pixels
 
 
 def transparent_palette() -> Image.Image:
@@ -83,7 +85,7 @@ def test_a_tiff_is_read_as_stored(
     if (dtype, channels) in PILLOWS:
         return
     assert fails_in(run(capsys, path, "--channels", "gray"), path, "; --channels cannot convert it\n")
-    monkeypatch.setattr(sources, "_has", lambda module: module != "tifffile")
+    monkeypatch.setattr(pictures, "has", lambda module: module != "tifffile")
     failed = run(capsys, path)
     assert fails_in(failed, path, "; tifffile reads it: pip install 'normfused[data]'\n")
     assert "which Pillow reads as mode" in failed[2] or "cannot identify image file" in failed[2]
@@ -218,11 +220,11 @@ def test_the_depth_of_avif(tmp_path: Path) -> None:
         pytest.skip("Pillow has no AVIF")
     RGB.resize((16, 16)).save(path)
     file = types.SimpleNamespace(format="AVIF", filename=str(path), tile=[])
-    assert not sources._is_deep(file)
+    assert not pictures._is_deep(file)
     content = bytearray(path.read_bytes())
     content[content.index(b"av1C") + 6] |= 0x40
     path.write_bytes(content)
-    assert sources._is_deep(file)
+    assert pictures._is_deep(file)
 
 
 def test_sixteen_bits_of_sgi(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +255,7 @@ def test_premultiplied_colors_are_read_as_stored(
     path = tmp_path / "image.tif"
     tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=["assocalpha"])
     assert run(capsys, path) == (0, f"{expected([pixels])}\n", "")
-    monkeypatch.setattr(sources, "_has", lambda module: module != "tifffile")
+    monkeypatch.setattr(pictures, "has", lambda module: module != "tifffile")
     assert fails_in(run(capsys, path), path, "colors multiplied by the opacity, by which Pillow divides them; tifffile")
 
 

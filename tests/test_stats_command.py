@@ -23,7 +23,7 @@ import normfused
 from normfused import ChannelStats
 from normfused.cli.main import main
 from normfused.cli.stats import histogram
-from normfused.data.sources import Pictures
+from normfused.data.pictures import Pictures
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_inapplicable_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "images.npy"
     np.save(path, STACK[0])
-    message = f"--channels applies to pictures, but {path} contains an array"
+    message = f"--channels applies to pictures and videos, but {path} contains an array"
     assert fails_with(message, capsys, path, "--channels", "gray")
     assert fails_with(message.replace("channels", "frames"), capsys, path, "--frames", "all")
     message = "--layout applies to arrays; a picture file defines its own layout"
@@ -237,7 +237,7 @@ def test_inapplicable_options(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert fails_with(message.replace("layout applies", "key applies"), capsys, folder, "--key", "x")
     assert fails_with(f"{path}: --key names an array of an .npz file", capsys, path, "--key", "x")
     picture = folder / "0.png"
-    assert fails_with(f"{path} is an array and {picture} is not: pass one kind", capsys, picture, path)
+    assert fails_with(f"{picture} is a picture and {path} is an array: pass one kind", capsys, picture, path)
     assert fails_with(f"{picture}: given more than once", capsys, picture, picture)
     layout = (
         "layout must consist of distinct letters, N for images, C for channels and any other for a dimension of an "
@@ -434,14 +434,14 @@ def test_plots_of_a_channel_without_finite_values(
 def test_interrupted(
     folder: Path, tmp_path: Path, done: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = Pictures.__getitem__
+    read = Pictures.read
 
-    def interrupted(self: Pictures, index: int) -> np.ndarray:
+    def interrupted(self: Pictures, index: int) -> Any:
         if index == done:
             raise KeyboardInterrupt
         return read(self, index)
 
-    monkeypatch.setattr(Pictures, "__getitem__", interrupted)
+    monkeypatch.setattr(Pictures, "read", interrupted)
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     code, table, error = run(capsys, folder, "--json", out, "--plot", plot)
     stats = expected(PICTURES[:done])
@@ -474,17 +474,19 @@ def test_a_real_interrupt(tmp_path: Path, workers: int) -> None:
 import sys, time
 import numpy as np
 from normfused.cli.main import main
-from normfused.data import sources
+from normfused.data import paths
+from normfused.data.pictures import Pictures
+from normfused.data.sources import Files
 from pathlib import Path
 
 def read(self, index):
     if index >= 8:
         Path({str(tmp_path / "started")!r}).touch()
     time.sleep(0.05)
-    return np.full((4, 4), index, dtype=np.uint8), "HW"
+    yield np.full((4, 4), index, dtype=np.uint8), "HW"
 
-sources.Pictures.__getitem__ = read
-sources.find_files = lambda folder, *rest: sources.Files(list(folder.glob("*.slow")))
+Pictures.read = read
+paths.find_files = lambda folder, *rest: Files(list(folder.glob("*.slow")))
 sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {str(out)!r}]))
 """
     # In its own process group, because Ctrl-C in a terminal goes to the workers too.

@@ -16,7 +16,8 @@ from stats_runs import expected, run
 import normfused
 from normfused import ChannelStats, dataset_stats
 from normfused.cli.stats import histogram
-from normfused.data.sources import Options, open_source
+from normfused.data.paths import open_source
+from normfused.data.sources import Options
 
 RANDOM = np.random.default_rng(0)
 DTYPES = ["uint8", "int16", "uint16", "int32", "int64", "float16", "float32", "float64"]

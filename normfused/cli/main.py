@@ -71,13 +71,13 @@ def _add_stats(commands: Any) -> None:
         type=Path,
         nargs="+",
         metavar="PATH",
-        help="folders of pictures or arrays, pictures, or arrays: IDX (also .gz), .npy or .npz files",
+        help="pictures, videos, arrays (IDX, also .gz; .npy, .npz; NIfTI), and folders of one kind of these",
     )
     add(
         "--layout",
         metavar="L",
         help="layout of an array: a letter for each dimension, N images, C channels, as NHW, NCHW or CDHW "
-        "(default: HW, NHWC; NHW for IDX)",
+        "(default: HW, NHWC; NHW for IDX, XYZT for NIfTI)",
     )
     add("--key", metavar="NAME", help="the array of an .npz file that has several")
     add("--scale", type=_positive, metavar="S", help="multiply values by S (default: 1/255 for 8 bits, else 1)")
@@ -92,15 +92,19 @@ def _add_stats(commands: Any) -> None:
     add(
         "--channels",
         choices=("gray", "rgb"),
-        help="convert pictures (default: as stored, palettes as RGB without their transparency)",
+        help="convert pictures and frames (default: as stored, palettes as RGB without their transparency)",
     )
-    add("--frames", choices=("first", "all"), help="of animations and files with several pages (default: an error)")
+    add(
+        "--frames",
+        choices=("first", "all"),
+        help="of videos (default: all), of animations and files with several pages (default: an error)",
+    )
     add(
         "--max-pixels",
         type=_integer(1),
         default=MAX_PIXELS,
         metavar="N",
-        help="refuse larger pictures (default: %(default)s)",
+        help="refuse larger pictures and frames (default: %(default)s)",
     )
     add("--json", type=Path, metavar="FILE", help="write settings, figures and exact sums")
     add("--plot", type=Path, metavar="FILE", help="draw a histogram (PNG); reads the images a second time")
@@ -109,7 +113,7 @@ def _add_stats(commands: Any) -> None:
         type=_integer(0),
         default=0,
         metavar="N",
-        help="processes that read pictures (default: this process)",
+        help="processes that decode files (default: this process)",
     )
     add("--on-error", choices=("fail", "skip"), default="fail", help="at an unreadable file (default: fail)")
     add("--recursive", action="store_true", help="search subfolders")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,14 @@ class Videos:
             check_size(stream.width, stream.height, self.options.max_pixels)
             stream.codec_context.options = {"err_detect": "explode"}
             stream.thread_type = "AUTO"
-            count = 0
-            for frame in container.decode(stream):
+            if self.options.frames == "first":
+                frame = next(container.decode(stream), None)
+                if frame is None:
+                    raise ValueError("no frames")
                 yield _pixels(frame, self.options)
-                count += 1
-                if self.options.frames == "first":
-                    break
-            if count == 0:
-                raise ValueError("no frames")
+            else:
+                for frame in _all_frames(container, stream):
+                    yield _pixels(frame, self.options)
 
     def name(self, index: int) -> str:
         """The file's path."""
@@ -59,6 +60,25 @@ class Videos:
     def left_out(self) -> dict[str, list[str]]:
         """Other files of a folder."""
         return self.files.left_out()
+
+
+def _all_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """The decoded frames. Raises ``ValueError`` if there are fewer than the file says, as a damaged file has."""
+    count, discarded, end = 0, 0, 0.0
+    for packet in container.demux(stream):
+        discarded += packet.is_discard  # cut away by an edit list, which leaves the frames in the file
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        for frame in packet.decode():
+            count += 1
+            yield frame
+    if count == 0 or count < stream.frames - discarded:
+        raise ValueError(f"{count} of {stream.frames} frames could be decoded" if stream.frames else "no frames")
+    # Matroska has no number of frames, but may have the duration, as in "00:01:12.500000000".
+    if tag := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):
+        duration = (int(tag[1]) * 60 + int(tag[2])) * 60 + float(tag[3])
+        if end < duration - 1:
+            raise ValueError(f"ends after {end:.1f} of {duration:.1f} s")
 
 
 def _pixels(frame: Any, options: Options) -> Image:

@@ -21,7 +21,16 @@ struct Parallel {
     loop(tasks, grain, body, &f);
   }
 
-  // The same in descending order: a thread starts with the task that it read last, which is still in its cache.
+  // Calls f(begin, end) for contiguous ranges that cover [0, tasks), at most one for each thread.
+  template <class F>
+  void ranges(int64_t tasks, int64_t grain, const F& f) const {
+    const auto body = [](const void* context, int64_t begin, int64_t end) {
+      (*static_cast<const F*>(context))(begin, end);
+    };
+    loop(tasks, grain, body, &f);
+  }
+
+  // Calls f(task) in descending order: a thread starts with the task that it read last, which is still in its cache.
   template <class F>
   void backwards(int64_t tasks, int64_t grain, const F& f) const {
     const auto body = [](const void* context, int64_t begin, int64_t end) {

@@ -4,64 +4,60 @@
 #include <array>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <type_traits>
 
 namespace normfused::cpu {
 
 namespace {
 
-// A rounded value as the upper 32 bits of its double, whose lower 32 bits are 0.
-using Key = uint32_t;
+// A rounded value as a number. Of a floating value it is the upper 22 bits of its double: sign, exponent, and 10 bits
+// of the significand. The exact integers follow.
+using Index = uint32_t;
 
-constexpr Key kNonfinite = 0x7ff00000, kSign = 0x80000000;
+constexpr int kDroppedBits = 64 - 22;
+constexpr Index kNonfinite = 0x7ff << 10, kIntegers = 1 << 22;
+constexpr int64_t kLowest = -(1 << 15), kExactIntegers = (1 << 15) + (1 << 16);
 
-Key upper_bits(double value) {
+uint64_t bits_of(double value) {
   uint64_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  return static_cast<Key>(bits >> 32);
+  return bits;
 }
 
-double value_of(Key key) {
-  const uint64_t bits = uint64_t{key} << 32;
+double value_of(Index index) {
+  if (index >= kIntegers) return static_cast<double>(static_cast<int64_t>(index - kIntegers) + kLowest);
+  const uint64_t bits = uint64_t{index} << kDroppedBits;
   double value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-// The key of the value rounded to 11 significant bits. Infinities and NaNs have keys with the exponent kNonfinite.
-Key rounded(double value) {
-  constexpr int kBits = 42;  // of the 52 bits of the significand after the leading one
-  constexpr uint64_t kHalf = uint64_t{1} << (kBits - 1);
-  constexpr Key kUnit = Key{1} << (kBits - 32);
-  uint64_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const bool is_finite = (static_cast<Key>(bits >> 32) & kNonfinite) != kNonfinite;
-  Key key = static_cast<Key>((bits + (is_finite ? kHalf : 0)) >> 32) & -kUnit;
-  if (is_finite && (key & kNonfinite) == kNonfinite) key -= kUnit;  // rounded up to infinity
-  return key == kSign ? 0 : key;                                    // -0 equals 0
+// kNonfinite for infinities and NaNs. Adding half of the last digit rounds to the nearest.
+Index index_of(double value) {
+  constexpr uint64_t kHalf = uint64_t{1} << (kDroppedBits - 1);
+  const auto truncated = static_cast<Index>(bits_of(value) >> kDroppedBits);
+  if ((truncated & kNonfinite) == kNonfinite) return kNonfinite;
+  const auto index = static_cast<Index>((bits_of(value) + kHalf) >> kDroppedBits);
+  return (index & kNonfinite) == kNonfinite ? truncated : index;  // not rounded up to infinity
 }
+
+Index index_of(float value) { return index_of(static_cast<double>(value)); }
 
 template <class T>
-Key key_of(T value) {
-  if constexpr (std::is_integral_v<T>) {
-    constexpr int64_t kLow = -(1 << 15), kHigh = 1 << 16;
-    if (value >= kLow && value < kHigh) return upper_bits(static_cast<double>(value));
-  }
-  return rounded(static_cast<double>(value));
+std::enable_if_t<std::is_integral_v<T>, Index> index_of(T value) {
+  const uint64_t offset = static_cast<uint64_t>(value) - static_cast<uint64_t>(kLowest);
+  return offset < kExactIntegers ? kIntegers + static_cast<Index>(offset) : index_of(static_cast<double>(value));
 }
 
-// Counts of keys: a hash table with open addressing, of which at most half is in use.
-class KeyCounts {
+// Counters of indices, in pages of 1024, which are added when they are needed: the values of one sign and exponent, or
+// 1024 integers.
+class PagedCounts {
  public:
   template <class T>
   void add(T value) {
-    const Key key = key_of(value);
-    if (!std::is_integral_v<T> && (key & kNonfinite) == kNonfinite) return;
-    Slot& slot = find(key);
-    if (slot.count++ == 0) {
-      slot.key = key;
-      if (2 * ++used_ > slots_.size()) grow();
-    }
+    const Index index = index_of(value);
+    if (index != kNonfinite) counter(index) += 1;
   }
 
   template <class T>
@@ -69,63 +65,85 @@ class KeyCounts {
     for (int64_t i = 0; i < n; ++i) add(values[i]);
   }
 
-  template <class F>
-  void for_each(const F& f) const {
-    for (const Slot& slot : slots_)
-      if (slot.count > 0) f(value_of(slot.key), slot.count);
+  void add_counts(const PagedCounts& other) {
+    other.for_each([&](Index index, uint32_t count) { counter(index) += count; });
+  }
+
+  // In ascending order.
+  std::vector<ValueCount> values() const {
+    std::vector<ValueCount> result;
+    for_each([&](Index index, uint32_t count) { result.push_back({value_of(index) + 0.0, count}); });  // 0 for -0
+    std::sort(result.begin(), result.end(), [](const auto& a, const auto& b) { return a.value < b.value; });
+    // Two indices have the same value: 0 and -0, or an exact integer and a larger one that is rounded to it.
+    size_t used = 0;
+    for (const ValueCount& next : result) {
+      if (used > 0 && result[used - 1].value == next.value)
+        result[used - 1].count += next.count;
+      else
+        result[used++] = next;
+    }
+    result.resize(used);
+    return result;
   }
 
  private:
-  struct Slot {
-    Key key;
-    uint32_t count;
-  };
+  static constexpr Index kPage = 1024;
+  static constexpr size_t kPages = (kIntegers + kExactIntegers) / kPage;
 
-  Slot& find(Key key) {
-    const size_t last = slots_.size() - 1;
-    size_t index = key * 0x9e3779b1u >> shift_;  // Knuth's multiplicative hash
-    while (slots_[index].count > 0 && slots_[index].key != key) index = (index + 1) & last;
-    return slots_[index];
+  uint32_t& counter(Index index) {
+    uint16_t& page = pages_[index / kPage];
+    if (page == 0) {
+      page = static_cast<uint16_t>(counters_.size() / kPage + 1);
+      counters_.resize(counters_.size() + kPage);
+    }
+    return counters_[(page - 1) * kPage + index % kPage];
   }
 
-  void grow() {
-    std::vector<Slot> old(slots_.size() * 2);
-    old.swap(slots_);
-    --shift_;
-    for (const Slot& slot : old)
-      if (slot.count > 0) find(slot.key) = slot;
+  template <class F>
+  void for_each(const F& f) const {
+    for (Index page = 0; page < kPages; ++page)
+      for (Index k = 0; pages_[page] > 0 && k < kPage; ++k)
+        if (const uint32_t count = counters_[(pages_[page] - 1) * kPage + k]) f(page * kPage + k, count);
   }
 
-  static constexpr int kFirstBits = 6;
-  std::vector<Slot> slots_ = std::vector<Slot>(1 << kFirstBits);
-  int shift_ = 32 - kFirstBits;
-  size_t used_ = 0;
+  std::array<uint16_t, kPages> pages_{};  // the number of each page in counters_, from 1; 0: absent
+  std::vector<uint32_t> counters_;
 };
 
-// Counts of bytes. Neighbors are counted in different copies: an increment waits for the previous one of its counter.
+// Counts of bytes. An increment waits for the previous one of its counter, so neighbors in a row have different ones,
+// and eight equal bytes are counted at once.
 template <class T>
 class ByteCounts {
  public:
-  void add(T value) { add(value, 0); }
-  void add(T value, int copy) { ++copies_[copy][static_cast<uint8_t>(value)]; }
+  void add(T value) { ++copies_[0][static_cast<uint8_t>(value)]; }
 
   void add_row(const T* values, int64_t n) {
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
       uint64_t eight;
       std::memcpy(&eight, values + i, sizeof(eight));
-      for (int k = 0; k < 8; ++k) ++copies_[k % kCopies][eight >> 8 * k & 0xff];
+      if (eight == (eight << 8 | eight >> 56))
+        copies_[0][eight & 0xff] += 8;
+      else
+        for (int k = 0; k < 8; ++k) ++copies_[k % kCopies][eight >> 8 * k & 0xff];
     }
     for (; i < n; ++i) add(values[i]);
   }
 
-  template <class F>
-  void for_each(const F& f) const {
-    for (int byte = 0; byte < 256; ++byte) {
+  void add_counts(const ByteCounts& other) {
+    for (int copy = 0; copy < kCopies; ++copy)
+      for (int byte = 0; byte < 256; ++byte) copies_[copy][byte] += other.copies_[copy][byte];
+  }
+
+  // In ascending order.
+  std::vector<ValueCount> values() const {
+    std::vector<ValueCount> result;
+    for (int value = std::numeric_limits<T>::min(); value <= std::numeric_limits<T>::max(); ++value) {
       uint32_t count = 0;
-      for (const auto& copy : copies_) count += copy[byte];
-      if (count > 0) f(static_cast<double>(static_cast<T>(byte)), count);
+      for (const auto& copy : copies_) count += copy[static_cast<uint8_t>(value)];
+      if (count > 0) result.push_back({static_cast<double>(value), count});
     }
+    return result;
   }
 
  private:
@@ -133,80 +151,65 @@ class ByteCounts {
   std::array<std::array<uint32_t, 256>, kCopies> copies_{};
 };
 
-template <class T>
-using Counts = std::conditional_t<sizeof(T) == 1, ByteCounts<T>, KeyCounts>;
-
-// A range of channels and positions, which one task counts.
+// A range of channels and positions.
 struct Block {
   int64_t c0, c1, m0, m1;
 };
 
-// Blocks of at least 2^18 values where there are so many, and at most 32 of them: each has counts of its own, which are
-// added in the end. With channels first and many channels, a block has all positions of some channels.
-std::vector<Block> blocks_of(const ChannelView& view) {
-  constexpr int64_t kMaxBlocks = 32, kMinValues = 1 << 18;
-  const bool by_channels = view.inner > 1 && view.channels >= kMaxBlocks;
-  const int64_t whole = by_channels ? view.channels : view.positions();
-  const int64_t blocks = std::min(std::clamp(view.numel() / kMinValues, int64_t{1}, kMaxBlocks), whole);
-  std::vector<Block> result;
-  for (int64_t k = 0; k < blocks; ++k) {
-    const int64_t first = whole * k / blocks, last = whole * (k + 1) / blocks;
-    result.push_back(by_channels ? Block{first, last, 0, whole == 0 ? 0 : view.positions()}
-                                 : Block{0, view.channels, first, last});
-  }
-  return result;
+// Channels last. `channels` is a compile-time constant or a number.
+template <class Counts, class T, class Channels>
+void count_pixels(const T* values, int64_t n, Channels channels, Counts* counts) {
+  for (int64_t m = 0; m < n; ++m, values += channels)
+    for (int64_t c = 0; c < channels; ++c) counts[c].add(values[c]);
 }
 
-template <class T>
-void count_block(const T* input, const ChannelView& view, const Block& block, Counts<T>* counts) {
-  if (view.inner == 1 && view.channels > 1) {
-    const T* values = input + block.m0 * view.channels;
-    for (int64_t m = block.m0; m < block.m1; ++m, values += view.channels)
-      for (int64_t c = 0; c < view.channels; ++c) counts[c].add(values[c]);
-    return;
+template <class Counts, class T>
+void count_block(const T* input, const ChannelView& view, const Block& block, Counts* counts) {
+  const int64_t channels = view.channels;
+  if (view.inner == 1) {
+    const T* values = input + block.m0 * channels;
+    const int64_t n = block.m1 - block.m0;
+    if (channels == 1) return counts->add_row(values, n);
+    if (channels == 3) return count_pixels(values, n, std::integral_constant<int64_t, 3>{}, counts);
+    return count_pixels(values, n, channels, counts);
   }
   for (int64_t m = block.m0, end; m < block.m1; m = end) {
     const int64_t outer = m / view.inner, inner = m % view.inner;
     end = std::min(block.m1, m + view.inner - inner);
     for (int64_t c = block.c0; c < block.c1; ++c)
-      counts[c - block.c0].add_row(input + (outer * view.channels + c) * view.inner + inner, end - m);
+      counts[c - block.c0].add_row(input + (outer * channels + c) * view.inner + inner, end - m);
   }
 }
 
-// Sorts by value, and adds the counts of equal values.
-void combine(std::vector<ValueCount>& counts) {
-  std::sort(counts.begin(), counts.end(), [](const auto& a, const auto& b) { return a.value < b.value; });
-  size_t used = 0;
-  for (const ValueCount& next : counts) {
-    if (used > 0 && counts[used - 1].value == next.value)
-      counts[used - 1].count += next.count;
-    else
-      counts[used++] = next;
-  }
-  counts.resize(used);
+// Each thread has counts of its own, of a range of positions; of channels if they are contiguous and many.
+template <class Counts, class T>
+std::vector<std::vector<ValueCount>> count_tensor(const T* input, const ChannelView& view, const Parallel& parallel) {
+  constexpr int64_t kMinValues = 1 << 18, kManyChannels = 32;
+  const bool by_channels = view.inner > 1 && view.channels >= kManyChannels;
+  const int64_t tasks = by_channels ? view.channels : view.positions();
+  const int64_t values = by_channels ? view.positions() : view.channels;
+  std::vector<Counts> total(view.channels);
+  std::mutex mutex;
+  parallel.ranges(
+      tasks, std::max(kMinValues / std::max(values, int64_t{1}), int64_t{1}), [&](int64_t begin, int64_t end) {
+        const Block block = by_channels ? Block{begin, end, 0, view.positions()} : Block{0, view.channels, begin, end};
+        std::vector<Counts> counts(block.c1 - block.c0);
+        count_block(input, view, block, counts.data());
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (int64_t c = block.c0; c < block.c1; ++c) total[c].add_counts(counts[c - block.c0]);
+      });
+  std::vector<std::vector<ValueCount>> result;
+  for (const Counts& channel : total) result.push_back(channel.values());
+  return result;
 }
 
 template <class T>
 std::vector<std::vector<ValueCount>> value_counts(const ValueCounts& args, const Parallel& parallel) {
-  const std::vector<Block> blocks = blocks_of(args.view);
-  std::vector<std::vector<std::vector<ValueCount>>> parts(blocks.size());
-  parallel(static_cast<int64_t>(blocks.size()), 1, [&](int64_t index) {
-    const Block& block = blocks[index];
-    std::vector<Counts<T>> counts(block.c1 - block.c0);
-    count_block(static_cast<const T*>(args.input), args.view, block, counts.data());
-    for (const Counts<T>& channel : counts) {
-      parts[index].emplace_back();
-      channel.for_each([&](double value, int64_t count) { parts[index].back().push_back({value, count}); });
-    }
-  });
-  std::vector<std::vector<ValueCount>> result(args.view.channels);
-  for (size_t index = 0; index < blocks.size(); ++index)
-    for (size_t c = 0; c < parts[index].size(); ++c) {
-      std::vector<ValueCount>& channel = result[blocks[index].c0 + c];
-      channel.insert(channel.end(), parts[index][c].begin(), parts[index][c].end());
-    }
-  for (std::vector<ValueCount>& channel : result) combine(channel);
-  return result;
+  const T* const input = static_cast<const T*>(args.input);
+  ChannelView view = args.view;
+  if (view.channels == 1) view = {1, 1, view.positions()};  // one row
+  using Counts = std::conditional_t<sizeof(T) == 1, ByteCounts<T>, PagedCounts>;
+  return count_tensor<Counts>(input, view, parallel);
 }
 
 }  // namespace
