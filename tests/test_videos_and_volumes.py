@@ -32,8 +32,9 @@ def encode(path: Path, frames: Any, codec: str, pixel_format: str, given: str = 
         height, width = frames[0].shape[:2] if given != "yuv420p" else (frames[0].shape[0] * 2 // 3, frames[0].shape[1])
         stream = container.add_stream(codec, rate=Fraction(10))
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-        if "colorspace" in settings:
+        if settings:
             stream.codec_context.colorspace = int(settings["colorspace"])
+            stream.codec_context.color_range = settings["color_range"]
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(pixels, format=given)
             for name, value in settings.items():
@@ -71,15 +72,26 @@ def test_opacity_is_a_channel(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run(capsys, path, "--channels", "rgb") == (0, f"{expected([rgba[..., :3]], 'NHWC')}\n", "")
 
 
-@pytest.mark.parametrize(("space", "red"), [("ITU601", (81, 90, 240)), ("ITU709", (63, 102, 240))])
-def test_colors_are_those_that_the_file_names(tmp_path: Path, space: str, red: tuple[int, int, int]) -> None:
-    """The same red has other numbers in the two standards of color."""
+@pytest.mark.parametrize(
+    ("space", "is_full", "red"),
+    [
+        ("ITU601", False, (81, 90, 240)),
+        ("ITU709", False, (63, 102, 240)),
+        ("ITU601", True, (76, 85, 255)),
+        ("ITU709", True, (54, 99, 255)),
+        (None, False, (81, 90, 240)),
+    ],
+)
+def test_colors_are_those_that_the_file_names(
+    tmp_path: Path, space: str | None, is_full: bool, red: tuple[int, int, int]
+) -> None:
+    """The same red has other numbers in the two standards of color, and in limited and full range."""
     y, u, v = red
     planes = np.concatenate([np.full(32 * 48, y), np.full(16 * 24, u), np.full(16 * 24, v)]).astype(np.uint8)
-    colorspace = av.video.reformatter.Colorspace[space]
-    path = encode(
-        tmp_path / "video.mkv", [planes.reshape(48, 48)] * 2, "ffv1", "yuv420p", "yuv420p", colorspace=colorspace
+    settings = (
+        {} if space is None else {"colorspace": av.video.reformatter.Colorspace[space], "color_range": 1 + is_full}
     )
+    path = encode(tmp_path / "video.mkv", [planes.reshape(48, 48)] * 2, "ffv1", "yuv420p", "yuv420p", **settings)
     mean = (dataset_stats(path).mean * 255).tolist()
     assert mean == pytest.approx([255, 0, 0], abs=2.5)
 
@@ -108,9 +120,9 @@ def test_frames_are_read_one_at_a_time(tmp_path: Path) -> None:
 
 
 def test_more_than_8_bits_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wide = RANDOM.integers(0, 1024, (2, 16, 16), dtype=np.uint16)
-    path = encode(tmp_path / "video.mkv", wide, "ffv1", "gray10le", "gray10le")
-    assert fails_with(f"{path}: format gray10le has 10 bits per sample, of which 8 would be kept", capsys, path)
+    wide = RANDOM.integers(0, 1 << 16, (2, 16, 16), dtype=np.uint16)
+    path = encode(tmp_path / "video.mkv", wide, "ffv1", "gray16le", "gray16le")
+    assert fails_with(f"{path}: format gray16le has 16 bits per sample, of which 8 would be kept", capsys, path)
 
 
 MOVING = np.stack([np.roll(FRAMES[0], 3 * i, axis=1) for i in range(40)]).repeat(4, 1).repeat(4, 2)

@@ -92,7 +92,14 @@ def _pixels(frame: Any, options: Options) -> Image:
     is_gray = len(components) == 1 and components[0].is_luma and not frame.format.has_palette
     has_alpha = any(component.is_alpha for component in components)
     stored = "gray" if is_gray else "rgba" if has_alpha else "rgb24"
-    pixels: np.ndarray = frame.to_ndarray(format=stored if options.channels is None else _FORMATS[options.channels])
+    # Older versions of PyAV take every frame for one of BT.601 and limited range unless they are told, and only look at
+    # the color space if another one is asked for. RGB has none.
+    pixels: np.ndarray = frame.to_ndarray(
+        format=stored if options.channels is None else _FORMATS[options.channels],
+        src_colorspace=frame.colorspace,
+        dst_colorspace="DEFAULT",
+        src_color_range=frame.color_range,
+    )
     return pixels, "HWC"[: pixels.ndim]
 
 
