@@ -124,7 +124,8 @@ def as_array(images: Any) -> Tensor | np.ndarray:
 
 def _from_numpy(array: np.ndarray) -> Tensor:
     # torch accepts neither reversed byte order nor negative strides.
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if any(stride < 0 for stride in array.strides):
         array = array.copy()
     if array.flags.writeable:

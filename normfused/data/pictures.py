@@ -73,11 +73,15 @@ def _read_picture(path: Path, options: Options) -> tuple[np.ndarray, str]:
 
 
 def _opened(path: Path, max_pixels: int) -> Any:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's own limit
     try:
-        file = Image.open(path)
+        expected = Image.EXTENSION.get(path.suffix.lower())  # tried first, because a trial of each format takes time
+        try:
+            file = Image.open(path, formats=expected and [expected])
+        except UnidentifiedImageError:
+            file = Image.open(path)
     finally:
         Image.MAX_IMAGE_PIXELS = before
     try:
@@ -145,9 +149,10 @@ class _PillowFrames:
                 raise ValueError(f"Pillow cannot convert mode {image.mode} to RGB")
             return np.array(image)
         mode = self.channels or image.mode
+        mode = _MODES.get(mode, mode)
         if image.mode in ("P", "PA"):
             image = image.convert("RGBA")  # Pillow warns of transparency if converted to RGB directly
-        return np.array(image.convert(_MODES.get(mode, mode)))
+        return np.array(image if image.mode == mode else image.convert(mode))
 
 
 class _TiffPages:

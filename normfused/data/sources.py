@@ -92,10 +92,11 @@ def read_parts(
             failed(index, part)
 
 
-def load(items: Dataset[Any], source: Source, workers: int) -> Iterable[Any]:
-    """The items, computed by worker processes if that pays off for the source."""
+def load(items: Any, source: Source, workers: int) -> Iterable[Any]:
+    """The items of a dataset, computed by worker processes if that pays off for the source."""
+    if workers == 0 or not source.may_use_workers:
+        return (items[index] for index in range(len(items)))
     # A separate generator: DataLoader would draw a number from the default one.
-    workers = workers if source.may_use_workers else 0
     return DataLoader(items, batch_size=None, num_workers=workers, generator=torch.Generator())
 
 
