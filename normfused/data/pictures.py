@@ -79,7 +79,7 @@ def _opened(path: Path, max_pixels: int) -> Any:
     try:
         expected = Image.EXTENSION.get(path.suffix.lower())  # tried first, because a trial of each format takes time
         try:
-            file = Image.open(path, formats=expected and [expected])
+            file = Image.open(path, formats=[expected] if expected else None)
         except UnidentifiedImageError:
             file = Image.open(path)
     finally:
