@@ -38,8 +38,7 @@ class ChannelMismatchError(ValueError):
 
 
 class ChannelStats:
-    """Statistics of each channel over all pixels of all images so far. All pixels weigh the same, unless images are given
-    other weights.
+    """Statistics of each channel over all pixels of all images so far. Pixels weigh the same, if images do.
 
     Integers are summed exactly: any split, order and merge of the images gives bitwise identical results. Floating
     values are merged in float64. NaN and infinities are excluded and counted. Objects can be pickled, and are equal
