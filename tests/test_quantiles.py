@@ -88,6 +88,13 @@ def test_histograms_match_the_reference(dtype: torch.dtype, shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_histograms_do_not_depend_on_the_device(device: torch.device, dtype: torch.dtype) -> None:
+    special = special_values(dtype)
+    x = special[torch.randint(len(special), (3, 2, 16, 17))]
+    assert histograms_of(x.to(device)) == histograms_of(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_values_are_rounded_to_11_bits(dtype: torch.dtype) -> None:
     special = special_values(dtype)
     for value in special[special.isfinite()].tolist():

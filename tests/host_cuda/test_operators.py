@@ -23,6 +23,7 @@ SOURCES = [
     ROOT / "csrc/binding.cpp",
     *sorted((ROOT / "csrc/memory").glob("*.cpp")),
     *(path for path in sorted((ROOT / "csrc/ops").glob("*.cpp")) if path.name != "cpu_backend.cpp"),
+    ROOT / "csrc/kernels/cpu/value_counts.cpp",  # not an operator: there is no CUDA kernel of it
     *LAUNCHERS,
     KERNELS / "traffic.cpp",
 ]
