@@ -84,7 +84,7 @@ def build(
         return program
 
     def compile_one(source: Path) -> Path:
-        target = program.with_name(f"{program.name}-{source.name}.o")
+        target = program.with_name(f"{program.name}-{source.parent.name}-{source.name}.o")
         subprocess.run([*command, "-x", "c++", "-c", source, "-o", target], check=True)
         return target
 
