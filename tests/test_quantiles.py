@@ -379,7 +379,30 @@ def test_weights_of_a_data_set(workers: int) -> None:
         dataset_stats(images, layout="NCHW", weights=[0] * 5)
 
 
-@pytest.mark.parametrize("weights", [[1, 2], [-1] * 5, [float("nan")] * 5, [float("inf")] * 5, ["1"] * 5, [[1]] * 5])
+@pytest.mark.parametrize("weight", [2**-64, 2**40, 2**62, 2.0**64])
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float64"])
+def test_extreme_weights(dtype: str, weight: float) -> None:
+    """One weight for all images changes no figure but the counts, also where these exceed int64."""
+    images = pixels(dtype)
+    plain = ChannelStats(scale=1, quantiles=Q).update(images, "NCHW")
+    stats = ChannelStats(scale=1, quantiles=Q)
+    for image in images:
+        stats.update(image, "CHW", weights=weight)
+    for figure in ("mean", "std", "min", "max"):
+        torch.testing.assert_close(getattr(stats, figure), getattr(plain, figure), rtol=1e-9, atol=0)
+    torch.testing.assert_close(stats.count.double(), plain.count.double() * weight, rtol=1e-12, atol=0)
+    for histogram, expected in zip(stats.histograms, plain.histograms, strict=True):
+        assert np.array_equal(histogram.values, expected.values)
+        assert np.allclose(histogram.counts / weight, expected.counts, rtol=1e-12)
+    neighbors = [np.quantile(np.repeat(h.values, h.counts), Q, method="inverted_cdf") for h in plain.histograms]
+    if weight != 2**40:  # with fractional counts, and with those above 2^53, without interpolation
+        assert (stats.quantile()[1:-1].numpy() == np.stack(neighbors, axis=-1)[1:-1]).all()
+    assert ChannelStats.from_dict(json.loads(json.dumps(stats.to_dict()))) == stats
+
+
+@pytest.mark.parametrize(
+    "weights", [[1e-30] * 5, [1e30] * 5, [1, 2], [-1] * 5, [float("nan")] * 5, [float("inf")] * 5, ["1"] * 5, [[1]] * 5]
+)
 def test_bad_weights(weights: Any) -> None:
     stats = ChannelStats().update(pixels("uint8"), "NCHW")
     before = stats.to_dict()

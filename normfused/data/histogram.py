@@ -13,6 +13,12 @@ from torch import Tensor
 
 from normfused import _extension, reference
 
+_MAX_COUNT = 2**53  # sums of two such counts do not overflow int64, and are exact in float64
+
+
+def _within_range(counts: np.ndarray) -> np.ndarray:
+    return counts if counts.sum() < _MAX_COUNT else counts.astype(np.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
@@ -24,7 +30,8 @@ class Histogram:
 
     Attributes:
         values: ascending, shape (K,), float64.
-        counts: of each value, shape (K,), int64; float64 if images have weights that are not integers.
+        counts: of each value, shape (K,), int64; float64 if images have weights that are not integers, or that are so
+            large that the sum of all counts exceeds 2^53.
 
     Source: buckets of constant relative width, of which any two sets can be merged, as in Masson, Rim and Lee, 2019,
     "DDSketch: A Fast and Fully-Mergeable Quantile Sketch with Relative-Error Guarantees".
@@ -43,16 +50,18 @@ class Histogram:
     def merge(self, other: Histogram) -> Histogram:
         """The histogram of both sets of values."""
         if np.array_equal(self.values, other.values):
-            return Histogram(self.values, self.counts + other.counts)
+            return Histogram(self.values, _within_range(self.counts + other.counts))
         values = np.union1d(self.values, other.values)
         counts = np.zeros(len(values), np.result_type(self.counts, other.counts))
         for histogram in (self, other):
             counts[np.searchsorted(values, histogram.values)] += histogram.counts
-        return Histogram(values, counts)
+        return Histogram(values, _within_range(counts))
 
     def weighted(self, weight: int | Fraction) -> Histogram:
         """The histogram with all counts times ``weight``."""
-        return Histogram(self.values, self.counts * (weight if isinstance(weight, int) else float(weight)))
+        if isinstance(weight, int) and weight * int(self.counts.sum()) < _MAX_COUNT:
+            return Histogram(self.values, self.counts * weight)
+        return Histogram(self.values, self.counts * float(weight))
 
     def scaled(self, scale: float) -> Histogram:
         """The histogram of the values times ``scale``, a positive number."""

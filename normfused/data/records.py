@@ -19,6 +19,7 @@ from normfused.layout import values_per_channel
 _MAX_VALUES = 2**29  # per channel, in one call of the kernel
 
 Weight = int | Fraction
+_LEAST = 2.0**-64  # of the weights: with others the sums of squares of int64 can exceed float64
 
 
 class Sums(NamedTuple):
@@ -154,8 +155,8 @@ def check_weights(weights: Any, count: int) -> list[Weight]:
     if len(numbers) != count:
         raise ValueError(f"weights must hold a number for each of {count} images, got {len(numbers)}")
     for number in numbers:
-        if not isinstance(number, (int, float, Fraction)) or not 0 <= number < math.inf:
-            raise ValueError(f"weights must be finite numbers that are not negative, got {number!r}")
+        if not isinstance(number, (int, float, Fraction)) or not (number == 0 or _LEAST <= number <= 1 / _LEAST):
+            raise ValueError(f"weights must be 0, or numbers from 2^-64 to 2^64, got {number!r}")
     fractions = map(Fraction, numbers)
     return [int(number) if number.denominator == 1 else number for number in fractions]
 

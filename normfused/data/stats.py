@@ -110,8 +110,8 @@ class ChannelStats:
                 for a tensor, ``"HW"``, ``"HWC"``, ``"NHWC"`` otherwise.
             mask: bool tensor or array, True for the values to count: of the shape of ``images``, or without C for all
                 channels alike. A NumPy masked array has its own, which is True for the others.
-            weights: how many times each image counts, as if it occurred so often: a number for each image that is not
-                negative, such as the weights of ``torch.utils.data.WeightedRandomSampler``. Default: 1.
+            weights: how many times each image counts, as if it occurred so often: a number for each image, 0 or from
+                2^-64 to 2^64, such as the weights of ``torch.utils.data.WeightedRandomSampler``. Default: 1.
 
         Raises:
             ValueError: no values; a number of channels that differs from the images before; a shape that does not fit
@@ -216,10 +216,11 @@ class ChannelStats:
     def count(self) -> Tensor:
         """Number of values of each channel, without those that are not finite, shape (C,), int64.
 
-        Of images with weights it is the sum of the weights of the values; float64 if they are not integers.
+        Of images with weights it is the sum of the weights of the values; float64 if they are not integers of 64 bits.
         """
         counts = [m.count for m in self._moments()]
-        return torch.tensor(counts if all(isinstance(c, int) for c in counts) else list(map(float, counts)))
+        fits = all(isinstance(count, int) and count < 2**63 for count in counts)
+        return torch.tensor(counts if fits else list(map(float, counts)))
 
     @property
     def nonfinite(self) -> Tensor:
