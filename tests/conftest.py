@@ -13,6 +13,7 @@ import torch
 from ranks import Ranks
 
 import normfused
+from normfused.data import pictures
 
 
 def _why_no_cuda() -> str | None:
@@ -128,3 +129,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = sum(str(_WHY_NO_CUDA) in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
     if skipped:
         terminalreporter.write_line(f"{skipped} CUDA cases skipped: {_WHY_NO_CUDA}")
+
+
+@pytest.fixture(params=["0", "0 with threads", "2"])
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, thread_count: None) -> int:
+    """The number of worker processes that read files, and whether threads read pictures if there are none."""
+    monkeypatch.setattr(pictures, "THREAD_BYTES", 0 if "threads" in request.param else 1 << 60)
+    torch.set_num_threads(2)
+    return int(request.param.split()[0])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import struct
+import threading
 import types
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import picture_files
 import pytest
 import tifffile
+import torch
 from PIL import Image, features
 from stats_runs import GRAY, PICTURES, RANDOM, RGB, STACK, expected, fails_with, run
 
+from normfused import dataset_stats
 from normfused.data import pictures
 from normfused.data.pictures import Pictures
 from normfused.data.sources import Files, Options
@@ -306,7 +311,6 @@ def test_sixteen_bits_and_rgb(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert table == f"{expected([STACK[0].astype(np.uint16)])}\n"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 def test_mixed_channel_counts(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     GRAY.save(folder / "3a.png")
     hint = "--channels gray or --channels rgb converts all pictures"
@@ -322,3 +326,39 @@ def test_mixed_channel_counts(folder: Path, workers: int, capsys: pytest.Capture
     )
     table = run(capsys, folder, "--channels", "rgb")[1]
     assert table == f"{expected([*PICTURES, np.stack([STACK[0]] * 3, -1)])}\n"
+
+
+def test_large_pictures_are_read_by_threads(folder: Path, monkeypatch: pytest.MonkeyPatch, thread_count: None) -> None:
+    """Two at once; what reading sets in the whole process is as before when they are done."""
+    together = threading.Barrier(2, timeout=60)
+    changed: list[bool] = []
+    opened = pictures._opened
+
+    def open_together(path: Path, max_pixels: int) -> Any:
+        if path.name < "4.png":  # of five pictures, which are read in pairs
+            together.wait()
+        changed.append(Image.MAX_IMAGE_PIXELS is None and torch.get_num_threads() == 1)
+        return opened(path, max_pixels)
+
+    monkeypatch.setattr(pictures, "_opened", open_together)
+    monkeypatch.setattr(pictures, "THREAD_BYTES", 0)
+    torch.set_num_threads(2)
+    limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    with pytest.warns(RuntimeWarning, match="^not read: subfolder"):
+        assert dataset_stats(folder) == expected(PICTURES)
+    assert changed == [True] * 5
+    assert (Image.MAX_IMAGE_PIXELS, warnings.filters) == (limit, filters)
+    of_new_threads: list[int] = []
+    thread = threading.Thread(target=lambda: of_new_threads.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert of_new_threads == [torch.get_num_threads()] == [2]
+
+
+@pytest.mark.parametrize(("sizes", "threads"), [([100, 100], False), ([1, 1 << 20], True), ([None, 1 << 14], False)])
+def test_small_pictures_are_read_by_one_thread(tmp_path: Path, sizes: list[int | None], threads: bool) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
+        if size is not None:
+            path.write_bytes(bytes(size))
+    assert Pictures(Files(paths), Options()).may_use_threads == threads

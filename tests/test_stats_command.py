@@ -23,6 +23,7 @@ import normfused
 from normfused import ChannelStats
 from normfused.cli.main import main
 from normfused.cli.stats import histogram
+from normfused.data import pictures
 from normfused.data.pictures import Pictures
 
 
@@ -45,7 +46,6 @@ SUBFOLDER = "not read (subfolder, which --recursive searches): more\n"
 # --- inputs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 def test_folder(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, folder, "--workers", workers) == (0, f"{expected(PICTURES)}\n", TEXT + SUBFOLDER)
 
@@ -152,12 +152,10 @@ def truncated(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 def test_fail_names_the_file(folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails_with(f"{truncated}: image file is truncated", capsys, folder, "--workers", workers)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 def test_skip_lists_and_counts(folder: Path, truncated: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "out.json"
     options = ("--on-error", "skip", "--workers", workers, "--json", out, "--plot", folder / "out.png")
@@ -343,7 +341,6 @@ def test_histogram_counts(
 
 
 @pytest.mark.usefixtures("truncated")
-@pytest.mark.parametrize("workers", [0, 2])
 def test_histogram_excludes_skipped_files(
     folder: Path, workers: int, drawn: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -431,9 +428,16 @@ def test_plots_of_a_channel_without_finite_values(
 
 
 @pytest.mark.parametrize("done", [0, 3])
+@pytest.mark.parametrize("thread_bytes", [0, 1 << 60])
 def test_interrupted(
-    folder: Path, tmp_path: Path, done: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    done: int,
+    thread_bytes: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(pictures, "THREAD_BYTES", thread_bytes)
     read = Pictures.read
 
     def interrupted(self: Pictures, index: int) -> Any:
@@ -465,8 +469,8 @@ def test_interrupted_while_drawing(
     assert error == TEXT + SUBFOLDER + "interrupted: there is no plot\n"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_real_interrupt(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "thread_bytes"), [(0, 1 << 60), (0, 0), (2, 0)])
+def test_a_real_interrupt(tmp_path: Path, workers: int, thread_bytes: int) -> None:
     for i in range(200):
         (tmp_path / f"{i:03}.slow").touch()
     out = tmp_path / "out.json"
@@ -474,8 +478,7 @@ def test_a_real_interrupt(tmp_path: Path, workers: int) -> None:
 import sys, time
 import numpy as np
 from normfused.cli.main import main
-from normfused.data import paths
-from normfused.data.pictures import Pictures
+from normfused.data import paths, pictures
 from normfused.data.sources import Files
 from pathlib import Path
 
@@ -485,7 +488,8 @@ def read(self, index):
     time.sleep(0.05)
     yield np.full((4, 4), index, dtype=np.uint8), "HW"
 
-Pictures.read = read
+pictures.Pictures.read = read
+pictures.THREAD_BYTES = {thread_bytes}
 paths.find_files = lambda folder, *rest: Files(list(folder.glob("*.slow")))
 sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {str(out)!r}]))
 """

@@ -22,6 +22,8 @@ ENDINGS = (*_NUMPY, *_NIFTI)  # of array files in a folder
 class Arrays:
     """Array files, each of many images or of one, read in parts of some megabytes."""
 
+    may_use_threads = False  # parts of a compressed file are read in order
+
     def __init__(self, files: Files, options: Options) -> None:
         self.key, self.files = options.key, files
         # Other arrays need no decoding.

@@ -64,7 +64,8 @@ def dataset_stats(
             ``"image"``, ``"images"``, ``"img"`` and ``"pixel_values"`` that it has.
         batch_size: number of images whose statistics are merged at once, or sent by a worker at once.
         num_workers: processes that read items and compute their statistics; only statistics are sent back. 0: this
-            process, which always reads tensors and arrays. An iterable dataset that asks for
+            process, which always reads tensors and arrays. It reads picture files of at least 16 KB (on average) in up
+            to four threads, no more than ``torch.get_num_threads()``. An iterable dataset that asks for
             ``torch.utils.data.get_worker_info()`` before its first item must give each worker its own share, as for any
             ``DataLoader``; of any other each worker reads all items, and uses every ``num_workers``-th. The result does
             not depend on it, except for rounding of the floating values of an iterable dataset.

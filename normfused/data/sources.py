@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from normfused.data.stats import ChannelStats, measure
 
+MAX_THREADS = 4  # that read and measure: more would wait for Python's lock
 MAX_PIXELS = 178_956_970  # of a picture, above which Pillow suspects a file that is made to fill the memory
 
 
@@ -45,6 +48,7 @@ class Source(Protocol):
 
     images: int | None  # None: not known before they are read
     may_use_workers: bool
+    may_use_threads: bool  # several may call read() at once, and it mostly releases Python's lock
 
     def __len__(self) -> int:
         """Number of parts."""
@@ -85,19 +89,40 @@ def read_parts(
 
     ``failed`` is called with the number of each other part and the reason.
     """
-    for index, part in zip(parts, load(Subset(_Measured(source, like), parts), source, workers), strict=True):
+    measured = load(Subset(_Measured(source, like), parts), source, workers)
+    for index, part in zip(parts, measured, strict=True):
         if isinstance(part, ChannelStats):
             yield source.name(index), part
         else:
             failed(index, part)
 
 
-def load(items: Any, source: Source, workers: int) -> Iterable[Any]:
-    """The items of a dataset, computed by worker processes if that pays off for the source."""
-    if workers == 0 or not source.may_use_workers:
-        return (items[index] for index in range(len(items)))
-    # A separate generator: DataLoader would draw a number from the default one.
-    return DataLoader(items, batch_size=None, num_workers=workers, generator=torch.Generator())
+def load(items: Subset[Any], source: Source, workers: int) -> Iterable[Any]:
+    """The items of a dataset, computed by worker processes or threads if that pays off for the source."""
+    if workers > 0 and source.may_use_workers:
+        # A separate generator: DataLoader would draw a number from the default one.
+        return DataLoader(items, batch_size=None, num_workers=workers, generator=torch.Generator())
+    threads = min(torch.get_num_threads(), MAX_THREADS, len(items))
+    if threads > 1 and source.may_use_threads:
+        return _load_in_threads(items, threads)
+    return (items[index] for index in range(len(items)))
+
+
+def _load_in_threads(items: Subset[Any], threads: int) -> Iterator[Any]:
+    """The items, each computed by one of the threads, which use no threads of torch's in addition."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    pending: deque[Future[Any]] = deque()
+    try:
+        for index in range(len(items)):
+            pending.append(pool.submit(items.__getitem__, index))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # of threads that start later: it was changed with that of the pool's
 
 
 KINDS = {"pictures": "a picture", "arrays": "an array", "videos": "a video"}

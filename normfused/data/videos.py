@@ -23,6 +23,7 @@ class Videos:
     """Video files, decoded frame by frame: one frame at a time is in memory."""
 
     may_use_workers = True
+    may_use_threads = False  # the decoder has its own
     images: int | None = None  # not every format tells the number of frames
 
     def __init__(self, files: Files, options: Options) -> None:
