@@ -1,4 +1,4 @@
-"""Fast normalization for PyTorch: batch norm, local response norm and channel statistics in hand-written kernels.
+"""Fast normalization for PyTorch: batch, group, instance and local response norm, and channel statistics.
 
 Example:
     >>> import torch, normfused
@@ -44,6 +44,16 @@ from normfused.modules import (
     no_stats_update,
 )
 from normfused.results import ChannelMoments, ChannelSums
+from normfused.sample_norm_layers import (
+    GroupNorm,
+    GroupNormAct,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    InstanceNormAct1d,
+    InstanceNormAct2d,
+    InstanceNormAct3d,
+)
 
 __all__ = [
     "BatchNorm1d",
@@ -56,6 +66,14 @@ __all__ = [
     "ChannelStats",
     "ChannelSums",
     "ConversionReport",
+    "GroupNorm",
+    "GroupNormAct",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "InstanceNormAct1d",
+    "InstanceNormAct2d",
+    "InstanceNormAct3d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

@@ -179,6 +179,51 @@ def _batch_norm_by_statistics(
     return _output_like(input), _mask(input, save_mask)
 
 
+@_fake_of_decomposed("group_norm")
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device(input, weight, bias, residual)
+    statistics = input.new_empty((2, input.size(0), num_groups), dtype=torch.float64)
+    return _output_like(input), statistics, _mask(input, save_mask)
+
+
+@torch.library.register_fake("normfused::group_norm_backward")
+def _group_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    statistics: Tensor,
+    output_mask: list[bool],
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_device(input, grad_output, weight, statistics, bias, residual, mask)
+    grad_input, grad_residual = (
+        _output_like(input) if requested else input.new_empty((0,)) for requested in (output_mask[0], output_mask[3])
+    )
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+
+    def gradient(like: Tensor | None, requested: bool) -> Tensor:
+        shape = (0,) if not requested else (input.size(1),) if like is None else like.shape
+        return input.new_empty(shape, dtype=wide if like is None else like.dtype)
+
+    of_bias = weight if bias is None else bias
+    return grad_input, gradient(weight, output_mask[1]), gradient(of_bias, output_mask[2]), grad_residual
+
+
 @torch.library.register_fake("normfused::pack_moments")
 def _pack_moments(input: Tensor, eps: float) -> Tensor:
     words = 1 + (2 if input.dtype == torch.float64 else 1) * input.size(1)
@@ -292,6 +337,27 @@ def _decomposed_batch_norm_inference(
     output = decompositions.batch_norm_inference(input, *arguments)
     statistics = torch.stack((running_mean.double(), (running_var.double() + eps).rsqrt()))
     return output, statistics, _mask(input, save_mask)
+
+
+@_decompose("group_norm")
+def _decomposed_group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if save_mask:  # only group_norm_backward reads a mask
+        return NotImplemented  # type: ignore[no-any-return]
+    arguments = (num_groups, weight, bias, eps, residual, activation, activation_param)
+    output = decompositions.group_norm(input, *arguments)
+    groups = input.double().reshape(input.size(0), num_groups, -1)
+    mean, var = groups.mean(-1), groups.var(-1, correction=0)
+    return output, torch.stack((mean, (var + eps).rsqrt())), _mask(input, save_mask)
 
 
 @_decompose("local_response_norm")

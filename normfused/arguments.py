@@ -120,6 +120,46 @@ def check_statistics_input(name: str, input: Tensor, dtypes: tuple[torch.dtype, 
     check_device(input)
 
 
+def check_input(name: str, input: Tensor, dims: int) -> None:
+    """Raise unless ``input`` is a strided tensor of a supported dtype and device with at least ``dims`` dimensions."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
+    if input.dim() < dims:
+        expected = "(N, C, ...)" if dims == 2 else "(N, C, L, ...)"
+        raise ValueError(f"{name}: input needs at least {dims} dimensions {expected}, got shape {tuple(input.shape)}")
+    if input.dtype not in DTYPES:
+        raise TypeError(f"{name}: input must be float32, float64, float16 or bfloat16, got {input.dtype}")
+    if input.layout != torch.strided:
+        raise TypeError(f"{name}: input must be a strided tensor, got layout {input.layout}")
+    check_device(input)
+
+
+def check_parameter(name: str, argument: str, tensor: Tensor | None, input: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless a tensor has this shape, and ``input``'s dtype, or float32 for a 16-bit input."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor or None, got {type(tensor).__name__}")
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: {argument} is on {tensor.device}, but input is on {input.device}")
+    dtypes = (input.dtype,) if input.dtype in (torch.float32, torch.float64) else (torch.float32, input.dtype)
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(map(str, dtypes))
+        raise TypeError(f"{name}: {argument} must be {allowed} for {input.dtype} input, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name}: {argument} must have shape {shape} for input of shape {tuple(input.shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )
+
+
+def check_number(name: str, argument: str, value: float, least: float = -math.inf) -> None:
+    """Raise ``ValueError`` unless the value is a finite number of at least ``least``."""
+    if not isinstance(value, (int, float)) or not least <= value < math.inf or value == -math.inf:
+        kind = "a finite number" if least == -math.inf else "a non-negative finite number"
+        raise ValueError(f"{name}: {argument} must be {kind}, got {value!r}")
+
+
 def check_activation(name: str, activation: str, parameter: float) -> None:
     """Raise ``ValueError`` for an unknown activation, or a parameter that is not a finite number."""
     if activation not in ACTIVATIONS:

@@ -32,6 +32,30 @@ def batch_norm_inference(
     return ACTIVATIONS[activation](output, activation_param)
 
 
+def group_norm(
+    # the parameters of the operator
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+) -> Tensor:
+    """``activation(group_norm(input) + residual)``. ``weight`` and ``bias``: shape (C,) or (N, C)."""
+    if all(parameter is None or parameter.dim() == 1 for parameter in (weight, bias)):
+        output = F.group_norm(input, num_groups, weight, bias, eps)
+    else:
+        output = F.group_norm(input, num_groups, None, None, eps)
+        shape = (-1, input.size(1), *[1] * (input.dim() - 2))
+        output = output if weight is None else output * weight.reshape(shape)
+        output = (output if bias is None else output + bias.reshape(shape)).to(input.dtype)
+    if residual is not None:
+        output = output + residual
+    return ACTIVATIONS[activation](output, activation_param)
+
+
 def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     """The operator ``local_response_norm``. float16 and bfloat16 are computed in float32, which torch can pool."""
     dtype = torch.promote_types(input.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Batch norm, per-channel statistics, standardization and local response normalization as functions."""
+"""All norms, per-channel statistics and standardization as functions."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from normfused.layout import values_per_channel
 from normfused.masks import check_mask, masked_rows, masked_zeros, some_positions_of, unmasked
 from normfused.residuals import split_residual
 from normfused.results import ChannelMoments, ChannelSums
+from normfused.sample_norms import group_norm, instance_norm
 
 __all__ = [
     "ChannelMoments",
@@ -39,6 +40,8 @@ __all__ = [
     "batch_norm",
     "channel_moments",
     "channel_sums",
+    "group_norm",
+    "instance_norm",
     "local_response_norm",
     "normalize",
     "normalize_",

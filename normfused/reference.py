@@ -27,7 +27,7 @@ from normfused.activations import ACTIVATIONS
 from normfused.layout import as_dense, keep_layout, laid_out_as, values_per_channel
 from normfused.results import ChannelMoments, ChannelSums
 
-__all__ = ["batch_norm", "channel_moments", "channel_sums", "local_response_norm", "normalize"]
+__all__ = ["batch_norm", "channel_moments", "channel_sums", "group_norm", "local_response_norm", "normalize"]
 
 
 def _by_channel(input: Tensor) -> Tensor:
@@ -128,6 +128,58 @@ def batch_norm(
         y = y + residual.double()
     y = ACTIVATIONS[activation](y, activation_param)
     return laid_out_as(y.to(input.dtype), input)
+
+
+def group_norm(
+    # the parameters of functional.group_norm
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+) -> Tensor:
+    """:func:`normfused.functional.group_norm` in plain torch. ``weight`` and ``bias``: shape ``(C,)`` or ``(N, C)``.
+
+    Example:
+        >>> import torch
+        >>> group_norm(torch.tensor([[[1.0], [3.0]]]), 1, eps=0.0).flatten().tolist()
+        [-1.0, 1.0]
+    """
+    return group_norm_with_statistics(input, num_groups, weight, bias, eps, residual, activation, activation_param)[0]
+
+
+def group_norm_with_statistics(
+    # the parameters of the operator
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_param: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The output of :func:`group_norm`, and mean and inverse standard deviation of each group, shape (2, N, groups)."""
+    x = as_dense(keep_layout(input)).double()
+    statistics = (2, input.size(0), num_groups)
+    if input.numel() == 0:
+        y, found = x, x.new_zeros(statistics)
+    else:
+        mean, deviations = _mean_and_deviations(x.reshape(input.size(0) * num_groups, -1))
+        invstd = (deviations.square().mean(1, keepdim=True) + eps).rsqrt()
+        y, found = (deviations * invstd).view(input.shape), torch.stack((mean, invstd)).view(statistics)
+    shape = (-1, input.size(1), *[1] * (input.dim() - 2))
+    if weight is not None:
+        y = y * weight.double().view(shape)
+    if bias is not None:
+        y = y + bias.double().view(shape)
+    if residual is not None:
+        y = y + residual.double()
+    return laid_out_as(ACTIVATIONS[activation](y, activation_param).to(input.dtype), input), found
 
 
 @torch.library.custom_op("normfused::outside_backward", mutates_args=())

@@ -71,6 +71,10 @@ _SCRIPTABLE: dict[str, type[nn.Module]] = {
     "BatchNormAct1d": _BatchNormAct1d,
     "BatchNormAct2d": _BatchNormAct2d,
     "BatchNormAct3d": _BatchNormAct3d,
+    "GroupNorm": nn.GroupNorm,
+    "InstanceNorm1d": nn.InstanceNorm1d,
+    "InstanceNorm2d": nn.InstanceNorm2d,
+    "InstanceNorm3d": nn.InstanceNorm3d,
     "LocalResponseNorm": nn.LocalResponseNorm,
 }
 

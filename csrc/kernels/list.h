@@ -5,6 +5,7 @@
 // include guard, because it is included once for each thing that is generated.
 //   NF_DTYPE_KERNEL: on the CPU a template over the input's dtype. Dispatch instantiates it and selects by args.dtype.
 //   NF_UNTYPED_KERNEL: on the CPU one function for each instruction set, which distinguishes dtypes itself.
+// A third one, NF_CPU_KERNEL, is for kernels that exist on the CPU only, by dtype. It is empty unless it is defined.
 #if !defined(NF_DTYPE_KERNEL)
 #define NF_DTYPE_KERNEL NF_KERNEL
 #endif
@@ -13,6 +14,9 @@
 #endif
 #if !defined(NF_KERNEL)
 #define NF_KERNEL(name, Args)
+#endif
+#if !defined(NF_CPU_KERNEL)
+#define NF_CPU_KERNEL(name, Args)
 #endif
 
 // Normalizes with the statistics of the batch, writes them to mean and invstd, and updates running statistics and
@@ -46,6 +50,14 @@ NF_UNTYPED_KERNEL(standardize, Standardize)
 // Forward, or backward if grad_output is not null. On CUDA only for windows that plan_windows() has a plan for.
 NF_DTYPE_KERNEL(local_response_norm, LocalResponseNorm)
 
+// Normalizes each group of channels of each sample with its own statistics, which are written to mean and invstd. The
+// results of a sample do not depend on the other samples.
+NF_CPU_KERNEL(group_norm, GroupNormForward)
+
+// Writes the gradients whose pointers are not null.
+NF_CPU_KERNEL(group_norm_backward, GroupNormBackward)
+
+#undef NF_CPU_KERNEL
 #undef NF_DTYPE_KERNEL
 #undef NF_UNTYPED_KERNEL
 #undef NF_KERNEL

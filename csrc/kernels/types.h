@@ -124,6 +124,74 @@ struct BatchNormBackward {
   }
 };
 
+// A dense tensor whose statistics are those of a group of neighbouring channels of one sample. Element (n, c, i) is at
+// offset (n * channels + c) * inner + i, or with channels_last at (n * inner + i) * channels + c.
+struct GroupView {
+  int64_t samples;
+  int64_t groups;
+  int64_t channels;  // of all groups of a sample
+  int64_t inner;     // positions of a sample
+  bool channels_last;
+
+  constexpr int64_t width() const { return channels / groups; }  // channels of a group
+  constexpr int64_t count() const { return width() * inner; }    // values per statistic
+  constexpr int64_t statistics() const { return samples * groups; }
+  constexpr int64_t numel() const { return samples * channels * inner; }
+  // The whole tensor by channels: channels last those of all samples together, else each sample has its own.
+  constexpr ChannelView by_channel() const {
+    return channels_last ? ChannelView{samples * inner, channels, 1} : ChannelView{1, samples * channels, inner};
+  }
+};
+
+// A weight or bias of group norm: one value per channel, of shape (C), or for each sample (N, C).
+struct GroupParameter : ChannelVector {
+  bool by_sample = false;
+
+  constexpr int64_t index(const GroupView& view, int64_t sample, int64_t channel) const {
+    return (by_sample ? sample * view.channels : 0) + channel;
+  }
+};
+
+struct GroupNormForward {
+  GroupView view;
+  DType dtype;
+  const void* input;
+  void* output;
+  GroupParameter weight, bias;  // absent: 1, 0
+  double eps;
+  double* mean;    // (N, G), written
+  double* invstd;  // (N, G), written: 1 / sqrt(variance + eps)
+  Activation activation{};
+  const void* residual = nullptr;  // added before the activation; same dtype and layout as the input
+  uint8_t* mask = nullptr;         // (mask_bytes), written: the sign mask; or null
+
+  constexpr bool fused() const {
+    return activation.kind != ActivationKind::kIdentity || residual != nullptr || mask != nullptr;
+  }
+};
+
+// Activation, bias, residual and mask are as in BatchNormBackward.
+struct GroupNormBackward {
+  GroupView view;
+  DType dtype;
+  const void* grad_output;
+  const void* input;
+  void* grad_input;  // null if not requested
+  GroupParameter weight;
+  GroupParameter grad_weight, grad_bias;  // absent if not requested
+  const double* mean;
+  const double* invstd;
+  Activation activation{};
+  GroupParameter bias{};
+  const void* residual = nullptr;
+  const uint8_t* mask = nullptr;
+  void* grad_residual = nullptr;  // null if not requested; written only with grad_input
+
+  constexpr bool fused() const {
+    return activation.kind != ActivationKind::kIdentity || residual != nullptr || grad_residual != nullptr;
+  }
+};
+
 struct ChannelStats {
   ChannelView view;
   DType dtype;

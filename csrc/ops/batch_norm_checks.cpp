@@ -11,14 +11,6 @@ bool is_matrix(const at::Tensor& tensor, at::ScalarType type, const at::Tensor& 
          tensor.size(1) == input.size(1) && tensor.device() == input.device();
 }
 
-void check_mask(const at::Tensor& mask, const at::Tensor& input, const Activation& activation) {
-  TORCH_CHECK_VALUE(gradient_is_by_sign(activation) && mask.scalar_type() == at::kByte && mask.dim() == 1 &&
-                        mask.is_contiguous() && mask.numel() == mask_bytes(input.numel()) &&
-                        mask.device() == input.device(),
-                    "mask needs the activation relu or leaky_relu, and must be contiguous uint8 of shape (",
-                    mask_bytes(input.numel()), ") on ", input.device());
-}
-
 void check_sums(const BatchNormBackwardCall& call) {
   const at::Tensor& input = call.input;
   TORCH_CHECK_VALUE(call.sums.has_value() == call.count.has_value() && (!call.sums || call.training),
@@ -72,6 +64,14 @@ void check_training_count(int64_t count, const at::Tensor& input) {
 void check_statistics(const at::Tensor& statistics, const at::Tensor& input) {
   TORCH_CHECK_VALUE(is_matrix(statistics, at::kDouble, input),
                     "statistics must be contiguous float64 of shape (2, channels) on ", input.device());
+}
+
+void check_mask(const at::Tensor& mask, const at::Tensor& input, const Activation& activation) {
+  TORCH_CHECK_VALUE(gradient_is_by_sign(activation) && mask.scalar_type() == at::kByte && mask.dim() == 1 &&
+                        mask.is_contiguous() && mask.numel() == mask_bytes(input.numel()) &&
+                        mask.device() == input.device(),
+                    "mask needs the activation relu or leaky_relu, and must be contiguous uint8 of shape (",
+                    mask_bytes(input.numel()), ") on ", input.device());
 }
 
 void check_backward(const BatchNormBackwardCall& call) {

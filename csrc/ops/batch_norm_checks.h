@@ -17,6 +17,8 @@ void check_operands(const BatchNormOptions& options, const OptionalTensor& runni
 // Throws if a channel has exactly one element: its variance is 0, and its unbiased variance is not defined.
 void check_training_count(int64_t count, const at::Tensor& input);
 void check_statistics(const at::Tensor& statistics, const at::Tensor& input);
+// Throws unless the sign mask can be that of the input and the activation.
+void check_mask(const at::Tensor& mask, const at::Tensor& input, const Activation& activation);
 void check_backward(const BatchNormBackwardCall& call);
 
 }  // namespace normfused::ops

@@ -58,13 +58,6 @@ Tensor affine(const Tensor& deviation, const OptionalTensor& weight, const Optio
   return z;
 }
 
-// The bits of a mask as bools, in the shape and strides of `like`, which must be the forward input's.
-Tensor unpacked(const Tensor& mask, const Tensor& like) {
-  const Tensor shifts = at::arange(8, mask.options());
-  const Tensor bits = at::bitwise_and(at::bitwise_right_shift(mask.unsqueeze(1), shifts), 1).view(-1).to(at::kBool);
-  return bits.slice(0, 0, like.numel()).as_strided(like.sizes(), like.strides());
-}
-
 // The level of the innermost vmap that batches this tensor; -1 if none does.
 int64_t vmap_level(const Tensor& tensor) {
   const auto* const batched = at::functorch::maybeGetBatchedImpl(tensor);
@@ -154,6 +147,12 @@ Tensor per_channel(const Tensor& vector, const Tensor& like) {
   return vector.to(like.scalar_type()).view(shape);
 }
 
+Tensor unpacked_mask(const Tensor& mask, const Tensor& like) {
+  const Tensor shifts = at::arange(8, mask.options());
+  const Tensor bits = at::bitwise_and(at::bitwise_right_shift(mask.unsqueeze(1), shifts), 1).view(-1).to(at::kBool);
+  return bits.slice(0, 0, like.numel()).as_strided(like.sizes(), like.strides());
+}
+
 Tensor batch_norm_composite(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& residual, const Tensor& statistics, bool training,
                             const Activation& activation) {
@@ -173,7 +172,7 @@ BatchNormBackwardCall::Result batch_norm_backward_composite(const BatchNormBackw
   Tensor h = call.grad_output.to(d.scalar_type());
   if (call.mask) {
     const double slope = activation.kind == ActivationKind::kLeakyRelu ? activation.parameter : 0;
-    h = at::where(unpacked(*call.mask, as_dense(input)), h, h * slope);
+    h = at::where(unpacked_mask(*call.mask, as_dense(input)), h, h * slope);
   } else {
     h = activate_backward(activation, h, affine(d, weight, call.bias, call.residual));
   }

@@ -7,6 +7,7 @@
 #endif
 #include "kernels/cpu/batch_norm.inl"
 #include "kernels/cpu/channel_stats.inl"
+#include "kernels/cpu/group_norm.inl"
 #include "kernels/cpu/integer_sums.inl"
 #include "kernels/cpu/local_response_norm.inl"
 #include "kernels/cpu/standardize.inl"
@@ -19,6 +20,7 @@ template <class T>
 constexpr DTypeKernels make_kernels() {
   return {
 #define NF_DTYPE_KERNEL(name, Args) name<T>,
+#define NF_CPU_KERNEL NF_DTYPE_KERNEL
 #define NF_UNTYPED_KERNEL(name, Args)
 #include "kernels/list.h"
   };

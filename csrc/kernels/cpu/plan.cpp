@@ -16,6 +16,8 @@ constexpr int64_t kMinUnitBytes = 16 << 10;
 constexpr int64_t kMinSplitBytes = 64 << 10;
 // Minimum number of channels-last rows in a split: fewer do not amortize the merge of its result.
 constexpr int64_t kMinSplitRows = 128;
+// Size of a part of a group that does not fit the cache, and its minimum number of channels-last rows.
+constexpr int64_t kPartBytes = 128 << 10, kMinPartRows = 32;
 // A multiple of this many channels, or of rows of any length, fills whole cache lines in every dtype.
 constexpr int64_t kMultiple = 64;
 constexpr int64_t kCacheLine = 64;
@@ -81,6 +83,25 @@ Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operand
   return make_plan(view, 1, fitting(item_bytes), item_bytes);
 }
 
+GroupPlan plan_rows(int64_t rows, int64_t positions, int64_t item_bytes) {
+  const int64_t row_bytes = std::max<int64_t>(1, positions * item_bytes), bytes = rows * row_bytes;
+  if (bytes <= kCacheBytes) {
+    const int64_t statistics = std::clamp<int64_t>(kMinUnitBytes / bytes, 1, kMaxChannelsFirst);
+    return {statistics, rows, 1, positions, 1, statistics * bytes};
+  }
+  const int64_t row_block = std::clamp<int64_t>(kPartBytes / row_bytes, 1, std::min(rows, kMaxChannelsFirst));
+  const int64_t splits = std::clamp<int64_t>(row_bytes / kPartBytes, 1, kUnits);
+  const int64_t block = round_up(ceil_div(positions, splits), kMultiple);
+  return {1, row_block, ceil_div(rows, row_block), block, ceil_div(positions, block), row_block * block * item_bytes};
+}
+
+GroupPlan plan_columns(int64_t positions, int64_t position_bytes) {
+  const int64_t bytes = positions * position_bytes;
+  const int64_t most = bytes <= kCacheBytes ? 1 : std::min({bytes / kPartBytes, positions / kMinPartRows, kUnits / 2});
+  const int64_t block = round_up(ceil_div(positions, std::max<int64_t>(1, most)), 4);
+  return {1, 1, 1, block, ceil_div(positions, block), block * position_bytes};
+}
+
 BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes) {
   const int64_t fitting = kCacheBytes / position_bytes;
   BlockPlan plan{};
@@ -100,5 +121,6 @@ BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes) {
 
 int64_t grain(const Plan& plan) { return grain_of(plan.unit_bytes); }
 int64_t grain(const BlockPlan& plan) { return grain_of(plan.task_bytes); }
+int64_t grain(const GroupPlan& plan) { return grain_of(plan.part_bytes); }
 
 }  // namespace normfused::cpu

@@ -34,6 +34,28 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
 // For an elementwise pass alone. Units are in memory order.
 Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operands);
 
+// The division of a tensor whose statistics are independent of each other, such as those of group norm. It depends on
+// the shape of one statistic, not on how many there are, so that a sample's results are the same in every batch.
+//
+// A task has all values of its statistics, as `rows` by `positions`. It has one part if these fit the cache; then it
+// runs all phases of the part. Otherwise its parts are ranges of rows by ranges of positions (splits).
+struct GroupPlan {
+  int64_t statistics;      // of a task
+  int64_t row_block;       // rows of a part
+  int64_t row_parts;       // ranges of rows
+  int64_t position_block;  // positions of a part
+  int64_t splits;          // ranges of positions
+  int64_t part_bytes;
+
+  int64_t parts() const { return row_parts * splits; }
+};
+
+// Channels first: a statistic is over `rows` rows of `positions` contiguous values.
+GroupPlan plan_rows(int64_t rows, int64_t positions, int64_t item_bytes);
+
+// Channels last: the statistics of a sample are over `positions` rows of contiguous channels, which are not divided.
+GroupPlan plan_columns(int64_t positions, int64_t position_bytes);
+
 // Blocks of positions with all of their channels, in memory order, for a kernel that has one block in scratch memory.
 // A task is a range of blocks that reuse the same scratch.
 struct BlockPlan {
@@ -49,5 +71,6 @@ BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes);
 // Minimum number of tasks for one thread. Waking a thread costs more than 32 KiB of work.
 int64_t grain(const Plan& plan);
 int64_t grain(const BlockPlan& plan);
+int64_t grain(const GroupPlan& plan);
 
 }  // namespace normfused::cpu

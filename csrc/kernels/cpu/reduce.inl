@@ -294,7 +294,7 @@ void accumulate_channels_first(const Op& op, const ChannelView& view, Segment<Op
     n = minimum(view.inner - m % view.inner, end - m);
     const int64_t offset = offset_of(view, unit.c0, m);
     for (int64_t c = 0; c < channels; ++c) {
-      op.prefetch(offset + (view.channels + c) * view.inner, view.inner);
+      if (end - m > n) op.prefetch(offset + (view.channels + c) * view.inner, view.inner);
       Coefficients<Op> coefficients;
       unroll<Op::kCoefficients>(
           [&](auto k) { coefficients.k[k] = V::filled(segment.table[k * kMaxChannelsFirst + c]); });
