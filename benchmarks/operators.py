@@ -149,13 +149,23 @@ def local_response_norm_backward(i: Inputs) -> Results:
     return (ops.local_response_norm_backward(i.grad, i.x, 5, 0.1, 0.75, 1.0),)
 
 
+def group_norm(i: Inputs) -> Results:
+    return ops.group_norm(i.x, 1, i.weight, i.bias, EPS, i.residual, "silu")[:2]  # type: ignore[no-any-return]
+
+
+def group_norm_backward(i: Inputs) -> Results:
+    statistics = ops.group_norm(i.x, 1, i.weight, i.bias, EPS)[1]
+    mask = [True, True, True, False]
+    return ops.group_norm_backward(i.grad, i.x, 1, i.weight, statistics, mask)[:3]  # type: ignore[no-any-return]
+
+
 OPERATORS: dict[str, Callable[[Inputs], Results]] = {
     function.__name__: function
     for function in (
         *(batch_norm_training, batch_norm_inference, batch_norm_training_, batch_norm_inference_),
         *(batch_norm_backward, batch_norm_by_statistics, pack_moments, merge_ranks),
         *(channel_moments, channel_sums, integer_sums, standardize, standardize_out, standardize_),
-        *(local_response_norm, local_response_norm_backward),
+        *(local_response_norm, local_response_norm_backward, group_norm, group_norm_backward),
     )
 }
 

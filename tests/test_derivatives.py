@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import normfused
 from normfused.activations import ACTIVATIONS
-from normfused.functional import batch_norm, local_response_norm, normalize, normalize_
+from normfused.functional import batch_norm, group_norm, local_response_norm, normalize, normalize_
 
 Function = Callable[..., Any]
 CHANNELS = 3
@@ -40,6 +40,13 @@ def plain_batch_norm(x: Tensor, statistics: tuple[Tensor, Tensor] | None, w: Ten
     return (x - mean.view(shape)) / (var.view(shape) + 1e-5).sqrt() * w.view(shape) + b.view(shape)
 
 
+def plain_group_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """The definition for one group. torch's own backward of group norm has no forward mode."""
+    deviation = x - x.mean((1, 2, 3), keepdim=True)
+    invstd = (deviation.square().mean((1, 2, 3), keepdim=True) + 1e-5).rsqrt()
+    return deviation * invstd * w.view(1, -1, 1, 1) + b.view(1, -1, 1, 1)
+
+
 def of_batch_norm(training: bool, activation: str = "identity", residual: bool = False, inplace: bool = False) -> Any:
     """Our function, the definition, and arguments."""
     statistics = None if training else buffers()
@@ -63,6 +70,14 @@ def of_local_response_norm() -> Any:
         lambda x: local_response_norm(x, 3, alpha=1.0),
         lambda x: F.local_response_norm(x, 3, alpha=1.0),
         [double(*SHAPE)],
+    )
+
+
+def of_group_norm(activation: str = "identity") -> Any:
+    return (
+        lambda x, w, b, r: group_norm(x, 1, w, b, residual=r, activation=activation),
+        lambda x, w, b, r: ACTIVATIONS[activation](plain_group_norm(x, w, b) + r, 0.0),
+        [double(*SHAPE), double(CHANNELS) + 2, double(CHANNELS) * 0.1, double(*SHAPE)],
     )
 
 
@@ -94,6 +109,7 @@ FUNCTIONS: dict[str, Callable[[], Any]] = {
         for a in ("identity", "leaky_relu")
     },
     "local_response_norm": of_local_response_norm,
+    **{f"group_norm-{activation}": lambda a=activation: of_group_norm(a) for activation in ("identity", "silu")},
     "standardize": of_standardize,
     "standardize-inplace": lambda: of_standardize(inplace=True),
 }
@@ -378,7 +394,23 @@ def operator_calls() -> dict[str, Any]:
         _, pullback = torch.func.vjp(lambda x, w, b: plain_batch_norm(x, None, w, b), x, w, zeros)
         return pullback(g)
 
+    groups = x.view(SHAPE[0], 1, -1)
+    of_groups = torch.stack([groups.mean(-1), 1 / (groups.var(-1, correction=0) + 1e-5).sqrt()])
+
+    def group_gradients(g: Tensor, x: Tensor, w: Tensor) -> Any:
+        return torch.func.vjp(lambda x, w, b: plain_group_norm(x, w, b), x, w, zeros)[1](g)
+
     return {
+        "group_norm": (
+            lambda x, w, b, r: ops.group_norm(x, 1, w, b, 1e-5, r)[0],
+            (x, w, b, r),
+            lambda x, w, b, r: plain_group_norm(x, w, b) + r,
+        ),
+        "group_norm_backward": (
+            lambda g, x, w: ops.group_norm_backward(g, x, 1, w, of_groups, [True, True, True, False])[:3],
+            (g, x, w),
+            group_gradients,
+        ),
         "batch_norm_training": (
             lambda x, w, b, r: ops.batch_norm_training(x, w, b, None, None, None, 0.1, 1e-5, r)[0],
             (x, w, b, r),

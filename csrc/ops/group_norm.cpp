@@ -2,12 +2,11 @@
 
 #include <ATen/Functions.h>
 
-#include "kernels/cpu/kernels.h"
+#include "ops/backend.h"
 #include "ops/batch_norm_checks.h"
 #include "ops/call.h"
 #include "ops/layout.h"
 #include "ops/output_memory.h"
-#include "ops/parallel.h"
 #include "ops/registration.h"
 
 namespace normfused::ops {
@@ -62,8 +61,9 @@ GroupNormCall::Result forward_kernels(const GroupNormCall& call) {
   const Tensor mask =
       empty_output({call.save_mask ? mask_bytes(input.numel()) : 0}, contiguous_options.dtype(at::kByte));
   if (input.numel() == 0) return {output, statistics.zero_(), mask};
-  if (!input.is_cpu()) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!call.save_mask, "save_mask is supported on the CPU only");
+  const Backend& backend = backend_of(input);
+  if (backend.group_norm == nullptr) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!call.save_mask, "save_mask needs a kernel, which ", input.device(), " does not have");
     statistics.copy_(group_statistics(call));
     output.copy_(group_norm_composite(call, statistics));
     return {output, statistics, mask};
@@ -83,7 +83,7 @@ GroupNormCall::Result forward_kernels(const GroupNormCall& call) {
   args.activation = activation;
   args.residual = data_of(residual);
   args.mask = call.save_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  cpu::group_norm(args, kCpuParallel);
+  backend.group_norm(args, input.device());
   return {output, statistics, mask};
 }
 
@@ -125,7 +125,8 @@ GroupNormBackwardCall::Result backward_kernels(const GroupNormBackwardCall& call
     grad_bias.zero_();
   }
   if (input.numel() == 0 || !(requested[0] || requested[1] || requested[2] || requested[3])) return gradients;
-  if (!input.is_cpu()) {
+  const Backend& backend = backend_of(input);
+  if (backend.group_norm_backward == nullptr) {
     copy_requested(call, gradients, group_norm_backward_composite(call));
     return gradients;
   }
@@ -153,7 +154,7 @@ GroupNormBackwardCall::Result backward_kernels(const GroupNormBackwardCall& call
     args.grad_input = scratch.mutable_data_ptr();
   }
   if (requested[3]) args.grad_residual = grad_residual.mutable_data_ptr();
-  cpu::group_norm_backward(args, kCpuParallel);
+  backend.group_norm_backward(args, input.device());
   return gradients;
 }
 

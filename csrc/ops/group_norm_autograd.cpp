@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "ops/autograd.h"
+#include "ops/backend.h"
 #include "ops/batch_norm_composite.h"
 #include "ops/call.h"
 #include "ops/group_norm.h"
@@ -64,7 +65,8 @@ struct GroupNormFunction : torch::autograd::Function<GroupNormFunction> {
                                const OptionalTensor& bias, const OptionalTensor& residual, const GroupNormCall& call) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Mode mode{true, activation_of(call.activation, call.activation_param)};
-    const bool by_mask = gradient_is_by_sign(mode.activation) && residual && input.is_cpu();
+    const bool by_mask =
+        gradient_is_by_sign(mode.activation) && residual && input.is_cpu() && kCpuBackend.group_norm != nullptr;
     const bool recomputes = mode.activation.kind != ActivationKind::kIdentity && !by_mask;
     GroupNormCall changed = call;
     changed.save_mask = by_mask;

@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "definition.h"
+#include "group_norm.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/nontemporal.h"
 #include "kernels/cpu/plan.h"
@@ -38,6 +39,8 @@ struct Cpu {
   void merge_ranks(const MergeRanks& args) { cpu::merge_ranks(args, kThreads); }
   void standardize(const Standardize& args) { cpu::standardize(args, kThreads); }
   void local_response_norm(const LocalResponseNorm& args) { cpu::local_response_norm(args, kThreads); }
+  void group_norm(const GroupNormForward& args) { cpu::group_norm(args, kThreads); }
+  void group_norm_backward(const GroupNormBackward& args) { cpu::group_norm_backward(args, kThreads); }
 };
 
 // The load of the busiest of `threads` threads, relative to an even distribution.
@@ -129,6 +132,29 @@ int64_t run_counts(std::mt19937& random) {
   return cases + 2;
 }
 
+// Samples, groups, channels, positions. Several statistics in a task; parts of runs, of channels and of positions,
+// which end inside of a row; more channels than a unit; one position; one channel per group; enough tasks for no
+// division.
+int64_t run_groups(Cpu& backend, std::mt19937& random) {
+  const int64_t shapes[][4] = {{1, 1, 1, 2},      {2, 3, 6, 35},    {40, 4, 12, 9},   {3, 2, 140, 49},
+                               {1, 2, 6, 90000},  {2, 1, 70, 2100}, {33, 2, 4, 8},    {1, 1, 2, 300000},
+                               {2, 2, 1100, 130}, {6, 4, 32, 1},    {2, 16, 16, 500}, {1, 32, 2080, 67},
+                               {35, 1, 3, 60000}};
+  int64_t cases = 0;
+  for (const auto& [samples, groups, channels, inner] : shapes)
+    for (const bool channels_last : {false, true})
+      for (const int64_t offset : {0, 1}) {
+        const GroupView view{samples, groups, channels, inner, channels_last};
+        run_group_norm<float>(backend, view, offset, random);
+        run_group_norm<BFloat16>(backend, view, offset, random);
+        if (view.numel() > 100000) continue;
+        run_group_norm<double>(backend, view, offset, random);
+        run_group_norm<Half>(backend, view, offset, random);
+        cases += 4;
+      }
+  return cases;
+}
+
 // Numbers of channels with and without a specialized transposition, full tiles and partial tiles.
 int64_t run_images(Cpu& backend, std::mt19937& random) {
   const ChannelView images[] = {{2, 3, 35}, {1, 4, 64}, {3, 1, 50}, {2, 5, 1000}, {1, 130, 70}, {2, 3, 5000}};
@@ -164,6 +190,7 @@ int main() {
   int64_t cases = run_floating(backend, random);
   cases += run_integers(backend, random);
   if (std::string(cpu::capability()) == "baseline") cases += run_counts(random);  // the same for all instruction sets
+  cases += run_groups(backend, random);
   cases += run_images(backend, random);
   run_finish(backend);
   run_nonfinite(backend);
