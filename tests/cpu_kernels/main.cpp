@@ -145,12 +145,15 @@ int64_t run_groups(Cpu& backend, std::mt19937& random) {
     for (const bool channels_last : {false, true})
       for (const int64_t offset : {0, 1}) {
         const GroupView view{samples, groups, channels, inner, channels_last};
+        const bool is_large = view.numel() > 100000;  // definitions take long
+        if (is_large && offset == 1) continue;
         run_group_norm<float>(backend, view, offset, random);
+        ++cases;
+        if (is_large) continue;
         run_group_norm<BFloat16>(backend, view, offset, random);
-        if (view.numel() > 100000) continue;
         run_group_norm<double>(backend, view, offset, random);
         run_group_norm<Half>(backend, view, offset, random);
-        cases += 4;
+        cases += 3;
       }
   return cases;
 }

@@ -185,7 +185,8 @@ void run_group_norm(Backend& backend, const GroupView& view, int64_t offset, std
             std::to_string(view.inner) + (view.channels_last ? " channels last" : "") + " offset " +
             std::to_string(offset) + " activation " + std::to_string(static_cast<int>(fusion.activation.kind));
   GroupNormCase<T, Backend>(backend, view, fusion, by_sample, offset, random).run();
-  GroupNormCase<T, Backend>(backend, view, {{}, false, false}, by_sample, offset, random).run();
+  if (view.numel() <= 100000)
+    GroupNormCase<T, Backend>(backend, view, {{}, false, false}, by_sample, offset, random).run();
 }
 
 }  // namespace normfused::testing
