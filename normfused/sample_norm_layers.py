@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from normfused.activations import ACTIVATION_PARAMS
 from normfused.arguments import check_activation
-from normfused.sample_norms import run_group_norm, run_instance_norm
+from normfused.sample_norms import run_group_norm, run_instance_norm_layer
 from normfused.scripting import scriptable
 
 __all__ = [
@@ -202,7 +201,6 @@ class _InstanceNorm:
         running_var: Tensor | None
 
         def _get_no_batch_dim(self) -> int: ...
-        def _check_input_dim(self, input: Tensor) -> None: ...
 
     activation: str | None = None
     activation_param: float | None = None
@@ -216,31 +214,11 @@ class _InstanceNorm:
         shift: Tensor | None = None,
     ) -> Tensor:
         """Normalize ``input``; see the class."""
-        self._check_input_dim(input)
-        unbatched = input.dim() == self._get_no_batch_dim()
-        dim = 0 if unbatched else 1
-        if input.size(dim) != self.num_features:
-            if self.affine:
-                raise ValueError(
-                    f"expected input's size at dim={dim} to match num_features ({self.num_features}), "
-                    f"but got: {input.size(dim)}."
-                )
-            warnings.warn(
-                f"input's size at dim={dim} does not match num_features. You can silence this warning by not passing "
-                "in num_features, which is not used because affine=False",
-                stacklevel=2,
-            )
-        if unbatched:
-            residual = None if residual is None else residual.unsqueeze(0)
-            scale, shift = (None if t is None else t.unsqueeze(0) for t in (scale, shift))
-            return self._normalize(input.unsqueeze(0), residual, scale, shift).squeeze(0)
-        return self._normalize(input, residual, scale, shift)
-
-    def _normalize(self, input: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        return run_instance_norm(
-            type(self).__name__, input, self.running_mean, self.running_var, self.weight, self.bias,
-            self.training or not self.track_running_stats, 0.0 if self.momentum is None else self.momentum, self.eps,
-            residual, self.activation, self.activation_param, scale, shift,
+        return run_instance_norm_layer(
+            type(self).__name__, self._get_no_batch_dim(), self.num_features, self.affine, input, self.running_mean,
+            self.running_var, self.weight, self.bias, self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum, self.eps, residual, self.activation,
+            self.activation_param, scale, shift,
         )  # fmt: skip
 
 
@@ -364,9 +342,6 @@ class _ActivationInstanceNorm(_InstanceNorm, nn.Module):
 
     def _get_no_batch_dim(self) -> int:
         return self._layer._get_no_batch_dim(self)  # type: ignore[no-any-return]
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        self._layer._check_input_dim(self, input)
 
     def extra_repr(self) -> str:
         """As torch.nn's layers, and the activation."""

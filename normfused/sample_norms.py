@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normfused import _extension, decompositions, reference
@@ -162,6 +164,13 @@ def run_instance_norm(
     shift: Tensor | None,
 ) -> Tensor:
     """:func:`instance_norm` for functions and layers."""
+    fields: tuple[Any, ...] = (
+        *(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps),
+        *(residual, activation, activation_param, scale, shift),
+    )
+    tensors = (input, running_mean, running_var, weight, bias, residual, scale, shift)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(run_instance_norm, tensors, name, *fields)
     check_input(name, input, 3)
     if (running_mean is None) != (running_var is None):
         given = "running_var" if running_mean is None else "running_mean"
@@ -182,19 +191,10 @@ def run_instance_norm(
         raise ValueError(
             f"{name}: expected more than 1 value per channel of a sample, got input of shape {tuple(input.shape)}"
         )
-    fields = (
-        name,
-        input,
-        max(input.size(1), 1),
-        weight,
-        bias,
-        eps,
-        residual,
-        activation,
-        activation_param,
-        scale,
-        shift,
-    )
+    if needs_torchs_operators(torch.compiler.is_compiling()):
+        return _instance_norm_by_torch(name, *fields)
+    groups = max(input.size(1), 1)
+    fields = (name, input, groups, weight, bias, eps, residual, activation, activation_param, scale, shift)
     if running_mean is None or running_var is None:
         return _run(*fields)[0]
     check_number(name, "momentum", momentum)
@@ -208,6 +208,61 @@ def run_instance_norm(
             for buffer, values in ((running_mean, mean), (running_var, var)):
                 buffer.copy_((1 - momentum) * buffer.double() + momentum * values.mean(0))
     return output
+
+
+def run_instance_norm_layer(name: str, unbatched_dims: int, features: int, affine: bool, *fields: Any) -> Tensor:
+    """:func:`run_instance_norm` for a layer, whose input may lack the batch dimension."""
+    input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, residual, *rest = fields
+    activation, activation_param, scale, shift = rest
+    tensors = (input, residual, scale, shift)
+    if has_torch_function_variadic(*tensors):
+        arguments = (name, unbatched_dims, features, affine, *fields)
+        return handle_torch_function(run_instance_norm_layer, tensors, *arguments)
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
+    dims = input.dim()
+    if dims not in (unbatched_dims, unbatched_dims + 1):
+        raise ValueError(
+            f"{name}: expected a {unbatched_dims}D or {unbatched_dims + 1}D input, got {dims}D input of shape "
+            f"{tuple(input.shape)}"
+        )
+    is_unbatched = dims == unbatched_dims
+    dim = 0 if is_unbatched else 1
+    if input.size(dim) != features:
+        if affine:
+            raise ValueError(
+                f"{name}: expected input's size at dim={dim} to match num_features ({features}), got {input.size(dim)}"
+            )
+        warnings.warn(
+            f"input's size at dim={dim} does not match num_features. You can silence this warning by not passing in "
+            "num_features, which is not used because affine=False",
+            stacklevel=3,
+        )
+    if is_unbatched:
+        input, residual, scale, shift = (None if t is None else t.unsqueeze(0) for t in tensors)
+    output = run_instance_norm(
+        *(name, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps),
+        *(residual, activation, activation_param, scale, shift),
+    )
+    return output.squeeze(0) if is_unbatched else output
+
+
+def _instance_norm_by_torch(name: str, *fields: Any) -> Tensor:
+    """The call in torch's own operators, for ``torch.jit.trace``."""
+    input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, residual, *rest = fields
+    activation, activation_param, scale, shift = rest
+    call = GroupNormCall(name, input, 1, weight, bias, eps, residual, activation, activation_param, scale, shift)
+    check_group_norm(call)
+    output = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+    shape = (-1, input.size(1), *[1] * (input.dim() - 2))
+    weight, bias = modulated(call)
+    output = output if weight is None else output * weight.reshape(shape)
+    output = (output if bias is None else output + bias.reshape(shape)).to(input.dtype)
+    if residual is not None:
+        output = output + residual
+    kind = activation or "identity"
+    parameter = ACTIVATION_PARAMS.get(kind, 0.0) if activation_param is None else activation_param
+    return ACTIVATIONS[kind](output, parameter)
 
 
 def _run(
