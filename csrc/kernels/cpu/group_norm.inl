@@ -67,6 +67,24 @@ struct CoefficientTable {
   }
 };
 
+// The results of an op for each channel of each sample and each split. The columns are those of CoefficientTable:
+// channels last, those of a sample are the channels, and its results follow those of the sample before.
+struct GroupResults {
+  double* data;
+  const GroupView& view;
+  int64_t splits, sums;
+
+  static int64_t size(const GroupView& view, int64_t splits, int64_t sums) {
+    return splits * sums * view.samples * view.channels;
+  }
+  int64_t columns() const { return view.channels_last ? view.channels : view.samples * view.channels; }
+  int64_t column(int64_t sample) const { return view.channels_last ? 0 : sample * view.channels; }
+  ResultTable of(int64_t sample, int64_t split) const {
+    const int64_t before = view.channels_last ? sample * splits + split : split;
+    return {data + before * sums * columns(), columns()};
+  }
+};
+
 // ---- division into units -----------------------------------------------------------------------------------------
 
 // The parts of a tensor's tasks, as units of GroupView::by_channel().
@@ -209,21 +227,23 @@ void finish_group_backward(const GroupNormBackward& args, int64_t statistic, con
   }
 }
 
-// Writes the gradients of a parameter from those of the channels of each sample: of each sample, or their sum in sample
-// order. gradient(sample, channel) returns one.
-template <class F>
-void write_parameter_gradient(const GroupView& view, const GroupParameter& output, const Parallel& parallel,
-                              const F& gradient) {
+// Writes the gradients of a parameter, which are in this row of the results: of each sample, or their sum in sample
+// order.
+void write_parameter_gradient(const GroupResults& results, int64_t row, const GroupParameter& output,
+                              const Parallel& parallel) {
   if (!output) return;
+  const GroupView& view = results.view;
   const int64_t rows = output.by_sample ? view.samples : 1,
                 chunks = (view.channels + kChannelChunk - 1) / kChannelChunk;
   parallel(rows * chunks, kEnoughTasks, [&](int64_t task) {
-    const int64_t row = task / chunks, c0 = task % chunks * kChannelChunk;
+    const int64_t first = task / chunks, c0 = task % chunks * kChannelChunk;
     const int64_t n = minimum(kChannelChunk, view.channels - c0);
     double total[kChannelChunk] = {};
-    for (int64_t sample = row; sample < (output.by_sample ? row + 1 : view.samples); ++sample)
-      for (int64_t i = 0; i < n; ++i) total[i] += gradient(sample, c0 + i);
-    write_channels(output, row * view.channels + c0, n, total);
+    for (int64_t sample = first; sample < (output.by_sample ? first + 1 : view.samples); ++sample) {
+      const double* const of_sample = &results.of(sample, 0)(row, results.column(sample) + c0);
+      for (int64_t i = 0; i < n; ++i) total[i] += of_sample[i];
+    }
+    write_channels(output, first * view.channels + c0, n, total);
   });
 }
 
@@ -281,24 +301,20 @@ void group_norm_channels_last(const GroupNormForward& args, const Parallel& para
   const ChannelView channels = view.by_channel();
   const GroupPlan plan = plan_columns(view.inner, view.channels * static_cast<int64_t>(sizeof(T)));
   const GroupUnits units{view, plan};
-  const int64_t sample_results = plan.splits * Reduce::kSums * view.channels;
-  const Workspace workspace(view.samples * sample_results,
+  const Workspace workspace(GroupResults::size(view, plan.splits, Reduce::kSums),
                             CoefficientTable<S>::bytes(view, ForwardTable::kCoefficients));
+  const GroupResults all{workspace.results, view, plan.splits, Reduce::kSums};
   const CoefficientTable<S> table{static_cast<S*>(workspace.table), view, ForwardTable::kCoefficients};
   const T* const input = static_cast<const T*>(args.input);
   const auto normalize = normalize_op<T, kFused>(args);
   const bool nontemporal = use_nontemporal_stores(normalize, view, plan);
-  const auto results_of = [&](int64_t sample, int64_t split) {
-    return ResultTable{workspace.results + sample * sample_results + split * Reduce::kSums * view.channels,
-                       view.channels};
-  };
   run_phases(
       plan, view.samples, parallel,
       [&](int64_t sample, int64_t part) {
-        reduce_wide(Reduce{input, args.eps}, channels, units(sample, part), results_of(sample, part));
+        reduce_wide(Reduce{input, args.eps}, channels, units(sample, part), all.of(sample, part));
       },
       [&](int64_t sample) {
-        const ResultTable results = results_of(sample, 0);
+        const ResultTable results = all.of(sample, 0);
         const Reduce moments{input + sample * view.inner * view.channels, args.eps};
         merge_ranges(moments, view.inner, plan, results, 0, view.channels);
         recompute_moments(moments, {view.inner, view.channels, 1}, results, 0, view.channels);
@@ -331,19 +347,15 @@ void group_norm_backward(const GroupNormBackward& args, const Parallel& parallel
   using Reduce = GradSumsOp<T, kFused>;
   const GroupView& view = args.view;
   const ChannelView channels = view.by_channel();
-  const int64_t item = 2 * sizeof(T), columns = view.channels_last ? view.channels : view.samples * view.channels;
+  const int64_t item = 2 * sizeof(T);
   const GroupPlan plan =
       view.channels_last ? plan_columns(view.inner, view.channels * item) : plan_rows(view.width(), view.inner, item);
   const GroupUnits units{view, plan};
-  // Channels last, the results of a sample follow those of the sample before.
-  const int64_t sample_results = view.channels_last ? plan.splits * Reduce::kSums * columns : view.channels;
-  const int64_t means = view.samples * view.channels, sums = plan.splits * Reduce::kSums * means;
-  const Workspace workspace(means + sums, CoefficientTable<S>::bytes(view, BackwardTable<kFused>::kRows));
+  const int64_t means = view.samples * view.channels;
+  const Workspace workspace(means + GroupResults::size(view, plan.splits, Reduce::kSums),
+                            CoefficientTable<S>::bytes(view, BackwardTable<kFused>::kRows));
   double* const mean = workspace.results;
-  const auto results_of = [&](int64_t sample, int64_t split) {
-    return ResultTable{
-        mean + means + (view.channels_last ? sample * sample_results : 0) + split * Reduce::kSums * columns, columns};
-  };
+  const GroupResults all{mean + means, view, plan.splits, Reduce::kSums};
   const CoefficientTable<S> table{static_cast<S*>(workspace.table), view, BackwardTable<kFused>::kRows};
   const PreActivationGradient<T, kFused> gradient{static_cast<const T*>(args.grad_output),
                                                   static_cast<const T*>(args.input),
@@ -354,7 +366,6 @@ void group_norm_backward(const GroupNormBackward& args, const Parallel& parallel
   const GradInputOp<T, kFused> grad_input{gradient, static_cast<T*>(args.grad_input),
                                           static_cast<T*>(args.grad_residual)};
   const bool nontemporal = args.grad_input != nullptr && use_nontemporal_stores(grad_input, view, plan);
-  const auto column_of = [&](int64_t sample) { return view.channels_last ? 0 : sample * view.channels; };
   const auto for_each_statistic = [&](int64_t task, const auto& f) {
     for (int64_t statistic = units.first(task); statistic < units.last(task); ++statistic)
       f(statistic, statistic / view.groups);
@@ -369,13 +380,13 @@ void group_norm_backward(const GroupNormBackward& args, const Parallel& parallel
       plan, units.tasks(), parallel,
       [&](int64_t task, int64_t part) {
         const int64_t sample = view.channels_last ? task : 0;
-        const Reduce op{gradient, mean + sample * view.channels, table.base(sample), columns};
-        reduce_wide(op, channels, units(task, part), results_of(sample, part % plan.splits));
+        const Reduce op{gradient, mean + sample * view.channels, table.base(sample), all.columns()};
+        reduce_wide(op, channels, units(task, part), all.of(sample, part % plan.splits));
       },
       [&](int64_t task) {
         for_each_statistic(task, [&](int64_t statistic, int64_t sample) {
-          const ResultTable results = results_of(view.channels_last ? sample : 0, 0);
-          const int64_t column = column_of(sample), first = column + statistic % view.groups * view.width();
+          const ResultTable results = all.of(sample, 0);
+          const int64_t column = all.column(sample), first = column + statistic % view.groups * view.width();
           const Reduce op{gradient, nullptr, nullptr, 0};
           merge_ranges(op, view.inner, plan, results, first, first + view.width());
           finish_group_backward(args, statistic, results, column, table.of(sample));
@@ -385,13 +396,8 @@ void group_norm_backward(const GroupNormBackward& args, const Parallel& parallel
         if (args.grad_input == nullptr) return;
         apply(grad_input, channels, units(task, part), table.base(view.channels_last ? task : 0), nontemporal);
       });
-  const auto write = [&](const GroupParameter& output, int64_t row) {
-    write_parameter_gradient(view, output, parallel, [&](int64_t sample, int64_t channel) {
-      return results_of(view.channels_last ? sample : 0, 0)(row, column_of(sample) + channel);
-    });
-  };
-  write(args.grad_bias, 0);
-  write(args.grad_weight, 1);
+  write_parameter_gradient(all, 0, args.grad_bias, parallel);
+  write_parameter_gradient(all, 1, args.grad_weight, parallel);
 }
 
 template <class T>
