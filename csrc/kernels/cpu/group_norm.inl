@@ -20,6 +20,8 @@ namespace {
 // With at least this many tasks, a task runs all of its parts itself: there is enough work for all threads without a
 // division of the tasks, and no barrier.
 inline constexpr int64_t kEnoughTasks = 32;
+// Minimum number of tasks per thread for loops over channels, which are short.
+inline constexpr int64_t kChannelGrain = 32;
 
 // Runs the phases of `tasks` tasks of `plan.parts()` parts each: reduce(task, part), then finish(task), then
 // apply(task, part) in descending order, because the last values are still in cache.
@@ -235,7 +237,7 @@ void write_parameter_gradient(const GroupResults& results, int64_t row, const Gr
   const GroupView& view = results.view;
   const int64_t rows = output.by_sample ? view.samples : 1,
                 chunks = (view.channels + kChannelChunk - 1) / kChannelChunk;
-  parallel(rows * chunks, kEnoughTasks, [&](int64_t task) {
+  parallel(rows * chunks, kChannelGrain, [&](int64_t task) {
     const int64_t first = task / chunks, c0 = task % chunks * kChannelChunk;
     const int64_t n = minimum(kChannelChunk, view.channels - c0);
     double total[kChannelChunk] = {};
@@ -371,7 +373,7 @@ void group_norm_backward(const GroupNormBackward& args, const Parallel& parallel
       f(statistic, statistic / view.groups);
   };
 
-  parallel(units.tasks(), kEnoughTasks, [&](int64_t task) {
+  parallel(units.tasks(), kChannelGrain, [&](int64_t task) {
     for_each_statistic(task, [&](int64_t statistic, int64_t sample) {
       begin_backward<S, kFused>(args, statistic, mean, table.of(sample));
     });
