@@ -8,6 +8,7 @@
 #include "ops/call.h"
 #include "ops/channel_stats.h"
 #include "ops/group_norm.h"
+#include "ops/layer_norm.h"
 #include "ops/local_response_norm.h"
 #include "ops/output_memory.h"
 #include "ops/standardize.h"
@@ -43,6 +44,7 @@ void bind_operators(py::module_& m) {
   define("batch_norm_by_statistics", call_object<ops::batch_norm_by_statistics>());
   define("batch_norm_backward", call_object<ops::batch_norm_backward>());
   define("group_norm", first_result_of<call_object<ops::group_norm>()>());
+  define("layer_norm", first_result_of<call_object<ops::layer_norm>()>());
   define("pack_moments", &ops::pack_moments);
   define("merge_ranks", call_object<ops::merge_ranks>());
   define("channel_moments", &ops::channel_moments);

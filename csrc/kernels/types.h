@@ -143,13 +143,12 @@ struct GroupView {
   }
 };
 
-// A weight or bias of group norm: one value per channel, of shape (C), or for each sample (N, C).
-struct GroupParameter : ChannelVector {
+// A weight or bias of a norm of samples: one value per channel, of shape (C), or for each sample (N, C).
+struct SampleParameter : ChannelVector {
   bool by_sample = false;
 
-  constexpr int64_t index(const GroupView& view, int64_t sample, int64_t channel) const {
-    return (by_sample ? sample * view.channels : 0) + channel;
-  }
+  // The index of the value for channel 0 of a sample.
+  constexpr int64_t first(int64_t sample, int64_t channels) const { return by_sample ? sample * channels : 0; }
 };
 
 struct GroupNormForward {
@@ -157,7 +156,7 @@ struct GroupNormForward {
   DType dtype;
   const void* input;
   void* output;
-  GroupParameter weight, bias;  // absent: 1, 0
+  SampleParameter weight, bias;  // absent: 1, 0
   double eps;
   double* mean;    // (N, G), written
   double* invstd;  // (N, G), written: 1 / sqrt(variance + eps)
@@ -177,12 +176,12 @@ struct GroupNormBackward {
   const void* grad_output;
   const void* input;
   void* grad_input;  // null if not requested
-  GroupParameter weight;
-  GroupParameter grad_weight, grad_bias;  // absent if not requested
+  SampleParameter weight;
+  SampleParameter grad_weight, grad_bias;  // absent if not requested
   const double* mean;
   const double* invstd;
   Activation activation{};
-  GroupParameter bias{};
+  SampleParameter bias{};
   const void* residual = nullptr;
   const uint8_t* mask = nullptr;
   void* grad_residual = nullptr;  // null if not requested; written only with grad_input
@@ -190,6 +189,38 @@ struct GroupNormBackward {
   constexpr bool fused() const {
     return activation.kind != ActivationKind::kIdentity || residual != nullptr || grad_residual != nullptr;
   }
+};
+
+// Layer norm and RMS norm: each position of the view is normalized over its channels.
+struct LayerNormForward {
+  ChannelView view;
+  int64_t samples;  // with parameters by sample, how many there are, each with outer / samples outer indices; else 1
+  DType dtype;
+  const void* input;
+  void* output;
+  SampleParameter weight, bias;  // absent: 1, 0
+  double eps;
+  bool subtract_mean;  // false: RMS norm, the mean counts as 0
+  double* mean;        // (positions), written
+  double* invstd;      // (positions), written: 1 / sqrt(variance + eps)
+  // If not null, input + residual is written to `sum`, rounded to the dtype, and normalized.
+  const void* residual = nullptr;
+  void* sum = nullptr;
+};
+
+struct LayerNormBackward {
+  ChannelView view;
+  int64_t samples;
+  DType dtype;
+  const void* grad_output;
+  const void* input;  // that was normalized: forward's `sum` if there was a residual
+  void* grad_input;   // null if not requested
+  SampleParameter weight;
+  SampleParameter grad_weight, grad_bias;  // absent if not requested
+  const double* mean;
+  const double* invstd;
+  bool subtract_mean;
+  const void* grad_sum = nullptr;  // the gradient of `sum` as an output, or null: added to grad_input
 };
 
 struct ChannelStats {

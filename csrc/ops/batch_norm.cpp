@@ -15,17 +15,11 @@ namespace {
 
 using at::Tensor;
 
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-}
-
 // The tensor in the memory layout of `dense`, the input.
 OptionalTensor like_input(const char* name, const OptionalTensor& tensor, const Tensor& dense) {
   check_like_input(name, tensor, dense);
-  return tensor ? OptionalTensor(laid_out_as(*tensor, dense)) : std::nullopt;
+  return laid_out_as(tensor, dense);
 }
-
-const void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 Tensor empty_statistics(const Tensor& input) {
   return at::empty({2, input.size(1)}, input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));

@@ -29,11 +29,15 @@ void check_sums(const BatchNormBackwardCall& call) {
 
 void check_channels(const char* name, const OptionalTensor& vector, const at::Tensor& input) {
   if (!vector) return;
-  TORCH_CHECK_VALUE(vector->device() == input.device(), name, " is on ", vector->device(), ", input on ",
-                    input.device());
   TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == input.size(1), name, " has shape ", vector->sizes(),
                     ", input has ", input.size(1), " channels");
-  const at::ScalarType type = vector->scalar_type();
+  check_parameter_type(name, *vector, input);
+}
+
+void check_parameter_type(const char* name, const at::Tensor& parameter, const at::Tensor& input) {
+  TORCH_CHECK_VALUE(parameter.device() == input.device(), name, " is on ", parameter.device(), ", input on ",
+                    input.device());
+  const at::ScalarType type = parameter.scalar_type();
   const bool narrow = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
   TORCH_CHECK_TYPE(type == input.scalar_type() || (narrow && type == at::kFloat), name, " is ", type, " for input of ",
                    input.scalar_type());

@@ -9,6 +9,8 @@ namespace normfused::ops {
 
 // Throws unless the tensor has shape (C), the input's device, and the input's dtype or float32 for a 16-bit input.
 void check_channels(const char* name, const OptionalTensor& vector, const at::Tensor& input);
+// Throws unless the tensor has the input's device, and the input's dtype or float32 for a 16-bit input.
+void check_parameter_type(const char* name, const at::Tensor& parameter, const at::Tensor& input);
 // Throws unless the tensor has the input's shape, dtype and device.
 void check_like_input(const char* name, const OptionalTensor& tensor, const at::Tensor& input);
 // Input, weight, bias and running statistics.

@@ -37,19 +37,9 @@ GroupView group_view(const Tensor& dense, int64_t groups) {
   return {samples, groups, channels, dense.numel() / (samples * channels), !dense.is_contiguous()};
 }
 
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-}
-
-OptionalTensor like_input(const OptionalTensor& tensor, const Tensor& dense) {
-  return tensor ? OptionalTensor(laid_out_as(*tensor, dense)) : std::nullopt;
-}
-
-GroupParameter group_parameter(const OptionalTensor& tensor) {
+SampleParameter group_parameter(const OptionalTensor& tensor) {
   return {channel_vector(tensor), tensor && tensor->dim() == 2};
 }
-
-const void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 GroupNormCall::Result forward_kernels(const GroupNormCall& call) {
   check(call);
@@ -69,7 +59,7 @@ GroupNormCall::Result forward_kernels(const GroupNormCall& call) {
     return {output, statistics, mask};
   }
   const OptionalTensor weight = contiguous(call.weight), bias = contiguous(call.bias);
-  const OptionalTensor residual = like_input(call.residual, dense);
+  const OptionalTensor residual = laid_out_as(call.residual, dense);
   GroupNormForward args{};
   args.view = group_view(dense, call.num_groups);
   args.dtype = dtype_of(input.scalar_type());
@@ -132,7 +122,7 @@ GroupNormBackwardCall::Result backward_kernels(const GroupNormBackwardCall& call
   }
   const Tensor grad_output = laid_out_as(call.grad_output, dense);
   const OptionalTensor weight = contiguous(call.weight), bias = contiguous(call.bias);
-  const OptionalTensor residual = call.mask ? std::nullopt : like_input(call.residual, dense);
+  const OptionalTensor residual = call.mask ? std::nullopt : laid_out_as(call.residual, dense);
   GroupNormBackward args{};
   args.view = group_view(dense, call.num_groups);
   args.dtype = dtype_of(input.scalar_type());

@@ -1,6 +1,5 @@
 // Derivatives of group norm: the first via the backward operator, all others via the composite (see derivatives.h).
 #include <ATen/ATen.h>
-#include <ATen/OpMathType.h>
 #include <torch/library.h>
 
 #include "ops/autograd.h"
@@ -9,6 +8,7 @@
 #include "ops/call.h"
 #include "ops/group_norm.h"
 #include "ops/layout.h"
+#include "ops/normalized.h"
 
 namespace normfused::ops {
 
@@ -21,14 +21,6 @@ using torch::autograd::variable_list;
 // The values of each statistic, shape (N, G, values).
 Tensor grouped(const Tensor& values, int64_t groups) { return values.reshape({values.size(0), groups, -1}); }
 
-Tensor average(const Tensor& values) { return values.mean({-1}, /*keepdim=*/true); }
-
-// Mean and biased variance, shape (N, G, 1).
-std::pair<Tensor, Tensor> moments(const Tensor& x) {
-  const Tensor mean = average(x), deviation = x - mean;
-  return {mean, average(deviation * deviation)};
-}
-
 // A parameter of shape (C) or (N, C), in the dtype of `like` and a shape that broadcasts with it.
 Tensor per_channel_or_sample(const Tensor& parameter, const Tensor& like) {
   if (parameter.dim() == 1) return per_channel(parameter, like);
@@ -38,19 +30,10 @@ Tensor per_channel_or_sample(const Tensor& parameter, const Tensor& like) {
   return parameter.to(like.scalar_type()).view(shape);
 }
 
-struct Normalized {
-  Tensor deviation;  // (x - mean) * invstd, in the shape of the input
-  Tensor invstd;     // (N, G, 1)
-};
-
-// Mean and variance are functions of the input, with the values that `statistics` holds, as in batch norm's composite.
-Normalized normalized(const Tensor& input, int64_t groups, const Tensor& statistics) {
-  const Tensor x = grouped(input, groups).to(at::kDouble);
-  const Tensor shifted = (x - statistics.select(0, 0).unsqueeze(-1)).to(at::toOpMathType(input.scalar_type()));
-  const Tensor invstd = statistics.select(0, 1).unsqueeze(-1).to(shifted.scalar_type());
-  const auto [mean, var] = moments(shifted);
-  const Tensor rstd = (var + (invstd.pow(-2) - var).detach()).rsqrt();
-  return {((shifted - mean) * rstd).view(input.sizes()), rstd};
+// By groups: shapes (N, G, values) and (N, G, 1).
+Normalized normalized_groups(const Tensor& input, int64_t groups, const Tensor& statistics) {
+  return normalized(grouped(input, groups), -1, statistics.select(0, 0).unsqueeze(-1),
+                    statistics.select(0, 1).unsqueeze(-1), /*subtract_mean=*/true);
 }
 
 // The argument of the activation.
@@ -146,13 +129,14 @@ GroupNormBackwardCall::Result backward_batched(const GroupNormBackwardCall& call
 }  // namespace
 
 at::Tensor group_statistics(const GroupNormCall& call) {
-  const auto [mean, var] = moments(grouped(call.input, call.num_groups).to(at::kDouble));
-  return at::stack({mean.squeeze(-1), (var + call.eps).rsqrt().squeeze(-1)}).detach();
+  const auto [mean, invstd] = statistics_of(grouped(call.input, call.num_groups), -1, call.eps, /*subtract_mean=*/true);
+  return at::stack({mean, invstd}).squeeze(-1).detach();
 }
 
 at::Tensor group_norm_composite(const GroupNormCall& call, const Tensor& statistics) {
   if (call.input.numel() == 0) return call.input.clone();
-  const Tensor deviation = normalized(call.input, call.num_groups, statistics).deviation;
+  const Tensor deviation =
+      normalized_groups(call.input, call.num_groups, statistics).deviation.view(call.input.sizes());
   const Activation activation = activation_of(call.activation, call.activation_param);
   return activate(activation, affine(deviation, call.weight, call.bias, call.residual)).to(call.input.scalar_type());
 }
@@ -165,7 +149,8 @@ GroupNormBackwardCall::Result group_norm_backward_composite(const GroupNormBackw
   const Tensor& input = call.input;
   const auto& requested = call.output_mask;
   const Activation activation = activation_of(call.activation, call.activation_param);
-  const auto [d, invstd] = normalized(input, call.num_groups, call.statistics);
+  const Normalized by_group = normalized_groups(input, call.num_groups, call.statistics);
+  const Tensor d = by_group.deviation.view(input.sizes());
   Tensor h = call.grad_output.to(d.scalar_type());
   if (call.mask) {
     const double slope = activation.kind == ActivationKind::kLeakyRelu ? activation.parameter : 0;
@@ -186,9 +171,8 @@ GroupNormBackwardCall::Result group_norm_backward_composite(const GroupNormBackw
   Tensor grad_input = none;
   if (requested[0]) {
     const Tensor k = grouped(affine(h, call.weight, std::nullopt, std::nullopt), call.num_groups);
-    const Tensor by_group = grouped(d, call.num_groups);
-    grad_input =
-        ((k - average(k) - by_group * average(k * by_group)) * invstd).view(input.sizes()).to(input.scalar_type());
+    grad_input = gradient_of_normalized(k, by_group, -1, /*subtract_mean=*/true);
+    grad_input = grad_input.view(input.sizes()).to(input.scalar_type());
   }
   const OptionalTensor& of_bias = call.bias ? call.bias : call.weight;
   return {grad_input, gradient(requested[1], call.weight, flat(h * d)), gradient(requested[2], of_bias, flat(h)),

@@ -92,6 +92,20 @@ at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like) {
   return at::empty_like(like, tensor.options()).copy_(tensor);
 }
 
+at::Tensor as_contiguous(const at::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : copy_in(at::MemoryFormat::Contiguous, tensor);
+}
+
+std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor ? std::optional(tensor->contiguous()) : std::nullopt;
+}
+
+std::optional<at::Tensor> laid_out_as(const std::optional<at::Tensor>& tensor, const at::Tensor& like) {
+  return tensor ? std::optional(laid_out_as(*tensor, like)) : std::nullopt;
+}
+
+const void* data_of(const std::optional<at::Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
 ChannelVector channel_vector(const at::Tensor& tensor) { return {tensor.data_ptr(), dtype_of(tensor.scalar_type())}; }
 
 ChannelVector channel_vector(const std::optional<at::Tensor>& tensor) {

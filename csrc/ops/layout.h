@@ -28,6 +28,14 @@ at::Tensor as_dense(const at::Tensor& tensor);
 // `tensor`, or a copy, in the memory layout of `like`, which has the same shape and a view.
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like);
 
+// `tensor` as it is if it is contiguous, otherwise a copy; none for none.
+at::Tensor as_contiguous(const at::Tensor& tensor);
+std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor);
+std::optional<at::Tensor> laid_out_as(const std::optional<at::Tensor>& tensor, const at::Tensor& like);
+
+// The memory of a tensor, or null for none.
+const void* data_of(const std::optional<at::Tensor>& tensor);
+
 // Precondition: a contiguous tensor of a floating-point dtype.
 ChannelVector channel_vector(const at::Tensor& tensor);
 ChannelVector channel_vector(const std::optional<at::Tensor>& tensor);

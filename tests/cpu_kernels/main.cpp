@@ -8,6 +8,7 @@
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/nontemporal.h"
 #include "kernels/cpu/plan.h"
+#include "layer_norm.h"
 #include "value_counts.h"
 
 // Replaces nontemporal.cpp: on any machine, non-temporal stores are used for outputs that are small enough for a test.
@@ -41,6 +42,8 @@ struct Cpu {
   void local_response_norm(const LocalResponseNorm& args) { cpu::local_response_norm(args, kThreads); }
   void group_norm(const GroupNormForward& args) { cpu::group_norm(args, kThreads); }
   void group_norm_backward(const GroupNormBackward& args) { cpu::group_norm_backward(args, kThreads); }
+  void layer_norm(const LayerNormForward& args) { cpu::layer_norm(args, kThreads); }
+  void layer_norm_backward(const LayerNormBackward& args) { cpu::layer_norm_backward(args, kThreads); }
 };
 
 // The load of the busiest of `threads` threads, relative to an even distribution.
@@ -158,6 +161,30 @@ int64_t run_groups(Cpu& backend, std::mt19937& random) {
   return cases;
 }
 
+// Outer indices, channels, inner, samples. Rows: of one value, shorter than a vector, with a tail, several chunks that
+// end in a group of rows, more rows than are added in S, rows with parts in backward, rows with parts in forward too.
+// Columns: shorter than a vector, one block, several blocks, more channels than are added in S, several chunks.
+int64_t run_layers(Cpu& backend, std::mt19937& random) {
+  const int64_t shapes[][4] = {{5, 1, 1, 1},    {9, 5, 1, 3},     {70, 32, 1, 2},   {333, 47, 1, 1},   {150, 768, 1, 3},
+                               {6, 4100, 1, 2}, {3, 20000, 1, 1}, {4, 70001, 1, 2}, {2, 300000, 1, 1}, {4, 3, 2, 2},
+                               {2, 70, 49, 1},  {3, 6, 2100, 3},  {1, 700, 130, 1}, {40, 12, 90, 4}};
+  int64_t cases = 0;
+  for (const auto& [outer, channels, inner, samples] : shapes)
+    for (const bool subtract_mean : {true, false})
+      for (const int64_t offset : {0, 1}) {
+        const ChannelView view{outer, channels, inner};
+        const LayerNormOptions options{offset == 0 ? 1 : samples, subtract_mean, subtract_mean, offset == 1};
+        run_layer_norm<float>(backend, view, options, offset, random);
+        ++cases;
+        if (view.numel() > 100000) continue;  // definitions take long
+        run_layer_norm<BFloat16>(backend, view, options, offset, random);
+        run_layer_norm<double>(backend, view, options, offset, random);
+        run_layer_norm<Half>(backend, view, options, offset, random);
+        cases += 3;
+      }
+  return cases;
+}
+
 // Numbers of channels with and without a specialized transposition, full tiles and partial tiles.
 int64_t run_images(Cpu& backend, std::mt19937& random) {
   const ChannelView images[] = {{2, 3, 35}, {1, 4, 64}, {3, 1, 50}, {2, 5, 1000}, {1, 130, 70}, {2, 3, 5000}};
@@ -181,6 +208,11 @@ int64_t run_nontemporal(Cpu& backend, std::mt19937& random) {
       run<BFloat16>(backend, view, offset, random);
       cases += 2;
     }
+  for (const ChannelView& view : {ChannelView{1500, 1024, 1}, {2, 300, 3072}})
+    for (const int64_t offset : {0, 1}) {
+      run_layer_norm<float>(backend, view, {1, false, true, false}, offset, random);
+      ++cases;
+    }
   return cases;
 }
 
@@ -194,6 +226,7 @@ int main() {
   cases += run_integers(backend, random);
   if (std::string(cpu::capability()) == "baseline") cases += run_counts(random);  // the same for all instruction sets
   cases += run_groups(backend, random);
+  cases += run_layers(backend, random);
   cases += run_images(backend, random);
   run_finish(backend);
   run_nonfinite(backend);

@@ -49,8 +49,8 @@ class GroupNormCase {
   size_t parameter(int64_t i) const {
     return static_cast<size_t>((by_sample_ ? sample(i) * view_.channels : 0) + channel(i));
   }
-  GroupParameter as_parameter(std::vector<float>& values) const {
-    GroupParameter result;
+  SampleParameter as_parameter(std::vector<float>& values) const {
+    SampleParameter result;
     result.data = values.data();
     result.by_sample = by_sample_;
     return result;

@@ -165,8 +165,8 @@ void finish_group(const GroupNormForward& args, int64_t statistic, const Moments
   const double invstd = args.invstd[statistic] = invstd_of(biased_variance(moments), args.eps);
   for_each_channel_chunk(first, first + view.width(), [&](int64_t c0, int64_t n) {
     double weight[kChannelChunk], bias[kChannelChunk];
-    read_channels(args.weight, args.weight.index(view, sample, c0), n, 1, weight);
-    read_channels(args.bias, args.bias.index(view, sample, c0), n, 0, bias);
+    read_channels(args.weight, args.weight.first(sample, view.channels) + c0, n, 1, weight);
+    read_channels(args.bias, args.bias.first(sample, view.channels) + c0, n, 0, bias);
     NF_NO_ALIASES
     for (int64_t i = 0; i < n; ++i) {
       const auto k = forward_coefficients<S>({mean, invstd, weight[i], bias[i]});
@@ -187,8 +187,8 @@ void begin_backward(const GroupNormBackward& args, int64_t statistic, double* me
   if constexpr (!kFused) return;
   for_each_channel_chunk(first, first + view.width(), [&](int64_t c0, int64_t n) {
     double weight[kChannelChunk], bias[kChannelChunk];
-    read_channels(args.weight, args.weight.index(view, sample, c0), n, 1, weight);
-    read_channels(args.bias, args.bias.index(view, sample, c0), n, 0, bias);
+    read_channels(args.weight, args.weight.first(sample, view.channels) + c0, n, 1, weight);
+    read_channels(args.bias, args.bias.first(sample, view.channels) + c0, n, 0, bias);
     NF_NO_ALIASES
     for (int64_t i = 0; i < n; ++i) {
       const auto k = forward_coefficients<S>({args.mean[statistic], args.invstd[statistic], weight[i], bias[i]});
@@ -211,7 +211,7 @@ void finish_group_backward(const GroupNormBackward& args, int64_t statistic, con
   const Normalization plain{args.mean[statistic], args.invstd[statistic], 1, 0};
   double grad_weight = 0, grad_bias = 0, weight[kChannelChunk];
   for_each_channel_chunk(first, first + view.width(), [&](int64_t c0, int64_t n) {
-    read_channels(args.weight, args.weight.index(view, sample, c0), n, 1, weight);
+    read_channels(args.weight, args.weight.first(sample, view.channels) + c0, n, 1, weight);
     for (int64_t i = 0; i < n; ++i) {
       double& of_bias = results(0, column + c0 + i);
       double& of_weight = results(1, column + c0 + i);
@@ -231,7 +231,7 @@ void finish_group_backward(const GroupNormBackward& args, int64_t statistic, con
 
 // Writes the gradients of a parameter, which are in this row of the results: of each sample, or their sum in sample
 // order.
-void write_parameter_gradient(const GroupResults& results, int64_t row, const GroupParameter& output,
+void write_parameter_gradient(const GroupResults& results, int64_t row, const SampleParameter& output,
                               const Parallel& parallel) {
   if (!output) return;
   const GroupView& view = results.view;

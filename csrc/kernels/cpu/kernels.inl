@@ -9,6 +9,7 @@
 #include "kernels/cpu/channel_stats.inl"
 #include "kernels/cpu/group_norm.inl"
 #include "kernels/cpu/integer_sums.inl"
+#include "kernels/cpu/layer_norm.inl"
 #include "kernels/cpu/local_response_norm.inl"
 #include "kernels/cpu/standardize.inl"
 #include "kernels/cpu/sync_moments.inl"

@@ -18,6 +18,8 @@ constexpr int64_t kMinSplitBytes = 64 << 10;
 constexpr int64_t kMinSplitRows = 128;
 // Size of a part of a group that does not fit the cache, and its minimum number of channels-last rows.
 constexpr int64_t kPartBytes = 128 << 10, kMinPartRows = 32;
+// Rows of layer norm that are processed together.
+constexpr int64_t kLayerRows = 4;
 // A multiple of this many channels, or of rows of any length, fills whole cache lines in every dtype.
 constexpr int64_t kMultiple = 64;
 constexpr int64_t kCacheLine = 64;
@@ -100,6 +102,27 @@ GroupPlan plan_columns(int64_t positions, int64_t position_bytes) {
   const int64_t most = bytes <= kCacheBytes ? 1 : std::min({bytes / kPartBytes, positions / kMinPartRows, kUnits / 2});
   const int64_t block = round_up(ceil_div(positions, std::max<int64_t>(1, most)), 4);
   return {1, 1, 1, block, ceil_div(positions, block), block * position_bytes};
+}
+
+GroupPlan plan_layer_rows(int64_t columns, int64_t item_bytes) {
+  GroupPlan plan = plan_rows(1, columns, item_bytes);
+  const int64_t row_bytes = std::max<int64_t>(1, columns * item_bytes);
+  if (plan.parts() == 1) plan.statistics = std::max(plan.statistics, std::min(kLayerRows, kCacheBytes / row_bytes));
+  plan.part_bytes = plan.statistics * plan.position_block * item_bytes;
+  return plan;
+}
+
+bool divides_layer_rows(int64_t columns, int64_t item_bytes) { return columns * item_bytes > kPartBytes; }
+
+int64_t layer_column_block(int64_t rows, int64_t columns, int64_t item_bytes) {
+  const int64_t most = std::clamp(kCacheBytes / (rows * item_bytes) / kMultiple * kMultiple, kMultiple, kMaxLanes);
+  return round_up(ceil_div(columns, ceil_div(columns, most)), kMultiple);
+}
+
+ChunkPlan plan_chunks(int64_t items, int64_t item_bytes) {
+  const int64_t least = std::max<int64_t>(1, kMinSplitBytes / std::max<int64_t>(1, item_bytes));
+  const int64_t block = std::max(ceil_div(items, kUnits), std::min(least, items));
+  return {block, ceil_div(items, block)};
 }
 
 BlockPlan plan_blocks(const ChannelView& view, int64_t position_bytes) {

@@ -56,6 +56,25 @@ GroupPlan plan_rows(int64_t rows, int64_t positions, int64_t item_bytes);
 // Channels last: the statistics of a sample are over `positions` rows of contiguous channels, which are not divided.
 GroupPlan plan_columns(int64_t positions, int64_t position_bytes);
 
+// As plan_rows for one row, for a kernel that loads constants along with the values of several rows: a task has at
+// least four rows if they fit the cache.
+GroupPlan plan_layer_rows(int64_t columns, int64_t item_bytes);
+
+// Whether a row is divided if rows are to be read twice and summed by column too. Otherwise the sums of each chunk of
+// rows are kept, which need as much memory as a few rows.
+bool divides_layer_rows(int64_t columns, int64_t item_bytes);
+
+// Number of neighbouring columns of `rows` values that a task normalizes: as many as fit the cache, in whole cache
+// lines, at most kMaxLanes.
+int64_t layer_column_block(int64_t rows, int64_t columns, int64_t item_bytes);
+
+// A range of items in chunks of `block`, each with sums of its own, which are merged in order.
+struct ChunkPlan {
+  int64_t block;
+  int64_t chunks;
+};
+ChunkPlan plan_chunks(int64_t items, int64_t item_bytes);
+
 // Blocks of positions with all of their channels, in memory order, for a kernel that has one block in scratch memory.
 // A task is a range of blocks that reuse the same scratch.
 struct BlockPlan {

@@ -181,6 +181,21 @@ NF_FN double reduce_to_double(int64_t k, Vec<typename Op::V::S> lanes) {
     return horizontal_reduce<Op>(k, Op::join(k, wide.vec[0], wide.vec[1]));
 }
 
+// Joins sum k of each value, in memory order, to kSize doubles.
+template <class Op>
+NF_FN void join_to_doubles(int64_t k, double* sums, const typename Op::V& pack) {
+  using V = typename Op::V;
+  using S = typename V::S;
+  const V lanes = to_memory_order(pack);
+  unroll<V::kVecs>([&](auto v) {
+    const DoubleVectors<S> wide = widen_to_double(lanes.vec[v]);
+    unroll<DoubleVectors<S>::kVecs>([&](auto h) {
+      double* const sum = sums + v * kLanes<S> + h * kLanes<double>;
+      store(sum, Op::join(k, load<double>(sum, FullVector{}), wide.vec[h]), FullVector{});
+    });
+  });
+}
+
 // ---- segments ----------------------------------------------------------------------------------------------------
 
 // State of a unit during its reduction: the coefficients and the current segment's sums of each of its channels, as
@@ -327,7 +342,6 @@ template <int64_t packs, class Op, class Width>
 NF_FN void accumulate_rows(const Op& op, const LaneRows rows, Width width, const typename Op::V::S* table,
                            double* sums) {
   using V = typename Op::V;
-  using S = typename V::S;
   Sums<Op> acc[packs];
   Coefficients<Op> coefficients[packs];
   unroll<packs>([&](auto b) {
@@ -342,14 +356,7 @@ NF_FN void accumulate_rows(const Op& op, const LaneRows rows, Width width, const
   }
   unroll<packs * Op::kSums>([&](auto i) {
     constexpr int64_t b = i / Op::kSums, k = i % Op::kSums;
-    const V lanes = to_memory_order(acc[b].k[k]);
-    unroll<V::kVecs>([&](auto v) {
-      const DoubleVectors<S> wide = widen_to_double(lanes.vec[v]);
-      unroll<DoubleVectors<S>::kVecs>([&](auto h) {
-        double* const sum = sums + k * kMaxLanes + b * V::kSize + v * kLanes<S> + h * kLanes<double>;
-        store(sum, Op::join(k, load<double>(sum, FullVector{}), wide.vec[h]), FullVector{});
-      });
-    });
+    join_to_doubles<Op>(k, sums + k * kMaxLanes + b * V::kSize, acc[b].k[k]);
   });
 }
 
