@@ -29,6 +29,7 @@ from normfused.functional import (
     normalize,
     normalize_,
 )
+from normfused.layer_norm_layers import LayerNorm, LayerNorm2d, RMSNorm, RMSNorm2d
 from normfused.memory import empty_cache, memory_stats
 from normfused.modules import (
     BatchNorm1d,
@@ -74,10 +75,14 @@ __all__ = [
     "InstanceNormAct1d",
     "InstanceNormAct2d",
     "InstanceNormAct3d",
+    "LayerNorm",
+    "LayerNorm2d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "LocalResponseNorm",
+    "RMSNorm",
+    "RMSNorm2d",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "__version__",

@@ -224,6 +224,54 @@ def _group_norm_backward(
     return grad_input, gradient(weight, output_mask[1]), gradient(of_bias, output_mask[2]), grad_residual
 
 
+@_fake_of_decomposed("layer_norm")
+def _layer_norm(
+    input: Tensor,
+    start_dim: int,
+    end_dim: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    subtract_mean: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device(input, weight, bias, residual)
+    shape = [1 if start_dim <= dim <= end_dim else size for dim, size in enumerate(input.shape)]
+    output = _layer_norm_output(input, start_dim, end_dim)
+    added = input.new_empty((0,)) if residual is None else torch.empty_like(output)
+    return output, added, input.new_empty((2, *shape), dtype=torch.float64)
+
+
+def _layer_norm_output(input: Tensor, start_dim: int, end_dim: int) -> Tensor:
+    by_channel = start_dim == end_dim == 1
+    return _output_like(input) if by_channel else input.new_empty(input.shape)
+
+
+@torch.library.register_fake("normfused::layer_norm_backward")
+def _layer_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    start_dim: int,
+    end_dim: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    output_mask: list[bool],
+    grad_sum: Tensor | None = None,
+    subtract_mean: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device(input, grad_output, weight, bias, statistics, grad_sum)
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+
+    def gradient(like: Tensor | None, requested: bool) -> Tensor:
+        shape = (0,) if not requested else input.shape[start_dim : end_dim + 1] if like is None else like.shape
+        return input.new_empty(shape, dtype=wide if like is None else like.dtype)
+
+    grad_input = _layer_norm_output(input, start_dim, end_dim) if output_mask[0] else input.new_empty((0,))
+    of_bias = weight if bias is None else bias
+    return grad_input, gradient(weight, output_mask[1]), gradient(of_bias, output_mask[2])
+
+
 @torch.library.register_fake("normfused::pack_moments")
 def _pack_moments(input: Tensor, eps: float) -> Tensor:
     words = 1 + (2 if input.dtype == torch.float64 else 1) * input.size(1)
@@ -358,6 +406,26 @@ def _decomposed_group_norm(
     groups = input.double().reshape(input.size(0), num_groups, -1)
     mean, var = groups.mean(-1), groups.var(-1, correction=0)
     return output, torch.stack((mean, (var + eps).rsqrt())), _mask(input, save_mask)
+
+
+@_decompose("layer_norm")
+def _decomposed_layer_norm(
+    input: Tensor,
+    start_dim: int,
+    end_dim: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    subtract_mean: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (input, start_dim, end_dim, weight, bias, eps, residual, subtract_mean)
+    output, total = decompositions.layer_norm(*arguments)
+    x, dims = total.double(), list(range(start_dim, end_dim + 1))
+    mean = x.mean(dims, keepdim=True)
+    mean = mean if subtract_mean else torch.zeros_like(mean)
+    invstd = ((x - mean).square().mean(dims, keepdim=True) + eps).rsqrt()
+    return output, input.new_empty((0,)) if residual is None else total, torch.stack((mean, invstd))
 
 
 @_decompose("local_response_norm")

@@ -153,6 +153,33 @@ def check_parameter(name: str, argument: str, tensor: Tensor | None, input: Tens
         )
 
 
+def modulated_parameters(
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    scale_offset: float = 0.0,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias with which ``norm(input) * weight + bias`` includes the others, for input of this dtype.
+
+    With ``scale`` or ``shift`` they are those of each sample. The arithmetic is in float32 or wider.
+    """
+    if scale is None and shift is None and not scale_offset:
+        return weight, bias
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, bias, scale, shift = (None if t is None else t.to(wide) for t in (weight, bias, scale, shift))
+    if weight is not None and scale_offset:
+        weight = weight + scale_offset
+    if scale is not None:
+        factor = 1 + scale
+        weight = factor if weight is None else weight * factor
+        bias = None if bias is None else bias * factor
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return weight, bias
+
+
 def check_number(name: str, argument: str, value: float, least: float = -math.inf) -> None:
     """Raise ``ValueError`` unless the value is a finite number of at least ``least``."""
     if not isinstance(value, (int, float)) or not least <= value < math.inf or value == -math.inf:

@@ -56,6 +56,35 @@ def group_norm(
     return ACTIVATIONS[activation](output, activation_param)
 
 
+def layer_norm(
+    # the parameters of the operator
+    input: Tensor,
+    start_dim: int,
+    end_dim: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    subtract_mean: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Layer norm or RMS norm over dimensions ``start_dim`` to ``end_dim``, and what was normalized."""
+    x = input if residual is None else input + residual
+    normalized = end_dim + 1 - start_dim
+    source, target = range(start_dim, end_dim + 1), range(-normalized, 0)
+    moved = x.movedim(tuple(source), tuple(target))
+    shape = moved.shape[-normalized:]
+    plain = all(p is None or (p.dim() == normalized and p.dtype == x.dtype) for p in (weight, bias))
+    given = (weight, bias) if plain else (None, None)
+    output = F.layer_norm(moved, shape, *given, eps) if subtract_mean else F.rms_norm(moved, shape, given[0], eps)
+    for parameter, is_weight in ((weight, True), (bias, False)):
+        if parameter is None or (plain and (is_weight or subtract_mean)):
+            continue
+        if parameter.dim() > normalized:  # of each sample
+            parameter = parameter.reshape(-1, *[1] * (x.dim() - 1 - normalized), *shape)
+        output = output * parameter if is_weight else output + parameter
+    return output.to(x.dtype).movedim(tuple(target), tuple(source)), x
+
+
 def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     """The operator ``local_response_norm``. float16 and bfloat16 are computed in float32, which torch can pool."""
     dtype = torch.promote_types(input.dtype, torch.float32)

@@ -28,6 +28,7 @@ from normfused.arguments import (
 from normfused.checks import DTYPES, INTEGERS, needs_torchs_operators
 from normfused.data.normalization import normalize, normalize_
 from normfused.distributed import dtensor
+from normfused.layer_norms import layer_norm, layer_norm2d, rms_norm, rms_norm2d
 from normfused.layout import values_per_channel
 from normfused.masks import check_mask, masked_rows, masked_zeros, some_positions_of, unmasked
 from normfused.residuals import split_residual
@@ -42,9 +43,13 @@ __all__ = [
     "channel_sums",
     "group_norm",
     "instance_norm",
+    "layer_norm",
+    "layer_norm2d",
     "local_response_norm",
     "normalize",
     "normalize_",
+    "rms_norm",
+    "rms_norm2d",
 ]
 
 

@@ -27,7 +27,15 @@ from normfused.activations import ACTIVATIONS
 from normfused.layout import as_dense, keep_layout, laid_out_as, values_per_channel
 from normfused.results import ChannelMoments, ChannelSums
 
-__all__ = ["batch_norm", "channel_moments", "channel_sums", "group_norm", "local_response_norm", "normalize"]
+__all__ = [
+    "batch_norm",
+    "channel_moments",
+    "channel_sums",
+    "group_norm",
+    "layer_norm",
+    "local_response_norm",
+    "normalize",
+]
 
 
 def _by_channel(input: Tensor) -> Tensor:
@@ -180,6 +188,60 @@ def group_norm_with_statistics(
     if residual is not None:
         y = y + residual.double()
     return laid_out_as(ACTIVATIONS[activation](y, activation_param).to(input.dtype), input), found
+
+
+def layer_norm(
+    # the parameters of the operator
+    input: Tensor,
+    start_dim: int,
+    end_dim: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    subtract_mean: bool = True,
+) -> Tensor:
+    """:func:`normfused.functional.layer_norm` over dimensions ``start_dim`` to ``end_dim``; or ``rms_norm``.
+
+    ``weight`` and ``bias`` have the shape of these dimensions, or that of dimension 0 before it.
+
+    Example:
+        >>> import torch
+        >>> layer_norm(torch.tensor([[1.0, 3.0]]), 1, 1, eps=0.0).tolist()
+        [[-1.0, 1.0]]
+    """
+    return layer_norm_with_sum(input, start_dim, end_dim, weight, bias, eps, residual, subtract_mean)[0]
+
+
+def layer_norm_with_sum(
+    # the parameters of the operator
+    input: Tensor,
+    start_dim: int,
+    end_dim: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    subtract_mean: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The output of :func:`layer_norm`, and what was normalized: ``input + residual``."""
+    total = input if residual is None else input + residual
+    x, dims = total.double(), tuple(range(start_dim, end_dim + 1))
+    normalized = input.shape[start_dim : end_dim + 1]
+    if subtract_mean and input.numel() > 0:
+        pivot = x.detach()[(slice(None),) * start_dim + (slice(0, 1),) * len(dims)]  # see _mean_and_deviations
+        mean = pivot + (x - pivot).mean(dims, keepdim=True)
+        x = x - torch.where(mean.isnan(), x.mean(dims, keepdim=True), mean)
+    y = x * (x.square().mean(dims, keepdim=True) + eps).rsqrt() if input.numel() > 0 else x
+    for parameter, is_weight in ((weight, True), (bias, False)):
+        if parameter is None:
+            continue
+        samples = parameter.shape[:1] if parameter.dim() > len(dims) else (1,)
+        before = (*samples, *[1] * (start_dim - 1)) if start_dim > 0 else ()
+        wide = parameter.double().reshape(*before, *normalized, *[1] * (input.dim() - 1 - end_dim))
+        y = y * wide if is_weight else y + wide
+    y = y.to(total.dtype)
+    return (laid_out_as(y, total) if dims == (1,) else y.contiguous()), total
 
 
 @torch.library.custom_op("normfused::outside_backward", mutates_args=())

@@ -12,7 +12,13 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normfused import _extension, decompositions, reference
 from normfused.activations import ACTIVATION_PARAMS, ACTIVATIONS
-from normfused.arguments import check_activation, check_input, check_number, check_parameter
+from normfused.arguments import (
+    check_activation,
+    check_input,
+    check_number,
+    check_parameter,
+    modulated_parameters,
+)
 from normfused.checks import needs_torchs_operators
 from normfused.residuals import check_residual, split_residual
 
@@ -351,18 +357,7 @@ def _is_autocast(input: Tensor) -> bool:
 
 def modulated(call: GroupNormCall) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias with which ``norm(input) * weight + bias`` includes ``scale`` and ``shift``: of each sample."""
-    weight, bias, scale, shift = call.weight, call.bias, call.scale, call.shift
-    if scale is None and shift is None:
-        return weight, bias
-    dtype = torch.promote_types(call.input.dtype, torch.float32)
-    weight, bias, scale, shift = (None if t is None else t.to(dtype) for t in (weight, bias, scale, shift))
-    if scale is not None:
-        factor = 1 + scale
-        weight = factor if weight is None else weight * factor
-        bias = None if bias is None else bias * factor
-    if shift is not None:
-        bias = shift if bias is None else bias + shift
-    return weight, bias
+    return modulated_parameters(call.input.dtype, call.weight, call.bias, call.scale, call.shift)
 
 
 def check_group_norm(call: GroupNormCall) -> None:

@@ -75,7 +75,9 @@ _SCRIPTABLE: dict[str, type[nn.Module]] = {
     "InstanceNorm1d": nn.InstanceNorm1d,
     "InstanceNorm2d": nn.InstanceNorm2d,
     "InstanceNorm3d": nn.InstanceNorm3d,
+    "LayerNorm": nn.LayerNorm,
     "LocalResponseNorm": nn.LocalResponseNorm,
+    "RMSNorm": nn.RMSNorm,
 }
 
 
