@@ -159,6 +159,16 @@ def group_norm_backward(i: Inputs) -> Results:
     return ops.group_norm_backward(i.grad, i.x, 1, i.weight, statistics, mask)[:3]  # type: ignore[no-any-return]
 
 
+def layer_norm(i: Inputs) -> Results:
+    return ops.layer_norm(i.x, 1, 1, i.weight, i.bias, EPS, i.residual)  # type: ignore[no-any-return]
+
+
+def layer_norm_backward(i: Inputs) -> Results:
+    statistics = ops.layer_norm(i.x, 1, 1, i.weight, i.bias, EPS)[2]
+    gradients = (i.grad, i.x, 1, 1, i.weight, i.bias, statistics, [True] * 3, i.residual)
+    return ops.layer_norm_backward(*gradients)  # type: ignore[no-any-return]
+
+
 OPERATORS: dict[str, Callable[[Inputs], Results]] = {
     function.__name__: function
     for function in (
@@ -166,6 +176,7 @@ OPERATORS: dict[str, Callable[[Inputs], Results]] = {
         *(batch_norm_backward, batch_norm_by_statistics, pack_moments, merge_ranks),
         *(channel_moments, channel_sums, integer_sums, standardize, standardize_out, standardize_),
         *(local_response_norm, local_response_norm_backward, group_norm, group_norm_backward),
+        *(layer_norm, layer_norm_backward),
     )
 }
 

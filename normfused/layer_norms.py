@@ -236,7 +236,7 @@ def run_layer_norm(
 def _fits(call: LayerNormCall) -> bool:
     """Whether the operator normalizes what the call asks for: it checks parameters, but not ``normalized_shape``."""
     input, dims = call.input, len(call.shape) if call.normalized_shape is not None else 1
-    parameters = all(p is None or p.dim() == dims for p in (call.weight, call.bias))
+    parameters = all(p is None or (isinstance(p, Tensor) and p.dim() == dims) for p in (call.weight, call.bias))
     if call.normalized_shape is None:
         return parameters and input.dim() > 2
     return parameters and 0 < dims <= input.dim() and input.shape[-dims:] == call.normalized_shape

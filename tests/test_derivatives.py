@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import normfused
 from normfused.activations import ACTIVATIONS
-from normfused.functional import batch_norm, group_norm, local_response_norm, normalize, normalize_
+from normfused.functional import batch_norm, group_norm, layer_norm2d, local_response_norm, normalize, normalize_
 
 Function = Callable[..., Any]
 CHANNELS = 3
@@ -44,6 +44,13 @@ def plain_group_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """The definition for one group. torch's own backward of group norm has no forward mode."""
     deviation = x - x.mean((1, 2, 3), keepdim=True)
     invstd = (deviation.square().mean((1, 2, 3), keepdim=True) + 1e-5).rsqrt()
+    return deviation * invstd * w.view(1, -1, 1, 1) + b.view(1, -1, 1, 1)
+
+
+def plain_layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """The definition over channels."""
+    deviation = x - x.mean(1, keepdim=True)
+    invstd = (deviation.square().mean(1, keepdim=True) + 1e-5).rsqrt()
     return deviation * invstd * w.view(1, -1, 1, 1) + b.view(1, -1, 1, 1)
 
 
@@ -81,6 +88,14 @@ def of_group_norm(activation: str = "identity") -> Any:
     )
 
 
+def of_layer_norm() -> Any:
+    return (
+        lambda x, w, b, r: layer_norm2d(x, w, b, 1e-5, residual=r)[0],
+        lambda x, w, b, r: plain_layer_norm(x + r, w, b),
+        [double(*SHAPE), double(CHANNELS) + 2, double(CHANNELS) * 0.1, double(*SHAPE)],
+    )
+
+
 def of_standardize(inplace: bool = False) -> Any:
     mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (MEAN, STD))
     if inplace:
@@ -110,6 +125,7 @@ FUNCTIONS: dict[str, Callable[[], Any]] = {
     },
     "local_response_norm": of_local_response_norm,
     **{f"group_norm-{activation}": lambda a=activation: of_group_norm(a) for activation in ("identity", "silu")},
+    "layer_norm": of_layer_norm,
     "standardize": of_standardize,
     "standardize-inplace": lambda: of_standardize(inplace=True),
 }
@@ -400,7 +416,23 @@ def operator_calls() -> dict[str, Any]:
     def group_gradients(g: Tensor, x: Tensor, w: Tensor) -> Any:
         return torch.func.vjp(lambda x, w, b: plain_group_norm(x, w, b), x, w, zeros)[1](g)
 
+    of_layers = torch.stack([x.mean(1, True), 1 / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()])
+
+    def layer_gradients(g: Tensor, x: Tensor, w: Tensor, r: Tensor) -> Any:
+        of_x, *others = torch.func.vjp(lambda x, w, b: plain_layer_norm(x, w, b), x, w, zeros)[1](g)
+        return of_x + r, *others
+
     return {
+        "layer_norm": (
+            lambda x, w, b, r: ops.layer_norm(x, 1, 1, w, b, 1e-5, r)[:2],
+            (x, w, b, r),
+            lambda x, w, b, r: (plain_layer_norm(x + r, w, b), x + r),
+        ),
+        "layer_norm_backward": (
+            lambda g, x, w, r: ops.layer_norm_backward(g, x, 1, 1, w, zeros, of_layers, [True] * 3, r),
+            (g, x, w, r),
+            layer_gradients,
+        ),
         "group_norm": (
             lambda x, w, b, r: ops.group_norm(x, 1, w, b, 1e-5, r)[0],
             (x, w, b, r),
