@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -23,44 +24,81 @@ import normfused
 GROUPS = 32
 IMAGES = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (1, 128, 256, 256))  # of diffusion models
 VOLUMES = ((4, 32, 128, 128), (2, 32, 48, 48, 48))
+STAGES = ((32, 96, 56, 56), (32, 192, 28, 28), (32, 384, 14, 14))  # of ConvNeXt
+TOKENS = ((4096, 768), (8192, 1024), (2048, 4096), (64, 197, 768))
 LAYOUTS = ("channels first", "channels last")
 Step = Callable[[], Sequence[Tensor]]
+Layer = Callable[[int], nn.Module]
+
+
+def _plain(layer: nn.Module, x: Tensor, other: Tensor) -> Sequence[Tensor]:
+    return (layer(x),)
 
 
 class Norm(NamedTuple):
-    """A layer of ours, torch's layers with the same result, and the shapes."""
+    """A layer of ours, torch's layer, how they are called for the same results, and the shapes."""
 
-    ours: Callable[[int], nn.Module]
-    torchs: Callable[[int], nn.Module]
-    after: Callable[[Tensor], Tensor]
+    ours: Layer
+    torchs: Layer
     shapes: tuple[tuple[int, ...], ...]
     target: float  # of the geometric mean of forward + backward over eager torch
+    call: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]] = _plain
+    call_torchs: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]] = _plain
+    over_channels: bool = True  # else over the last dimension, in one layout
+
+    def layouts(self) -> Sequence[str]:
+        return LAYOUTS if self.over_channels else LAYOUTS[:1]
+
+    def channels(self, shape: Sequence[int]) -> int:
+        return shape[1 if self.over_channels else -1]
+
+    def is_sum(self) -> bool:
+        """Whether the calls read a second tensor."""
+        return self.call is _add_ours
 
 
-def _instance(layers: Any) -> Callable[[int], nn.Module]:
+def _instance(layers: Any) -> Layer:
     return lambda channels: layers(channels, affine=True)
 
 
+def _rms(layers: Any) -> Layer:
+    return lambda channels: layers(channels, eps=1e-6)
+
+
+def _silu_after(layer: nn.Module, x: Tensor, other: Tensor) -> Sequence[Tensor]:
+    return (F.silu(layer(x)),)
+
+
+def _permuted(layer: nn.Module, x: Tensor, other: Tensor) -> Sequence[Tensor]:
+    return (layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
+
+
+def _add_ours(layer: nn.Module, x: Tensor, other: Tensor) -> Sequence[Tensor]:
+    return layer(x, other)  # type: ignore[no-any-return]
+
+
+def _add_torchs(layer: nn.Module, x: Tensor, other: Tensor) -> Sequence[Tensor]:
+    total = x + other
+    return layer(total), total
+
+
+def _group(channels: int) -> nn.Module:
+    return nn.GroupNorm(GROUPS, channels)
+
+
 NORMS = {
-    "GroupNorm": Norm(
-        lambda channels: normfused.GroupNorm(GROUPS, channels),
-        lambda channels: nn.GroupNorm(GROUPS, channels),
-        lambda z: z,
-        IMAGES,
-        2.5,
-    ),
+    "GroupNorm": Norm(lambda channels: normfused.GroupNorm(GROUPS, channels), _group, IMAGES, 2.5),
     "GroupNorm + SiLU": Norm(
-        lambda channels: normfused.GroupNormAct(GROUPS, channels, "silu"),
-        lambda channels: nn.GroupNorm(GROUPS, channels),
-        F.silu,
-        IMAGES,
-        4,
+        lambda channels: normfused.GroupNormAct(GROUPS, channels, "silu"), _group, IMAGES, 4, call_torchs=_silu_after
     ),
-    "InstanceNorm2d": Norm(
-        _instance(normfused.InstanceNorm2d), _instance(nn.InstanceNorm2d), lambda z: z, VOLUMES[:1], 6
-    ),
-    "InstanceNorm3d": Norm(
-        _instance(normfused.InstanceNorm3d), _instance(nn.InstanceNorm3d), lambda z: z, VOLUMES[1:], 6
+    "InstanceNorm2d": Norm(_instance(normfused.InstanceNorm2d), _instance(nn.InstanceNorm2d), VOLUMES[:1], 6),
+    "InstanceNorm3d": Norm(_instance(normfused.InstanceNorm3d), _instance(nn.InstanceNorm3d), VOLUMES[1:], 6),
+    "LayerNorm": Norm(normfused.LayerNorm, nn.LayerNorm, TOKENS, 2, over_channels=False),
+    "add + LayerNorm": Norm(normfused.LayerNorm, nn.LayerNorm, TOKENS, 2, _add_ours, _add_torchs, False),
+    "RMSNorm": Norm(_rms(normfused.RMSNorm), _rms(nn.RMSNorm), TOKENS, 8, over_channels=False),
+    "add + RMSNorm": Norm(_rms(normfused.RMSNorm), _rms(nn.RMSNorm), TOKENS, 3, _add_ours, _add_torchs, False),
+    "LayerNorm2d": Norm(
+        normfused.LayerNorm2d, lambda channels: nn.LayerNorm(channels, eps=1e-6), STAGES, 8, call_torchs=_permuted
     ),
 }
 OPERATIONS = ("forward", "forward + backward")
@@ -71,31 +109,31 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     return x if layout == "channels first" else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def calls(norm: Norm, x: Tensor, grad: Tensor) -> dict[str, dict[str, Step]]:
+def calls(norm: Norm, x: Tensor, other: Tensor, grad: Tensor) -> dict[str, dict[str, Step]]:
     """For each operation the calls of normfused, torch and a copy."""
-    leaf = x.detach().requires_grad_()
-    layers = [make(x.size(1)).to(x.device) for make in (norm.ours, norm.torchs)]
-    functions = {"normfused": layers[0], "torch": lambda t: norm.after(layers[1](t))}
+    leaves = [t.detach().requires_grad_() for t in ((x, other) if norm.is_sum() else (x,))]
+    layers = [make(norm.channels(x.shape)).to(x.device, x.dtype) for make in (norm.ours, norm.torchs)]
+    functions = {"normfused": (norm.call, layers[0]), "torch": (norm.call_torchs, layers[1])}
     buffer = torch.empty_like(x)
 
-    def forward(function: Callable[[Tensor], Tensor]) -> Step:
+    def forward(function: Any, layer: nn.Module) -> Step:
         def call() -> Sequence[Tensor]:
             with torch.no_grad():
-                return (function(x),)
+                return function(layer, x, other)  # type: ignore[no-any-return]
 
         return call
 
-    def both(function: Callable[[Tensor], Tensor], layer: nn.Module) -> Step:
-        inputs = (leaf, *layer.parameters())
-        return lambda: torch.autograd.grad(function(leaf), inputs, grad)
+    def both(function: Any, layer: nn.Module) -> Step:
+        def call() -> Sequence[Tensor]:
+            outputs = function(layer, leaves[0], leaves[-1])
+            return torch.autograd.grad(outputs, (*leaves, *layer.parameters()), [grad] * len(outputs))
+
+        return call
 
     copy: Step = lambda: (buffer.copy_(x),)  # noqa: E731
     return {
-        "forward": {**{name: forward(f) for name, f in functions.items()}, "copy": copy},
-        "forward + backward": {
-            **{name: both(f, layer) for (name, f), layer in zip(functions.items(), layers, strict=True)},
-            "copy": copy,
-        },
+        "forward": {**{name: forward(*f) for name, f in functions.items()}, "copy": copy},
+        "forward + backward": {**{name: both(*f) for name, f in functions.items()}, "copy": copy},
     }
 
 
@@ -109,10 +147,11 @@ def check(what: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: to
 def measure_norm(name: str, device: str, shapes: Sequence[tuple[int, ...]], budget: Budget) -> list[dict[str, Any]]:
     """Rows of one norm: medians over the rounds of torch / normfused and of normfused / copy."""
     rows = []
-    for shape, dtype, layout in ((s, d, lay) for s in shapes for d in DTYPES for lay in LAYOUTS):
-        x, grad = (lay_out(torch.randn(shape, device=device).to(dtype), layout) for _ in range(2))
+    norm = NORMS[name]
+    for shape, dtype, layout in itertools.product(shapes, DTYPES, norm.layouts()):
+        x, other, grad = (lay_out(torch.randn(shape, device=device).to(dtype), layout) for _ in range(3))
         case = {"norm": name, "shape": shape, "dtype": dtype_name(dtype), "layout": layout}
-        for operation, peers in calls(NORMS[name], x, grad).items():
+        for operation, peers in calls(norm, x, other, grad).items():
             check(f"{case}", peers["normfused"](), peers["torch"](), dtype)
             stopwatch = make_stopwatch(device)
             samples = interleave(samplers(peers, stopwatch), budget)
