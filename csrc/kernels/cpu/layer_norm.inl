@@ -41,6 +41,7 @@ struct LayerNormalizeOp : LayerTable {
   const T* input;
   T* output;
 
+  NF_INLINE void prefetch(int64_t) const {}
   template <class Width, class StoreFn>
   NF_INLINE void operator()(int64_t offset, Width width, const V* statistic, const V* parameter, V*, V*,
                             const StoreFn& store) const {
@@ -58,7 +59,11 @@ struct LayerMomentsOp : LayerTable {
   static constexpr int64_t kStatistic = 1, kParameter = 0, kStatisticSums = kSquares ? 2 : 1, kParameterSums = 0;
 
   const T* input;
+  bool is_first;
 
+  NF_INLINE void prefetch(int64_t offset) const {
+    if (is_first) __builtin_prefetch(input + offset);
+  }
   template <class Width, class StoreFn>
   NF_INLINE void operator()(int64_t offset, Width width, const V* statistic, const V*, V* sums, V*,
                             const StoreFn&) const {
@@ -78,6 +83,10 @@ struct LayerGradSumsOp : LayerTable {
   const T* grad_output;
   const T* input;
 
+  NF_INLINE void prefetch(int64_t offset) const {
+    __builtin_prefetch(input + offset);
+    __builtin_prefetch(grad_output + offset);
+  }
   template <class Width, class StoreFn>
   NF_INLINE void operator()(int64_t offset, Width width, const V* statistic, const V* parameter, V* sums, V*,
                             const StoreFn&) const {
@@ -100,6 +109,7 @@ struct LayerGradInputOp : LayerTable {
   const T* grad_sum;  // or null
   T* output;          // grad_input, or null
 
+  NF_INLINE void prefetch(int64_t) const {}
   template <class Width, class StoreFn>
   NF_INLINE void operator()(int64_t offset, Width width, const V* statistic, const V* parameter, V*, V* sums,
                             const StoreFn& store) const {
@@ -338,13 +348,13 @@ void moments_of_rows(const LayerForward<T>& call, const Block& block, const Entr
     pivot(row) = call.args.subtract_mean ? load<S>(input + block.offset + row * block.stride, Tail{1})[0] : S(0);
   if (call.args.subtract_mean) {
     clear();
-    sum_rows(LayerMomentsOp<T, false>{{}, input}, block, {table, none, moments});
+    sum_rows(LayerMomentsOp<T, false>{{}, input, true}, block, {table, none, moments});
     for (int64_t row = 0; row < block.rows; ++row)
       pivot(row) =
           static_cast<S>(static_cast<double>(pivot(row)) + moments(0, row) / static_cast<double>(block.columns));
   }
   clear();
-  sum_rows(LayerMomentsOp<T, true>{{}, input}, block, {table, none, moments});
+  sum_rows(LayerMomentsOp<T, true>{{}, input, !call.args.subtract_mean}, block, {table, none, moments});
   NF_NO_ALIASES
   for (int64_t row = 0; row < block.rows; ++row) {
     const Moments of_row =
@@ -461,12 +471,15 @@ void layer_norm_backward_rows(const LayerBackward<T>& call, int64_t sample, int6
   of_chunk.fold();
 }
 
+// The sums of a chunk are written and read once, as four rows of float: a share of the traffic for rows of this number.
+inline constexpr int64_t kLeastChunkRows = 16;
+
 template <class T>
 void layer_norm_backward_chunks_of_rows(const LayerNormBackward& args, const Parallel& parallel) {
   using S = compute_t<T>;
   using V = typename LayerBackward<T>::V;
   const int64_t columns = args.view.channels, rows = args.view.outer / args.samples;
-  const ChunkPlan plan = plan_chunks(rows, columns * 2 * static_cast<int64_t>(sizeof(T)));
+  const ChunkPlan plan = plan_chunks(rows, columns * 2 * static_cast<int64_t>(sizeof(T)), kLeastChunkRows);
   const int64_t stride = LayerParameters<S>::stride_of(columns), tasks = args.samples * plan.chunks;
   const Workspace workspace(2 * stride * tasks, LayerParameters<S>::bytes(args.samples + tasks, columns));
   const LayerBackward<T> call(args, workspace.table, columns, parallel);
@@ -618,7 +631,7 @@ void layer_norm_backward_chunks_of_columns(const LayerNormBackward& args, const 
   const ChannelView& view = args.view;
   const ColumnBlocks blocks(view, 2 * sizeof(T));
   const int64_t of_sample = view.outer / args.samples * blocks.count;
-  const ChunkPlan plan = plan_chunks(of_sample, view.channels * blocks.width * 2 * static_cast<int64_t>(sizeof(T)));
+  const ChunkPlan plan = plan_chunks(of_sample, view.channels * blocks.width * 2 * static_cast<int64_t>(sizeof(T)), 1);
   const int64_t stride = LayerParameters<S>::stride_of(view.channels), tasks = args.samples * plan.chunks;
   const Workspace workspace(2 * stride * tasks, LayerParameters<S>::bytes(args.samples, view.channels));
   const LayerBackward<T> call(args, workspace.table, view.inner, parallel);

@@ -18,6 +18,9 @@ constexpr int64_t kMinSplitBytes = 64 << 10;
 constexpr int64_t kMinSplitRows = 128;
 // Size of a part of a group that does not fit the cache, and its minimum number of channels-last rows.
 constexpr int64_t kPartBytes = 128 << 10, kMinPartRows = 32;
+// Blocks of columns are read twice, in short pieces if they are narrow: on an EPYC with 1 MiB of L2 cache, backward of
+// (32, 384, 14, 14) in float32 took 1.5 times as long with half of this.
+constexpr int64_t kColumnCacheBytes = 1 << 20;
 // Rows of layer norm that are processed together.
 constexpr int64_t kLayerRows = 4;
 // A multiple of this many channels, or of rows of any length, fills whole cache lines in every dtype.
@@ -115,12 +118,13 @@ GroupPlan plan_layer_rows(int64_t columns, int64_t item_bytes) {
 bool divides_layer_rows(int64_t columns, int64_t item_bytes) { return columns * item_bytes > kPartBytes; }
 
 int64_t layer_column_block(int64_t rows, int64_t columns, int64_t item_bytes) {
-  const int64_t most = std::clamp(kCacheBytes / (rows * item_bytes) / kMultiple * kMultiple, kMultiple, kMaxLanes);
+  const int64_t most =
+      std::clamp(kColumnCacheBytes / (rows * item_bytes) / kMultiple * kMultiple, kMultiple, kMaxLanes);
   return round_up(ceil_div(columns, ceil_div(columns, most)), kMultiple);
 }
 
-ChunkPlan plan_chunks(int64_t items, int64_t item_bytes) {
-  const int64_t least = std::max<int64_t>(1, kMinSplitBytes / std::max<int64_t>(1, item_bytes));
+ChunkPlan plan_chunks(int64_t items, int64_t item_bytes, int64_t least_items) {
+  const int64_t least = std::max(least_items, kMinSplitBytes / std::max<int64_t>(1, item_bytes));
   const int64_t block = std::max(ceil_div(items, kUnits), std::min(least, items));
   return {block, ceil_div(items, block)};
 }

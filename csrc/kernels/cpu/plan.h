@@ -68,12 +68,13 @@ bool divides_layer_rows(int64_t columns, int64_t item_bytes);
 // lines, at most kMaxLanes.
 int64_t layer_column_block(int64_t rows, int64_t columns, int64_t item_bytes);
 
-// A range of items in chunks of `block`, each with sums of its own, which are merged in order.
+// A range of items in chunks of `block`, each with sums of its own, which are merged in order. A chunk has at least
+// `least_items` items, if there are so many.
 struct ChunkPlan {
   int64_t block;
   int64_t chunks;
 };
-ChunkPlan plan_chunks(int64_t items, int64_t item_bytes);
+ChunkPlan plan_chunks(int64_t items, int64_t item_bytes, int64_t least_items);
 
 // Blocks of positions with all of their channels, in memory order, for a kernel that has one block in scratch memory.
 // A task is a range of blocks that reuse the same scratch.

@@ -9,6 +9,7 @@
 //   kStatisticSums, kParameterSums numbers of sums over the values of a statistic, and over those of a parameter
 //   operator()(offset, width, statistic, parameter, statistic_sums, parameter_sums, store)
 //                                  computes the values at `offset`, adds to the sums and passes outputs to `store`
+//   prefetch(offset)               prefetches the values of a pack, if this pass is the first that reads them
 #pragma once
 
 #ifndef NF_ISA
@@ -109,6 +110,7 @@ NF_FN void sweep_rows(const Op& op, const Block& block, int64_t first, const Swe
     unroll<kColumnSums>([&](auto k) { column_sums.k[k] = load_vectors<V>(&operands.column_sums(k, i)); });
     unroll<kRows>([&](auto r) {
       const int64_t offset = block.offset + (first + r) * block.stride + i;
+      op.prefetch(offset + kSweepRows * block.stride);
       if constexpr (kStatisticIsRow)
         op(offset, width, rows[r].k, column.k, row_sums[r].k, column_sums.k, store);
       else
