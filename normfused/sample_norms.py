@@ -278,11 +278,11 @@ def _run(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-    activation_param: float | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_param: float | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     with_statistics: bool = False,
 ) -> tuple[Tensor, Any]:
     """The output, and with ``with_statistics`` the statistics of each group, shape (2, N, groups)."""

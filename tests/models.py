@@ -194,6 +194,67 @@ class GAN(nn.Module):
         return self.discriminator(self.generator(x)).flatten(1)
 
 
+class DecoderBlock(nn.Module):
+    """A residual block of the decoder of Stable Diffusion's autoencoder: Rombach et al., 2021, arXiv:2112.10752."""
+
+    def __init__(self, inputs: int = 32, outputs: int = 64, groups: int = 32) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, inputs, eps=1e-6), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, outputs, eps=1e-6), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.dropout, self.shortcut = nn.Dropout(0.0), nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """timm's and torchvision's LayerNorm2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return y.permute(0, 3, 1, 2)
+
+
+ChannelLayerNorm.__module__ = "torchvision.models.convnext"
+ChannelLayerNorm.__name__ = ChannelLayerNorm.__qualname__ = "LayerNorm2d"
+
+
+class ConvNeXtBlock(nn.Module):
+    """A stem and a block of Liu et al., 2022, arXiv:2201.03545."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 4, 4), ChannelLayerNorm(width, eps=1e-6))
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.scale = nn.Parameter(torch.full((width, 1, 1), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        h = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        h = self.narrow(F.gelu(self.wide(h))).permute(0, 3, 1, 2)
+        return x + self.scale * h
+
+
+class TransformerBlock(nn.Module):
+    """Layer norms before attention and before the network, as in GPT-2; the last norm is an RMS norm."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), nn.MultiheadAttention(width, 2, batch_first=True)
+        self.norm2, self.last = nn.LayerNorm(width), nn.RMSNorm(width)
+        self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        x = x + self.network(self.norm2(x))
+        return self.last(x)
+
+
 MODELS = {
     "resnet18": resnet18,
     "resnet50": resnet50,

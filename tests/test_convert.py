@@ -140,16 +140,16 @@ def test_report_before_and_after_the_first_call() -> None:
     model = normfused.convert(resnet18())
     lines = str(normfused.conversion_report(model)).splitlines()
     assert lines[:2] == [
-        "20 batch norms replaced, 0 fused",
+        "20 norms replaced, 0 fused",
         "fusions are known after the first call, or with example_inputs",
     ]
     model(images(dtype=torch.float32))
     report = normfused.conversion_report(model)
     lines = [re.sub(r" +", " ", line) for line in str(report).splitlines()]
-    assert lines[0] == "20 batch norms replaced, 17 fused"
+    assert lines[0] == "20 norms replaced, 17 fused"
     assert " fused layer1.0.bn1 torch.nn.BatchNorm2d + relu" in lines
     assert " fused layer1.0.bn2 torch.nn.BatchNorm2d + add + relu" in lines
-    assert " replaced layer2.0.downsample.1 torch.nn.BatchNorm2d: it is the residual of another batch norm" in lines
+    assert " replaced layer2.0.downsample.1 torch.nn.BatchNorm2d: it is the residual of another norm" in lines
 
 
 def test_report_with_example_inputs() -> None:
@@ -411,7 +411,7 @@ for frozen in (False, True):
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "20 batch norms replaced, 17 fused" in result.stdout
+    assert "20 norms replaced, 17 fused" in result.stdout
     assert "BatchNorm2d(4, eps=1e-05" in result.stdout
 
 
@@ -448,6 +448,6 @@ def test_a_network_of_leaky_relus_in_place() -> None:
 def test_resnet50_is_reported_as_a_table() -> None:
     model = normfused.convert(resnet50(), example_inputs=(images(2, 64, torch.float32),))
     lines = str(normfused.conversion_report(model)).splitlines()
-    assert lines[0] == "53 batch norms replaced, 49 fused"
+    assert lines[0] == "53 norms replaced, 49 fused"
     expected = ["fused", "layer2.1.bn3", "torch.nn.BatchNorm2d", "+", "add", "+", "relu"]
     assert any(line.split() == expected for line in lines)

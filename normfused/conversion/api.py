@@ -32,16 +32,18 @@ def convert(
     inplace: bool = False,
     example_inputs: tuple[Any, ...] | None = None,
 ) -> Model:
-    """Replace the batch norms of ``model`` by this package's, and fuse them with the operations that follow.
+    """Replace the norms of ``model`` by this package's, and fuse them with the operations next to them.
 
-    **Replacement** changes the class of layers in place: ``torch.nn.BatchNorm1d/2d/3d`` and ``SyncBatchNorm``, known
-    layers of timm, torchvision and detectron2, and classes of :func:`register_conversion`. Parameters, buffers,
+    **Replacement** changes the class of layers in place: ``torch.nn.BatchNorm1d/2d/3d``, ``SyncBatchNorm``,
+    ``GroupNorm``, ``InstanceNorm1d/2d/3d``, ``LayerNorm`` and ``RMSNorm``, known layers of timm, torchvision and
+    detectron2, and classes of :func:`register_conversion`. Parameters, buffers,
     training flags, hooks, names and sharing are unchanged. Other subclasses of torch.nn's layers are skipped, and
     listed in the report.
 
     **Fusion** runs the calls of the model through Dynamo, as after ``model.compile(backend="normfused")``. In each
-    captured graph a batch norm, an addition of a tensor of the same shape and dtype, and an activation become one
-    operator, if nothing else reads or writes the intermediate results. All other nodes run as before, with eager
+    captured graph a batch, group or instance norm, an addition of a tensor of the same shape and dtype, and an
+    activation become one operator, if nothing else reads or writes the intermediate results. So do a layer norm or RMS
+    norm and the addition before it, whose sum stays a result. All other nodes run as before, with eager
     autograd. Dynamo's guards capture a new graph for another mode, branch or attribute; such a call takes longer.
     The conversion itself runs no code of the model.
 
@@ -109,13 +111,17 @@ def _replace_layers(model: nn.Module, report: ConversionReport) -> None:
                 skipped.append((path, f"{name}: {reason}"))
         elif classes.is_ours(layer):
             report.replaced.append((path, type(layer).__name__))
-        elif classes.is_foreign_batch_norm(layer):
+        elif classes.is_foreign(layer):
             skipped.append((path, f"{name} is not a known class; normfused.register_conversion adds it"))
     report.skipped = by_class(skipped)
 
 
 def _short(kind: type) -> str:
-    return f"torch.nn.{kind.__name__}" if kind in classes.PLAIN else f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+    return (
+        f"torch.nn.{kind.__name__}"
+        if kind in classes.PLAIN or kind in classes.SAMPLE_NORMS
+        else f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+    )
 
 
 def _install(model: nn.Module, report: ConversionReport) -> None:

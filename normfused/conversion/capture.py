@@ -1,4 +1,4 @@
-"""Calls of a converted model through Dynamo. Each module with batch norms is captured from a frame of its own.
+"""Calls of a converted model through Dynamo. Each module with norms is captured from a frame of its own.
 
 ``nn.Module.__call__`` calls the attribute ``_compiled_call_impl`` if a module has it; ``nn.Module.compile`` sets it.
 Dynamo skips frames of torch.nn, so it would capture a plain ``nn.Sequential`` child by child. The functions here are
@@ -39,7 +39,7 @@ _CONFIG = {
 
 
 def install(model: nn.Module, report: ConversionReport) -> None:
-    """Call each module of ``model`` that contains batch norms of this package through Dynamo."""
+    """Call each module of ``model`` that contains norms of this package through Dynamo."""
     norms: dict[int | None, str] = {id(layer): path for path, layer in report.layers(model)}
     for module in _holders(model):
         _torch_private.set_compiled_call(module, _entry(module, report, norms))
@@ -59,7 +59,7 @@ def is_installed(module: nn.Module) -> bool:
 
 
 def _holders(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that contain a batch norm of this package, without the layers themselves and lists of modules."""
+    """The modules that contain a norm of this package, without the layers themselves and lists of modules."""
     from normfused.conversion.classes import is_ours
 
     for module in model.modules():
@@ -118,7 +118,7 @@ def _entry(module: Any, report: ConversionReport, norms: dict[int | None, str]) 
 def _backend(gm: fx.GraphModule, report: ConversionReport, norms: dict[int | None, str]) -> Callable[..., Any]:
     fusion.check_is_flat(gm)
     outcomes = fusion.fuse(gm, report.inplace)
-    # A batch norm without a layer is a call of functional.batch_norm.
-    report.record({norms.get(layer, "functional.batch_norm"): outcome for layer, outcome in outcomes.items()})
+    # A norm without a layer is a call of a function.
+    report.record({norms.get(layer, "functional"): outcome for layer, outcome in outcomes.items()})
     fusion.run_directly(gm)
     return gm.forward

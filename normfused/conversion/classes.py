@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from normfused import functional, modules
+from normfused import functional, layer_norm_layers, modules, sample_norm_layers
 from normfused._torch_private import BatchNormBase, InstanceNormBase
 from normfused.batch_norm_base import _BatchNorm, nondefault_options
 from normfused.distributed.layers import SyncBatchNorm, SyncBatchNormAct
+from normfused.layer_norms import run_layer_norm
+from normfused.sample_norms import run_group_norm
 
-# For torch.nn's layers only the class changes.
+# For torch.nn's layers only the class changes. These are the batch norms.
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: modules.BatchNorm1d,
     nn.BatchNorm2d: modules.BatchNorm2d,
@@ -25,13 +27,28 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: SyncBatchNorm,
 }
 STOCK = {ours: stock for stock, ours in PLAIN.items()}
+# The norms whose statistics are those of one sample.
+SAMPLE_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GroupNorm: sample_norm_layers.GroupNorm,
+    nn.InstanceNorm1d: sample_norm_layers.InstanceNorm1d,
+    nn.InstanceNorm2d: sample_norm_layers.InstanceNorm2d,
+    nn.InstanceNorm3d: sample_norm_layers.InstanceNorm3d,
+    nn.LayerNorm: layer_norm_layers.LayerNorm,
+    nn.RMSNorm: layer_norm_layers.RMSNorm,
+}
+_STOCK_SAMPLE_NORMS = {ours: stock for stock, ours in SAMPLE_NORMS.items()}
+_OUR_SAMPLE_NORMS = (
+    sample_norm_layers._GroupNorm,
+    sample_norm_layers._InstanceNorm,
+    layer_norm_layers._LayerNorm,
+)
 WITH_ACTIVATION = (modules.BatchNormAct1d, modules.BatchNormAct2d, modules.BatchNormAct3d, SyncBatchNormAct)
 
 _registered: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _Adapted:
-    """A layer of another library with this package's batch norm: a subclass of its class, created on demand."""
+    """A layer of another library with this package's norm: a subclass of its class, created on demand."""
 
     converted_from: ClassVar[type[nn.Module]]
 
@@ -76,13 +93,55 @@ class _FrozenThenDropThenAct(_Frozen):
         return result
 
 
+class _Fast:
+    """Layers of timm with an option for lower precision under autocast, which its own forward handles."""
+
+    def _is_fast(self) -> bool:
+        return bool(self._fast_norm)  # type: ignore[attr-defined]
+
+
+class _GroupNorm(_Fast):
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self
+        if self._is_fast():
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        return run_group_norm("GroupNorm", x, layer.num_groups, layer.weight, layer.bias, layer.eps)
+
+
+class _LayerNorm(_Fast):
+    def forward(self, x: Tensor) -> Any:
+        layer: Any = self
+        if self._is_fast():
+            return super().forward(x)  # type: ignore[misc]
+        return run_layer_norm("LayerNorm", x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+
+class _LayerNorm2d(_Fast):
+    """Layers that permute the channels of (N, C, H, W) to the end and back."""
+
+    def _is_fast(self) -> bool:
+        return bool(getattr(self, "_fast_norm", False))  # torchvision's layer has no such option
+
+    def forward(self, x: Tensor) -> Any:
+        layer: Any = self
+        if self._is_fast() or x.dim() != 4 or layer.normalized_shape != (x.size(1),):
+            return super().forward(x)  # type: ignore[misc]
+        return run_layer_norm("LayerNorm2d", x, None, layer.weight, layer.bias, layer.eps)
+
+
 # Keys are module and class names, so that no library is imported. Values are the classes that the replacement inherits
 # from, before the class itself, and the attributes that its forward needs.
 _TIMM = ("timm.layers.norm_act", "timm.models.layers.norm_act")
+_TIMM_NORM = ("timm.layers.norm", "timm.models.layers.norm")
 _KNOWN: dict[tuple[str, str], tuple[tuple[type, ...], tuple[str, ...]]] = {
     **{(m, "BatchNormAct2d"): ((_NormThenDropThenAct, modules.BatchNorm2d), ("drop", "act")) for m in _TIMM},
     **{(m, "SyncBatchNormAct"): ((_NormThenDropThenAct, SyncBatchNorm), ("drop", "act")) for m in _TIMM},
     **{(m, "FrozenBatchNormAct2d"): ((_FrozenThenDropThenAct,), ("drop", "act")) for m in _TIMM},
+    **{(m, "GroupNorm"): ((_GroupNorm,), ("_fast_norm",)) for m in _TIMM_NORM},
+    **{(m, "GroupNorm1"): ((_GroupNorm,), ("_fast_norm",)) for m in _TIMM_NORM},
+    **{(m, "LayerNorm"): ((_LayerNorm,), ("_fast_norm",)) for m in _TIMM_NORM},
+    **{(m, "LayerNorm2d"): ((_LayerNorm2d,), ("_fast_norm",)) for m in _TIMM_NORM},
+    ("torchvision.models.convnext", "LayerNorm2d"): ((_LayerNorm2d,), ()),
     ("torchvision.ops.misc", "FrozenBatchNorm2d"): ((_Frozen,), ()),
     ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"): ((_Frozen,), ()),
 }
@@ -94,9 +153,8 @@ def register_conversion(source: type[nn.Module], target: type[nn.Module] | None 
     Args:
         source: the class to replace, compared exactly. Its subclasses are not replaced.
         target: the class that replaces it. It must compute the same from the same attributes. By default ``source``
-            must be a subclass of ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm`` that calls
-            ``super().forward``. Its layers then become a subclass of ``source`` in which that call runs this package's
-            batch norm.
+            must be a subclass of one of ``torch.nn``'s norms that calls ``super().forward``. Its layers then become a
+            subclass of ``source`` in which that call runs this package's norm.
 
     Raises:
         TypeError: an argument is not a module class, or ``source`` needs a ``target``.
@@ -116,11 +174,12 @@ def register_conversion(source: type[nn.Module], target: type[nn.Module] | None 
         if not (isinstance(value, type) and issubclass(value, nn.Module)) and not (name == "target" and value is None):
             raise TypeError(f"register_conversion: {name} must be a subclass of torch.nn.Module, got {value!r}")
     if target is None:
-        bases = [ours for stock, ours in PLAIN.items() if issubclass(source, stock)]
-        if not bases or source in PLAIN or is_ours_class(source):
+        known = PLAIN | SAMPLE_NORMS
+        bases = [ours for stock, ours in known.items() if issubclass(source, stock)]
+        if not bases or source in known or is_ours_class(source):
             raise TypeError(
                 f"register_conversion: {source.__name__} needs a target, "
-                "because it is not a subclass of torch.nn's batch norms"
+                "because it is not a subclass of torch.nn's norms"
             )
         target = _adapt(source, (bases[0],))
     _registered[source] = target
@@ -140,7 +199,7 @@ def class_for(source: type[nn.Module]) -> type[nn.Module] | None:
     """The class that replaces exactly this class; ``None`` if its layers are not replaced."""
     if issubclass(source, _Adapted):  # it has the name of the class that it was derived from
         return None
-    target = PLAIN.get(source) or _registered.get(source)
+    target = PLAIN.get(source) or SAMPLE_NORMS.get(source) or _registered.get(source)
     if target is None and (known := _KNOWN.get((source.__module__, source.__qualname__))) is not None:
         target = _registered[source] = _adapt(source, known[0])
     return target
@@ -163,24 +222,28 @@ def source_of(layer: nn.Module) -> type[nn.Module] | None:
     kind = type(layer)
     if kind in STOCK:
         return None if nondefault_options(layer) else STOCK[kind]
+    if kind in _STOCK_SAMPLE_NORMS:
+        return None if getattr(layer, "scale_offset", 0.0) else _STOCK_SAMPLE_NORMS[kind]
     if issubclass(kind, _Adapted):
         return kind.converted_from
     return next((source for source, target in _registered.items() if target is kind), None)
 
 
 def is_ours_class(kind: type) -> bool:
-    """Whether layers of this class run this package's batch norm."""
-    return issubclass(kind, (_BatchNorm, _Adapted)) or kind in _registered.values()
+    """Whether layers of this class run one of this package's norms."""
+    return issubclass(kind, (_BatchNorm, *_OUR_SAMPLE_NORMS, _Adapted)) or kind in _registered.values()
 
 
 def is_ours(layer: nn.Module) -> bool:
-    """Whether ``layer`` runs this package's batch norm."""
+    """Whether ``layer`` runs one of this package's norms."""
     return is_ours_class(type(layer))
 
 
-def is_foreign_batch_norm(layer: nn.Module) -> bool:
-    """Whether ``layer`` is a batch norm of an unknown class, which the report lists."""
-    if is_ours(layer) or isinstance(layer, InstanceNormBase):
+def is_foreign(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a norm of an unknown class, which the report lists."""
+    if is_ours(layer):
         return False
+    if isinstance(layer, (InstanceNormBase, *SAMPLE_NORMS)):
+        return True
     looks_like_one = {"running_mean", "running_var"} <= {*layer._buffers, *layer._parameters}
     return isinstance(layer, BatchNormBase) or looks_like_one

@@ -1,7 +1,8 @@
-"""The compiler backend ``"normfused"``: fuses the batch norms of a captured graph with the operations that follow.
+"""The compiler backend ``"normfused"``: fuses the norms of a captured graph with the operations next to them.
 
-In Dynamo's graph a batch norm is a call of ``normfused::batch_norm_training`` or ``batch_norm_inference``, followed by
-``getitem`` 0, and possibly by an addition and an activation. These become arguments of the call. Other nodes do not
+In Dynamo's graph a batch norm is a call of ``normfused::batch_norm_training`` or ``batch_norm_inference``, and a group
+or instance norm one of ``normfused::group_norm``, followed by ``getitem`` 0, and possibly by an addition and an
+activation. These become arguments of the call. Layer norms are fused with the addition before them. Other nodes do not
 change.
 """
 
@@ -17,17 +18,19 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from normfused import _extension
 from normfused._torch_private import HigherOrderOperator, lookup_backend, skip_frame
+from normfused.conversion import additions
 from normfused.conversion import graph as g
 
 # For each layer, see layer_of(): the fused operations and True, or the reason against fusion and False.
 Outcomes = dict[int | None, tuple[str, bool]]
 
-_OPERATORS = ("batch_norm_training", "batch_norm_inference")
+_BATCH_NORMS = ("batch_norm_training", "batch_norm_inference")
+_OPERATORS = (*_BATCH_NORMS, "group_norm")
 _STATE = ("running_mean", "running_var", "num_batches_tracked", "nonfinite_batches")
 
 
 class Match(NamedTuple):
-    """The nodes that can be fused with a batch norm."""
+    """The nodes that can be fused with a norm."""
 
     chain: list[fx.Node]  # from the call of the operator to the last node that it replaces
     residual: fx.Node | None
@@ -43,7 +46,7 @@ class Match(NamedTuple):
 def backend(
     gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Fuse the batch norms of ``gm`` and return a function that runs it.
+    """Fuse the norms of ``gm`` and return a function that runs it.
 
     It is the backend of ``torch.compile(model, backend="normfused")``.
 
@@ -85,10 +88,15 @@ def check_is_flat(gm: fx.GraphModule) -> None:
 
 
 def fuse(gm: fx.GraphModule, inplace: bool) -> Outcomes:
-    """Fuse the batch norms of ``gm`` in place. Returns the outcome for each layer, see :func:`layer_of`."""
+    """Fuse the norms of ``gm`` in place. Returns the outcome for each layer, see :func:`layer_of`."""
     outcomes: Outcomes = {}
     inputs = g.storages(node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr"))
     for node in list(gm.graph.nodes):
+        if additions.calls_layer_norm(node):
+            layer = layer_of(node)
+            reason = additions.fuse_addition(node, inputs)
+            if reason is not None or outcomes.get(layer, ("", True))[1]:  # a layer may be called more than once
+                outcomes[layer] = (reason or additions.DESCRIPTION, reason is None)
         if operator_of(node) is None:
             continue
         layer, match = layer_of(node), what_follows(node)
@@ -108,7 +116,7 @@ def fuse(gm: fx.GraphModule, inplace: bool) -> Outcomes:
 
 
 def operator_of(node: fx.Node) -> str | None:
-    """The name of the batch norm operator that ``node`` calls; ``None`` if it calls none."""
+    """The name of the operator with an addition and an activation that ``node`` calls; ``None`` if it calls none."""
     if node.op != "call_function":
         return None
     for name in _OPERATORS:
@@ -116,17 +124,6 @@ def operator_of(node: fx.Node) -> str | None:
         if node.target is packet or node.target is packet.default:
             return name
     return None
-
-
-def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call of a batch norm operator, by name, in the order of its schema."""
-    packet = getattr(torch.ops.normfused, operator_of(node) or "")
-    given: dict[str, Any] = {}
-    for position, argument in enumerate(packet.default._schema.arguments):
-        default = argument.default_value if argument.has_default_value() else None
-        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
-        given[argument.name] = value
-    return given
 
 
 def layer_of(node: fx.Node) -> int | None:
@@ -144,8 +141,8 @@ def _single_user(node: fx.Node) -> fx.Node | None:
 
 
 def what_follows(node: fx.Node) -> Match | str:
-    """The nodes that can be fused with the batch norm that ``node`` calls, or the reason why there are none."""
-    given = arguments_of(node)
+    """The nodes that can be fused with the norm that ``node`` calls, or the reason why there are none."""
+    given = g.arguments_of(node)
     if given["residual"] is not None or given["activation"] != "identity":
         return "the call already has an activation or residual"
     output = _single_user(node)
@@ -157,8 +154,8 @@ def what_follows(node: fx.Node) -> Match | str:
     activation = g.activation_of(after)
     if activation is not None:
         return Match([*chain, after], None, activation)
-    if operator_of(after) is not None and arguments_of(after)["residual"] is chain[-1]:
-        return "it is the residual of another batch norm"
+    if operator_of(after) is not None and g.arguments_of(after)["residual"] is chain[-1]:
+        return "it is the residual of another norm"
     if not g.is_addition(after):
         return f"it is followed by {g._name_of(after)}" if after.op != "output" else "its output leaves the graph"
     first, second = after.args
@@ -187,7 +184,7 @@ def _why_not_single(node: fx.Node) -> str:
 def _fusion_blocker(match: Match, inputs: set[int]) -> str | None:
     """Why computing ``match`` at the place of its last node would change results; ``None`` if it would not."""
     node, last = match.chain[0], match.chain[-1]
-    given = arguments_of(node)
+    given = g.arguments_of(node)
     source = g.value_of(given["input"])
     for other in (g.value_of(last), *([g.value_of(match.residual)] if match.residual is not None else [])):
         if type(other) is not type(source) and not isinstance(source, torch.nn.Parameter):
@@ -239,7 +236,9 @@ def may_write_over_input(match: Match) -> bool:
     Nothing else may read the input, and nothing may overwrite the output.
     """
     name, parameter = match.activation
-    source = arguments_of(match.chain[0])["input"]
+    source = g.arguments_of(match.chain[0])["input"]
+    if operator_of(match.chain[0]) not in _BATCH_NORMS:
+        return False
     if match.residual is not None or name != "leaky_relu" or parameter <= 0 or len(source.users) != 1:
         return False
     return g.producer_overwrites_nothing(source) and not _is_written_after(match.chain[-1], match.chain[-1], set())
@@ -251,7 +250,7 @@ def may_write_over_input(match: Match) -> bool:
 def rewrite(match: Match, over_input: bool) -> None:
     """Replace the nodes of ``match`` by one call, at the place of the last."""
     node, last = match.chain[0], match.chain[-1]
-    given = arguments_of(node)
+    given = g.arguments_of(node)
     given |= {"activation": match.activation[0], "activation_param": match.activation[1], "residual": match.residual}
     if over_input:
         _call_in_place(node, given, before=last)
@@ -269,7 +268,9 @@ def rewrite(match: Match, over_input: bool) -> None:
 def run_directly(gm: fx.GraphModule) -> None:
     """Replace calls made for compilers by direct calls, in a graph whose nodes run one by one."""
     for node in list(gm.graph.nodes):
-        if operator_of(node) is not None and not _write_in_place(node) and _extension.C is not None:
+        if operator_of(node) is None and not additions.calls_layer_norm(node):
+            continue
+        if not _write_in_place(node) and _extension.C is not None:
             _call_kernel(node)
     gm.graph.lint()
     gm.recompile()
@@ -280,7 +281,9 @@ def _write_in_place(node: fx.Node) -> bool:
 
     While compiling, a layer with ``inplace=True`` records such a clone and copy.
     """
-    given, output = arguments_of(node), _single_user(node)
+    if operator_of(node) not in _BATCH_NORMS:
+        return False
+    given, output = g.arguments_of(node), _single_user(node)
     clone: fx.Node = given["input"]
     copy = None if output is None else _single_user(output)
     if output is None or copy is None or copy.target != "copy_" or clone.target != "clone" or len(clone.users) != 1:
@@ -307,9 +310,9 @@ def _call_kernel(node: fx.Node) -> None:
     output = _single_user(node)
     if output is None or output.target is not operator.getitem or output.args[1] != 0:
         return
-    kernel = getattr(_extension.C, operator_of(node) or "")
+    kernel = getattr(_extension.C, operator_of(node) or "layer_norm")
     with node.graph.inserting_before(node):
-        call = node.graph.call_function(kernel, tuple(arguments_of(node).values()))
+        call = node.graph.call_function(kernel, tuple(g.arguments_of(node).values()))
     call.meta = {**output.meta}
     output.replace_all_uses_with(call)
     node.graph.erase_node(output)

@@ -161,6 +161,19 @@ def changes_context(node: fx.Node) -> bool:
     return not is_understood(value_of(node))
 
 
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of an operator, by name, in the order of its schema."""
+    target: Any = node.target
+    schema = (target if isinstance(target, OpOverload) else target.default)._schema
+    given: dict[str, Any] = {}
+    for position, argument in enumerate(schema.arguments):
+        default = argument.default_value if argument.has_default_value() else None
+        given[argument.name] = (
+            node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
+        )
+    return given
+
+
 # ---- what a node computes --------------------------------------------------------------------------------------------
 
 _ACTIVATIONS: dict[Any, str] = {

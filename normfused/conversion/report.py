@@ -18,7 +18,7 @@ class ConversionReport:
     """What :func:`normfused.convert` did to a model. ``print(report)`` shows a table.
 
     ``replaced`` and ``skipped`` are complete after the conversion. ``fused`` and ``unfused`` grow while the model runs:
-    they contain the batch norms that have been captured so far, each as in its last capture.
+    they contain the norms that have been captured so far, each as in its last capture.
 
     Attributes:
         fuse, inplace: the arguments of ``convert``.
@@ -37,7 +37,7 @@ class ConversionReport:
         >>> from torch import nn
         >>> model = normfused.convert(nn.Sequential(nn.BatchNorm2d(8)), fuse=False)
         >>> print(normfused.conversion_report(model))
-        1 batch norms replaced, 0 fused
+        1 norms replaced, 0 fused
           replaced  0  torch.nn.BatchNorm2d
     """
 
@@ -55,7 +55,7 @@ class ConversionReport:
     bytes_after: int | None = None
 
     def layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Path and module of each batch norm of this package in ``model``."""
+        """Path and module of each norm of this package in ``model``."""
         from normfused.conversion.classes import is_ours
 
         return ((path, layer) for path, layer in model.named_modules() if is_ours(layer))
@@ -84,7 +84,7 @@ class ConversionReport:
         return [path for path, _ in self.replaced if path not in self.fused and path not in self.unfused]
 
     def __str__(self) -> str:
-        counts = f"{len(self.replaced)} batch norms replaced, {len(self.fused)} fused"
+        counts = f"{len(self.replaced)} norms replaced, {len(self.fused)} fused"
         lines = [f"{counts}, {len(self.skipped)} kinds skipped" if self.skipped else counts]
         if self.fuse and self.unavailable_reason is not None:
             lines.append(f"nothing is fused: {self.unavailable_reason}")
