@@ -476,6 +476,19 @@ def test_resnet_is_converted_and_trains_alike(tmp_path: Path) -> None:
         assert saved[0] < 1.01 * saved[2]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("nothing_installed")
+def test_group_norm_is_converted_and_trains_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--experiment", "groupnorm", "--epochs", "2", "--limit", "400", "--out", str(tmp_path)]
+    assert main(["demo", *arguments]) == 0
+    ours, theirs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert (ours["run"], theirs["run"]) == ("group norm", "group norm (torch.nn)")
+    assert ours["epochs"][0]["loss"] == pytest.approx(theirs["epochs"][0]["loss"], rel=0.01)
+    assert "group norm, normfused and torch.nn: training accuracies differ" in capsys.readouterr().out
+    if normfused.info()["extension"] == "loaded":
+        assert ours["saved_bytes"] < 1.01 * theirs["saved_bytes"]
+
+
 @pytest.mark.usefixtures("nothing_installed")
 def test_only_the_same_seed_and_order_reproduce_results(tmp_path: Path) -> None:
     def losses(seed: int, *options: str) -> list[float]:

@@ -128,7 +128,7 @@ def _add_demo(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = demo.add_argument
-    add("--experiment", choices=("cnn", "mlp", "resnet"), default="cnn", help="the network")
+    add("--experiment", choices=("cnn", "mlp", "resnet", "groupnorm"), default="cnn", help="the network")
     add(
         "--data",
         type=Path,

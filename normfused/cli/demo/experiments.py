@@ -19,11 +19,14 @@ from torch import nn
 import normfused
 from normfused.cli.demo.dataset import CLASSES
 from normfused.cli.demo.errors import DemoError
-from normfused.cli.demo.resnet import ResNet
+from normfused.cli.demo.resnet import Norm, ResNet, group_norm
 
 OURS = "batch norm"
 THEIRS = "batch norm (torch.nn)"
 IN_PLACE = "batch norm, in place"
+OUR_GROUP_NORM = "group norm"
+THEIR_GROUP_NORM = "group norm (torch.nn)"
+COMPARED = ((OURS, THEIRS), (OUR_GROUP_NORM, THEIR_GROUP_NORM))
 
 STEPS_PER_EPOCH = 15  # minimum; smaller data sets use smaller batches
 
@@ -114,9 +117,9 @@ def mlp(image: torch.Size, layers: NormLayers | None) -> nn.Sequential:
     )
 
 
-def resnet(image: torch.Size, run: Run) -> nn.Module:
+def resnet(image: torch.Size, run: Run, norm: Norm = nn.BatchNorm2d) -> nn.Module:
     """A residual network of torch.nn's layers, converted if the run uses normfused."""
-    network = ResNet(image[0], CLASSES)
+    network = ResNet(image[0], CLASSES, norm)
     return normfused.convert(network, inplace=run.inplace) if run.layers is normfused else network
 
 
@@ -148,6 +151,13 @@ EXPERIMENTS = {
             learning_rate=1e-3,
             largest_batch=200,
             runs=(Run(OURS, normfused), Run(IN_PLACE, normfused, inplace=True), Run(THEIRS, nn)),
+        ),
+        Experiment(
+            name="groupnorm",
+            network=lambda image, run: resnet(image, run, group_norm),
+            learning_rate=1e-3,
+            largest_batch=200,
+            runs=(Run(OUR_GROUP_NORM, normfused), Run(THEIR_GROUP_NORM, nn)),
         ),
     )
 }

@@ -17,17 +17,19 @@ from matplotlib.ticker import MaxNLocator
 
 import normfused
 from normfused.cli.demo.errors import DemoError
-from normfused.cli.demo.experiments import IN_PLACE, OURS, THEIRS
+from normfused.cli.demo.experiments import COMPARED, IN_PLACE, OUR_GROUP_NORM, OURS, THEIR_GROUP_NORM, THEIRS
 from normfused.cli.demo.training import Curve, Training
 from normfused.data.files import replace
 
 PLOT = "curves.png"
 RESULTS = "results.json"
 
-# The two batch norm curves coincide: one is drawn broad, the other dashed on top of it.
+# The curves of both libraries coincide: one is drawn broad, the other dashed on top of it.
 _STYLES: dict[str, dict[str, Any]] = {
     OURS: {"color": "#7fb3e6", "linewidth": 5},
     THEIRS: {"color": "#0b3c6f", "linewidth": 1.5, "linestyle": "--", "zorder": 3},
+    OUR_GROUP_NORM: {"color": "#7fb3e6", "linewidth": 5},
+    THEIR_GROUP_NORM: {"color": "#0b3c6f", "linewidth": 1.5, "linestyle": "--", "zorder": 3},
     IN_PLACE: {"color": "#3c9d6b", "linewidth": 2.5, "linestyle": ":", "zorder": 4},
     "no batch norm": {"color": "#d1692b", "linewidth": 2},
     "raw inputs": {"color": "#7a7a7a", "linewidth": 2},
@@ -45,10 +47,11 @@ class Comparison:
     largest_difference: float
     time_ratio: float
     saved_ratio: float
+    norm: str = OURS
 
     def __str__(self) -> str:
         return (
-            "batch norm, normfused and torch.nn: training accuracies differ by at most "
+            f"{self.norm}, normfused and torch.nn: training accuracies differ by at most "
             f"{self.largest_difference:.4f}; torch.nn takes {self.time_ratio:.2f} times as long "
             f"and saves {self.saved_ratio:.2f} times as many bytes for backward"
         )
@@ -57,13 +60,15 @@ class Comparison:
 def compare(curves: list[Curve]) -> Comparison | None:
     """The comparison; None if one of the two runs is missing."""
     by_name = {curve.run: curve for curve in curves}
-    if not {OURS, THEIRS} <= by_name.keys():
+    pair = next((pair for pair in COMPARED if by_name.keys() >= {*pair}), None)
+    if pair is None:
         return None
-    ours, theirs = by_name[OURS], by_name[THEIRS]
+    ours, theirs = (by_name[name] for name in pair)
     return Comparison(
         largest_difference=max(abs(a.accuracy - b.accuracy) for a, b in zip(ours.epochs, theirs.epochs, strict=True)),
         time_ratio=best_seconds(theirs) / best_seconds(ours),
         saved_ratio=theirs.saved_bytes / ours.saved_bytes,
+        norm=pair[0],
     )
 
 

@@ -1,13 +1,21 @@
-"""A small residual network (He et al., 2015, arXiv:1512.03385) with leaky ReLUs.
+"""A small residual network (He et al., 2015, arXiv:1512.03385) with leaky ReLUs, and batch norm or group norm.
 
 Leaky ReLU is invertible, so ``normfused.convert`` can apply all its optimizations, including in-place batch norm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 from torch import Tensor, nn
+
+Norm = Callable[[int], nn.Module]
+
+
+def group_norm(channels: int) -> nn.Module:
+    """Group norm with groups of four channels."""
+    return nn.GroupNorm(channels // 4, channels)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
@@ -17,14 +25,14 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
 class Block(nn.Module):
     """Two 3 x 3 convolutions with a residual connection; (N, C, H, W) to (N, C', H / stride, W / stride)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.conv1, self.bn1 = _conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = _conv(outputs, outputs, 3, 1), nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = _conv(inputs, outputs, 3, stride), norm(outputs)
+        self.conv2, self.bn2 = _conv(outputs, outputs, 3, 1), norm(outputs)
         self.relu = nn.LeakyReLU(inplace=True)
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -36,10 +44,10 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """Three blocks, of 16, 32 and 64 channels, for images of shape (C, H, W); 78,000 parameters."""
 
-    def __init__(self, channels: int, classes: int) -> None:
+    def __init__(self, channels: int, classes: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_conv(channels, 16, 3, 1), nn.BatchNorm2d(16), nn.LeakyReLU(inplace=True))
-        self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
+        self.stem = nn.Sequential(_conv(channels, 16, 3, 1), norm(16), nn.LeakyReLU(inplace=True))
+        self.blocks = nn.Sequential(Block(16, 16, 1, norm), Block(16, 32, 2, norm), Block(32, 64, 2, norm))
         self.head = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
