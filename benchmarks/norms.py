@@ -138,7 +138,7 @@ def calls(norm: Norm, x: Tensor, other: Tensor, grad: Tensor) -> dict[str, dict[
 
 
 def check(what: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Asserts that the results agree."""
+    """Asserts that the results agree with those of torch in float64."""
     for a, b in zip(ours, theirs, strict=True):
         error = ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
         assert error <= WRONG[dtype], f"{what}: relative error {error:.1e}"
@@ -150,9 +150,11 @@ def measure_norm(name: str, device: str, shapes: Sequence[tuple[int, ...]], budg
     norm = NORMS[name]
     for shape, dtype, layout in itertools.product(shapes, DTYPES, norm.layouts()):
         x, other, grad = (lay_out(torch.randn(shape, device=device).to(dtype), layout) for _ in range(3))
+        # torch's gradients of bfloat16 parameters are off by up to 9 %.
+        exact = calls(norm, x.double(), other.double(), grad.double())
         case = {"norm": name, "shape": shape, "dtype": dtype_name(dtype), "layout": layout}
         for operation, peers in calls(norm, x, other, grad).items():
-            check(f"{case}", peers["normfused"](), peers["torch"](), dtype)
+            check(f"{case}", peers["normfused"](), exact[operation]["torch"](), dtype)
             stopwatch = make_stopwatch(device)
             samples = interleave(samplers(peers, stopwatch), budget)
             speedup, copies = ratios(samples, "torch", "normfused"), ratios(samples, "normfused", "copy")
