@@ -394,6 +394,10 @@ def test_empty_inputs(device: torch.device, shape: tuple[int, ...]) -> None:
     y.sum().backward()
     assert x.grad.shape == shape
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+    batched = torch.vmap(lambda x: group_norm(x, 1))(x.detach().unsqueeze(0))
+    assert batched.shape == (1, *shape)
+    (grad,) = torch.autograd.grad(group_norm(x, 1).square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), x, allow_unused=True, materialize_grads=True)[0].shape == shape
     running = torch.zeros(shape[1], device=device)
     instance_norm(x, running, running.clone())
     assert torch.equal(running, torch.zeros_like(running))

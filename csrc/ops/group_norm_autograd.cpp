@@ -19,7 +19,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // The values of each statistic, shape (N, G, values).
-Tensor grouped(const Tensor& values, int64_t groups) { return values.reshape({values.size(0), groups, -1}); }
+Tensor grouped(const Tensor& values, int64_t groups) {
+  return values.reshape({values.size(0), groups, c10::multiply_integers(values.sizes().slice(1)) / groups});
+}
 
 // A parameter of shape (C) or (N, C), in the dtype of `like` and a shape that broadcasts with it.
 Tensor per_channel_or_sample(const Tensor& parameter, const Tensor& like) {

@@ -40,8 +40,9 @@ struct LayerNormalizeOp : LayerTable {
 
   const T* input;
   T* output;
+  int64_t ahead;  // distance to the values that are read next
 
-  NF_INLINE void prefetch(int64_t) const {}
+  NF_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(input + offset + ahead); }
   template <class Width, class StoreFn>
   NF_INLINE void operator()(int64_t offset, Width width, const V* statistic, const V* parameter, V*, V*,
                             const StoreFn& store) const {
@@ -108,8 +109,12 @@ struct LayerGradInputOp : LayerTable {
   const T* input;
   const T* grad_sum;  // or null
   T* output;          // grad_input, or null
+  int64_t ahead;      // distance to the values that are read next
 
-  NF_INLINE void prefetch(int64_t) const {}
+  NF_INLINE void prefetch(int64_t offset) const {
+    __builtin_prefetch(input + offset + ahead);
+    __builtin_prefetch(grad_output + offset + ahead);
+  }
   template <class Width, class StoreFn>
   NF_INLINE void operator()(int64_t offset, Width width, const V* statistic, const V* parameter, V*, V* sums,
                             const StoreFn& store) const {
@@ -313,11 +318,12 @@ struct LayerForward {
   LayerNormalizeOp<T> normalize;
   bool nontemporal;
 
-  LayerForward(const LayerNormForward& args, void* table, int64_t row, const Parallel& parallel)
+  // `row` is the length of a row in memory.
+  LayerForward(const LayerNormForward& args, void* table, int64_t row, const Parallel& parallel, int64_t ahead = 0)
       : args(args),
         input(static_cast<const T*>(args.residual == nullptr ? args.input : args.sum)),
         parameters{static_cast<S*>(table), LayerParameters<S>::stride_of(args.view.channels)},
-        normalize{{}, input, static_cast<T*>(args.output)},
+        normalize{{}, input, static_cast<T*>(args.output), ahead},
         nontemporal(rows_are_nontemporal<T>(args.output, args.view.numel(), row)) {
     parameters.fill(args.weight, args.bias, args.samples, args.view.channels, parallel);
   }
@@ -371,7 +377,7 @@ void layer_norm_rows(const LayerNormForward& args, const GroupPlan& plan, const 
   using S = compute_t<T>;
   const int64_t rows = args.view.outer, columns = args.view.channels;
   const Workspace workspace(0, LayerParameters<S>::bytes(args.samples, columns));
-  const LayerForward<T> call(args, workspace.table, columns, parallel);
+  const LayerForward<T> call(args, workspace.table, columns, parallel, (plan.statistics - kSweepRows) * columns);
   parallel((rows + plan.statistics - 1) / plan.statistics, grain(plan), [&](int64_t task) {
     const int64_t first = task * plan.statistics, n = minimum(plan.statistics, rows - first);
     const Block block{first * columns, n, columns, columns};
@@ -437,12 +443,14 @@ struct LayerBackward {
   Gradient gradient;
   bool nontemporal;
 
-  LayerBackward(const LayerNormBackward& args, void* table, int64_t row, const Parallel& parallel)
+  // `row` is the length of a row in memory.
+  LayerBackward(const LayerNormBackward& args, void* table, int64_t row, const Parallel& parallel, int64_t ahead = 0)
       : args(args),
         parameters{static_cast<S*>(table), LayerParameters<S>::stride_of(args.view.channels)},
         sums{{}, static_cast<const T*>(args.grad_output), static_cast<const T*>(args.input)},
         gradient{
-            {}, sums.grad_output, sums.input, static_cast<const T*>(args.grad_sum), static_cast<T*>(args.grad_input)},
+            {},   sums.grad_output, sums.input, static_cast<const T*>(args.grad_sum), static_cast<T*>(args.grad_input),
+            ahead},
         nontemporal(rows_are_nontemporal<T>(args.grad_input, args.view.numel(), row)) {
     parameters.fill(args.weight, {}, args.samples, args.view.channels, parallel);
   }
@@ -482,7 +490,8 @@ void layer_norm_backward_chunks_of_rows(const LayerNormBackward& args, const Par
   const ChunkPlan plan = plan_chunks(rows, columns * 2 * static_cast<int64_t>(sizeof(T)), kLeastChunkRows);
   const int64_t stride = LayerParameters<S>::stride_of(columns), tasks = args.samples * plan.chunks;
   const Workspace workspace(2 * stride * tasks, LayerParameters<S>::bytes(args.samples + tasks, columns));
-  const LayerBackward<T> call(args, workspace.table, columns, parallel);
+  const int64_t together = plan_layer_rows(columns, 2 * sizeof(T)).statistics;
+  const LayerBackward<T> call(args, workspace.table, columns, parallel, (together - kSweepRows) * columns);
   parallel(tasks, 1, [&](int64_t task) {
     const int64_t sample = task / plan.chunks, first = sample * rows;
     const int64_t r0 = first + task % plan.chunks * plan.block;
