@@ -9,7 +9,7 @@
 //   kStatisticSums, kParameterSums numbers of sums over the values of a statistic, and over those of a parameter
 //   operator()(offset, width, statistic, parameter, statistic_sums, parameter_sums, store)
 //                                  computes the values at `offset`, adds to the sums and passes outputs to `store`
-//   prefetch(offset)               prefetches the values of a pack, if this pass is the first that reads them
+//   prefetch(offset)               prefetches what is read next; `offset` is kSweepRows rows ahead
 #pragma once
 
 #ifndef NF_ISA
