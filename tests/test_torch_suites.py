@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import normfused
-from normfused.functional import batch_norm, local_response_norm
+from normfused.functional import batch_norm, group_norm, instance_norm, layer_norm, local_response_norm, rms_norm
 
 suites = pytest.importorskip("torch.testing._internal.common_methods_invocations")
 modules = pytest.importorskip("torch.testing._internal.common_modules")
@@ -35,12 +35,20 @@ Function = Callable[..., Any]
 HALF = (torch.float16, torch.bfloat16)
 SINGLE = (torch.float32, torch.float64)
 DOUBLE = (torch.float64,)
-OURS: dict[Function, Function] = {F.batch_norm: batch_norm, F.local_response_norm: local_response_norm}
+OURS: dict[Function, Function] = {
+    F.batch_norm: batch_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.layer_norm: layer_norm,
+    F.local_response_norm: local_response_norm,
+    F.rms_norm: rms_norm,
+}
 OPS = {info.name: info for info in suites.op_db if info.op in OURS and not info.variant_test_name}
 MODULES = {
     info.module_cls.__name__: info
     for info in modules.module_db
-    if info.module_cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LocalResponseNorm)
+    if info.module_cls.__module__.endswith(("batchnorm", "instancenorm", "normalization"))
+    and info.module_cls.__name__ in normfused.__all__
 }
 
 
@@ -77,11 +85,64 @@ def definition(
     return (y if bias is None else y + bias.double().view(shape)).to(x.dtype)
 
 
-DEFINITIONS: dict[Function, Function] = {F.batch_norm: definition, F.local_response_norm: F.local_response_norm}
+def group_definition(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Group norm in plain operations."""
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    wide = x.double().reshape(x.size(0), num_groups, -1)
+    deviation = wide - wide.mean(-1, keepdim=True)
+    y = (deviation / (deviation.square().mean(-1, keepdim=True) + eps).sqrt()).view(x.shape)
+    y = y if weight is None else y * weight.double().view(shape)
+    return (y if bias is None else y + bias.double().view(shape)).to(x.dtype)
+
+
+def instance_definition(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Instance norm in plain operations. torch's gradients in bfloat16 are not as accurate as these would be."""
+    if x.dtype in HALF:
+        return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if use_input_stats:
+        return group_definition(x, x.size(1), weight, bias, eps)
+    return definition(x, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def layer_definition(
+    x: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer norm in plain operations."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    deviation = x.double() - x.double().mean(dims, keepdim=True)
+    y = deviation / (deviation.square().mean(dims, keepdim=True) + eps).sqrt()
+    y = y if weight is None else y * weight.double()
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+DEFINITIONS: dict[Function, Function] = {
+    F.batch_norm: definition,
+    F.group_norm: group_definition,
+    F.instance_norm: instance_definition,
+    F.layer_norm: layer_definition,
+    F.local_response_norm: F.local_response_norm,
+    F.rms_norm: F.rms_norm,
+}
 
 
 def is_vector(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
-    return sample.input.dim() == 1 and generator != "jacobian, reverse" and dtype != torch.bool
+    has_channels = not name.endswith(("layer_norm", "rms_norm"))
+    return has_channels and sample.input.dim() == 1 and generator != "jacobian, reverse" and dtype != torch.bool
 
 
 def is_of_integers(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
@@ -93,13 +154,58 @@ def is_of_integers(generator: str, name: str, dtype: torch.dtype, sample: Any) -
 def is_second_derivative_through_jvp(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
     return (
         generator in ("vjp of jvp", "jvp of jvp")
-        and name.endswith("batch_norm")
-        and sample.kwargs.get("training", False)
+        and (
+            (name.endswith("batch_norm") and sample.kwargs.get("training", False))
+            or (name.endswith("instance_norm") and sample.kwargs.get("running_mean") is None)
+        )
         and sample.input.numel() > 0
     )
 
 
+THROUGH_JVP = ("vjp of jvp", "jvp of jvp", "jvp of vmap of vjp")
+# torch's own operator updates buffers that a transform has captured; the kernel here writes them afterwards.
+TRANSFORMS = ("vjp", "jvp", "vjp of vjp", "jvp of vjp", "make_fx")
+TRANSFORMS = (*TRANSFORMS, "functionalize", "functionalize of vjp")
+
+
+def updates_captured_statistics(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
+    given = sample.kwargs
+    updates = given.get("running_mean") is not None and given.get("use_input_stats", True)
+    compliance = generator.startswith("composite compliance") and not generator.endswith("mode")
+    compliance = compliance or generator == "composite compliance, forward mode"
+    return name.endswith("instance_norm") and updates and (compliance or generator in TRANSFORMS)
+
+
+def is_second_derivative_through_jvp_of_layers(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
+    if generator not in THROUGH_JVP or not name.endswith("layer_norm") or sample.input.numel() == 0:
+        return False
+    has_parameters = len(sample.args) > 1
+    return sample.kwargs.get("eps", 0) >= 0 and (has_parameters or generator != "jvp of vmap of vjp")
+
+
+def is_empty_jacobian(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
+    return generator == "jacobian, forward" and name.endswith("group_norm") and sample.input.size(0) == 0
+
+
+def is_complex(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
+    return generator == "dtypes" and name.endswith("rms_norm") and dtype.is_complex
+
+
+def is_negative_eps(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
+    torch_fails = name.endswith("layer_norm") and generator in THROUGH_JVP
+    return sample.kwargs.get("eps", 0) < 0 and dtype in ALL and not torch_fails
+
+
 DIFFERENCES = [
+    Difference("torch has no batching rule for an empty group norm's forward mode", is_empty_jacobian, False),
+    Difference("a negative eps is refused", is_negative_eps),
+    Difference("complex numbers are not normalized", is_complex),
+    Difference("transforms cannot capture running statistics of instance norm", updates_captured_statistics),
+    Difference(
+        "torch's forward mode of layer norm treats the statistics as constants, so derivatives of it are wrong",
+        is_second_derivative_through_jvp_of_layers,
+        torch_passes=False,
+    ),
     Difference("a vector, even without elements, has no channels", is_vector),
     Difference("integers, and dtypes that torch accepts without elements alone, are not normalized", is_of_integers),
     Difference(
@@ -336,7 +442,7 @@ def outcomes(generator: str, name: str, dtype: torch.dtype) -> list[Outcome]:
         (theirs, their_error), (ours, our_error), (truth, _) = (
             attempt(functools.partial(values_of, function, generator, dtype, sample)) for function in functions
         )
-        truth = theirs if truth is None else truth
+        truth = next((value for value in (truth, theirs, ours) if value is not None), (None, None))
         wrong = [
             f"{error!r:.400}" if error is not None else disagreement(results[0], truth[0], dtype)
             for results, error in ((theirs, their_error), (ours, our_error))
@@ -491,7 +597,7 @@ MODULE_GENERATORS: dict[str, tuple[Function, tuple[torch.dtype, ...]]] = {
 
 def is_zero_eps(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
     is_error_of_training = generator == "errors" and name.endswith("training")
-    return is_error_of_training and sample.module_error_input.constructor_input.kwargs["eps"] == 0
+    return is_error_of_training and sample.module_error_input.constructor_input.kwargs.get("eps") == 0
 
 
 def is_empty_batch(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
@@ -505,7 +611,19 @@ def is_half_image(generator: str, name: str, dtype: torch.dtype, sample: Any) ->
     )
 
 
+def is_contiguous_rms_norm(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
+    return generator == "memory format" and name.startswith("RMSNorm") and sample.forward_input.args[0].dim() in (4, 5)
+
+
+def is_instance_norm_of_images(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
+    if generator != "memory format" or not name.startswith(("InstanceNorm2d", "InstanceNorm3d")):
+        return False
+    return sample.forward_input.args[0].dim() == int(name[12]) + 2
+
+
 MODULE_DIFFERENCES = [
+    Difference("the result of RMS norm is contiguous, as that of layer norm", is_contiguous_rms_norm),
+    Difference("torch's instance norm does not keep channels last", is_instance_norm_of_images, torch_passes=False),
     Difference("eps=0 is accepted in training too", is_zero_eps),
     Difference("an empty batch changes no buffer; torch counts it in num_batches_tracked", is_empty_batch),
     Difference(
