@@ -63,6 +63,44 @@ def test_kernels_match_their_definition_and_stay_in_bounds(
     print(run.stdout)
 
 
+PLANS = """\
+rows 1, 49: 64 statistics, 1 x 1 parts of 1 x 49
+rows 10, 4096: 1 statistics, 1 x 1 parts of 10 x 4096
+rows 4, 65536: 1 statistics, 4 x 2 parts of 1 x 32768
+rows 2, 1048576: 1 statistics, 2 x 32 parts of 1 x 32768
+columns 49, 512: 1 statistics, 1 x 1 parts of 1 x 52
+columns 4096, 1280: 1 statistics, 1 x 32 parts of 1 x 128
+columns 65536, 256: 1 statistics, 1 x 32 parts of 1 x 2048
+columns 7, 1048576: 1 statistics, 1 x 1 parts of 1 x 8
+layer rows 1, 4: 64 statistics, 1 x 1 parts of 1 x 1
+layer rows 64, 4: 64 statistics, 1 x 1 parts of 1 x 64
+layer rows 768, 2: 12 statistics, 1 x 1 parts of 1 x 768
+layer rows 768, 4: 8 statistics, 1 x 1 parts of 1 x 768
+layer rows 4096, 4: 4 statistics, 1 x 1 parts of 1 x 4096
+layer rows 65536, 4: 1 statistics, 1 x 1 parts of 1 x 65536
+layer rows 200000, 4: 1 statistics, 1 x 6 parts of 1 x 33344
+layer columns 96, 3136: blocks of 832
+layer columns 384, 196: blocks of 256
+layer columns 768, 49: blocks of 64
+layer columns 100000, 1024: blocks of 64
+chunks 3, 512: 1 of 3
+chunks 64, 32768: 4 of 16
+chunks 4096, 6144: 64 of 64
+chunks 100352, 768: 64 of 1568
+"""
+
+
+def test_plans_depend_on_the_shape_of_a_statistic_only(tmp_path: Path) -> None:
+    """The table of the plans of group, instance, layer and RMS norm. None of them is given the number of statistics."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    sources = [Path(__file__).with_name("plans.cpp"), ROOT / "csrc/kernels/cpu/plan.cpp"]
+    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", *sources, "-o", tmp_path / "plans"]
+    subprocess.run(command, check=True)
+    assert subprocess.run([tmp_path / "plans"], capture_output=True, text=True, check=True).stdout == PLANS
+
+
 @pytest.mark.parametrize("capability", ["avx512", "avx2"])
 def test_wide_instructions_stay_in_their_own_functions(tmp_path: Path, capability: str) -> None:
     """No weak symbols: the linker could use one of them for the whole library, on any CPU."""

@@ -110,7 +110,8 @@ GroupPlan plan_columns(int64_t positions, int64_t position_bytes) {
 GroupPlan plan_layer_rows(int64_t columns, int64_t item_bytes) {
   GroupPlan plan = plan_rows(1, columns, item_bytes);
   const int64_t row_bytes = std::max<int64_t>(1, columns * item_bytes);
-  if (plan.parts() == 1) plan.statistics = std::max(plan.statistics, std::min(kLayerRows, kCacheBytes / row_bytes));
+  if (plan.parts() == 1 && row_bytes * kLayerRows <= kCacheBytes)
+    plan.statistics = round_up(plan.statistics, kLayerRows);
   plan.part_bytes = plan.statistics * plan.position_block * item_bytes;
   return plan;
 }

@@ -56,8 +56,8 @@ GroupPlan plan_rows(int64_t rows, int64_t positions, int64_t item_bytes);
 // Channels last: the statistics of a sample are over `positions` rows of contiguous channels, which are not divided.
 GroupPlan plan_columns(int64_t positions, int64_t position_bytes);
 
-// As plan_rows for one row, for a kernel that loads constants along with the values of several rows: a task has at
-// least four rows if they fit the cache.
+// As plan_rows for one row, for a kernel that processes four rows together: a task has a multiple of four rows if four
+// fit the cache.
 GroupPlan plan_layer_rows(int64_t columns, int64_t item_bytes);
 
 // Whether a row is divided if rows are to be read twice and summed by column too. Otherwise the sums of each chunk of
