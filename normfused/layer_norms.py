@@ -237,13 +237,25 @@ def _fits(call: LayerNormCall) -> bool:
     """Whether the operator normalizes what the call asks for: it checks parameters, but not ``normalized_shape``."""
     input, dims = call.input, len(call.shape) if call.normalized_shape is not None else 1
     parameters = all(p is None or (isinstance(p, Tensor) and p.dim() == dims) for p in (call.weight, call.bias))
+    if call.weight is not None and _promoted(call) is not call.weight:
+        return False
     if call.normalized_shape is None:
         return parameters and input.dim() > 2
     return parameters and 0 < dims <= input.dim() and input.shape[-dims:] == call.normalized_shape
 
 
+def _promoted(call: LayerNormCall) -> Any:
+    """The weight. torch's RMS norm accepts one of any floating dtype, and its result has the dtype of ``input``."""
+    weight, dtype = call.weight, call.input.dtype
+    if call.subtract_mean or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype == dtype:
+        return weight
+    return weight.to(torch.promote_types(dtype, torch.float32))  # itself if it is float32 beside a 16-bit input
+
+
 def _run_checked(call: LayerNormCall) -> Any:
     """The call in all cases but the fast one."""
+    if isinstance(call.input, Tensor) and call.input.is_floating_point():
+        call = call._replace(weight=_promoted(call))
     residual = call.residual
     if residual is not None:
         check_residual(call.input, residual, call.name)

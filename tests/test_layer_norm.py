@@ -228,6 +228,22 @@ def test_a_residual_of_another_dtype_is_promoted(device: torch.device, residual_
     torch.testing.assert_close((y, own_total), (F.layer_norm(total, (6,)), total))
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=dtype_id)
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_rms_norm_takes_weights_of_any_dtype(
+    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    x, weight = values_of((3, 6)).to(device, dtype), values_of((6,), 1).to(device, weight_dtype).requires_grad_()
+    y, z = rms_norm(x, (6,), weight, EPS), F.rms_norm(x, (6,), weight, EPS)
+    assert y.dtype == z.dtype
+    tolerance = TOLERANCE[max(dtype, weight_dtype, key=lambda d: torch.finfo(d).eps)]
+    assert_close(y, z, tolerance, "output")
+    ours_, theirs = (torch.autograd.grad(out.sum(), weight)[0] for out in (y, z))
+    assert ours_.dtype == theirs.dtype
+    assert_close(ours_, theirs, tolerance, "gradient")
+
+
 def test_only_the_sum_is_used(device: torch.device) -> None:
     x, residual = (values_of((3, 5), seed).to(device).requires_grad_() for seed in (0, 1))
     weight = torch.ones(5, device=device, dtype=torch.float64, requires_grad=True)
@@ -581,7 +597,7 @@ def test_bad_arguments(call: Callable[[], object], error: type[Exception], messa
         (lambda: normfused.LayerNorm(4)(X), ValueError, r"^LayerNorm: normalized_shape must be the last dimensions"),
         (lambda: normfused.LayerNorm2d(5)(X), ValueError, r"^LayerNorm2d: expected input of shape \(N, 5, ...\), got"),
         (lambda: normfused.RMSNorm2d(4)(X[0]), ValueError, r"^RMSNorm2d: input needs at least 3 dimensions"),
-        (lambda: normfused.RMSNorm(5)(X.double()), TypeError, r"^RMSNorm: weight must be torch\.float64"),
+        (lambda: normfused.LayerNorm(5)(X.double()), TypeError, r"^LayerNorm: weight must be torch\.float64"),
         (lambda: normfused.RMSNorm(5, scale_offset=float("nan"))(X), ValueError, r"^RMSNorm: scale_offset must be"),
     ],
 )

@@ -166,14 +166,13 @@ THROUGH_JVP = ("vjp of jvp", "jvp of jvp", "jvp of vmap of vjp")
 # torch's own operator updates buffers that a transform has captured; the kernel here writes them afterwards.
 TRANSFORMS = ("vjp", "jvp", "vjp of vjp", "jvp of vjp", "make_fx")
 TRANSFORMS = (*TRANSFORMS, "functionalize", "functionalize of vjp")
+TRANSFORMS += tuple(f"composite compliance, {kind}" for kind in ("subclass", "backward", "forward mode"))
 
 
 def updates_captured_statistics(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:
     given = sample.kwargs
     updates = given.get("running_mean") is not None and given.get("use_input_stats", True)
-    compliance = generator.startswith("composite compliance") and not generator.endswith("mode")
-    compliance = compliance or generator == "composite compliance, forward mode"
-    return name.endswith("instance_norm") and updates and (compliance or generator in TRANSFORMS)
+    return name.endswith("instance_norm") and updates and generator in TRANSFORMS
 
 
 def is_second_derivative_through_jvp_of_layers(generator: str, name: str, dtype: torch.dtype, sample: Any) -> bool:

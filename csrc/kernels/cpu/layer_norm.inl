@@ -159,8 +159,7 @@ struct LayerParameters {
   }
 };
 
-// Each of the following three processes `n` statistics from `first` on, whose constants are the first entries of the
-// table.
+// Each of the following three functions processes `n` statistics. Their constants are the first entries of the table.
 
 // The constants of d.
 template <class S>
@@ -284,7 +283,7 @@ struct ColumnSums {
     std::fill_n(partial.data, kSums * partial.stride, S(0));
     std::fill_n(total.data, kSums * total.stride, 0.0);
   }
-  // Call before or after each `n` rows.
+  // Call after each `n` rows. The next call must not be for more.
   void add_rows(int64_t n) {
     rows += n;
     if (rows + n > kMaxSweepRows) fold();
@@ -479,7 +478,7 @@ void layer_norm_backward_rows(const LayerBackward<T>& call, int64_t sample, int6
   of_chunk.fold();
 }
 
-// The sums of a chunk are written and read once, as four rows of float: a share of the traffic for rows of this number.
+// Minimum number of rows of a chunk: writing and reading its sums moves as many bytes as three rows of float.
 inline constexpr int64_t kLeastChunkRows = 16;
 
 template <class T>
