@@ -52,10 +52,10 @@ NF_DTYPE_KERNEL(local_response_norm, LocalResponseNorm)
 
 // Normalizes each group of channels of each sample with its own statistics, which are written to mean and invstd. The
 // results of a sample do not depend on the other samples.
-NF_CPU_KERNEL(group_norm, GroupNormForward)
+NF_DTYPE_KERNEL(group_norm, GroupNormForward)
 
 // Writes the gradients whose pointers are not null.
-NF_CPU_KERNEL(group_norm_backward, GroupNormBackward)
+NF_DTYPE_KERNEL(group_norm_backward, GroupNormBackward)
 
 // Layer norm and RMS norm, over the channels of each position. The results of a position do not depend on the others.
 NF_CPU_KERNEL(layer_norm, LayerNormForward)

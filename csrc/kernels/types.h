@@ -20,13 +20,23 @@ constexpr bool is_integer(DType dtype) { return dtype >= DType::kUInt8; }
 // A dense tensor as (outer, channels, inner): element (o, c, i) is at offset (o * channels + c) * inner + i. A position
 // is a pair (o, i). inner > 1 is channels first (NCHW: outer N, inner HW); inner == 1 is channels last (NHWC: outer
 // NHW).
+//
+// CUDA: with several samples, that many such tensors follow one another, and a channel of each has its own statistic.
 struct ChannelView {
   int64_t outer;
   int64_t channels;
   int64_t inner;
+  int64_t samples = 1;
 
-  constexpr int64_t positions() const { return outer * inner; }  // values per channel
-  constexpr int64_t numel() const { return outer * channels * inner; }
+  constexpr int64_t positions() const { return outer * inner; }  // values per channel, of one sample
+  constexpr int64_t statistics() const { return samples * channels; }
+  constexpr int64_t numel() const { return samples * outer * channels * inner; }
+  // The offset of a statistic's first value. Statistics are counted over the channels of one sample after the other.
+  constexpr int64_t first_value(int64_t statistic) const {
+    if (samples == 1 || outer == 1) return statistic * inner;
+    const int64_t sample = statistic / channels;
+    return (sample * (outer - 1) * channels + statistic) * inner;
+  }
 };
 
 // A per-channel parameter or buffer: (C) of any floating dtype, or absent.
@@ -140,6 +150,10 @@ struct GroupView {
   // The whole tensor by channels: channels last those of all samples together, else each sample has its own.
   constexpr ChannelView by_channel() const {
     return channels_last ? ChannelView{samples * inner, channels, 1} : ChannelView{1, samples * channels, inner};
+  }
+  // The same, with the channels of one sample after the other.
+  constexpr ChannelView by_sample() const {
+    return channels_last ? ChannelView{inner, channels, 1, samples} : ChannelView{1, channels, inner, samples};
   }
 };
 

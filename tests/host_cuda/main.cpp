@@ -3,9 +3,11 @@
 // Prints how many cases it ran.
 //
 //   main full | small | tiny    the number of shapes
+//   main samples                norms of samples instead
 #include <map>
 
 #include "definition.h"
+#include "group_norm.h"
 #include "kernels/cuda/batch_norm.cuh"
 #include "resources.h"
 
@@ -60,6 +62,12 @@ struct Cuda {
     start("local_response_norm", cuda::local_response_norm, args, 1);
   }
   void standardize(const Standardize& args) const { start("standardize", cuda::standardize, args, 2); }
+  void group_norm(const GroupNormForward& args) const {
+    start("group_norm", cuda::group_norm, args, 3 + (args.mask != nullptr));
+  }
+  void group_norm_backward(const GroupNormBackward& args) const {
+    start("group_norm_backward", cuda::group_norm_backward, args, 6);
+  }
 };
 
 const Cuda kDevices[] = {
@@ -231,11 +239,43 @@ void run_all(const ChannelView& view, const std::vector<int64_t>& offsets, std::
   }
 }
 
+// Samples, groups, channels, positions: runs that are whole, masked, folded and of single values; columns that are
+// plain, repeated and of single values; more channels of a group than lanes of a warp.
+void run_groups(std::mt19937& random) {
+  const int64_t shapes[][4] = {{1, 1, 1, 2},  {2, 3, 6, 35},  {5, 4, 12, 9}, {3, 2, 140, 49}, {1, 2, 6, 4100},
+                               {7, 2, 4, 8},  {2, 5, 5, 64},  {6, 4, 32, 1}, {1, 1, 2, 9000}, {3, 2, 6, 4},
+                               {4, 3, 3, 16}, {2, 1, 40, 130}};
+  for (const auto& [samples, groups, channels, inner] : shapes)
+    for (const bool channels_last : {false, true})
+      for (const int64_t offset : {0, 1}) {
+        const GroupView view{samples, groups, channels, inner, channels_last};
+        for (const Cuda& device : kDevices) {
+          run_group_norm<float>(device, view, offset, random);
+          run_group_norm<BFloat16>(device, view, offset, random);
+          if (&device != kDevices) continue;
+          run_group_norm<double>(device, view, offset, random);
+          run_group_norm<Half>(device, view, offset, random);
+        }
+      }
+}
+
+// Prints how many values were checked and how many cases of each kernel ran.
+void report() {
+  std::printf("order %u: %lld values checked\n", cudahost::order, static_cast<long long>(checks));
+  for (const auto& [what, times] : ran)
+    std::printf("  %-22s %5lld cases\n", what.c_str(), static_cast<long long>(times));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string size = argc > 1 ? argv[1] : "full";
   std::mt19937 random(7);
+  if (size == "samples") {
+    run_groups(random);
+    report();
+    return 0;
+  }
   // Every path: rows that are whole, masked and of single values; columns that are repeated, in tiles and of single
   // values; one block and many. Extents around a vector, a warp, a block and a tile.
   std::vector<ChannelView> views{{1, 1, 2}, {1, 3, 31}, {3, 5, 49}, {2, 3, 16}, {2, 3, 1}, {31, 3, 1}, {31, 8, 1}};
@@ -268,7 +308,5 @@ int main(int argc, char** argv) {
     for (const Cuda& device : kDevices)
       for (const ChannelView& view : {ChannelView{4, 7, 3001}, ChannelView{12000, 7, 1}, ChannelView{500, 7, 9}})
         run_extremes(device, view);
-  std::printf("order %u: %lld values checked\n", cudahost::order, static_cast<long long>(checks));
-  for (const auto& [what, times] : ran)
-    std::printf("  %-22s %5lld cases\n", what.c_str(), static_cast<long long>(times));
+  report();
 }

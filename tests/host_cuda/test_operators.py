@@ -30,6 +30,7 @@ SOURCES = [
 SUITES = [
     "test_batch_norm.py",
     "test_channel_stats.py",
+    "test_group_norm.py",
     "test_local_response_norm.py",
     "test_modules.py",
     "test_numerics.py",

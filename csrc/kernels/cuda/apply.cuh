@@ -130,7 +130,7 @@ constexpr int vectors_within(int accesses) {
 template <class Op, int kValues, bool kMasked>
 NF_DEVICE void apply_row(const Op& op, const RowsPlan& plan, int64_t channel, int lane) {
   RowIterator<kValues, kMasked> it(plan, channel, 0, lane);
-  const Coefficients<Op> coefficients = CoefficientTable<Op>{op.table, plan.view.channels}[channel];
+  const Coefficients<Op> coefficients = CoefficientTable<Op>{op.table, plan.view.statistics()}[channel];
   while (!it.done()) {
     uint32_t valid;
     const int64_t offset = it.next(valid);
@@ -152,7 +152,7 @@ NF_DEVICE void load_coefficients(const CoefficientTable<Op>& table, int64_t firs
   if (!Op::kPrepares && sizeof(V) <= 32 && plan.plain()) {  // more than 32 bytes exceed the registers
 #pragma unroll
     for (int k = 0; k < Op::kCoefficients; ++k) {
-      const V vector = V::load(table.data + k * table.stride + it.column);
+      const V vector = V::load(table.data + k * table.stride + it.first_channel + it.column);
 #pragma unroll
       for (int i = 0; i < kValues; ++i) coefficients[i].k[k] = vector.value[i];
     }
@@ -187,17 +187,18 @@ NF_DEVICE int64_t apply_rows(const Op& op, ColumnIterator<kValues>& it, const Co
   return clipped;
 }
 
-// Block-wide: applies Op to one tile and one chunk of rows of a matrix. A thread loads the coefficients of its columns
-// once. All threads of the block must call it.
+// Block-wide: applies Op to one tile and one chunk of rows of a sample's matrix. A thread loads the coefficients of its
+// columns once. All threads of the block must call it.
 template <class Op, int kValues>
-NF_DEVICE void apply_tile(const Op& op, const ColumnsPlan& plan, int64_t tile, int64_t chunk, bool streaming) {
+NF_DEVICE void apply_tile(const Op& op, const ColumnsPlan& plan, int64_t sample, int64_t tile, int64_t chunk,
+                          bool streaming) {
   constexpr int kRows = vectors_within<Op, kValues>(4);
-  ColumnIterator<kValues> it(plan, tile, chunk);
+  ColumnIterator<kValues> it(plan, sample, tile, chunk);
   const int64_t numel = plan.view.numel();
-  const int64_t first = Op::kPrepares ? plan.first_channel(tile) : 0;
+  const int64_t first = Op::kPrepares ? it.first_channel + plan.first_channel(tile) : 0;
   const auto table = block_table(
-      op, plan.view.channels, Op::kPrepares ? plan.channels_met(tile) : 0, [&](int i) { return first + i; },
-      [&](int i) { return chunk == 0 && plan.begins_in(first + i, tile); });
+      op, plan.view.statistics(), Op::kPrepares ? plan.channels_met(tile) : 0, [&](int i) { return first + i; },
+      [&](int i) { return chunk == 0 && plan.begins_in(first - it.first_channel + i, tile); });
   if (it.done()) return;
   Coefficients<Op> coefficients[kValues];
   load_coefficients(table, first, plan, it, coefficients);
@@ -220,15 +221,17 @@ NF_DEVICE void apply_tile(const Op& op, const ColumnsPlan& plan, int64_t tile, i
   }
 }
 
-// Kernel: a block per tile and chunk of rows, in descending order of memory.
+// Kernel: a block per tile and chunk of rows of a sample, in descending order of memory.
 template <class Op, int kValues>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     apply_columns(const Op op, const ColumnsPlan plan, const bool streaming) {
   wait_for_previous_launch();
   op.prologue();
   const unsigned block = gridDim.x - 1 - blockIdx.x;
-  const auto tiles = static_cast<unsigned>(plan.tiles);
-  apply_tile<Op, kValues>(op, plan, block % tiles, block / tiles, streaming);
+  const auto tiles = static_cast<unsigned>(plan.tiles), samples = static_cast<unsigned>(plan.view.samples);
+  const unsigned chunk = block / tiles;  // counted over all samples
+  const unsigned chunks = samples == 1 ? 0 : gridDim.x / tiles / samples, sample = samples == 1 ? 0 : chunk / chunks;
+  apply_tile<Op, kValues>(op, plan, sample, block % tiles, chunk - sample * chunks, streaming);
 }
 
 // --- flat tensors
@@ -398,7 +401,8 @@ cudaError_t apply(const Op& op, const ApplyPlan& plan, cudaStream_t stream, bool
   if (!plan.by_rows) {
     const ColumnsPlan& columns = plan.columns;
     const auto start = [&](auto kernel) {
-      return launch(config(columns.tiles * columns.chunks()), kernel, op, columns, plan.streaming);
+      return launch(config(columns.view.samples * columns.tiles * columns.chunks()), kernel, op, columns,
+                    plan.streaming);
     };
     return columns.values == 1 ? start(apply_columns<Op, 1>) : start(apply_columns<Op, kValues>);
   }

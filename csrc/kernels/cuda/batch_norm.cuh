@@ -402,7 +402,7 @@ struct FinishBackward {
   NF_DEVICE void write_coefficients(int64_t c, const Normalization& n, int64_t count, double grad_weight,
                                     double grad_bias) const {
     using C = GradCoefficient;
-    const int64_t channels = args.view.channels;
+    const int64_t channels = args.view.statistics();
     const auto k = backward_coefficients<S>(n, count, grad_weight, grad_bias);
     table[C::kScale * channels + c] = k.scale;
     table[C::kPivot * channels + c] = k.pivot;

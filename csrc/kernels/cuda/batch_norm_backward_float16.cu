@@ -3,5 +3,7 @@
 namespace normfused::cuda {
 
 template cudaError_t BatchNormOf<__half>::backward(const BatchNormBackward&, Resources&);
+template cudaError_t BatchNormOf<__half>::grad_sums(const BatchNormBackward&, void*, Resources&);
+template cudaError_t BatchNormOf<__half>::grad_input(const BatchNormBackward&, void*, Resources&);
 
 }  // namespace normfused::cuda

@@ -51,6 +51,18 @@ cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_
 }
 
 template <class T>
+cudaError_t BatchNormOf<T>::normalize(const BatchNormForward& args, void* table, Resources& resources) {
+  return for_variant(args, [&](auto fused) {
+    using Normalize = NormalizeOp<T, fused()>;
+    const bool aligned = all_aligned(args.input, args.output, args.residual);
+    Normalize normalize;
+    const cudaError_t error =
+        prepare_normalize(args, aligned, nullptr, static_cast<typename Normalize::S*>(table), resources, normalize);
+    return error != cudaSuccess ? error : apply_next(normalize, args.view, aligned, resources);
+  });
+}
+
+template <class T>
 cudaError_t BatchNormOf<T>::training(const BatchNormForward& args, Resources& resources) {
   return for_variant(args, [&](auto fused) {
     using Normalize = NormalizeOp<T, fused()>;
@@ -89,41 +101,77 @@ cudaError_t BatchNormOf<T>::inference(const BatchNormForward& args, Resources& r
   });
 }
 
+// The operands of one call of backward.
+template <class T, bool kFused>
+struct BackwardOperands {
+  using GradInput = GradInputOp<T, kFused>;
+  using S = typename GradInput::S;
+  using Sums = GradSumsOp<T, kFused>;
+  using Finish = FinishBackward<S, kFused>;
+
+  const BatchNormBackward& args;
+  S* const table;
+  const bool reduces = args.count == nullptr && (args.training || args.grad_weight || args.grad_bias);
+  const T* const grad_output = static_cast<const T*>(args.grad_output);
+  const T* const input = args.training || reduces || args.mask == nullptr ? static_cast<const T*>(args.input) : nullptr;
+  const T* const residual = static_cast<const T*>(args.residual);
+  T* const grad_input = static_cast<T*>(args.grad_input);
+  T* const grad_residual = static_cast<T*>(args.grad_residual);
+  const bool aligned = all_aligned(grad_output, input, residual, grad_input, grad_residual);
+
+  GradInput through_statistics() const {
+    return {grad_output,   input,           grad_input, table,         residual,
+            grad_residual, args.activation, args.mask,  args.training, args.from_output};
+  }
+  ReductionPlan plan(bool may_apply, const Resources& resources) const {
+    return plan_for(Sums{args}, Finish{args, table}, residual == nullptr ? 2 : 3, aligned, may_apply, resources);
+  }
+  cudaError_t sum(const ReductionPlan& plan, Resources& resources) const {
+    return reduce(Sums{args}, Finish{args, table}, NoApply{}, plan, resources);
+  }
+  cudaError_t apply_last(const Resources& resources) const {
+    if (grad_input == nullptr) return cudaSuccess;
+    if (args.training || kFused) return apply_next(through_statistics(), args.view, aligned, resources);
+    const ScaleOp<T> scale{grad_output, grad_input, table + GradCoefficient::kScale * args.view.statistics()};
+    return apply_next(scale, args.view, aligned, resources);
+  }
+};
+
+template <class T>
+cudaError_t BatchNormOf<T>::grad_sums(const BatchNormBackward& args, void* table, Resources& resources) {
+  return for_variant(args, [&](auto fused) {
+    using Operands = BackwardOperands<T, fused()>;
+    const Operands operands{args, static_cast<typename Operands::S*>(table)};
+    return operands.sum(operands.plan(false, resources), resources);
+  });
+}
+
+template <class T>
+cudaError_t BatchNormOf<T>::grad_input(const BatchNormBackward& args, void* table, Resources& resources) {
+  return for_variant(args, [&](auto fused) {
+    using Operands = BackwardOperands<T, fused()>;
+    return Operands{args, static_cast<typename Operands::S*>(table)}.apply_last(resources);
+  });
+}
+
 template <class T>
 cudaError_t BatchNormOf<T>::backward(const BatchNormBackward& args, Resources& resources) {
   return for_variant(args, [&](auto fused) {
-    using GradInput = GradInputOp<T, fused()>;
-    using S = typename GradInput::S;
-    const bool reduces = args.count == nullptr && (args.training || args.grad_weight || args.grad_bias);
-    const T* const grad_output = static_cast<const T*>(args.grad_output);
-    const T* const input =
-        args.training || reduces || args.mask == nullptr ? static_cast<const T*>(args.input) : nullptr;
-    const T* const residual = static_cast<const T*>(args.residual);
-    T* const grad_input = static_cast<T*>(args.grad_input);
-    T* const grad_residual = static_cast<T*>(args.grad_residual);
-    S* const table = table_for<GradInput>(args.view, resources);
-    const GradInput with_statistics{grad_output,   input,           grad_input, table,         residual,
-                                    grad_residual, args.activation, args.mask,  args.training, args.from_output};
-    const ScaleOp<T> scale_only{grad_output, grad_input, table + GradCoefficient::kScale * args.view.channels};
-    const bool aligned = all_aligned(grad_output, input, residual, grad_input, grad_residual);
-    const auto apply_last = [&] {
-      if (grad_input == nullptr) return cudaSuccess;
-      return args.training || fused() ? apply_next(with_statistics, args.view, aligned, resources)
-                                      : apply_next(scale_only, args.view, aligned, resources);
-    };
-
-    const FinishBackward<S, fused()> finish{args, table};
-    if (!reduces) {
+    using Operands = BackwardOperands<T, fused()>;
+    const Operands operands{args, table_for<typename Operands::GradInput>(args.view, resources)};
+    if (!operands.reduces) {
+      const typename Operands::Finish finish{args, operands.table};
       const cudaError_t error = for_each_channel(finish, args.view.channels, resources.stream);
-      return error != cudaSuccess ? error : apply_last();
+      return error != cudaSuccess ? error : operands.apply_last(resources);
     }
-    const GradSumsOp<T, fused()> sums{args};
-    const bool may_apply = args.training && grad_input != nullptr && !fused();
-    const ReductionPlan plan = plan_for(sums, finish, residual == nullptr ? 2 : 3, aligned, may_apply, resources);
+    const bool may_apply = args.training && operands.grad_input != nullptr && !fused();
+    const ReductionPlan plan = operands.plan(may_apply, resources);
     if constexpr (!fused())
-      if (plan.single()) return reduce(sums, finish, with_statistics, plan, resources);
-    const cudaError_t error = reduce(sums, finish, NoApply{}, plan, resources);
-    return error != cudaSuccess ? error : apply_last();
+      if (plan.single())
+        return reduce(typename Operands::Sums{args}, typename Operands::Finish{args, operands.table},
+                      operands.through_statistics(), plan, resources);
+    const cudaError_t error = operands.sum(plan, resources);
+    return error != cudaSuccess ? error : operands.apply_last(resources);
   });
 }
 

@@ -37,7 +37,7 @@ struct MomentsOp {
     return 0;
   }
   NF_DEVICE double origin(int64_t channel) const {
-    const double first = widen<double>(tensor[channel * view.inner]);
+    const double first = widen<double>(tensor[view.first_value(channel)]);
     return is_finite(first) ? first : 0;
   }
 
@@ -175,7 +175,7 @@ struct MomentsOp {
     const int64_t positions = view.positions(), inner = view.inner;
     const int64_t step = lanes / inner * view.channels * inner + lanes % inner;
     const int64_t place_step = lanes % inner, to_next_row = (view.channels - 1) * inner;
-    int64_t place = lane % inner, offset = (lane / inner * view.channels + channel) * inner + place;
+    int64_t place = lane % inner, offset = view.first_value(channel) + lane / inner * view.channels * inner + place;
     double sum = 0;
 #pragma unroll 8
     for (int64_t position = lane; position < positions; position += lanes) {

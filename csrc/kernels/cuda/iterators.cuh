@@ -83,18 +83,21 @@ class RowIterator {
   int64_t channel_, unit_, end_, outer_, vector_;
 };
 
-// Iterates over a thread's rows of one tile and split of a matrix (see ColumnsPlan). A thread stays in one vector of
-// columns, `column`; the plan.height threads with the same `x` process the rows in turn.
+// Iterates over a thread's rows of one tile and split of a sample's matrix (see ColumnsPlan). A thread stays in one
+// vector of columns, `column`; the plan.height threads with the same `x` process the rows in turn.
 template <int kValues>
 class ColumnIterator {
  public:
-  NF_DEVICE ColumnIterator(const ColumnsPlan& plan, int64_t tile, int64_t split)
-      : plan_(plan), x(threadIdx.x % plan.width), y(threadIdx.x / plan.width) {
+  NF_DEVICE ColumnIterator(const ColumnsPlan& plan, int64_t sample, int64_t tile, int64_t split)
+      : plan_(plan),
+        x(threadIdx.x % plan.width),
+        y(threadIdx.x / plan.width),
+        first_channel(sample * plan.view.channels) {
     column = (tile * plan.width + x) * kValues;
-    begin_ = split * plan.chunk;
+    begin_ = sample * plan.rows + split * plan.chunk;
     row_ = begin_ + y;
-    const int64_t end = (split + 1) * plan.chunk;
-    end_ = end < plan.rows ? end : plan.rows;
+    const int64_t end = begin_ + plan.chunk, sample_end = (sample + 1) * plan.rows;
+    end_ = end < sample_end ? end : sample_end;
     if (y >= plan.height || column >= plan.columns) row_ = end_;  // a thread without work
   }
 
@@ -116,15 +119,18 @@ class ColumnIterator {
   // Whether the tensor ends before this column in the last row of the split.
   NF_DEVICE bool ends_before(int64_t column) const { return (end_ - 1) * plan_.columns + column >= plan_.view.numel(); }
 
-  // The channels of the values of the thread's vectors. Unless columns are channels there are fewer than 2^31 columns,
-  // so that 32-bit divisions do.
+  // The first column of the tile.
+  NF_DEVICE int64_t tile_column() const { return column - x * kValues; }
+
+  // The statistics of the values of the thread's vectors. Unless columns are channels there are fewer than 2^31
+  // columns, so that 32-bit divisions do.
   NF_DEVICE void channels(int64_t (&channels)[kValues]) const {
     const auto inner = static_cast<unsigned>(plan_.view.inner), count = static_cast<unsigned>(plan_.view.channels);
     const auto first = static_cast<unsigned>(column);
     unsigned channel = plan_.folded() ? first / inner : first % count, place = first - channel * inner;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      channels[i] = plan_.plain() ? column + i : channel;
+      channels[i] = first_channel + (plan_.plain() ? column + i : channel);
       if (plan_.folded() && ++place < inner) continue;
       place = 0;
       if (++channel == count) channel = 0;
@@ -137,6 +143,7 @@ class ColumnIterator {
 
  public:
   const int x, y;  // the thread's place in its block of plan.width by plan.height threads
+  const int64_t first_channel;  // the sample's first statistic
   int64_t column;
 };
 

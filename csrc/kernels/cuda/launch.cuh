@@ -79,7 +79,7 @@ template <class Op, class Finish, class Apply>
 cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const ReductionPlan& plan,
                    Resources& resources) {
   using Sum = typename Op::Sum;
-  const int64_t channels = op.view.channels, count = plan.splits() * Op::kSums * channels;
+  const int64_t channels = op.view.statistics(), count = plan.splits() * Op::kSums * channels;
   Partials<Sum> partials{};
   partials.data = static_cast<Sum*>(resources.scratch(count * static_cast<int64_t>(sizeof(Sum))));
   partials.channels = channels;
@@ -95,7 +95,7 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
 template <class Op>
 typename Op::S* table_for(const ChannelView& view, Resources& resources) {
   using S = typename Op::S;
-  return static_cast<S*>(resources.scratch(Op::kCoefficients * view.channels * static_cast<int64_t>(sizeof(S))));
+  return static_cast<S*>(resources.scratch(Op::kCoefficients * view.statistics() * static_cast<int64_t>(sizeof(S))));
 }
 
 }  // namespace normfused::cuda

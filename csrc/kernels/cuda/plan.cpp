@@ -75,30 +75,37 @@ bool too_few(int64_t tiles, int64_t tile_bytes, const DeviceLimits& limits) {
   return tiles * splits < int64_t{kMinBlocks} * limits.multiprocessors;
 }
 
+// The channels of several samples as those of one. Precondition: the outer extent is 1 if there are several.
+ChannelView flattened(const ChannelView& view) {
+  return view.samples == 1 ? view : ChannelView{1, view.statistics(), view.inner};
+}
+
 RowsPlan plan_rows(const ChannelView& view, int itemsize, int inputs, bool aligned, bool may_apply,
                    const DeviceLimits& limits, const Residency& resident) {
   RowsPlan plan{};
-  plan.view = view;
+  plan.view = flattened(view);
   const int values = values_per_access(itemsize);
-  plan.values = aligned && view.inner >= values ? values : 1;
+  // Sums depend on where in a vector a row begins, which must be the same in every sample.
+  const bool alike = view.samples == 1 || view.channels * view.inner % values == 0;
+  plan.values = aligned && alike && view.inner >= values ? values : 1;
   plan.masked = view.inner % plan.values != 0;
   // A row touches the maximum number of vectors if it begins on the last value of one.
   plan.row_vectors = plan.masked ? (view.inner + 2 * plan.values - 2) / plan.values : view.inner / plan.values;
   plan.by_row_vectors = Divider<uint64_t>(static_cast<uint64_t>(plan.row_vectors));
   const int64_t channel_bytes = view.positions() * itemsize * inputs;
   const auto channels = [&] { return int64_t{kThreads} / plan.lanes; };
+  const auto sample_tiles = [&] { return ceil_div(view.channels, channels()); };
   const auto few = [&] {
-    return plan.units() > plan.lanes &&
-           too_few(ceil_div(view.channels, channels()), channels() * channel_bytes, limits);
+    return plan.units() > plan.lanes && too_few(sample_tiles(), channels() * channel_bytes, limits);
   };
   plan.lanes = kWarp;
   while (plan.lanes < kThreads && (plan.units() > kVectorsPerLane * plan.lanes || few())) plan.lanes *= 2;
   plan.outer_step = plan.lanes / plan.row_vectors;
   plan.vector_step = plan.lanes % plan.row_vectors;
-  plan.tiles = ceil_div(view.channels, channels());
+  plan.tiles = ceil_div(plan.view.channels, channels());
   plan.single = may_apply && channel_bytes <= kSingleChannelBytes * inputs;
   const int64_t splits = plan.single ? 1
-                                     : splits_for(plan.tiles, channels() * channel_bytes,
+                                     : splits_for(sample_tiles(), channels() * channel_bytes,
                                                   plan.masked ? resident.masked_rows : resident.rows, limits);
   plan.chunk = chunk_of(plan.units(), splits, plan.lanes, row_vectors_in_flight(inputs));
   plan.splits = static_cast<int>(ceil_div(plan.units(), plan.chunk));
@@ -124,12 +131,15 @@ ColumnsPlan columns_of(const ChannelView& view, int itemsize, bool aligned, int6
   plan.view = view;
   const int values = values_per_access(itemsize);
   const int64_t repeat = view.inner > 1 ? 1 : values / std::gcd<int64_t>(view.channels, values);
-  // Positions are repeated in a row only if one tile holds the whole row, and so all columns of its channels.
-  const bool vectors = aligned && (repeat == 1 || repeat * view.channels <= int64_t{kThreads} * values);
+  // Positions are repeated in a row only if one tile holds the whole row, and so all columns of its channels. The
+  // samples, if there are several, must then end with a row.
+  const bool repeats = repeat * view.channels <= int64_t{kThreads} * values &&
+                       (view.samples == 1 || view.outer % repeat == 0);
+  const bool vectors = aligned && (repeat == 1 || repeats);
   plan.values = vectors ? values : 1;
   plan.repeat = vectors ? static_cast<int>(repeat) : 1;
   plan.columns = plan.repeat * view.channels * view.inner;
-  plan.rows = ceil_div(view.numel(), plan.columns);
+  plan.rows = ceil_div(view.numel() / view.samples, plan.columns);
   const int64_t multiples = plan.columns / plan.values / multiple;
   plan.tiles = plan.repeat > 1 ? 1 : ceil_div(multiples, std::max<int64_t>(max_width / multiple, 1));
   plan.width = static_cast<int>(ceil_div(multiples, plan.tiles) * multiple);
@@ -195,7 +205,7 @@ ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize,
   plan.streaming = view.numel() * output_itemsize > limits.l2_bytes / 2;
   if (plan.by_rows) {
     const int values = values_per_access(itemsize);
-    plan.flat.view = view;
+    plan.flat.view = flattened(view);
     plan.flat.values = aligned && view.inner >= values ? values : 1;
     plan.flat.aligned = view.inner % plan.flat.values == 0;
     plan.flat.blocks = ceil_div(ceil_div(view.numel(), plan.flat.values), kThreads * kFlatVectors);
@@ -203,7 +213,7 @@ ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize,
   }
   ColumnsPlan& columns = plan.columns;
   columns = columns_of(view, itemsize, aligned, folded ? width_for(view.outer, kApplicationWidth) : kApplicationWidth);
-  const int64_t chunks = ceil_div(kBlocksPerMultiprocessor * limits.multiprocessors, columns.tiles);
+  const int64_t chunks = ceil_div(kBlocksPerMultiprocessor * limits.multiprocessors, view.samples * columns.tiles);
   columns.chunk = std::clamp<int64_t>(ceil_div(columns.rows, chunks * columns.height), 1, kRowsPerThread);
   columns.chunk *= columns.height;
   columns.splits = 0;  // the kernel counts chunks along gridDim.x: there can be more than gridDim.y holds

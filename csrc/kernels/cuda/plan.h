@@ -74,13 +74,14 @@ struct RowsPlan {
 //             column c belongs to channel c % channels
 //   folded    channels first, if the values of one channel do not fill vectors but those of all channels together do:
 //             column c belongs to channel c / inner
+// With several samples, the matrices of all samples are below one another, and each sample has its own tiles.
 struct ColumnsPlan {
   ChannelView view;
   int values;  // per vector
   int repeat;
-  int64_t columns, rows;
+  int64_t columns, rows;  // of one sample
   int width, height;
-  int64_t tiles;
+  int64_t tiles;  // of one sample
   int64_t chunk;
   int splits;
   bool single;  // one launch: a block reduces all of a tile and applies the results
@@ -125,13 +126,14 @@ struct ReductionPlan {
   int group;
 
   constexpr bool single() const { return by_rows ? rows.single : columns.single; }
-  constexpr int64_t tiles() const { return by_rows ? rows.tiles : columns.tiles; }
+  constexpr int64_t tiles() const { return by_rows ? rows.tiles : columns.view.samples * columns.tiles; }
   constexpr int splits() const { return by_rows ? rows.splits : columns.splits; }
   constexpr int groups() const { return (splits() + group - 1) / group; }
 };
 
 // The plan of a reduction that reads `inputs` tensors of `itemsize` bytes per value. `aligned`: every tensor begins on
-// a multiple of kAccessBytes. `may_apply`: the launch may apply the results.
+// a multiple of kAccessBytes. `may_apply`: the launch may apply the results. Several samples must be channels last, or
+// have an outer extent of 1; how their values are summed does not depend on the number of samples.
 ReductionPlan plan_reduction(const ChannelView& view, int itemsize, int inputs, bool aligned, bool may_apply,
                              const DeviceLimits& limits, const Residency& resident = {});
 

@@ -273,7 +273,7 @@ struct ColumnStates {
     const int last_reader = (more > 0 ? more : plan.height) - 1;
     for (int i = lane; i < plan.columns_each() * plan.height; i += lanes) {
       const int x = plan.tile_column(channel, i / plan.height), y = i % plan.height;
-      const bool lacks_one = y == last_reader && it.ends_before(blockIdx.x * static_cast<int64_t>(tile_columns) + x);
+      const bool lacks_one = y == last_reader && it.ends_before(it.tile_column() + x);
       const int64_t count = each + (y < more) - lacks_one;
       if (count <= 0) continue;
       typename Op::Sum folded[Op::kSums];
@@ -390,17 +390,20 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
-// Matrices: a thread per vector of columns and row. A block per tile of columns (blockIdx.x) and split (blockIdx.y).
+// Matrices: a thread per vector of columns and row. A block per tile of columns of a sample (blockIdx.x) and split
+// (blockIdx.y).
 template <class Op, class Finish, class Apply, int kValues>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_columns(const Op op, const Finish finish, const Apply apply, const ColumnsPlan plan,
                    const Partials<typename Op::Sum> partials) {
   allow_next_launch();
   NF_SHARED(typename Op::State, states, [kThreads * kValues]);
-  ColumnIterator<kValues> it(plan, blockIdx.x, blockIdx.y);
+  const auto sample = blockIdx.x / static_cast<unsigned>(plan.tiles);
+  const int64_t tile = blockIdx.x - sample * plan.tiles;
+  ColumnIterator<kValues> it(plan, sample, tile, blockIdx.y);
   const int channels = plan.tile_channels(), tile_columns = plan.width * kValues;
-  const int64_t first = blockIdx.x * static_cast<int64_t>(channels);
-  const ChannelRange range{first, first + channels < plan.view.channels ? first + channels : plan.view.channels};
+  const int64_t first = it.first_channel + tile * channels, end = it.first_channel + plan.view.channels;
+  const ChannelRange range{first, first + channels < end ? first + channels : end};
 
   if (first + threadIdx.x < range.last) finish.prefetch(first + threadIdx.x);
   typename Op::State state[kValues];
@@ -427,7 +430,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if constexpr (!std::is_same_v<Apply, NoApply>) {
     __syncthreads();  // the coefficients are written
     apply.prologue();
-    apply_tile<Apply, kValues>(apply, plan, blockIdx.x, 0, false);
+    apply_tile<Apply, kValues>(apply, plan, sample, tile, 0, false);
   }
 }
 

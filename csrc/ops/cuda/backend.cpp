@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/cuda/kernels.h"
@@ -116,6 +117,12 @@ std::string extents(const Args& args) {
 }
 std::string extents(const Standardize& args) {
   return c10::str(args.images, " images of ", args.channels, " x ", args.pixels, " values");
+}
+template <class Args>
+  requires std::is_same_v<decltype(Args::view), GroupView>
+std::string extents(const Args& args) {
+  const GroupView& view = args.view;
+  return c10::str(view.samples, " samples of ", view.groups, " groups, ", view.channels, " x ", view.inner, " values");
 }
 std::string extents(const MergeRanks& args) { return c10::str(args.ranks, " ranks of ", args.channels, " channels"); }
 

@@ -1,0 +1,114 @@
+#include "kernels/cuda/group_norm.cuh"
+
+#include "kernels/cuda/batch_norm_dtype.h"
+#include "kernels/cuda/launch.cuh"
+
+namespace normfused::cuda {
+
+namespace {
+
+double* doubles(int64_t count, Resources& resources) {
+  return static_cast<double*>(resources.scratch(count * static_cast<int64_t>(sizeof(double))));
+}
+
+template <class T>
+compute_t<T>* table_of(int rows, const GroupView& view, Resources& resources) {
+  using S = compute_t<T>;
+  return static_cast<S*>(resources.scratch(rows * view.samples * view.channels * static_cast<int64_t>(sizeof(S))));
+}
+
+// The first error of calls, none of which is made after it.
+template <class... F>
+cudaError_t in_turn(const F&... calls) {
+  cudaError_t error = cudaSuccess;
+  (void)(((error = calls()) == cudaSuccess) && ...);
+  return error;
+}
+
+ChannelVector vector_of(double* data) { return {data, DType::kFloat64}; }
+
+// Channels first, the values of a statistic are contiguous, and are reduced together. Channels last, each channel of a
+// sample is reduced.
+template <class T>
+cudaError_t forward(const GroupNormForward& args, Resources& resources) {
+  using S = compute_t<T>;
+  const GroupView& view = args.view;
+  const ChannelView channels = view.by_sample();
+  const ChannelView reduced = view.channels_last ? channels : ChannelView{1, view.groups, view.count(), view.samples};
+  const int64_t count = reduced.statistics();
+  double* const results = doubles(4 * count, resources);
+  S* const table = table_of<T>(BatchNormOf<T>::kForwardRows, view, resources);
+  const ChannelStats stats{
+      reduced, args.dtype, args.input, {results, results + count, results + 2 * count, results + 3 * count}};
+  const FinishGroups<S> finish{args, results, results + count, count / view.statistics(), reduced.positions(), table};
+
+  BatchNormForward normalize{};
+  normalize.view = channels;
+  normalize.dtype = args.dtype;
+  normalize.input = args.input;
+  normalize.output = args.output;
+  normalize.activation = args.activation;
+  normalize.residual = args.residual;
+  normalize.mask = args.mask;
+  return in_turn([&] { return channel_moments(stats, resources); },
+                 [&] { return for_each_statistic(finish, view.statistics(), view.width(), resources.stream); },
+                 [&] { return BatchNormOf<T>::normalize(normalize, table, resources); });
+}
+
+template <class T>
+cudaError_t backward(const GroupNormBackward& args, Resources& resources) {
+  using S = compute_t<T>;
+  const GroupView& view = args.view;
+  const int64_t count = view.samples * view.channels;
+  double* const arrays = doubles(6 * count, resources);
+  double *const weight = arrays + 2 * count, *const grad_weight = arrays + 4 * count;
+  double* const grad_bias = arrays + 5 * count;
+  S* const table = table_of<T>(BatchNormOf<T>::kBackwardRows, view, resources);
+  const ChannelsOfGroups channels{args, arrays, arrays + count, weight, arrays + 3 * count};
+  const FinishGroupsBackward<S> finish{args, weight, grad_weight, grad_bias, table};
+
+  BatchNormBackward by_channel{};
+  by_channel.view = view.by_sample();
+  by_channel.dtype = args.dtype;
+  by_channel.grad_output = args.grad_output;
+  by_channel.input = args.input;
+  by_channel.grad_input = args.grad_input;
+  by_channel.weight = vector_of(weight);
+  by_channel.grad_weight = vector_of(grad_weight);
+  by_channel.grad_bias = vector_of(grad_bias);
+  by_channel.mean = channels.mean;
+  by_channel.invstd = channels.invstd;
+  by_channel.training = true;
+  by_channel.activation = args.activation;
+  by_channel.bias = vector_of(channels.bias);
+  by_channel.residual = args.residual;
+  by_channel.mask = args.mask;
+  by_channel.grad_residual = args.grad_residual;
+
+  const auto sum_over_samples = [&](const SampleParameter& output, const double* gradients) {
+    if (!output) return cudaSuccess;
+    return for_each_channel(SumOverSamples{gradients, output, view.samples, view.channels},
+                            output.by_sample ? count : view.channels, resources.stream);
+  };
+  const auto apply = [&] {
+    if (args.grad_input == nullptr) return cudaSuccess;
+    return in_turn([&] { return for_each_statistic(finish, view.statistics(), view.width(), resources.stream); },
+                   [&] { return BatchNormOf<T>::grad_input(by_channel, table, resources); });
+  };
+  return in_turn([&] { return for_each_channel(channels, count, resources.stream); },
+                 [&] { return BatchNormOf<T>::grad_sums(by_channel, table, resources); },
+                 [&] { return sum_over_samples(args.grad_weight, grad_weight); },
+                 [&] { return sum_over_samples(args.grad_bias, grad_bias); }, apply);
+}
+
+}  // namespace
+
+cudaError_t group_norm(const GroupNormForward& args, Resources& resources) {
+  return for_floating(args.dtype, [&](auto type) { return forward<typename decltype(type)::type>(args, resources); });
+}
+
+cudaError_t group_norm_backward(const GroupNormBackward& args, Resources& resources) {
+  return for_floating(args.dtype, [&](auto type) { return backward<typename decltype(type)::type>(args, resources); });
+}
+
+}  // namespace normfused::cuda

@@ -1,0 +1,140 @@
+// Group norm, of which instance norm is the case of one channel per group: what is computed per statistic, between
+// launches of the kernels of batch norm.
+//
+// A tensor is a ChannelView in which each channel of each sample has coefficients of its own (GroupView::by_sample).
+// Such a channel has the index statistic * width + j, where j counts the channels of its group. Neighbouring lanes of a
+// warp compute one statistic together.
+#pragma once
+
+#include "kernels/cuda/batch_norm.cuh"
+
+namespace normfused::cuda {
+
+// Kernel: calls function(statistic, lane, lanes, is_present) in `lanes` neighbouring threads for every statistic. The
+// lanes of the last warp that have no statistic are called with the last one and is_present = false: they must take part
+// in shuffles, and write nothing.
+template <class F>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    each_statistic(const F function, const int64_t statistics, const int lanes) {
+  allow_next_launch();
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads / lanes) + threadIdx.x / lanes;
+  const bool is_present = i < statistics;
+  function(is_present ? i : statistics - 1, static_cast<int>(threadIdx.x) % lanes, lanes, is_present);
+}
+
+// Lanes for statistics of this many channels each: a power of two, at most a warp.
+template <class F>
+cudaError_t for_each_statistic(const F& function, int64_t statistics, int64_t width, cudaStream_t stream) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes < width) lanes *= 2;
+  const auto blocks = static_cast<unsigned>((statistics * lanes + kThreads - 1) / kThreads);
+  return launch(LaunchConfig{dim3(blocks), dim3(kThreads), stream}, each_statistic<F>, function, statistics, lanes);
+}
+
+// The sum over `lanes` neighbouring lanes, bitwise equal in all of them.
+NF_DEVICE double sum_of_lanes(double value, int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+// The parameters' entry of a channel of a sample.
+NF_DEVICE double read_parameter(const SampleParameter& parameter, int64_t index, int64_t channels, double absent) {
+  return read(parameter, parameter.by_sample ? index : index % channels, absent);
+}
+
+// Merges the moments of `parts` parts of each statistic, `count` values each, and writes mean and invstd of the
+// statistic and the coefficients of NormalizeOp of its channels.
+template <class S>
+struct FinishGroups {
+  GroupNormForward args;
+  const double *mean, *m2;  // (statistics, parts)
+  int64_t parts, count;
+  S* table;
+
+  NF_DEVICE void operator()(int64_t statistic, int lane, int lanes, bool is_present) const {
+    const GroupView& view = args.view;
+    const double *const means = mean + statistic * parts, *const m2s = m2 + statistic * parts;
+    // Deviations from the first mean: a constant statistic has exact moments.
+    double offset = 0, squares = 0;
+    for (int64_t i = lane; i < parts; i += lanes) offset += means[i] - means[0];
+    offset = sum_of_lanes(offset, lanes) / static_cast<double>(parts);
+    const double merged_mean = means[0] + offset;
+    for (int64_t i = lane; i < parts; i += lanes) {
+      const double deviation = means[i] - merged_mean;
+      squares += m2s[i] + deviation * deviation * static_cast<double>(count);
+    }
+    const Moments moments{view.count(), merged_mean, sum_of_lanes(squares, lanes)};
+    const double invstd = invstd_of(biased_variance(moments), args.eps);
+    if (!is_present) return;
+    if (lane == 0) {
+      args.mean[statistic] = moments.mean;
+      args.invstd[statistic] = invstd;
+    }
+    for (int64_t j = lane; j < view.width(); j += lanes) {
+      const int64_t c = statistic * view.width() + j;
+      const double weight = read_parameter(args.weight, c, view.channels, 1);
+      const double bias = read_parameter(args.bias, c, view.channels, 0);
+      store_coefficients(table, view.samples * view.channels, c,
+                         forward_coefficients<S>({moments.mean, invstd, weight, bias}));
+    }
+  }
+};
+
+// What GradSumsOp reads of a channel of a sample. Arrays have an entry for each.
+struct ChannelsOfGroups {
+  GroupNormBackward args;
+  double *mean, *invstd, *weight, *bias;  // written
+
+  NF_DEVICE void operator()(int64_t c) const {
+    const int64_t statistic = c / args.view.width();
+    mean[c] = args.mean[statistic];
+    invstd[c] = args.invstd[statistic];
+    weight[c] = read_parameter(args.weight, c, args.view.channels, 1);
+    bias[c] = read_parameter(args.bias, c, args.view.channels, 0);
+  }
+};
+
+// Replaces the coefficients of GradInputOp that depend on sums, which those of the channels of a group share. With
+// gradients of z weighted by `weight`, the statistic is that of a batch norm without parameters.
+template <class S>
+struct FinishGroupsBackward {
+  GroupNormBackward args;
+  const double *weight, *grad_weight, *grad_bias;  // of each channel of each sample
+  S* table;
+
+  NF_DEVICE void operator()(int64_t statistic, int lane, int lanes, bool is_present) const {
+    const GroupView& view = args.view;
+    const int64_t first = statistic * view.width(), channels = view.samples * view.channels;
+    double of_weight = 0, of_bias = 0;
+    for (int64_t j = lane; j < view.width(); j += lanes) {
+      of_weight += weight[first + j] * grad_weight[first + j];
+      of_bias += weight[first + j] * grad_bias[first + j];
+    }
+    of_weight = sum_of_lanes(of_weight, lanes);
+    of_bias = sum_of_lanes(of_bias, lanes);
+    if (!is_present) return;
+    const Normalization plain{args.mean[statistic], args.invstd[statistic], 1, 0};
+    const auto k = backward_coefficients<S>(plain, view.count(), of_weight, of_bias);
+    for (int64_t c = first + lane; c < first + view.width(); c += lanes) {
+      table[GradCoefficient::kSlope * channels + c] = k.slope;
+      table[GradCoefficient::kShift * channels + c] = k.shift;
+    }
+  }
+};
+
+// Writes entry i of a parameter's gradient: that of a sample, or the sum over the samples in their order.
+struct SumOverSamples {
+  const double* gradients;  // (samples, channels)
+  SampleParameter output;
+  int64_t samples, channels;
+
+  NF_DEVICE void operator()(int64_t i) const {
+    double sum = 0;
+    const int64_t end = output.by_sample ? i + 1 : samples * channels;
+#pragma unroll 4
+    for (int64_t c = i; c < end; c += channels) sum += gradients[c];
+    write(output, i, sum);
+  }
+};
+
+}  // namespace normfused::cuda
