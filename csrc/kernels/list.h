@@ -58,10 +58,10 @@ NF_DTYPE_KERNEL(group_norm, GroupNormForward)
 NF_DTYPE_KERNEL(group_norm_backward, GroupNormBackward)
 
 // Layer norm and RMS norm, over the channels of each position. The results of a position do not depend on the others.
-NF_CPU_KERNEL(layer_norm, LayerNormForward)
+NF_DTYPE_KERNEL(layer_norm, LayerNormForward)
 
 // Writes the gradients whose pointers are not null.
-NF_CPU_KERNEL(layer_norm_backward, LayerNormBackward)
+NF_DTYPE_KERNEL(layer_norm_backward, LayerNormBackward)
 
 #undef NF_CPU_KERNEL
 #undef NF_DTYPE_KERNEL

@@ -265,6 +265,27 @@ NF_FN BackwardCoefficients<S> backward_coefficients(const Normalization& n, int6
   return {pivot, static_cast<S>(scale), static_cast<S>(slope), static_cast<S>(shift)};
 }
 
+// Mean and invstd of layer norm. In RMS norm, with `subtract_mean` false, the mean counts as 0; the mean of squares is
+// the variance plus the squared mean.
+struct LayerStatistics {
+  double mean, invstd;
+};
+
+NF_FN LayerStatistics layer_statistics(const Moments& m, bool subtract_mean, double eps) {
+  const double kept = subtract_mean ? 1 : 0, rest = (1 - kept) * m.mean;
+  return {kept * m.mean, invstd_of(biased_variance(m) + rest * rest, eps)};
+}
+
+// Backward of layer norm, from the sum of k and of k * (x - pivot) over the `count` values of a statistic; k is
+// grad_output * weight. RMS norm has no gradient through a mean.
+template <class S>
+NF_FN BackwardCoefficients<S> layer_backward_coefficients(const LayerStatistics& statistics, int64_t count,
+                                                          bool subtract_mean, double sum_k, double sum_kd) {
+  const double kept = subtract_mean ? 1 : 0;
+  const Normalization plain{statistics.mean, statistics.invstd, 1, 0};
+  return backward_coefficients<S>(plain, count, grad_weight_of<S>(plain, sum_k, sum_kd), kept * sum_k);
+}
+
 // ---- activations -------------------------------------------------------------------------------------------------
 // V is a floating type S or a vector of S. E provides the elementary functions: exp(x), expm1(x) for x <= 0,
 // quotient(a, b), and normal(x), the standard normal distribution function and density.

@@ -9,6 +9,7 @@
 #include "definition.h"
 #include "group_norm.h"
 #include "kernels/cuda/batch_norm.cuh"
+#include "layer_norm.h"
 #include "resources.h"
 
 using namespace normfused;
@@ -67,6 +68,10 @@ struct Cuda {
   }
   void group_norm_backward(const GroupNormBackward& args) const {
     start("group_norm_backward", cuda::group_norm_backward, args, 6);
+  }
+  void layer_norm(const LayerNormForward& args) const { start("layer_norm", cuda::layer_norm, args, 3); }
+  void layer_norm_backward(const LayerNormBackward& args) const {
+    start("layer_norm_backward", cuda::layer_norm_backward, args, 5);
   }
 };
 
@@ -259,6 +264,28 @@ void run_groups(std::mt19937& random) {
       }
 }
 
+// Rows of single values and of vectors, held by a few lanes, by a warp, by a block, and in several chunks; columns that
+// are plain, repeated and of single values, in one tile and many; parameters by sample.
+void run_layers(std::mt19937& random) {
+  const ChannelView views[] = {{5, 7, 1},  {31, 64, 1},   {12, 200, 1}, {9, 768, 1},  {3, 4100, 1}, {4, 3001, 1},
+                               {2, 18000, 1}, {1, 1, 1},  {6, 1, 1},    {700, 16, 1}, {4, 12, 49},  {2, 40, 64},
+                               {6, 3, 5},  {3, 130, 36},  {2, 2, 3000}, {3, 1, 8}};
+  int64_t cases = 0;
+  for (const ChannelView& view : views)
+    for (const int64_t offset : {0, 1})
+      for (const bool subtract_mean : {true, false}) {
+        const int64_t samples = view.outer % 3 == 0 ? 3 : 1;
+        for (const LayerNormOptions& options :
+             {LayerNormOptions{1, false, subtract_mean, cases % 2 == 0}, {samples, cases % 4 < 2, subtract_mean, true}}) {
+          const Cuda& device = kDevices[++cases % 2];
+          run_layer_norm<float>(device, view, options, offset, random);
+          run_layer_norm<BFloat16>(device, view, options, offset, random);
+          run_layer_norm<double>(device, view, options, offset, random);
+          run_layer_norm<Half>(device, view, options, offset, random);
+        }
+      }
+}
+
 // Prints how many values were checked and how many cases of each kernel ran.
 void report() {
   std::printf("order %u: %lld values checked\n", cudahost::order, static_cast<long long>(checks));
@@ -273,6 +300,7 @@ int main(int argc, char** argv) {
   std::mt19937 random(7);
   if (size == "samples") {
     run_groups(random);
+    run_layers(random);
     report();
     return 0;
   }

@@ -168,33 +168,31 @@ void begin_layers(const double* mean, const double* invstd, int64_t n, const Ent
   }
 }
 
-// Writes mean and invstd, from mean and M2, and the constants of d. The mean of squares is the variance plus the
-// squared mean.
+// Writes mean and invstd, from mean and M2, and the constants of d.
 template <class S>
 void finish_layers(const LayerNormForward& args, int64_t first, int64_t n, const Entries<double>& moments,
                    const Entries<S>& table) {
   double* const mean = args.mean + first;
   double* const invstd = args.invstd + first;
-  const double kept = args.subtract_mean ? 1 : 0;
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const double rest = (1 - kept) * moments(0, i);
-    invstd[i] = invstd_of(biased_variance({args.view.channels, 0, moments(1, i)}) + rest * rest, args.eps);
-    mean[i] = kept * moments(0, i);
+    const LayerStatistics finished =
+        layer_statistics({args.view.channels, moments(0, i), moments(1, i)}, args.subtract_mean, args.eps);
+    mean[i] = finished.mean;
+    invstd[i] = finished.invstd;
   }
   begin_layers(mean, invstd, n, table);
 }
 
-// The rest of the constants, from the sums of LayerGradSumsOp. RMS norm has no gradient through a mean.
+// The rest of the constants, from the sums of LayerGradSumsOp.
 template <class S>
 void finish_layers_backward(const LayerNormBackward& args, int64_t first, int64_t n, const Entries<double>& sums,
                             const Entries<S>& table) {
-  const double kept = args.subtract_mean ? 1 : 0;
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const Normalization plain{args.mean[first + i], args.invstd[first + i], 1, 0};
-    const double of_scale = grad_weight_of<S>(plain, sums(0, i), sums(1, i));
-    const auto k = backward_coefficients<S>(plain, args.view.channels, of_scale, kept * sums(0, i));
+    const auto k =
+        layer_backward_coefficients<S>({args.mean[first + i], args.invstd[first + i]}, args.view.channels,
+                                       args.subtract_mean, sums(0, i), sums(1, i));
     table(LayerTable::kSlope, i) = k.slope;
     table(LayerTable::kShift, i) = k.shift;
   }

@@ -9,6 +9,7 @@
 namespace normfused::cuda {
 
 inline constexpr int kWarps = kThreads / kWarp;
+inline constexpr int kMaxWarps = kLayerThreads / kWarp;  // of any block
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Programmatic dependent launch, first half: the next launch of the stream may start once every block of this launch
@@ -55,6 +56,26 @@ NF_DEVICE void merge_lanes(typename Op::Sum (&sums)[Op::kSums], int lanes) {
   if (threadIdx.x % lanes == 0)
     for (int w = 1; w < lanes / kWarp; ++w)
       for (int k = 0; k < Op::kSums; ++k) sums[k] = Op::merge(k, sums[k], warp_sums[(warp + w) * Op::kSums + k]);
+}
+
+// Block-wide: the sums of n values over every `lanes` neighbouring threads, in all of these threads and bitwise equal
+// there. All threads of the block must call it, with the same `lanes`. With more lanes than a warp it begins with a
+// barrier.
+template <int n>
+NF_DEVICE void sum_lanes(double (&values)[n], int lanes) {
+  NF_SHARED(double, warp_sums, [kMaxWarps * n]);
+  for (int step = (lanes < kWarp ? lanes : kWarp) / 2; step > 0; step /= 2)
+    for (int k = 0; k < n; ++k) values[k] += __shfl_xor_sync(kAllLanes, values[k], step);
+  if (lanes <= kWarp) return;
+  __syncthreads();  // all threads have read the sums of the previous call
+  const int warp = threadIdx.x / kWarp, first = threadIdx.x / lanes * (lanes / kWarp);
+  if (threadIdx.x % kWarp == 0)
+    for (int k = 0; k < n; ++k) warp_sums[warp * n + k] = values[k];
+  __syncthreads();
+  for (int k = 0; k < n; ++k) {
+    values[k] = warp_sums[first * n + k];
+    for (int w = 1; w < lanes / kWarp; ++w) values[k] += warp_sums[(first + w) * n + k];
+  }
 }
 
 // Grid-wide: whether this block is the last of `expected` blocks to arrive at the ticket. If it is, it sees everything

@@ -31,12 +31,6 @@ cudaError_t for_each_statistic(const F& function, int64_t statistics, int64_t wi
   return launch(LaunchConfig{dim3(blocks), dim3(kThreads), stream}, each_statistic<F>, function, statistics, lanes);
 }
 
-// The sum over `lanes` neighbouring lanes, bitwise equal in all of them.
-NF_DEVICE double sum_of_lanes(double value, int lanes) {
-  for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
 // The parameters' entry of a channel of a sample.
 NF_DEVICE double read_parameter(const SampleParameter& parameter, int64_t index, int64_t channels, double absent) {
   return read(parameter, parameter.by_sample ? index : index % channels, absent);
@@ -55,15 +49,16 @@ struct FinishGroups {
     const GroupView& view = args.view;
     const double *const means = mean + statistic * parts, *const m2s = m2 + statistic * parts;
     // Deviations from the first mean: a constant statistic has exact moments.
-    double offset = 0, squares = 0;
-    for (int64_t i = lane; i < parts; i += lanes) offset += means[i] - means[0];
-    offset = sum_of_lanes(offset, lanes) / static_cast<double>(parts);
-    const double merged_mean = means[0] + offset;
+    double offset[1] = {}, squares[1] = {};
+    for (int64_t i = lane; i < parts; i += lanes) offset[0] += means[i] - means[0];
+    sum_lanes(offset, lanes);
+    const double merged_mean = means[0] + offset[0] / static_cast<double>(parts);
     for (int64_t i = lane; i < parts; i += lanes) {
       const double deviation = means[i] - merged_mean;
-      squares += m2s[i] + deviation * deviation * static_cast<double>(count);
+      squares[0] += m2s[i] + deviation * deviation * static_cast<double>(count);
     }
-    const Moments moments{view.count(), merged_mean, sum_of_lanes(squares, lanes)};
+    sum_lanes(squares, lanes);
+    const Moments moments{view.count(), merged_mean, squares[0]};
     const double invstd = invstd_of(biased_variance(moments), args.eps);
     if (!is_present) return;
     if (lane == 0) {
@@ -105,16 +100,15 @@ struct FinishGroupsBackward {
   NF_DEVICE void operator()(int64_t statistic, int lane, int lanes, bool is_present) const {
     const GroupView& view = args.view;
     const int64_t first = statistic * view.width(), channels = view.samples * view.channels;
-    double of_weight = 0, of_bias = 0;
+    double sums[2] = {};
     for (int64_t j = lane; j < view.width(); j += lanes) {
-      of_weight += weight[first + j] * grad_weight[first + j];
-      of_bias += weight[first + j] * grad_bias[first + j];
+      sums[0] += weight[first + j] * grad_weight[first + j];
+      sums[1] += weight[first + j] * grad_bias[first + j];
     }
-    of_weight = sum_of_lanes(of_weight, lanes);
-    of_bias = sum_of_lanes(of_bias, lanes);
+    sum_lanes(sums, lanes);
     if (!is_present) return;
     const Normalization plain{args.mean[statistic], args.invstd[statistic], 1, 0};
-    const auto k = backward_coefficients<S>(plain, view.count(), of_weight, of_bias);
+    const auto k = backward_coefficients<S>(plain, view.count(), sums[0], sums[1]);
     for (int64_t c = first + lane; c < first + view.width(); c += lanes) {
       table[GradCoefficient::kSlope * channels + c] = k.slope;
       table[GradCoefficient::kShift * channels + c] = k.shift;

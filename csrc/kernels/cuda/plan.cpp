@@ -39,6 +39,11 @@ constexpr int64_t kSectorVectors = 2;
 // Rows per thread of an application, which loads its coefficients once.
 constexpr int64_t kRowsPerThread = 8;
 
+// Layer norm, backward: the maximum number of rows, or of tiles of columns, whose sums a block adds up in S.
+constexpr int64_t kSummedInS = 64;
+// Vectors of a tile of columns: a cache line, or of single values a warp.
+constexpr int kLayerWidth = 8;
+
 // A tile of local response normalization with fewer than all channels writes at least 1 / kMinShare of the channels it
 // reads. Torch's own operators read the tensor about as often.
 constexpr int64_t kMinShare = 4;
@@ -217,6 +222,60 @@ ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize,
   columns.chunk = std::clamp<int64_t>(ceil_div(columns.rows, chunks * columns.height), 1, kRowsPerThread);
   columns.chunk *= columns.height;
   columns.splits = 0;  // the kernel counts chunks along gridDim.x: there can be more than gridDim.y holds
+  return plan;
+}
+
+namespace {
+
+// Blocks of one sample that process `tiles` tiles: a wave of blocks, or more if a block would sum too many tiles in S.
+int64_t layer_blocks(int64_t tiles, int64_t samples, int resident, const DeviceLimits& limits) {
+  const int64_t wave = std::max<int64_t>(int64_t{limits.multiprocessors} * resident / samples, 1);
+  return std::min(std::max(wave, ceil_div(tiles, kSummedInS)), tiles);
+}
+
+int power_of_two(int64_t at_least, int most) {
+  int power = 1;
+  while (power < most && power < at_least) power *= 2;
+  return power;
+}
+
+}  // namespace
+
+LayerRowsPlan plan_layer_rows(const ChannelView& view, int64_t samples, int itemsize, bool aligned, bool is_backward,
+                              const DeviceLimits& limits) {
+  LayerRowsPlan plan{};
+  const int64_t columns = view.channels;
+  const int values = values_per_access(itemsize), computed = std::max(itemsize, 4);
+  plan.values = aligned && columns % values == 0 ? values : 1;
+  const auto lanes_of = [&](int vectors) { return ceil_div(ceil_div(columns, plan.values), vectors); };
+  const int few = layer_vectors(computed, plan.values, is_backward, true);
+  const int many = layer_vectors(computed, plan.values, is_backward, false);
+  const bool is_short = lanes_of(few) <= kWarp;
+  plan.vectors = is_short ? few : many;
+  plan.lanes = power_of_two(is_short ? lanes_of(few) : std::max<int64_t>(lanes_of(many), kWarp), kLayerThreads);
+  plan.threads = std::max(plan.lanes, kThreads);
+  const int64_t held = int64_t{plan.lanes} * plan.vectors * plan.values;
+  plan.chunks = static_cast<int>(ceil_div(columns, held));
+  plan.chunk = ceil_div(ceil_div(columns, plan.chunks), plan.values) * plan.values;
+  plan.rows = view.outer / samples;
+  const int resident = plan.threads > kThreads ? 1 : kMinBlocks;
+  plan.blocks = is_backward ? layer_blocks(ceil_div(plan.rows, plan.slots()), samples * plan.chunks, resident, limits)
+                            : ceil_div(view.outer, plan.slots());
+  plan.streaming = view.numel() * itemsize > limits.l2_bytes / 2;
+  return plan;
+}
+
+LayerColumnsPlan plan_layer_columns(const ChannelView& view, int64_t samples, int itemsize, bool aligned,
+                                    const DeviceLimits& limits) {
+  LayerColumnsPlan plan{};
+  const int values = layer_column_values(itemsize);
+  plan.values = aligned && view.inner % values == 0 ? values : 1;
+  plan.width = power_of_two(ceil_div(view.inner, plan.values), plan.values == 1 ? kWarp : kLayerWidth);
+  plan.height = kThreads / plan.width;
+  plan.tiles = ceil_div(view.inner, int64_t{plan.width} * plan.values);
+  plan.outers = view.outer / samples;
+  plan.blocks = layer_blocks(plan.tiles * plan.outers, samples, kMinBlocks, limits);
+  plan.streaming = view.numel() * itemsize > limits.l2_bytes / 2;
   return plan;
 }
 

@@ -176,6 +176,56 @@ struct ApplyPlan {
 ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize, bool aligned,
                      const DeviceLimits& limits);
 
+// --- layer norm, whose statistics are those of one position over all channels
+
+// Channels last: a statistic is a row of memory. `lanes` neighbouring threads hold a chunk of a row in registers,
+// `vectors` vectors each. A row with several chunks takes two launches, of which the first sums each chunk.
+struct LayerRowsPlan {
+  int values, vectors;  // per vector; per thread
+  int lanes, threads;   // of a chunk; of a block
+  int64_t chunk;        // channels, a multiple of `values`
+  int chunks;
+  int64_t rows;    // of one sample
+  int64_t blocks;  // of one chunk; in backward of one sample too, and each processes many rows
+  bool streaming;  // outputs are evicted from the caches first
+
+  constexpr int slots() const { return threads / lanes; }  // rows that a block processes at once
+};
+
+// The bytes of values that a thread holds: of the input, and in backward of each of two inputs and two sums.
+inline constexpr int kLayerBytes = 128, kLayerBackwardBytes = 64;
+// Threads of a block for rows that kThreads threads cannot hold.
+inline constexpr int kLayerThreads = 2 * kThreads;
+
+// Vectors per thread, of `values` values that take `bytes` bytes each in registers: for rows that a few lanes hold, or
+// for longer ones.
+constexpr int layer_vectors(int bytes, int values, bool is_backward, bool is_short) {
+  if (is_short) return is_backward ? 1 : 2;
+  return (is_backward ? kLayerBackwardBytes : kLayerBytes) / bytes / (values > 1 ? values : 4);
+}
+
+// The view's inner extent is 1. `samples` divides the outer extent: each sample has parameters of its own. How the
+// values of a row are summed depends on the number of channels and on `aligned` only.
+LayerRowsPlan plan_layer_rows(const ChannelView& view, int64_t samples, int itemsize, bool aligned, bool is_backward,
+                              const DeviceLimits& limits);
+
+// Channels first, backward: a statistic is a column of a matrix for each outer index, (channels, inner). A block reads
+// `width` vectors of columns by `height` rows at a time, all rows of a tile twice, and processes many tiles.
+struct LayerColumnsPlan {
+  int values;
+  int width, height;
+  int64_t tiles;   // of one outer index
+  int64_t outers;  // outer indices of one sample
+  int64_t blocks;  // of one sample
+  bool streaming;
+};
+
+// Values per vector of a tile of columns.
+constexpr int layer_column_values(int itemsize) { return itemsize == 8 ? 2 : 4; }
+
+LayerColumnsPlan plan_layer_columns(const ChannelView& view, int64_t samples, int itemsize, bool aligned,
+                                    const DeviceLimits& limits);
+
 // --- local response normalization. A block writes `chunk` channels at kWarp positions. Its tile in shared memory also
 // holds the neighbouring channels of their windows. Backward needs three such tiles, 48 KiB.
 inline constexpr int kTileBytes = 16 << 10;
