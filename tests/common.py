@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -19,6 +20,12 @@ DTYPES = [
 ]
 
 LAYOUTS = ["contiguous", "channels_last", "permuted", "sliced", "expanded", "offset"]
+
+
+def sample_id(value: object) -> str:
+    """The id of a parameter. Large samples are marked, so that slow runs can leave them out by ``-k "not large"``."""
+    is_large = isinstance(value, tuple) and math.prod(value) > 10_000
+    return f"large {value}" if is_large else str(value)
 
 
 def dtype_id(value: object) -> str:

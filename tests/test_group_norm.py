@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import DTYPES, LAYOUTS, assert_same_bits, dtype_id, lay_out
+from common import DTYPES, LAYOUTS, assert_same_bits, dtype_id, lay_out, sample_id
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -115,7 +115,7 @@ def test_every_option(device: torch.device, layout: str, options: str, activatio
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [((8, 4, 4), 2), ((32, 7, 7), 8), ((6, 2, 2), 6), ((8, 70, 80), 2), ((2, 300, 300), 1), ((16,), 4)],
-    ids=str,
+    ids=sample_id,
 )
 def test_a_sample_does_not_depend_on_the_batch(
     shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: str, needs_extension: None, thread_count: None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import DTYPES, LAYOUTS, assert_same_bits, dtype_id, lay_out
+from common import DTYPES, LAYOUTS, assert_same_bits, dtype_id, lay_out, sample_id
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -171,7 +171,7 @@ def test_every_option(device: torch.device, layout: str, options: str, rms: bool
         ((6, 5, 7), None),
         ((70, 40, 30), None),
     ],
-    ids=str,
+    ids=sample_id,
 )
 def test_a_sample_does_not_depend_on_the_batch(
     shape: tuple[int, ...],

@@ -5,7 +5,6 @@
 // include guard, because it is included once for each thing that is generated.
 //   NF_DTYPE_KERNEL: on the CPU a template over the input's dtype. Dispatch instantiates it and selects by args.dtype.
 //   NF_UNTYPED_KERNEL: on the CPU one function for each instruction set, which distinguishes dtypes itself.
-// A third one, NF_CPU_KERNEL, is for kernels that exist on the CPU only, by dtype. It is empty unless it is defined.
 #if !defined(NF_DTYPE_KERNEL)
 #define NF_DTYPE_KERNEL NF_KERNEL
 #endif
@@ -14,9 +13,6 @@
 #endif
 #if !defined(NF_KERNEL)
 #define NF_KERNEL(name, Args)
-#endif
-#if !defined(NF_CPU_KERNEL)
-#define NF_CPU_KERNEL(name, Args)
 #endif
 
 // Normalizes with the statistics of the batch, writes them to mean and invstd, and updates running statistics and
@@ -63,7 +59,6 @@ NF_DTYPE_KERNEL(layer_norm, LayerNormForward)
 // Writes the gradients whose pointers are not null.
 NF_DTYPE_KERNEL(layer_norm_backward, LayerNormBackward)
 
-#undef NF_CPU_KERNEL
 #undef NF_DTYPE_KERNEL
 #undef NF_UNTYPED_KERNEL
 #undef NF_KERNEL

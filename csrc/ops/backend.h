@@ -11,7 +11,6 @@ namespace normfused::ops {
 // current stream. Throws if a kernel cannot be launched.
 struct Backend {
 #define NF_KERNEL(name, Args) void (*name)(const Args& args, const at::Device& device);
-#define NF_CPU_KERNEL NF_KERNEL  // null if the device has no such kernel: operators then use their composite
 #include "kernels/list.h"
 
   // Whether local_response_norm has a kernel for these arguments.

@@ -15,7 +15,6 @@ void run(const Args& args, const at::Device&) {
 
 const Backend kCpuBackend{
 #define NF_KERNEL(name, Args) run<Args, cpu::name>,
-#define NF_CPU_KERNEL NF_KERNEL
 #include "kernels/list.h"
     [](const LocalResponseNorm&) { return true; },
 };

@@ -51,13 +51,6 @@ GroupNormCall::Result forward_kernels(const GroupNormCall& call) {
   const Tensor mask =
       empty_output({call.save_mask ? mask_bytes(input.numel()) : 0}, contiguous_options.dtype(at::kByte));
   if (input.numel() == 0) return {output, statistics.zero_(), mask};
-  const Backend& backend = backend_of(input);
-  if (backend.group_norm == nullptr) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!call.save_mask, "save_mask needs a kernel, which ", input.device(), " does not have");
-    statistics.copy_(group_statistics(call));
-    output.copy_(group_norm_composite(call, statistics));
-    return {output, statistics, mask};
-  }
   const OptionalTensor weight = contiguous(call.weight), bias = contiguous(call.bias);
   const OptionalTensor residual = laid_out_as(call.residual, dense);
   GroupNormForward args{};
@@ -73,7 +66,7 @@ GroupNormCall::Result forward_kernels(const GroupNormCall& call) {
   args.activation = activation;
   args.residual = data_of(residual);
   args.mask = call.save_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  backend.group_norm(args, input.device());
+  backend_of(input).group_norm(args, input.device());
   return {output, statistics, mask};
 }
 
@@ -96,14 +89,6 @@ GroupNormBackwardCall::Result empty_gradients(const GroupNormBackwardCall& call,
           of_parameter(requested[2], call.bias ? call.bias : call.weight), of_input(requested[3])};
 }
 
-void copy_requested(const GroupNormBackwardCall& call, GroupNormBackwardCall::Result& to,
-                    const GroupNormBackwardCall::Result& from) {
-  if (call.output_mask[0]) std::get<0>(to).copy_(std::get<0>(from));
-  if (call.output_mask[1]) std::get<1>(to).copy_(std::get<1>(from));
-  if (call.output_mask[2]) std::get<2>(to).copy_(std::get<2>(from));
-  if (call.output_mask[3]) std::get<3>(to).copy_(std::get<3>(from));
-}
-
 GroupNormBackwardCall::Result backward_kernels(const GroupNormBackwardCall& call) {
   check(call);
   const Tensor &input = call.input, dense = as_dense(input);
@@ -115,11 +100,6 @@ GroupNormBackwardCall::Result backward_kernels(const GroupNormBackwardCall& call
     grad_bias.zero_();
   }
   if (input.numel() == 0 || !(requested[0] || requested[1] || requested[2] || requested[3])) return gradients;
-  const Backend& backend = backend_of(input);
-  if (backend.group_norm_backward == nullptr) {
-    copy_requested(call, gradients, group_norm_backward_composite(call));
-    return gradients;
-  }
   const Tensor grad_output = laid_out_as(call.grad_output, dense);
   const OptionalTensor weight = contiguous(call.weight), bias = contiguous(call.bias);
   const OptionalTensor residual = call.mask ? std::nullopt : laid_out_as(call.residual, dense);
@@ -144,7 +124,7 @@ GroupNormBackwardCall::Result backward_kernels(const GroupNormBackwardCall& call
     args.grad_input = scratch.mutable_data_ptr();
   }
   if (requested[3]) args.grad_residual = grad_residual.mutable_data_ptr();
-  backend.group_norm_backward(args, input.device());
+  backend_of(input).group_norm_backward(args, input.device());
   return gradients;
 }
 

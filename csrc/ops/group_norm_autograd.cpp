@@ -50,8 +50,7 @@ struct GroupNormFunction : torch::autograd::Function<GroupNormFunction> {
                                const OptionalTensor& bias, const OptionalTensor& residual, const GroupNormCall& call) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Mode mode{true, activation_of(call.activation, call.activation_param)};
-    const bool by_mask =
-        gradient_is_by_sign(mode.activation) && residual && input.is_cpu() && kCpuBackend.group_norm != nullptr;
+    const bool by_mask = gradient_is_by_sign(mode.activation) && residual;
     const bool recomputes = mode.activation.kind != ActivationKind::kIdentity && !by_mask;
     GroupNormCall changed = call;
     changed.save_mask = by_mask;

@@ -72,14 +72,6 @@ LayerNormCall::Result forward_kernels(const LayerNormCall& call) {
   const Tensor sum = call.residual ? empty_output_like(dense) : at::empty({0}, options);
   const Tensor statistics = at::empty(dims.statistics_shape(input), options.dtype(at::kDouble));
   if (input.numel() == 0) return {output, sum, statistics.zero_()};
-  const Backend& backend = backend_of(input);
-  if (backend.layer_norm == nullptr) {
-    statistics.copy_(layer_statistics(call));
-    const auto [normalized, added] = layer_norm_composite(call, statistics);
-    output.copy_(normalized);
-    if (call.residual) sum.copy_(added);
-    return {output, sum, statistics};
-  }
   const OptionalTensor weight = contiguous(call.weight), bias = contiguous(call.bias);
   const OptionalTensor residual = laid_out_as(call.residual, dense);
   LayerNormForward args{};
@@ -96,7 +88,7 @@ LayerNormCall::Result forward_kernels(const LayerNormCall& call) {
   args.invstd = args.mean + args.view.positions();
   args.residual = data_of(residual);
   if (call.residual) args.sum = sum.mutable_data_ptr();
-  backend.layer_norm(args, input.device());
+  backend_of(input).layer_norm(args, input.device());
   return {output, sum, statistics};
 }
 
@@ -128,14 +120,6 @@ LayerNormBackwardCall::Result backward_kernels(const LayerNormBackwardCall& call
     grad_bias.zero_();
   }
   if (input.numel() == 0 || !(requested[0] || requested[1] || requested[2])) return gradients;
-  const Backend& backend = backend_of(input);
-  if (backend.layer_norm_backward == nullptr) {
-    const auto [of_input, of_weight, of_bias] = layer_norm_backward_composite(call);
-    if (requested[0]) grad_input.copy_(of_input);
-    if (requested[1]) grad_weight.copy_(of_weight);
-    if (requested[2]) grad_bias.copy_(of_bias);
-    return gradients;
-  }
   const Tensor grad_output = laid_out_as(call.grad_output, dense);
   const OptionalTensor weight = contiguous(call.weight), grad_sum = laid_out_as(call.grad_sum, dense);
   LayerNormBackward args{};
@@ -152,7 +136,7 @@ LayerNormBackwardCall::Result backward_kernels(const LayerNormBackwardCall& call
   if (requested[1]) args.grad_weight = sample_parameter(grad_weight, input, dims);
   if (requested[2]) args.grad_bias = sample_parameter(grad_bias, input, dims);
   args.samples = samples_of(input, {args.weight, args.grad_weight, args.grad_bias});
-  backend.layer_norm_backward(args, input.device());
+  backend_of(input).layer_norm_backward(args, input.device());
   return gradients;
 }
 

@@ -177,7 +177,7 @@ def code(objects: dict[tuple[str, str], tuple[Path, str]]) -> dict[str, Function
     ]
     names = demangle([function.name for function in found])
     by_name = {names[function.name]: function for function in found}
-    one_by_one = ("each_channel", "response_")
+    one_by_one = ("each_channel", "each_statistic", "response_")
     return {
         name: function
         for name, function in by_name.items()
@@ -195,7 +195,7 @@ def test_vectors_are_read_by_one_instruction(code: dict[str, Function]) -> None:
 def test_vectors_are_written_by_one_instruction(code: dict[str, Function]) -> None:
     """There are as many plain 16-byte stores as streaming ones, which are intrinsics that nvcc never splits."""
     plain, streaming = r"STG\.E\.128", r"STG\.E\.EF\.128"
-    writing = {name: function for name, function in code.items() if name.startswith("apply_")}
+    writing = {name: function for name, function in code.items() if name.startswith(("apply_", "layer_norm_"))}
     split = {
         name: (stores(function.instructions, plain), stores(function.instructions, streaming))
         for name, function in writing.items()
@@ -214,6 +214,8 @@ MIN_IN_FLIGHT = {
     r"reduce_columns<(SumsOp|\w+<(double|int|long))": ("", 3),
     r"apply_columns<GradInputOp<\w+, true": (".EF", 3),
     r"apply_(?!columns<GradInputOp<\w+, true)": (".EF", 4),
+    r"layer_norm_rows<\w+, \d+, (4|8)": ("", 4),
+    r"layer_norm_backward_rows<\w+, \d+, (2|4)": ("", 4),
 }
 
 
@@ -278,8 +280,8 @@ def access_bytes(name: str) -> int:
     """The bytes of a vector of the kernel's first input, from the kernel's name."""
     sizes = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2, "unsigned char": 1, "signed char": 1}
     sizes |= {"short": 2, "int": 4, "long": 8}
-    item = re.search(r"(?:Op|_tiles)<([a-z_0-9 ]+)[,>]", name)
-    values = re.search(r", (\d+)(?:, (?:true|false))?>$", name)
+    item = re.search(r"(?:Op|_tiles|norm_\w+|add_residuals)<([a-z_0-9 ]+)[,>]", name)
+    values = re.search(r"norm_\w+<\w+, (\d+)", name) or re.search(r", (\d+)(?:, (?:true|false))?>$", name)
     assert item is not None, name
     assert values is not None, name
     return sizes[item[1]] * int(values[1])

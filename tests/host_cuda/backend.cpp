@@ -25,7 +25,6 @@ const char* cpu::capability() { return "cuda"; }
 
 const ops::Backend ops::kCpuBackend{
 #define NF_KERNEL(name, Args) run<Args, cuda::name>,
-#define NF_CPU_KERNEL(name, Args) nullptr,
 #include "kernels/list.h"
     [](const LocalResponseNorm& args) { return cuda::plan_windows(args).chunk > 0; },
 };

@@ -3,8 +3,11 @@
 // the test builds it once per barrier.
 #include "definition.h"
 #include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/layer_norm_columns.cuh"
+#include "kernels/cuda/layer_norm_rows.cuh"
 #include "kernels/cuda/local_response_norm.cuh"
 #include "kernels/cuda/standardize.cuh"
+#include "layer_norm.h"
 #include "resources.h"
 
 using namespace normfused;
@@ -206,6 +209,70 @@ void images(bool input_is_last) {
     }
 }
 
+// Layer norm of float, without its launchers, which instantiate all dtypes.
+struct Layers {
+  std::string name() const { return "layers"; }
+
+  void layer_norm(const LayerNormForward& args) const {
+    HostResources resources(kDevice);
+    if (args.view.inner > 1) return columns(args, resources);
+    const cuda::LayerRowsPlan plan = cuda::plan_layer_rows(args.view, 1, sizeof(float), true, false, kDevice);
+    if (plan.lanes <= cuda::kWarp || plan.chunks > 1) std::abort();
+    launch({dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)), nullptr},
+           cuda::layer_norm_rows<float, 4, cuda::layer_vectors(4, 4, false, false)>, args, plan,
+           cuda::LayerPhase::kBoth, static_cast<Moments*>(nullptr));
+    cudahost::synchronize();
+  }
+
+  void layer_norm_backward(const LayerNormBackward& args) const {
+    const int64_t channels = args.view.channels;
+    std::vector<float> sums;
+    const auto start = [&](auto kernel, const auto& plan, int threads, const auto&... operands) {
+      sums.resize(static_cast<size_t>(plan.blocks * 2 * channels));
+      launch({dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(threads)), nullptr}, kernel, args,
+             plan, operands..., sums.data());
+      cudahost::synchronize();
+    };
+    if (args.view.inner > 1) {
+      start(cuda::layer_norm_backward_columns<float, 4>,
+            cuda::plan_layer_columns(args.view, 1, sizeof(float), true, kDevice), cuda::kThreads);
+    } else {
+      const cuda::LayerRowsPlan plan = cuda::plan_layer_rows(args.view, 1, sizeof(float), true, true, kDevice);
+      start(cuda::layer_norm_backward_rows<float, 4, cuda::layer_vectors(4, 4, true, false)>, plan, plan.threads,
+            cuda::LayerPhase::kBoth, static_cast<double*>(nullptr));
+    }
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const size_t k = i / static_cast<size_t>(channels) % 2, c = i % static_cast<size_t>(channels);
+      static_cast<float*>((k == 0 ? args.grad_bias : args.grad_weight).data)[c] += sums[i];
+    }
+  }
+
+ private:
+  static void columns(const LayerNormForward& args, HostResources& resources) {
+    const float* const input = static_cast<const float*>(args.input);
+    const ChannelView view = cuda::columns_of_positions(args.view);
+    std::vector<float> table(static_cast<size_t>(3 * view.statistics()));
+    const cuda::LayerNormalizeOp<float> normalize{args,
+                                                  input,
+                                                  static_cast<float*>(args.output),
+                                                  table.data(),
+                                                  args.view.outer,
+                                                  cuda::Divider<uint64_t>(static_cast<uint64_t>(args.view.inner)),
+                                                  cuda::Divider<uint64_t>(static_cast<uint64_t>(args.view.channels))};
+    const cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, true, true, kDevice);
+    if (!plan.single()) std::abort();
+    reduce(cuda::MomentsOp<float, false>{input, view, args.eps}, cuda::FinishLayers<float>{args, table.data()},
+           normalize, plan, resources);
+    cudahost::synchronize();
+  }
+};
+
+void layers(const ChannelView& view) {
+  std::mt19937 random(3);
+  Layers backend;
+  run_layer_norm<float>(backend, view, {1, false, true, false}, 0, random);
+}
+
 }  // namespace
 
 int main() {
@@ -228,6 +295,8 @@ int main() {
     training({40, 8, 1}, 2);
     inference({2, 9, 160});
     inference({90, 8, 1});
+    layers({3, 1200, 1});  // a block per row
+    layers({3, 40, 8});    // columns, two tiles per block
     windows({2, 9, 5});
     windows({7, 130, 1});
     images(true);

@@ -247,9 +247,9 @@ void run_all(const ChannelView& view, const std::vector<int64_t>& offsets, std::
 // Samples, groups, channels, positions: runs that are whole, masked, folded and of single values; columns that are
 // plain, repeated and of single values; more channels of a group than lanes of a warp.
 void run_groups(std::mt19937& random) {
-  const int64_t shapes[][4] = {{1, 1, 1, 2},  {2, 3, 6, 35},  {5, 4, 12, 9}, {3, 2, 140, 49}, {1, 2, 6, 4100},
-                               {7, 2, 4, 8},  {2, 5, 5, 64},  {6, 4, 32, 1}, {1, 1, 2, 9000}, {3, 2, 6, 4},
-                               {4, 3, 3, 16}, {2, 1, 40, 130}};
+  const int64_t shapes[][4] = {{1, 1, 1, 2},    {2, 3, 6, 35}, {5, 4, 12, 9}, {3, 2, 140, 49},
+                               {1, 2, 6, 4100}, {7, 2, 4, 8},  {2, 5, 5, 64}, {6, 4, 32, 1},
+                               {1, 1, 2, 9000}, {3, 2, 6, 4},  {4, 3, 3, 16}, {2, 1, 40, 130}};
   for (const auto& [samples, groups, channels, inner] : shapes)
     for (const bool channels_last : {false, true})
       for (const int64_t offset : {0, 1}) {
@@ -267,18 +267,19 @@ void run_groups(std::mt19937& random) {
 // Rows of single values and of vectors, held by a few lanes, by a warp, by a block, and in several chunks; columns that
 // are plain, repeated and of single values, in one tile and many; parameters by sample.
 void run_layers(std::mt19937& random) {
-  const ChannelView views[] = {{5, 7, 1},  {31, 64, 1},   {12, 200, 1}, {9, 768, 1},  {3, 4100, 1}, {4, 3001, 1},
-                               {2, 18000, 1}, {1, 1, 1},  {6, 1, 1},    {700, 16, 1}, {4, 12, 49},  {2, 40, 64},
-                               {6, 3, 5},  {3, 130, 36},  {2, 2, 3000}, {3, 1, 8}};
+  const ChannelView views[] = {{5, 7, 1},     {31, 64, 1},  {12, 200, 1}, {9, 768, 1},  {3, 4100, 1}, {4, 3001, 1},
+                               {2, 18000, 1}, {1, 1, 1},    {6, 1, 1},    {700, 16, 1}, {4, 12, 49},  {2, 40, 64},
+                               {6, 3, 5},     {3, 130, 36}, {2, 2, 3000}, {3, 1, 8}};
   int64_t cases = 0;
   for (const ChannelView& view : views)
     for (const int64_t offset : {0, 1})
       for (const bool subtract_mean : {true, false}) {
         const int64_t samples = view.outer % 3 == 0 ? 3 : 1;
-        for (const LayerNormOptions& options :
-             {LayerNormOptions{1, false, subtract_mean, cases % 2 == 0}, {samples, cases % 4 < 2, subtract_mean, true}}) {
+        for (const LayerNormOptions& options : {LayerNormOptions{1, false, subtract_mean, cases % 2 == 0},
+                                                {samples, cases % 4 < 2, subtract_mean, true}}) {
           const Cuda& device = kDevices[++cases % 2];
           run_layer_norm<float>(device, view, options, offset, random);
+          if (view.numel() > 10000 && cases % 4 > 0) continue;  // slow in the simulator
           run_layer_norm<BFloat16>(device, view, options, offset, random);
           run_layer_norm<double>(device, view, options, offset, random);
           run_layer_norm<Half>(device, view, options, offset, random);

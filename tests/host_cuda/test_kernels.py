@@ -22,7 +22,7 @@ def test_kernels_match_their_definition_in_three_orders(
     cache: Path, record_property: Callable[[str, str], None]
 ) -> None:
     program = build(cache, gcc(), PLAIN, EVERYTHING)
-    tasks = [("full", 0), ("small", 1), ("small", 7)]
+    tasks = [("full", 0), ("samples", 0), ("small", 1), ("samples", 1), ("small", 7), ("samples", 7)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = list(pool.map(lambda task: run(program, task[0], order=task[1]), tasks))
     for done in runs:
@@ -31,8 +31,10 @@ def test_kernels_match_their_definition_in_three_orders(
 
 
 def test_kernels_stay_in_bounds(cache: Path) -> None:
-    done = run(build(cache, gcc(), ADDRESS, EVERYTHING), "small")
-    assert done.returncode == 0, done.stdout + done.stderr
+    program = build(cache, gcc(), ADDRESS, EVERYTHING)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(lambda size: run(program, size), ["small", "samples"]):
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("order", [0, 1, 7])

@@ -49,7 +49,6 @@ const KernelTable& table_for(const MergeRanks&) { return baseline::kernels(); }
 
 #define NF_DTYPE_KERNEL(name, Args) \
   void name(const Args& args, const Parallel& parallel) { table_for(args).of(args.dtype).name(args, parallel); }
-#define NF_CPU_KERNEL NF_DTYPE_KERNEL
 #define NF_UNTYPED_KERNEL(name, Args) \
   void name(const Args& args, const Parallel& parallel) { table_for(args).name(args, parallel); }
 #include "kernels/list.h"

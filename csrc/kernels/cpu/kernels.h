@@ -7,7 +7,6 @@
 namespace normfused::cpu {
 
 #define NF_KERNEL(name, Args) void name(const Args& args, const Parallel& parallel);
-#define NF_CPU_KERNEL NF_KERNEL
 #include "kernels/list.h"
 
 // "avx512", "avx2" or "baseline": the widest instruction set that both the machine and the library support, or the

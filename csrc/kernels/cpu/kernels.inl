@@ -21,7 +21,6 @@ template <class T>
 constexpr DTypeKernels make_kernels() {
   return {
 #define NF_DTYPE_KERNEL(name, Args) name<T>,
-#define NF_CPU_KERNEL NF_DTYPE_KERNEL
 #define NF_UNTYPED_KERNEL(name, Args)
 #include "kernels/list.h"
   };

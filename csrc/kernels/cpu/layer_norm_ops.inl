@@ -190,9 +190,8 @@ void finish_layers_backward(const LayerNormBackward& args, int64_t first, int64_
                             const Entries<S>& table) {
   NF_NO_ALIASES
   for (int64_t i = 0; i < n; ++i) {
-    const auto k =
-        layer_backward_coefficients<S>({args.mean[first + i], args.invstd[first + i]}, args.view.channels,
-                                       args.subtract_mean, sums(0, i), sums(1, i));
+    const auto k = layer_backward_coefficients<S>({args.mean[first + i], args.invstd[first + i]}, args.view.channels,
+                                                  args.subtract_mean, sums(0, i), sums(1, i));
     table(LayerTable::kSlope, i) = k.slope;
     table(LayerTable::kShift, i) = k.shift;
   }

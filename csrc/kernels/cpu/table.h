@@ -8,7 +8,6 @@ namespace normfused::cpu {
 
 struct DTypeKernels {
 #define NF_DTYPE_KERNEL(name, Args) void (*name)(const Args&, const Parallel&);
-#define NF_CPU_KERNEL NF_DTYPE_KERNEL
 #define NF_UNTYPED_KERNEL(name, Args)
 #include "kernels/list.h"
 };

@@ -11,8 +11,8 @@
 namespace normfused::cuda {
 
 // Kernel: calls function(statistic, lane, lanes, is_present) in `lanes` neighbouring threads for every statistic. The
-// lanes of the last warp that have no statistic are called with the last one and is_present = false: they must take part
-// in shuffles, and write nothing.
+// lanes of the last warp that have no statistic are called with the last one and is_present = false: they must take
+// part in shuffles, and write nothing.
 template <class F>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     each_statistic(const F function, const int64_t statistics, const int lanes) {

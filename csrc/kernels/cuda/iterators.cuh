@@ -142,7 +142,7 @@ class ColumnIterator {
   int64_t begin_, row_, end_;
 
  public:
-  const int x, y;  // the thread's place in its block of plan.width by plan.height threads
+  const int x, y;               // the thread's place in its block of plan.width by plan.height threads
   const int64_t first_channel;  // the sample's first statistic
   int64_t column;
 };

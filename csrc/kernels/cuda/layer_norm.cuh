@@ -54,8 +54,7 @@ template <class S>
 NF_DEVICE LayerCoefficients<S> layer_coefficients(const LayerNormBackward& args, const LayerStatistics& statistics,
                                                   const double (&sums)[2]) {
   const auto forward = forward_coefficients<S>({statistics.mean, statistics.invstd, 1, 0});
-  const auto k =
-      layer_backward_coefficients<S>(statistics, args.view.channels, args.subtract_mean, sums[0], sums[1]);
+  const auto k = layer_backward_coefficients<S>(statistics, args.view.channels, args.subtract_mean, sums[0], sums[1]);
   return {forward.pivot, forward.scale, forward.shift, k.slope, k.shift};
 }
 

@@ -1,7 +1,7 @@
 #include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/layer_norm_columns.cuh"
 #include "kernels/cuda/layer_norm_rows.cuh"
-#include "kernels/cuda/launch.cuh"
 
 namespace normfused::cuda {
 
@@ -25,7 +25,9 @@ struct ParameterSums {
     const int64_t channels = args.view.channels, count = args.samples * 2 * channels;
     auto* const results = static_cast<double*>(resources.scratch(4 * count * static_cast<int64_t>(sizeof(double))));
     const DType dtype = sizeof(S) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
-    const ChannelStats stats{ChannelView{blocks, 2 * channels, 1, args.samples}, dtype, data,
+    const ChannelStats stats{ChannelView{blocks, 2 * channels, 1, args.samples},
+                             dtype,
+                             data,
                              {results, results + count, results + 2 * count, results + 3 * count}};
     cudaError_t error = channel_sums(stats, resources);
     for (const auto& [output, sums] : {std::pair{args.grad_bias, results}, {args.grad_weight, results + channels}}) {
@@ -40,9 +42,8 @@ struct ParameterSums {
 
 template <class T, int kValues, int kVectors>
 cudaError_t start_rows(const LayerNormBackward& args, const LayerRowsPlan& plan, Resources& resources) {
-  const LaunchConfig config{
-      dim3(static_cast<unsigned>(args.samples * plan.blocks), static_cast<unsigned>(plan.chunks)),
-      dim3(static_cast<unsigned>(plan.threads)), resources.stream};
+  const LaunchConfig config{dim3(static_cast<unsigned>(args.samples * plan.blocks), static_cast<unsigned>(plan.chunks)),
+                            dim3(static_cast<unsigned>(plan.threads)), resources.stream};
   const ParameterSums<compute_t<T>> sums(args, plan.blocks, resources);
   const auto start = [&](LayerPhase phase, double* chunk_sums) {
     return launch(config, layer_norm_backward_rows<T, kValues, kVectors>, args, plan, phase, chunk_sums, sums.data);
@@ -61,15 +62,9 @@ cudaError_t start_rows(const LayerNormBackward& args, const LayerRowsPlan& plan,
 
 template <class T>
 cudaError_t rows(const LayerNormBackward& args, bool aligned, Resources& resources) {
-  constexpr int kBytes = sizeof(compute_t<T>), kValues = values_per_access(sizeof(T));
-  constexpr int kFew = layer_vectors(kBytes, kValues, true, true), kMany = layer_vectors(kBytes, kValues, true, false);
-  constexpr int kManySingle = layer_vectors(kBytes, 1, true, false);
   const LayerRowsPlan plan = plan_layer_rows(args.view, args.samples, sizeof(T), aligned, true, resources.limits);
-  if (plan.values == 1)
-    return plan.vectors == kFew ? start_rows<T, 1, kFew>(args, plan, resources)
-                                : start_rows<T, 1, kManySingle>(args, plan, resources);
-  return plan.vectors == kFew ? start_rows<T, kValues, kFew>(args, plan, resources)
-                              : start_rows<T, kValues, kMany>(args, plan, resources);
+  return for_layer_vectors<T, true>(
+      plan, [&](auto values, auto vectors) { return start_rows<T, values(), vectors()>(args, plan, resources); });
 }
 
 template <class T>
@@ -78,9 +73,8 @@ cudaError_t columns(const LayerNormBackward& args, bool aligned, Resources& reso
   const LaunchConfig config{dim3(static_cast<unsigned>(args.samples * plan.blocks)), dim3(kThreads), resources.stream};
   const ParameterSums<compute_t<T>> sums(args, plan.blocks, resources);
   const auto start = [&](auto kernel) { return launch(config, kernel, args, plan, sums.data); };
-  const cudaError_t error = plan.values == 1
-                                ? start(layer_norm_backward_columns<T, 1>)
-                                : start(layer_norm_backward_columns<T, layer_column_values(sizeof(T))>);
+  const cudaError_t error = plan.values == 1 ? start(layer_norm_backward_columns<T, 1>)
+                                             : start(layer_norm_backward_columns<T, layer_column_values(sizeof(T))>);
   return error != cudaSuccess ? error : sums.write(resources);
 }
 

@@ -14,9 +14,7 @@ namespace normfused::cuda {
 // --- forward
 
 // The view in which each position is a channel.
-NF_FN ChannelView columns_of_positions(const ChannelView& view) {
-  return {view.channels, view.inner, 1, view.outer};
-}
+NF_FN ChannelView columns_of_positions(const ChannelView& view) { return {view.channels, view.inner, 1, view.outer}; }
 
 // Finish: mean, invstd and the coefficients of LayerNormalizeOp of a position.
 template <class S>
@@ -54,7 +52,7 @@ struct LayerNormalizeOp {
   const T* tensor;
   Output* target;
   const S* table;
-  int64_t outers;                             // outer indices of a sample
+  int64_t outers;  // outer indices of a sample
   Divider<uint64_t> by_inner, by_channels;
 
   NF_DEVICE const T* input(int) const { return tensor; }
@@ -86,9 +84,7 @@ struct LayerNormalizeOp {
     const int64_t channel = row - outer * args.view.channels;
     return parameter.by_sample ? outer / outers * args.view.channels + channel : channel;
   }
-  NF_DEVICE S weight_of(int64_t row) const {
-    return static_cast<S>(read(args.weight, index_of(args.weight, row), 1));
-  }
+  NF_DEVICE S weight_of(int64_t row) const { return static_cast<S>(read(args.weight, index_of(args.weight, row), 1)); }
   NF_DEVICE S bias_of(int64_t row) const { return static_cast<S>(read(args.bias, index_of(args.bias, row), 0)); }
 };
 
@@ -171,8 +167,7 @@ NF_DEVICE void sum_columns(const LayerNormBackward& args, const LayerTile<kValue
 // thread of the block, in every tile.
 template <class T, int kValues>
 NF_DEVICE void write_columns(const LayerNormBackward& args, const LayerTile<kValues>& tile, int64_t weights,
-                             const LayerCoefficients<compute_t<T>> (&c)[kValues], bool is_first,
-                             compute_t<T>* target) {
+                             const LayerCoefficients<compute_t<T>> (&c)[kValues], bool is_first, compute_t<T>* target) {
   using S = compute_t<T>;
   using V = Vector<T, kValues>;
   const int64_t channels = args.view.channels, rounds = (channels + tile.plan.height - 1) / tile.plan.height;
@@ -193,8 +188,7 @@ NF_DEVICE void write_columns(const LayerNormBackward& args, const LayerTile<kVal
         sums[1] += g * layer_deviation(c[i], value);
         result.value[i] = narrow<T>(layer_gradient(c[i], value, g, weight) + widen<S>(grad_sum.value[i]));
       }
-      if (args.grad_input != nullptr)
-        result.store(static_cast<T*>(args.grad_input) + offset, tile.plan.streaming);
+      if (args.grad_input != nullptr) result.store(static_cast<T*>(args.grad_input) + offset, tile.plan.streaming);
     }
     if (target == nullptr) continue;
     for (int step = tile.plan.width / 2; step > 0; step /= 2)
@@ -218,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int64_t weights = first_parameter(args.weight, sample, args.view.channels);
   S* const target = parameter_sums == nullptr ? nullptr : parameter_sums + blockIdx.x * 2 * args.view.channels;
   for (int64_t i = block; i < plan.outers * plan.tiles; i += plan.blocks) {
-    const int64_t outer = i / plan.tiles;
+    const int64_t outer = static_cast<int64_t>(plan.by_tiles(static_cast<uint64_t>(i)));
     const LayerTile<kValues> tile(plan, args.view, sample * plan.outers + outer, i - outer * plan.tiles);
     double mean[kValues]{}, invstd[kValues]{}, totals[kValues][2];
 #pragma unroll

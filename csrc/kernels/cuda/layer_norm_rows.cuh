@@ -90,8 +90,8 @@ NF_DEVICE Moments moments_of(const RowPart<kValues>& part, const Vector<T, kValu
   return is_valid ? moments : Moments{count, exact_mean, m2};
 }
 
-// Loads a thread's vectors of the values that are normalized. With a residual, they are its sum with the input, which is
-// written if `adds`, otherwise read.
+// Loads a thread's vectors of the values that are normalized. With a residual, they are its sum with the input, which
+// is written if `adds`, otherwise read.
 template <class T, int kValues, int kVectors>
 NF_DEVICE void load_summed(const LayerNormForward& args, const RowPart<kValues>& part, bool adds,
                            Vector<T, kValues> (&x)[kVectors]) {
@@ -127,14 +127,13 @@ NF_DEVICE void write_row(const LayerNormForward& args, const RowPart<kValues>& p
     read_entries<S>(args.bias, biases + part.channel(v), 0, bias);
     Vector<T, kValues> y;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i)
-      y.value[i] = narrow<T>(applied(c, widen<S>(x[v].value[i])) * weight[i] + bias[i]);
+    for (int i = 0; i < kValues; ++i) y.value[i] = narrow<T>(applied(c, widen<S>(x[v].value[i])) * weight[i] + bias[i]);
     y.store(target + part.channel(v), streaming);
   }
 }
 
-// Kernel: a block per plan.slots() rows (blockIdx.x) and chunk (blockIdx.y). `parts`: (rows, chunks), the moments of the
-// chunks of rows that have several.
+// Kernel: a block per plan.slots() rows (blockIdx.x) and chunk (blockIdx.y). `parts`: (rows, chunks), the moments of
+// the chunks of rows that have several.
 template <class T, int kValues, int kVectors>
 __global__ void __launch_bounds__(kLayerThreads, 1)
     layer_norm_rows(const LayerNormForward args, const LayerRowsPlan plan, const LayerPhase phase,
@@ -243,9 +242,10 @@ NF_DEVICE void write_row_gradient(const LayerNormBackward& args, const RowPart<k
   }
 }
 
-// Kernel: a block per share of the rows of a sample (blockIdx.x) and chunk (blockIdx.y). `chunk_sums`: (rows, chunks, 2),
-// the sums of k and of k * (x - pivot) of the chunks of rows that have several. `parameter_sums`: (samples * plan.blocks,
-// 2, channels), written unless it is null: the sums of grad_output and of grad_output * d over the rows of each block.
+// Kernel: a block per share of the rows of a sample (blockIdx.x) and chunk (blockIdx.y). `chunk_sums`: (rows, chunks,
+// 2), the sums of k and of k * (x - pivot) of the chunks of rows that have several. `parameter_sums`: (samples *
+// plan.blocks, 2, channels), written unless it is null: the sums of grad_output and of grad_output * d over the rows of
+// each block.
 template <class T, int kValues, int kVectors>
 __global__ void __launch_bounds__(kLayerThreads, 1)
     layer_norm_backward_rows(const LayerNormBackward args, const LayerRowsPlan plan, const LayerPhase phase,
@@ -272,18 +272,39 @@ __global__ void __launch_bounds__(kLayerThreads, 1)
     if (!is_present) continue;
     double* const of_row = chunk_sums + row * plan.chunks * 2;
     if (phase == LayerPhase::kSum) {
-      if (part.lane == 0)
-        for (int k = 0; k < 2; ++k) of_row[blockIdx.y * 2 + k] = totals[k];
+      if (part.lane == 0) {
+        of_row[2 * blockIdx.y] = totals[0];
+        of_row[2 * blockIdx.y + 1] = totals[1];
+      }
       continue;
     }
     if (phase == LayerPhase::kApply)
-      for (int i = 0; i < plan.chunks * 2; ++i) totals[i % 2] += of_row[i];
+      for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+        totals[0] += of_row[2 * chunk];
+        totals[1] += of_row[2 * chunk + 1];
+      }
     write_row_gradient(args, part, weights, x, grad, layer_coefficients<S>(args, statistics, totals), plan.streaming,
                        sums);
   }
   if (phase == LayerPhase::kSum || parameter_sums == nullptr) return;
   const RowPart<kValues> part(plan, 0, true, channels);
   write_row_sums<S, kValues, kVectors>(sums, part, channels, slots, parameter_sums + blockIdx.x * 2 * channels);
+}
+
+// --- host
+
+// Calls start(kValues, kVectors) with the plan's numbers, as std::integral_constant.
+template <class T, bool kBackward, class F>
+cudaError_t for_layer_vectors(const LayerRowsPlan& plan, const F& start) {
+  constexpr int kValues = values_per_access(sizeof(T)), kBytes = sizeof(compute_t<T>);
+  const auto with_values = [&](auto values) {
+    constexpr int kFew = layer_vectors(kBytes, values(), kBackward, true);
+    constexpr int kMany = layer_vectors(kBytes, values(), kBackward, false);
+    return plan.vectors == kFew ? start(values, std::integral_constant<int, kFew>{})
+                                : start(values, std::integral_constant<int, kMany>{});
+  };
+  return plan.values == 1 ? with_values(std::integral_constant<int, 1>{})
+                          : with_values(std::integral_constant<int, kValues>{});
 }
 
 }  // namespace normfused::cuda

@@ -138,8 +138,8 @@ ColumnsPlan columns_of(const ChannelView& view, int itemsize, bool aligned, int6
   const int64_t repeat = view.inner > 1 ? 1 : values / std::gcd<int64_t>(view.channels, values);
   // Positions are repeated in a row only if one tile holds the whole row, and so all columns of its channels. The
   // samples, if there are several, must then end with a row.
-  const bool repeats = repeat * view.channels <= int64_t{kThreads} * values &&
-                       (view.samples == 1 || view.outer % repeat == 0);
+  const bool repeats =
+      repeat * view.channels <= int64_t{kThreads} * values && (view.samples == 1 || view.outer % repeat == 0);
   const bool vectors = aligned && (repeat == 1 || repeats);
   plan.values = vectors ? values : 1;
   plan.repeat = vectors ? static_cast<int>(repeat) : 1;
@@ -273,6 +273,7 @@ LayerColumnsPlan plan_layer_columns(const ChannelView& view, int64_t samples, in
   plan.width = power_of_two(ceil_div(view.inner, plan.values), plan.values == 1 ? kWarp : kLayerWidth);
   plan.height = kThreads / plan.width;
   plan.tiles = ceil_div(view.inner, int64_t{plan.width} * plan.values);
+  plan.by_tiles = Divider<uint64_t>(static_cast<uint64_t>(plan.tiles));
   plan.outers = view.outer / samples;
   plan.blocks = layer_blocks(plan.tiles * plan.outers, samples, kMinBlocks, limits);
   plan.streaming = view.numel() * itemsize > limits.l2_bytes / 2;

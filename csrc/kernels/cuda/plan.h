@@ -214,7 +214,8 @@ LayerRowsPlan plan_layer_rows(const ChannelView& view, int64_t samples, int item
 struct LayerColumnsPlan {
   int values;
   int width, height;
-  int64_t tiles;   // of one outer index
+  int64_t tiles;  // of one outer index
+  Divider<uint64_t> by_tiles;
   int64_t outers;  // outer indices of one sample
   int64_t blocks;  // of one sample
   bool streaming;

@@ -32,7 +32,8 @@
 //   Preloaded, preload(channel)      loads its other inputs, before the results are merged
 //   operator()(channel, results, preloaded)
 //                                    called by one thread, once per channel
-//   kColumnsOnly                     optional: true if tensors are always matrices, so that no kernel for rows is needed
+//   kColumnsOnly                     optional: true if tensors are always matrices, so that no kernel for rows is
+//   needed
 //
 // check_reduce_op() verifies both contracts at compile time.
 #pragma once

@@ -142,7 +142,6 @@ void run(const char* name, cudaError_t (*kernel)(const Args&, cuda::Resources&),
 
 const Backend kCudaBackend{
 #define NF_KERNEL(name, Args) [](const Args& args, const at::Device& device) { run(#name, cuda::name, args, device); },
-#define NF_CPU_KERNEL(name, Args) nullptr,
 #include "kernels/list.h"
     [](const LocalResponseNorm& args) { return cuda::plan_windows(args).chunk > 0; },
 };
