@@ -89,6 +89,42 @@ void bind_cuda_plans(py::module_& m) {
       },
       "operation"_a, "view"_a, "itemsize"_a, "multiprocessors"_a, "l2_bytes"_a,
       "resident"_a = std::array<int, 3>{cuda::kMinBlocks, cuda::kMinBlocks, cuda::kMinBlocks});
+  m.def(
+      "cuda_group_norm_plan",
+      [](std::array<int64_t, 4> view, bool channels_last, int itemsize, bool backward, int multiprocessors,
+         int64_t l2_bytes) {
+        const GroupView group_view{view[0], view[1], view[2], view[3], channels_last};
+        const cuda::DeviceLimits limits{multiprocessors, l2_bytes};
+        const auto t = cuda::group_norm_traffic(group_view, itemsize, backward, limits);
+        const auto r = cuda::plan_reduction(backward ? group_view.by_sample() : group_view.reduced(), itemsize,
+                                            backward ? 2 : 1, true, false, limits);
+        return py::dict("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written, "by_rows"_a = r.by_rows,
+                        "values"_a = r.by_rows ? r.rows.values : r.columns.values, "lanes"_a = r.rows.lanes,
+                        "width"_a = r.columns.width, "tiles"_a = r.tiles(), "splits"_a = r.splits(),
+                        "chunk"_a = r.by_rows ? r.rows.chunk : r.columns.chunk);
+      },
+      "view"_a, "channels_last"_a, "itemsize"_a, "backward"_a, "multiprocessors"_a, "l2_bytes"_a);
+  m.def(
+      "cuda_layer_norm_plan",
+      [](std::array<int64_t, 3> view, int64_t samples, int itemsize, bool backward, int multiprocessors,
+         int64_t l2_bytes) {
+        const ChannelView v{view[0], view[1], view[2]};
+        const cuda::DeviceLimits limits{multiprocessors, l2_bytes};
+        const auto t = cuda::layer_norm_traffic(v, itemsize, backward, limits);
+        py::dict plan("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written);
+        if (v.inner == 1) {
+          const auto p = cuda::plan_layer_rows(v, samples, itemsize, true, backward, limits);
+          plan.attr("update")(py::dict("values"_a = p.values, "vectors"_a = p.vectors, "lanes"_a = p.lanes,
+                                       "threads"_a = p.threads, "chunk"_a = p.chunk, "chunks"_a = p.chunks,
+                                       "blocks"_a = p.blocks, "streaming_stores"_a = p.streaming));
+        } else {
+          const auto p = cuda::plan_layer_columns(v, samples, itemsize, true, limits);
+          plan.attr("update")(py::dict("values"_a = p.values, "width"_a = p.width, "height"_a = p.height,
+                                       "tiles"_a = p.tiles, "blocks"_a = p.blocks, "streaming_stores"_a = p.streaming));
+        }
+        return plan;
+      },
+      "view"_a, "samples"_a, "itemsize"_a, "backward"_a, "multiprocessors"_a, "l2_bytes"_a);
 }
 
 }  // namespace

@@ -155,6 +155,11 @@ struct GroupView {
   constexpr ChannelView by_sample() const {
     return channels_last ? ChannelView{inner, channels, 1, samples} : ChannelView{1, channels, inner, samples};
   }
+  // The largest parts of statistics that are channels of a view: channels first the statistics themselves, whose values
+  // are contiguous, else the channels.
+  constexpr ChannelView reduced() const {
+    return channels_last ? by_sample() : ChannelView{1, groups, count(), samples};
+  }
 };
 
 // A weight or bias of a norm of samples: one value per channel, of shape (C), or for each sample (N, C).

@@ -214,8 +214,12 @@ struct Layers {
   std::string name() const { return "layers"; }
 
   void layer_norm(const LayerNormForward& args) const {
-    HostResources resources(kDevice);
-    if (args.view.inner > 1) return columns(args, resources);
+    if (args.view.inner > 1) {
+      const cuda::LayerColumnsPlan plan = cuda::plan_layer_columns(args.view, 1, sizeof(float), true, kDevice);
+      launch({dim3(static_cast<unsigned>(args.view.outer * plan.tiles)), dim3(cuda::kThreads), nullptr},
+             cuda::layer_norm_columns<float, 4>, args, plan);
+      return cudahost::synchronize();
+    }
     const cuda::LayerRowsPlan plan = cuda::plan_layer_rows(args.view, 1, sizeof(float), true, false, kDevice);
     if (plan.lanes <= cuda::kWarp || plan.chunks > 1) std::abort();
     launch({dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)), nullptr},
@@ -245,25 +249,6 @@ struct Layers {
       const size_t k = i / static_cast<size_t>(channels) % 2, c = i % static_cast<size_t>(channels);
       static_cast<float*>((k == 0 ? args.grad_bias : args.grad_weight).data)[c] += sums[i];
     }
-  }
-
- private:
-  static void columns(const LayerNormForward& args, HostResources& resources) {
-    const float* const input = static_cast<const float*>(args.input);
-    const ChannelView view = cuda::columns_of_positions(args.view);
-    std::vector<float> table(static_cast<size_t>(3 * view.statistics()));
-    const cuda::LayerNormalizeOp<float> normalize{args,
-                                                  input,
-                                                  static_cast<float*>(args.output),
-                                                  table.data(),
-                                                  args.view.outer,
-                                                  cuda::Divider<uint64_t>(static_cast<uint64_t>(args.view.inner)),
-                                                  cuda::Divider<uint64_t>(static_cast<uint64_t>(args.view.channels))};
-    const cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, true, true, kDevice);
-    if (!plan.single()) std::abort();
-    reduce(cuda::MomentsOp<float, false>{input, view, args.eps}, cuda::FinishLayers<float>{args, table.data()},
-           normalize, plan, resources);
-    cudahost::synchronize();
   }
 };
 

@@ -15,8 +15,6 @@
 //   prologue()                        other work of the launch; every thread of an application calls it first
 //   prepare(channel, is_owner, k)     if kPrepares: computes the coefficients k of a channel; is_owner is true in
 //                                     exactly one thread of the launch
-//   kColumnsOnly                      optional: true if tensors are always matrices, so that no kernel for flat tensors
-//                                     is needed
 //
 // check_apply_op() verifies the contract at compile time.
 #pragma once
@@ -408,16 +406,12 @@ cudaError_t apply(const Op& op, const ApplyPlan& plan, cudaStream_t stream, bool
     };
     return columns.values == 1 ? start(apply_columns<Op, 1>) : start(apply_columns<Op, kValues>);
   }
-  if constexpr (kColumnsOnly<Op>) {
-    return cudaErrorInvalidValue;
-  } else {
-    const FlatPlan& flat = plan.flat;
-    const auto start = [&](auto kernel) {
-      return launch(config(flat.blocks), kernel, op, flat, FlatRows(flat.view), plan.streaming);
-    };
-    if (flat.values == 1) return start(apply_flat<Op, 1, true>);
-    return flat.aligned ? start(apply_flat<Op, kValues, true>) : start(apply_flat<Op, kValues, false>);
-  }
+  const FlatPlan& flat = plan.flat;
+  const auto start = [&](auto kernel) {
+    return launch(config(flat.blocks), kernel, op, flat, FlatRows(flat.view), plan.streaming);
+  };
+  if (flat.values == 1) return start(apply_flat<Op, 1, true>);
+  return flat.aligned ? start(apply_flat<Op, kValues, true>) : start(apply_flat<Op, kValues, false>);
 }
 
 }  // namespace normfused::cuda

@@ -13,6 +13,21 @@ cudaError_t for_variant(const Args& args, const F& f) {
   return args.fused() ? f(std::true_type{}) : f(std::false_type{});
 }
 
+template <class Op>
+ApplyPlan apply_plan(const ChannelView& view, bool aligned, const Resources& resources) {
+  return plan_apply(view, planned_itemsize<Op>(), sizeof(typename Op::Output), aligned, resources.limits);
+}
+
+// Applies an Op whose coefficients the previous launch computes.
+template <class Op>
+cudaError_t apply_next(const Op& op, const ApplyPlan& plan, const Resources& resources) {
+  return apply(op, plan, resources.stream, resources.limits.overlap);
+}
+template <class Op>
+cudaError_t apply_next(const Op& op, const ChannelView& view, bool aligned, const Resources& resources) {
+  return apply_next(op, apply_plan<Op>(view, aligned, resources), resources);
+}
+
 // Sets up a NormalizeOp. If it will write the mask bit by bit, which happens with vectors of one value, a launch clears
 // the mask first; otherwise every byte is written by one thread, and only the padding needs clearing.
 template <class Normalize>

@@ -10,13 +10,6 @@
 
 namespace normfused::cuda {
 
-// The member kColumnsOnly of an apply Op or a Finish; false if it has none.
-template <class T>
-inline constexpr bool kColumnsOnly = false;
-template <class T>
-  requires(T::kColumnsOnly)
-inline constexpr bool kColumnsOnly<T> = true;
-
 // Declares a trait that is true for types T for which the given expression or type compiles.
 #define NF_TRAIT(name, ...)         \
   template <class T, class = void>  \

@@ -34,7 +34,7 @@ cudaError_t forward(const GroupNormForward& args, Resources& resources) {
   using S = compute_t<T>;
   const GroupView& view = args.view;
   const ChannelView channels = view.by_sample();
-  const ChannelView reduced = view.channels_last ? channels : ChannelView{1, view.groups, view.count(), view.samples};
+  const ChannelView reduced = view.reduced();
   const int64_t count = reduced.statistics();
   double* const results = doubles(4 * count, resources);
   S* const table = table_of<T>(BatchNormOf<T>::kForwardRows, view, resources);

@@ -58,15 +58,10 @@ bool all_aligned(const P*... pointers) {
 template <class Op, class Finish>
 const Residency& residency_of() {
   constexpr int kValues = values_per_access(sizeof(typename Op::T));
-  static const Residency residency = [] {
-    Residency blocks{};
-    if constexpr (!kColumnsOnly<Finish>) {
-      blocks.rows = resident_blocks(reduce_rows<Op, Finish, NoApply, kValues, false>, kThreads, kMinBlocks);
-      blocks.masked_rows = resident_blocks(reduce_rows<Op, Finish, NoApply, kValues, true>, kThreads, kMinBlocks);
-    }
-    blocks.columns = resident_blocks(reduce_columns<Op, Finish, NoApply, kValues>, kThreads, kMinBlocks);
-    return blocks;
-  }();
+  static const Residency residency{
+      resident_blocks(reduce_rows<Op, Finish, NoApply, kValues, false>, kThreads, kMinBlocks),
+      resident_blocks(reduce_rows<Op, Finish, NoApply, kValues, true>, kThreads, kMinBlocks),
+      resident_blocks(reduce_columns<Op, Finish, NoApply, kValues>, kThreads, kMinBlocks)};
   return residency;
 }
 
@@ -94,21 +89,6 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
   if (plan.splits() > 1)
     partials.tickets = resources.tickets(plan.tiles() * Partials<Sum>::tickets_per_tile(plan.groups()));
   return reduce(op, finish, apply, plan, partials, resources.stream);
-}
-
-template <class Op>
-ApplyPlan apply_plan(const ChannelView& view, bool aligned, const Resources& resources) {
-  return plan_apply(view, planned_itemsize<Op>(), sizeof(typename Op::Output), aligned, resources.limits);
-}
-
-// Applies an Op whose coefficients the previous launch computes.
-template <class Op>
-cudaError_t apply_next(const Op& op, const ApplyPlan& plan, const Resources& resources) {
-  return apply(op, plan, resources.stream, resources.limits.overlap);
-}
-template <class Op>
-cudaError_t apply_next(const Op& op, const ChannelView& view, bool aligned, const Resources& resources) {
-  return apply_next(op, apply_plan<Op>(view, aligned, resources), resources);
 }
 
 // Allocates a table of coefficients for an apply Op.

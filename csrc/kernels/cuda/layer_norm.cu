@@ -1,5 +1,5 @@
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/layer_norm_columns.h"
+#include "kernels/cuda/layer_norm_columns.cuh"
 #include "kernels/cuda/layer_norm_rows.cuh"
 
 namespace normfused::cuda {
@@ -27,14 +27,22 @@ cudaError_t rows(const LayerNormForward& args, bool aligned, Resources& resource
       plan, [&](auto values, auto vectors) { return start_rows<T, values(), vectors()>(args, plan, resources); });
 }
 
+template <class T>
+cudaError_t columns(const LayerNormForward& args, bool aligned, Resources& resources) {
+  const LayerColumnsPlan plan = plan_layer_columns(args.view, args.samples, sizeof(T), aligned, resources.limits);
+  const LaunchConfig config{dim3(static_cast<unsigned>(args.view.outer * plan.tiles)), dim3(kThreads),
+                            resources.stream};
+  return plan.values == 1 ? launch(config, layer_norm_columns<T, 1>, args, plan)
+                          : launch(config, layer_norm_columns<T, layer_column_values(sizeof(T))>, args, plan);
+}
+
 }  // namespace
 
 cudaError_t layer_norm(const LayerNormForward& args, Resources& resources) {
   const bool aligned = all_aligned(args.input, args.output, args.residual, args.sum, args.weight.data, args.bias.data);
-  if (args.view.inner > 1) return layer_norm_columns(args, aligned, resources);
   return for_floating(args.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return rows<T>(args, aligned, resources);
+    return args.view.inner == 1 ? rows<T>(args, aligned, resources) : columns<T>(args, aligned, resources);
   });
 }
 

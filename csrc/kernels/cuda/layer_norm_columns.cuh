@@ -1,142 +1,176 @@
 // Layer norm and RMS norm over the channels of channels-first tensors: a statistic is a column of a matrix (channels,
 // inner) for each outer index.
 //
-// Forward is a reduction (see reduce.cuh) of the columns, whose apply Op finds the weight of a value from its offset.
-// In backward a block reads all channels of a tile of columns twice: first for the sums of the columns, then to write
-// their gradient and to sum over the columns for the gradients of weight and bias. The tile is in the caches then.
+// A block reads all channels of a tile of columns several times: for the statistics or the sums of the columns, and
+// then to write them. Only the first time is the tile not in the caches.
 #pragma once
 
-#include "kernels/cuda/channel_stats.cuh"
 #include "kernels/cuda/layer_norm.cuh"
 
 namespace normfused::cuda {
 
-// --- forward
-
-// The view in which each position is a channel.
-NF_FN ChannelView columns_of_positions(const ChannelView& view) { return {view.channels, view.inner, 1, view.outer}; }
-
-// Finish: mean, invstd and the coefficients of LayerNormalizeOp of a position.
-template <class S>
-struct FinishLayers {
-  LayerNormForward args;
-  S* table;  // (3, positions)
-
-  using Preloaded = NoPreload;
-  static constexpr bool kColumnsOnly = true;
-  NF_DEVICE Preloaded preload(int64_t) const { return {}; }
-  NF_DEVICE void prefetch(int64_t) const {}
-  NF_DEVICE void operator()(int64_t position, const double (&results)[2], const Preloaded&) const {
-    const LayerStatistics statistics =
-        layer_statistics({args.view.channels, results[0], results[1]}, args.subtract_mean, args.eps);
-    args.mean[position] = statistics.mean;
-    args.invstd[position] = statistics.invstd;
-    const auto c = forward_coefficients<S>({statistics.mean, statistics.invstd, 1, 0});
-    const int64_t positions = args.view.positions();
-    table[position] = c.pivot;
-    table[positions + position] = c.scale;
-    table[2 * positions + position] = c.shift;
-  }
-};
-
-// Apply Op: output = d * weight + bias, with weight and bias of the channel that the offset is in.
-template <class T_>
-struct LayerNormalizeOp {
-  using T = T_;
-  using Output = T;
-  using S = compute_t<T>;
-  static constexpr int kInputs = 1, kRequiredInputs = 1, kOutputs = 1, kCoefficients = 3;
-  static constexpr bool kWritesMask = false, kPrepares = false, kColumnsOnly = true;
-
-  LayerNormForward args;
-  const T* tensor;
-  Output* target;
-  const S* table;
-  int64_t outers;  // outer indices of a sample
-  Divider<uint64_t> by_inner, by_channels;
-
-  NF_DEVICE const T* input(int) const { return tensor; }
-  NF_DEVICE Output* output(int) const { return target; }
-
-  template <int n, class CoefficientsOf>
-  NF_DEVICE void operator()(const S (&x)[1][n], S (&y)[1][n], const CoefficientsOf& coefficients_of, int64_t offset,
-                            uint32_t) const {
-    const int64_t inner = args.view.inner, channels = args.view.channels;
-    int64_t row = static_cast<int64_t>(by_inner(static_cast<uint64_t>(offset))), place = offset - row * inner;
-    S weight = weight_of(row), bias = bias_of(row);
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const auto& c = coefficients_of(i);
-      y[0][i] = ((x[0][i] - c.k[0]) * c.k[1] + c.k[2]) * weight + bias;
-      if (++place < inner || i + 1 == n || row + 1 == args.view.outer * channels) continue;
-      place = 0;
-      ++row;
-      weight = weight_of(row);
-      bias = bias_of(row);
-    }
-  }
-  NF_DEVICE void prologue() const {}
-
- private:
-  // A row is a channel of an outer index.
-  NF_DEVICE int64_t index_of(const SampleParameter& parameter, int64_t row) const {
-    const auto outer = static_cast<int64_t>(by_channels(static_cast<uint64_t>(row)));
-    const int64_t channel = row - outer * args.view.channels;
-    return parameter.by_sample ? outer / outers * args.view.channels + channel : channel;
-  }
-  NF_DEVICE S weight_of(int64_t row) const { return static_cast<S>(read(args.weight, index_of(args.weight, row), 1)); }
-  NF_DEVICE S bias_of(int64_t row) const { return static_cast<S>(read(args.bias, index_of(args.bias, row), 0)); }
-};
-
-// Kernel: sum = input + residual, a vector per thread.
-template <class T, int kValues>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) add_residuals(const LayerNormForward args) {
-  using V = Vector<T, kValues>;
-  allow_next_launch();
-  const int64_t offset = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) * kValues;
-  if (offset >= args.view.numel()) return;
-  const V input = V::load(static_cast<const T*>(args.input) + offset);
-  const V residual = V::load(static_cast<const T*>(args.residual) + offset);
-  add_residual(input, residual).store(static_cast<T*>(args.sum) + offset, false);
-}
-
-// --- backward
-
-// One tile of columns, and the thread's vector of columns in it. Thread x of y reads every height-th row.
+// A tile of columns, and the thread's vector of columns in it. The threads with the same y read every height-th row,
+// which is a channel, from row y on.
 template <int kValues>
 struct LayerTile {
   const LayerColumnsPlan& plan;
+  const ChannelView& view;
   int x, y;
-  int64_t column, position;  // the thread's first column, and its position
-  int64_t first;             // the offset of that column in the first row
-  bool is_present;           // whether the thread has columns
+  int64_t position;  // of the thread's first column
+  int64_t first;     // the offset of that column in row 0
+  bool is_present;   // whether the thread has columns
 
   NF_DEVICE LayerTile(const LayerColumnsPlan& plan, const ChannelView& view, int64_t outer, int64_t tile)
-      : plan(plan), x(static_cast<int>(threadIdx.x) % plan.width), y(static_cast<int>(threadIdx.x) / plan.width) {
-    column = (tile * plan.width + x) * kValues;
+      : plan(plan),
+        view(view),
+        x(static_cast<int>(threadIdx.x) % plan.width),
+        y(static_cast<int>(threadIdx.x) / plan.width) {
+    const int64_t column = (tile * plan.width + x) * kValues;
     position = outer * view.inner + column;
     first = outer * view.channels * view.inner + column;
     is_present = column < view.inner;
   }
+
+  template <class T>
+  NF_DEVICE Vector<T, kValues> load(const void* tensor, int64_t row) const {
+    return Vector<T, kValues>::load(static_cast<const T*>(tensor) + first + row * view.inner);
+  }
+  template <class T>
+  NF_DEVICE void store(void* tensor, int64_t row, const Vector<T, kValues>& vector, bool streaming) const {
+    vector.store(static_cast<T*>(tensor) + first + row * view.inner, streaming);
+  }
+  // Calls f(row) for every row that the thread reads.
+  template <class F>
+  NF_DEVICE void for_each_row(const F& f) const {
+    if (!is_present) return;
+#pragma unroll 4
+    for (int64_t row = y; row < view.channels; row += plan.height) f(row);
+  }
 };
 
-// Block-wide: the sums of k and of k * (x - pivot) of the thread's columns over all rows. All threads of the block must
-// call it; it begins with a barrier.
+// Block-wide: adds up n sums of the thread's columns over all threads of the same columns, in double. All threads of
+// the block must call it; it begins with a barrier.
+template <class S, int n, int kValues>
+NF_DEVICE void total_columns(const LayerTile<kValues>& tile, const S (&sums)[n][kValues],
+                             double (&totals)[n][kValues]) {
+  NF_SHARED(S, shared_sums, [n * kThreads * kValues]);  // (sums, height, columns)
+  const int width = tile.plan.width * kValues, height = tile.plan.height;
+  __syncthreads();  // the sums of the previous call have been read
+#pragma unroll
+  for (int k = 0; k < n; ++k)
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) shared_sums[(k * height + tile.y) * width + tile.x * kValues + i] = sums[k][i];
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < n; ++k)
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      totals[k][i] = 0;
+      for (int y = 0; y < height; ++y)
+        totals[k][i] += static_cast<double>(shared_sums[(k * height + y) * width + tile.x * kValues + i]);
+    }
+}
+
+// --- forward
+
+// Block-wide: n sums over all channels of each of the thread's columns, computed in R. f(x, i, add) calls add(k, value)
+// for value x of column i.
+template <class R, int n, class T, int kValues, class F>
+NF_DEVICE void sum_columns(const LayerTile<kValues>& tile, const void* tensor, const F& f,
+                           double (&totals)[n][kValues]) {
+  R sums[n][kValues]{};
+  tile.for_each_row([&](int64_t row) {
+    const auto x = tile.template load<T>(tensor, row);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) f(widen<R>(x.value[i]), i, [&](int k, R value) { sums[k][i] += value; });
+  });
+  total_columns(tile, sums, totals);
+}
+
+// Block-wide: the moments of the thread's columns, computed in R. The pivot is the mean in R, whose sum cannot
+// overflow, because every value is divided by the count first. Returns whether no square of these columns overflowed or
+// underflowed R; a NaN is a valid result.
+template <class R, class T, int kValues>
+NF_DEVICE bool moments_in(const LayerTile<kValues>& tile, const void* tensor, double eps, Moments (&moments)[kValues]) {
+  const int64_t count = tile.view.channels;
+  const R share = 1 / static_cast<R>(count);
+  double mean[1][kValues], sums[2][kValues];
+  R pivot[kValues];
+  sum_columns<R, 1, T>(tile, tensor, [&](R x, int, const auto& add) { add(0, x * share); }, mean);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) pivot[i] = is_finite(static_cast<R>(mean[0][i])) ? static_cast<R>(mean[0][i]) : 0;
+  const auto add_deviation = [&](R x, int i, const auto& add) {
+    const R deviation = x - pivot[i];
+    add(0, deviation);
+    add(1, deviation * deviation);
+  };
+  sum_columns<R, 2, T>(tile, tensor, add_deviation, sums);
+  bool is_valid = true;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    moments[i] = moments_about(static_cast<double>(pivot[i]), count, sums[0][i], sums[1][i]);
+    is_valid = is_valid && sums[1][i] != HUGE_VAL && !can_underflow<R>(moments[i], eps);
+  }
+  return is_valid || !tile.is_present;
+}
+
+// Writes sum = input + residual, rounded to T, for the values that the thread reads.
 template <class T, int kValues>
-NF_DEVICE void sum_columns(const LayerNormBackward& args, const LayerTile<kValues>& tile, int64_t weights,
-                           const double (&mean)[kValues], double (&totals)[kValues][2]) {
+NF_DEVICE void add_residuals(const LayerNormForward& args, const LayerTile<kValues>& tile) {
+  tile.for_each_row([&](int64_t row) {
+    const auto sum = add_residual(tile.template load<T>(args.input, row), tile.template load<T>(args.residual, row));
+    tile.store(args.sum, row, sum, false);
+  });
+}
+
+// Kernel: a block per tile of an outer index.
+template <class T, int kValues>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    layer_norm_columns(const LayerNormForward args, const LayerColumnsPlan plan) {
   using S = compute_t<T>;
-  using V = Vector<T, kValues>;
-  NF_SHARED(S, shared_sums, [2 * kThreads * kValues]);  // (sums, height, columns)
+  const auto outer = static_cast<int64_t>(plan.by_tiles(blockIdx.x));
+  const LayerTile<kValues> tile(plan, args.view, outer, blockIdx.x - outer * plan.tiles);
+  if (args.residual != nullptr) add_residuals<T>(args, tile);
+  const void* const x = args.residual == nullptr ? args.input : args.sum;
+  Moments moments[kValues];
+  const bool is_valid = moments_in<S, T>(tile, x, args.eps, moments);
+  if (__syncthreads_or(!is_valid)) moments_in<double, T>(tile, x, args.eps, moments);
+
+  ForwardCoefficients<S> c[kValues];
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    const LayerStatistics statistics = layer_statistics(moments[i], args.subtract_mean, args.eps);
+    c[i] = forward_coefficients<S>({statistics.mean, statistics.invstd, 1, 0});
+    if (tile.y != 0 || !tile.is_present) continue;
+    args.mean[tile.position + i] = statistics.mean;
+    args.invstd[tile.position + i] = statistics.invstd;
+  }
+  const int64_t sample = args.samples > 1 ? outer / plan.outers : 0;
+  const int64_t weights = first_parameter(args.weight, sample, args.view.channels);
+  const int64_t biases = first_parameter(args.bias, sample, args.view.channels);
+  tile.for_each_row([&](int64_t row) {
+    const S weight = static_cast<S>(read(args.weight, weights + row, 1));
+    const S bias = static_cast<S>(read(args.bias, biases + row, 0));
+    auto y = tile.template load<T>(x, row);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) y.value[i] = narrow<T>(applied(c[i], widen<S>(y.value[i])) * weight + bias);
+    tile.store(args.output, row, y, plan.streaming);
+  });
+}
+
+// --- backward
+
+// Block-wide: the sums of k and of k * (x - pivot) of the thread's columns over all channels. All threads of the block
+// must call it; it begins with a barrier.
+template <class T, int kValues>
+NF_DEVICE void sum_column_gradients(const LayerNormBackward& args, const LayerTile<kValues>& tile, int64_t weights,
+                                    const double (&mean)[kValues], double (&totals)[2][kValues]) {
+  using S = compute_t<T>;
   S sums[2][kValues]{}, pivot[kValues];
 #pragma unroll
   for (int i = 0; i < kValues; ++i) pivot[i] = static_cast<S>(mean[i]);
-#pragma unroll 4
-  for (int64_t row = tile.y; row < args.view.channels; row += tile.plan.height) {
-    if (!tile.is_present) break;
-    const int64_t offset = tile.first + row * args.view.inner;
-    const V x = V::load(static_cast<const T*>(args.input) + offset);
-    const V grad = V::load(static_cast<const T*>(args.grad_output) + offset);
+  tile.for_each_row([&](int64_t row) {
+    const auto x = tile.template load<T>(args.input, row), grad = tile.template load<T>(args.grad_output, row);
     const S weight = static_cast<S>(read(args.weight, weights + row, 1));
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
@@ -144,56 +178,49 @@ NF_DEVICE void sum_columns(const LayerNormBackward& args, const LayerTile<kValue
       sums[0][i] += k;
       sums[1][i] += k * (widen<S>(x.value[i]) - pivot[i]);
     }
-  }
-  __syncthreads();  // the sums of the previous tile have been read
-  const int width = tile.plan.width * kValues;
-#pragma unroll
-  for (int k = 0; k < 2; ++k)
-#pragma unroll
-    for (int i = 0; i < kValues; ++i)
-      shared_sums[(k * tile.plan.height + tile.y) * width + tile.x * kValues + i] = sums[k][i];
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kValues; ++i)
-    for (int k = 0; k < 2; ++k) {
-      totals[i][k] = 0;
-      for (int y = 0; y < tile.plan.height; ++y)
-        totals[i][k] += static_cast<double>(shared_sums[(k * tile.plan.height + y) * width + tile.x * kValues + i]);
-    }
+  });
+  total_columns(tile, sums, totals);
 }
 
-// Writes grad_input of the thread's columns, and adds the sums over the tile's columns of grad_output and of
-// grad_output * d to `target`, (2, channels), or writes them there if `is_first`. A row of `target` is accessed by one
-// thread of the block, in every tile.
+// Writes grad_input of the thread's columns in one row, if it is requested. Returns the sums over these columns of
+// grad_output and of grad_output * d.
 template <class T, int kValues>
-NF_DEVICE void write_columns(const LayerNormBackward& args, const LayerTile<kValues>& tile, int64_t weights,
-                             const LayerCoefficients<compute_t<T>> (&c)[kValues], bool is_first, compute_t<T>* target) {
+NF_DEVICE void write_column_gradients(const LayerNormBackward& args, const LayerTile<kValues>& tile, int64_t weights,
+                                      int64_t row, const LayerCoefficients<compute_t<T>> (&c)[kValues],
+                                      compute_t<T> (&sums)[2]) {
   using S = compute_t<T>;
-  using V = Vector<T, kValues>;
-  const int64_t channels = args.view.channels, rounds = (channels + tile.plan.height - 1) / tile.plan.height;
-  for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t row = round * tile.plan.height + tile.y;
-    S sums[2] = {};
-    if (tile.is_present && row < channels) {
-      const int64_t offset = tile.first + row * args.view.inner;
-      const V x = V::load(static_cast<const T*>(args.input) + offset);
-      const V grad = V::load(static_cast<const T*>(args.grad_output) + offset);
-      V grad_sum{}, result;
-      if (args.grad_sum != nullptr) grad_sum = V::load(static_cast<const T*>(args.grad_sum) + offset);
-      const S weight = static_cast<S>(read(args.weight, weights + row, 1));
+  const auto x = tile.template load<T>(args.input, row), grad = tile.template load<T>(args.grad_output, row);
+  Vector<T, kValues> grad_sum{}, result;
+  if (args.grad_sum != nullptr) grad_sum = tile.template load<T>(args.grad_sum, row);
+  const S weight = static_cast<S>(read(args.weight, weights + row, 1));
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) {
-        const S value = widen<S>(x.value[i]), g = widen<S>(grad.value[i]);
-        sums[0] += g;
-        sums[1] += g * layer_deviation(c[i], value);
-        result.value[i] = narrow<T>(layer_gradient(c[i], value, g, weight) + widen<S>(grad_sum.value[i]));
-      }
-      if (args.grad_input != nullptr) result.store(static_cast<T*>(args.grad_input) + offset, tile.plan.streaming);
-    }
+  for (int i = 0; i < kValues; ++i) {
+    const S value = widen<S>(x.value[i]), g = widen<S>(grad.value[i]);
+    sums[0] += g;
+    sums[1] += g * layer_deviation(c[i], value);
+    result.value[i] = narrow<T>(layer_gradient(c[i], value, g, weight) + widen<S>(grad_sum.value[i]));
+  }
+  if (args.grad_input != nullptr) tile.store(args.grad_input, row, result, tile.plan.streaming);
+}
+
+// Writes grad_input of a tile, and adds the sums of its rows to `target`, (2, channels), or writes them there if
+// `is_first`; `target` may be null. An entry of `target` is accessed by one thread of the block, for every tile.
+template <class T, int kValues>
+NF_DEVICE void write_tile_gradients(const LayerNormBackward& args, const LayerTile<kValues>& tile, int64_t weights,
+                                    const LayerCoefficients<compute_t<T>> (&c)[kValues], bool is_first,
+                                    compute_t<T>* target) {
+  using S = compute_t<T>;
+  const int64_t channels = args.view.channels;
+  // All threads of a warp take part in the shuffles of each round.
+  for (int64_t first = 0; first < channels; first += tile.plan.height) {
+    const int64_t row = first + tile.y;
+    S sums[2] = {};
+    if (tile.is_present && row < channels) write_column_gradients<T>(args, tile, weights, row, c, sums);
     if (target == nullptr) continue;
     for (int step = tile.plan.width / 2; step > 0; step /= 2)
       for (S& sum : sums) sum += __shfl_xor_sync(kAllLanes, sum, step);
     if (tile.x != 0 || row >= channels) continue;
+#pragma unroll
     for (int k = 0; k < 2; ++k) {
       S& total = target[k * channels + row];
       total = is_first ? sums[k] : total + sums[k];
@@ -212,20 +239,21 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int64_t weights = first_parameter(args.weight, sample, args.view.channels);
   S* const target = parameter_sums == nullptr ? nullptr : parameter_sums + blockIdx.x * 2 * args.view.channels;
   for (int64_t i = block; i < plan.outers * plan.tiles; i += plan.blocks) {
-    const int64_t outer = static_cast<int64_t>(plan.by_tiles(static_cast<uint64_t>(i)));
+    const auto outer = static_cast<int64_t>(plan.by_tiles(static_cast<uint64_t>(i)));
     const LayerTile<kValues> tile(plan, args.view, sample * plan.outers + outer, i - outer * plan.tiles);
-    double mean[kValues]{}, invstd[kValues]{}, totals[kValues][2];
+    double mean[kValues]{}, invstd[kValues]{}, totals[2][kValues]{};
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
       if (!tile.is_present) continue;
       mean[j] = args.mean[tile.position + j];
       invstd[j] = args.invstd[tile.position + j];
     }
-    sum_columns<T>(args, tile, weights, mean, totals);
+    if (args.grad_input != nullptr) sum_column_gradients<T>(args, tile, weights, mean, totals);
     LayerCoefficients<S> c[kValues];
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) c[j] = layer_coefficients<S>(args, {mean[j], invstd[j]}, totals[j]);
-    write_columns<T>(args, tile, weights, c, i == block, target);
+    for (int j = 0; j < kValues; ++j)
+      c[j] = layer_coefficients<S>(args, {mean[j], invstd[j]}, {totals[0][j], totals[1][j]});
+    write_tile_gradients<T>(args, tile, weights, c, i == block, target);
   }
 }
 

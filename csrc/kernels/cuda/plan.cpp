@@ -41,8 +41,8 @@ constexpr int64_t kRowsPerThread = 8;
 
 // Layer norm, backward: the maximum number of rows, or of tiles of columns, whose sums a block adds up in S.
 constexpr int64_t kSummedInS = 64;
-// Vectors of a tile of columns: a cache line, or of single values a warp.
-constexpr int kLayerWidth = 8;
+// Vectors of a tile of columns: two sectors, so that there are enough tiles; of single values a warp.
+constexpr int kLayerWidth = 4;
 
 // A tile of local response normalization with fewer than all channels writes at least 1 / kMinShare of the channels it
 // reads. Torch's own operators read the tensor about as often.

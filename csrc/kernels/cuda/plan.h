@@ -209,15 +209,16 @@ constexpr int layer_vectors(int bytes, int values, bool is_backward, bool is_sho
 LayerRowsPlan plan_layer_rows(const ChannelView& view, int64_t samples, int itemsize, bool aligned, bool is_backward,
                               const DeviceLimits& limits);
 
-// Channels first, backward: a statistic is a column of a matrix for each outer index, (channels, inner). A block reads
-// `width` vectors of columns by `height` rows at a time, all rows of a tile twice, and processes many tiles.
+// Channels first: a statistic is a column of a matrix for each outer index, (channels, inner). A block reads `width`
+// vectors of columns by `height` rows at a time. How the values of a column are summed depends on the shape of the
+// matrix and on `aligned` only.
 struct LayerColumnsPlan {
   int values;
   int width, height;
   int64_t tiles;  // of one outer index
   Divider<uint64_t> by_tiles;
   int64_t outers;  // outer indices of one sample
-  int64_t blocks;  // of one sample
+  int64_t blocks;  // of one sample, in backward: each processes many tiles
   bool streaming;
 };
 

@@ -32,8 +32,6 @@
 //   Preloaded, preload(channel)      loads its other inputs, before the results are merged
 //   operator()(channel, results, preloaded)
 //                                    called by one thread, once per channel
-//   kColumnsOnly                     optional: true if tensors are always matrices, so that no kernel for rows is
-//   needed
 //
 // check_reduce_op() verifies both contracts at compile time.
 #pragma once
@@ -453,13 +451,9 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
   if (!plan.by_rows)
     return plan.columns.values == 1 ? start(reduce_columns<Op, Finish, Apply, 1>, plan.columns)
                                     : start(reduce_columns<Op, Finish, Apply, kValues>, plan.columns);
-  if constexpr (kColumnsOnly<Finish>) {
-    return cudaErrorInvalidValue;
-  } else {
-    if (plan.rows.values == 1) return start(reduce_rows<Op, Finish, Apply, 1, false>, plan.rows);
-    return plan.rows.masked ? start(reduce_rows<Op, Finish, Apply, kValues, true>, plan.rows)
-                            : start(reduce_rows<Op, Finish, Apply, kValues, false>, plan.rows);
-  }
+  if (plan.rows.values == 1) return start(reduce_rows<Op, Finish, Apply, 1, false>, plan.rows);
+  return plan.rows.masked ? start(reduce_rows<Op, Finish, Apply, kValues, true>, plan.rows)
+                          : start(reduce_rows<Op, Finish, Apply, kValues, false>, plan.rows);
 }
 
 }  // namespace normfused::cuda

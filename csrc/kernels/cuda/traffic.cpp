@@ -37,4 +37,26 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, cons
   return result;
 }
 
+SampleTraffic group_norm_traffic(const GroupView& view, int itemsize, bool is_backward, const DeviceLimits& limits) {
+  const ChannelView reduced = is_backward ? view.by_sample() : view.reduced();
+  const int inputs = is_backward ? 2 : 1, sums = is_backward ? 2 : 4;
+  const ReductionPlan plan = plan_reduction(reduced, itemsize, inputs, true, false, limits);
+  const int64_t bytes = view.numel() * itemsize;
+  const int64_t partials = plan.splits() * sums * reduced.statistics() * int64_t{sizeof(double)};
+  // Forward: reduction, finish, application. Backward also prepares the reduction and writes two parameter gradients.
+  return {is_backward ? 6 : 3, 2 * inputs * bytes + partials, bytes + partials};
+}
+
+SampleTraffic layer_norm_traffic(const ChannelView& view, int itemsize, bool is_backward, const DeviceLimits& limits) {
+  const bool is_rows = view.inner == 1;
+  const LayerRowsPlan rows = is_rows ? plan_layer_rows(view, 1, itemsize, true, is_backward, limits) : LayerRowsPlan{};
+  const LayerColumnsPlan columns = is_rows ? LayerColumnsPlan{} : plan_layer_columns(view, 1, itemsize, true, limits);
+  const int passes = is_rows && rows.chunks > 1 ? 2 : 1;
+  const int64_t bytes = view.numel() * itemsize;
+  if (!is_backward) return {passes, passes * bytes, bytes};
+  // The sums of every block, for the gradients of weight and bias, which three launches add up and write.
+  const int64_t sums = (is_rows ? rows.blocks : columns.blocks) * 2 * view.channels * std::max(itemsize, 4);
+  return {passes + 3, passes * 2 * bytes + sums, bytes + sums};
+}
+
 }  // namespace normfused::cuda

@@ -20,4 +20,15 @@ struct Traffic {
 Traffic traffic(Operation operation, const ChannelView& view, int itemsize, const DeviceLimits& limits,
                 const Residency& resident = {});
 
+// The same for norms whose statistics belong to samples.
+struct SampleTraffic {
+  int launches;
+  int64_t read, written;
+};
+
+SampleTraffic group_norm_traffic(const GroupView& view, int itemsize, bool is_backward, const DeviceLimits& limits);
+
+// Channels first, a tile is counted once: its values are read again from the caches.
+SampleTraffic layer_norm_traffic(const ChannelView& view, int itemsize, bool is_backward, const DeviceLimits& limits);
+
 }  // namespace normfused::cuda
