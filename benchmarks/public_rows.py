@@ -1,7 +1,7 @@
 """Compares published figures with the same cases measured here: ``python benchmarks/public_rows.py``.
 
-Measures the batch norm rows on a GPU and writes public.json to results/<device>/. ``--render`` writes results/public.md
-from all such files; cells without a measurement say "not run".
+Measures the rows that have a shape on a GPU and writes public.json to results/<device>/. ``--render`` writes
+results/public.md from all such files; cells without a measurement say "not run".
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ import command
 import machine
 import tables
 import torch
-from cases import Case, build_calls
+from cases import WRONG, Case, build_calls
 from measure import Measurement, complaint, measure, summarize
+from norms import NORMS, Norm, calls
 from proof import observe
-from timing import FULL, TINY, Budget
+from timing import FULL, TINY, Budget, interleave, make_stopwatch, samplers
+from torch import Tensor, nn
 
 import normfused
 
@@ -31,7 +33,16 @@ TILEOPS = "[TileOPs #2056](https://github.com/tile-ai/TileOPs/pull/2056)"
 KERNELBENCH = "[KernelBench](https://github.com/ScalingIntelligence/KernelBench/tree/main/results/timing), level 1"
 CUDNN = "[cudnn-frontend](https://github.com/NVIDIA/cudnn-frontend), benchmark/norms"
 SGLANG = "[sglang #{0}](https://github.com/sgl-project/sglang/pull/{0})"
-NO_KERNEL = "no kernel yet"
+NO_SHAPE = "the source gives no shape"
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """Forward of a norm of samples, channels first."""
+
+    norm: Norm
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class PublicRow:
     device: str
     what: str
     published: dict[str, float | str]  # implementation to figure
-    case: Case | None = None  # None: normfused has no kernel of that norm
+    case: Case | NormCase | None = None  # None: the source gives no shape
     note: str = ""
 
 
@@ -57,13 +68,14 @@ def _tileops(name: str, theirs: float, compiled: float, *shape: int) -> PublicRo
     return PublicRow(TILEOPS, "H200", what, published, _forward(torch.float16, *shape), note)
 
 
-def _kernelbench(what: str, eager: float, compiled: float, case: Case | None = None) -> PublicRow:
+def _kernelbench(what: str, eager: float, compiled: float, case: Case | NormCase | None = None) -> PublicRow:
     return PublicRow(KERNELBENCH, "H100", what, {"eager": eager * 1e-3, "torch.compile": compiled * 1e-3}, case)
 
 
-def _sglang(number: int, device: str, shape: str, microseconds: float) -> PublicRow:
-    what = f"GroupNorm + SiLU, bf16 {shape}"
-    return PublicRow(SGLANG.format(number), device, what, {"sglang": microseconds * 1e-6})
+def _sglang(number: int, device: str, microseconds: float, *shape: int) -> PublicRow:
+    what = f"GroupNorm + SiLU, bf16 {list(shape)}"
+    case = NormCase(NORMS["GroupNorm + SiLU"], shape, torch.bfloat16)
+    return PublicRow(SGLANG.format(number), device, what, {"sglang": microseconds * 1e-6}, case)
 
 
 def _cudnn(what: str, cudnn: int, compiled: int, eager: int) -> PublicRow:
@@ -73,6 +85,9 @@ def _cudnn(what: str, cudnn: int, compiled: int, eager: int) -> PublicRow:
     return PublicRow(CUDNN, "H200", f"{what}, bf16, median", published)
 
 
+GROUPS_OF_8 = Norm(
+    lambda channels: normfused.GroupNorm(8, channels), lambda channels: nn.GroupNorm(8, channels), (), target=1
+)
 ROWS = (
     _tileops("large-spatial", 911.65, 1017.73, 4, 128, 1024, 1024),
     _tileops("resnet50-stage1", 2.81, 4.10, 8, 64, 32, 32),
@@ -89,23 +104,38 @@ ROWS = (
         {"torch": 1.895e-3},
         Case("training_backward", (20, 6, 65536), torch.float16, "NCHW"),
     ),
-    _kernelbench("InstanceNorm, fp32 [112, 64, 512, 512]", 9.61, 7.60),
-    _kernelbench("GroupNorm(8), fp32 [112, 64, 512, 512]", 10.1, 8.22),
+    _kernelbench(
+        "InstanceNorm, fp32 [112, 64, 512, 512]",
+        9.61,
+        7.60,
+        NormCase(NORMS["InstanceNorm2d"], (112, 64, 512, 512), torch.float32),
+    ),
+    _kernelbench(
+        "GroupNorm(8), fp32 [112, 64, 512, 512]", 10.1, 8.22, NormCase(GROUPS_OF_8, (112, 64, 512, 512), torch.float32)
+    ),
     _kernelbench("RMSNorm over channels, fp32", 14.2, 7.84),
-    _kernelbench("LayerNorm, fp32 [16, 64, 256, 256]", 8.12, 0.46),
+    _kernelbench(
+        "LayerNorm over [64, 256, 256], fp32 [16, 64, 256, 256]",
+        8.12,
+        0.46,
+        NormCase(NORMS["LayerNorm"], (16, 64 * 256 * 256), torch.float32),
+    ),
     _cudnn("RMSNorm, forward", 3407, 3577, 2697),
     _cudnn("RMSNorm, backward", 3183, 1703, 1494),
     _cudnn("LayerNorm, forward", 3227, 2552, 1644),
-    _sglang(23938, "H200", "[1, 128, 20, 256, 256]", 259.66),
-    _sglang(26045, "H100", "[1, 512, 8, 45, 80]", 70.05),
-    _sglang(26045, "H100", "[1, 512, 16, 90, 160]", 261.87),
-    _sglang(26045, "H100", "[1, 512, 16, 180, 320]", 987.5),
+    _sglang(23938, "H200", 259.66, 1, 128, 20, 256, 256),
+    _sglang(26045, "H100", 70.05, 1, 512, 8, 45, 80),
+    _sglang(26045, "H100", 261.87, 1, 512, 16, 90, 160),
+    _sglang(26045, "H100", 987.5, 1, 512, 16, 180, 320),
 )
 
 
-def shrunk(case: Case) -> Case:
-    """The case with at most six values per dimension, for a rehearsal."""
-    return Case(case.operation, tuple(min(side, 6) for side in case.shape), case.dtype, case.layout)
+def shrunk(case: Case | NormCase) -> Case | NormCase:
+    """The case with few values per dimension, for a rehearsal: 32 channels of group norm, else at most six."""
+    most = [6] * len(case.shape)
+    if isinstance(case, NormCase):
+        most[1] = 32
+    return replace(case, shape=tuple(map(min, case.shape, most)))
 
 
 def busy_seconds(call: Callable[[], Any], times: int = 5) -> float:
@@ -114,7 +144,7 @@ def busy_seconds(call: Callable[[], Any], times: int = 5) -> float:
 
 
 def measure_rows(device: str, *, tiny: bool = False, progress: Callable[[list[dict[str, Any]]], None]) -> int:
-    """Measures the rows that normfused has a kernel for. Returns the number of failures.
+    """Measures the rows with a shape. Returns the number of failures.
 
     `progress` receives all rows so far after each row.
     """
@@ -125,7 +155,10 @@ def measure_rows(device: str, *, tiny: bool = False, progress: Callable[[list[di
             continue
         case = shrunk(row.case) if tiny else row.case
         try:
-            found = _measure(case, device, budget, measure(case, device, budget, profile=device == "cuda"))
+            if isinstance(case, NormCase):
+                found = _measure_norm(case, device, budget)
+            else:
+                found = _measure(case, device, budget, measure(case, device, budget, profile=device == "cuda"))
         except Exception as error:  # for example too large for the device
             found = {"failure": f"{type(error).__name__}: {error}".splitlines()[0]}
         rows.append({"what": row.what, "source": row.source, **found})
@@ -141,6 +174,25 @@ def _measure(case: Case, device: str, budget: Budget, measured: Measurement) -> 
     if device == "cuda":
         calls = build_calls(case, device)
         found["busy_seconds"] = {peer: busy_seconds(calls[peer]) for peer in ("normfused", "torch")}
+    return found
+
+
+def _largest_error(ours: Tensor, theirs: Tensor) -> float:
+    """Relative to the largest value. In the tensors' own dtype: copies in float64 would not fit the device."""
+    return ((ours - theirs).abs_().max() / theirs.abs().max()).item()
+
+
+def _measure_norm(case: NormCase, device: str, budget: Budget) -> dict[str, Any]:
+    x = torch.randn(case.shape, device=device, dtype=case.dtype)
+    peers = calls(case.norm, x, x, x)["forward"]  # which reads neither a residual nor a gradient
+    error = _largest_error(peers["normfused"]()[0], peers["torch"]()[0])
+    samples = interleave(samplers(peers, make_stopwatch(device)), budget)
+    seconds = {peer: {"median": statistics.median(times)} for peer, times in samples.items()}
+    found: dict[str, Any] = {"result": {"seconds": seconds, "error": {"normfused": error}}}
+    if error > WRONG[case.dtype]:
+        found["failure"] = f"relative error {error:.1e} against torch"
+    if device == "cuda":
+        found["busy_seconds"] = {peer: busy_seconds(peers[peer]) for peer in ("normfused", "torch")}
     return found
 
 
@@ -170,7 +222,7 @@ def _lines(row: PublicRow, runs: Sequence[dict[str, Any]]) -> Iterable[tuple[str
     published = ", ".join(f"{whose} {_time(figure, 5)}" for whose, figure in row.published.items())
     start = (row.source, row.what, row.device, published)
     if row.case is None:
-        yield (*start, "–", NO_KERNEL, "–", "–")
+        yield (*start, "–", NO_SHAPE, "–", "–")
         return
     found = [(run["machine"]["gpu"], one) for run in runs for one in run["rows"] if one["what"] == row.what]
     if not found:
@@ -216,7 +268,7 @@ def main() -> int:
 
     failures = measure_rows(arguments.device, tiny=arguments.tiny, progress=save)
     cases = sum(row.case is not None for row in ROWS)
-    print(f"{cases - failures} of {cases} published cases measured; {len(ROWS) - cases} others: {NO_KERNEL}")
+    print(f"{cases - failures} of {cases} published cases measured; {len(ROWS) - cases} others: {NO_SHAPE}")
     return 1 if failures else 0
 
 

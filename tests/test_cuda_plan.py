@@ -160,3 +160,133 @@ def test_more_values_than_32_bits_count(numel: int, channels: int) -> None:
         assert 0 < chosen["splits"] <= 65535
         assert 0 < chosen["tiles"] < 2**31
         assert chosen["read"] >= 2 * numel * 0.99
+
+
+def group_plan(
+    view: tuple[int, int, int, int], *, channels_last: bool = False, itemsize: int = 4, backward: bool = False
+) -> dict[str, Any]:
+    """The plan for (samples, groups, channels, positions)."""
+    assert _extension.C is not None
+    result: dict[str, Any] = _extension.C.cuda_group_norm_plan(view, channels_last, itemsize, backward, *H200)
+    return result
+
+
+def layer_plan(
+    view: tuple[int, int, int], *, samples: int = 1, itemsize: int = 4, backward: bool = False
+) -> dict[str, Any]:
+    assert _extension.C is not None
+    result: dict[str, Any] = _extension.C.cuda_layer_norm_plan(view, samples, itemsize, backward, *H200)
+    return result
+
+
+# Group norms of diffusion models in bfloat16, published ones among them: lanes or width, tiles, splits; channels first
+# and channels last.
+GROUP_NORMS = {
+    (2, 32, 320, 64 * 64): ((256, 64, 5), (2, 40, 8)),
+    (2, 32, 1280, 16 * 16): ((256, 64, 1), (2, 160, 1)),
+    (1, 32, 128, 256 * 256): ((256, 32, 8), (8, 2, 128)),
+    (1, 32, 128, 20 * 256 * 256): ((256, 32, 8), (8, 2, 132)),
+    (1, 32, 512, 16 * 180 * 320): ((256, 32, 8), (8, 8, 33)),
+}
+
+
+@pytest.mark.parametrize("view", GROUP_NORMS)
+def test_group_norms_fill_the_device(view: tuple[int, int, int, int]) -> None:
+    """A statistic is divided among many blocks if there are few of them."""
+    first, last = GROUP_NORMS[view]
+    chosen = group_plan(view, itemsize=2)
+    assert (chosen["lanes"], chosen["tiles"], chosen["splits"]) == first
+    chosen = group_plan(view, channels_last=True, itemsize=2)
+    assert (chosen["width"], chosen["tiles"], chosen["splits"]) == last
+    assert chosen["values"] == 8
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_plan_of_a_sample_does_not_depend_on_the_batch(channels_last: bool, backward: bool, itemsize: int) -> None:
+    """Only the number of tiles does: how the values of a statistic are summed is the same in every batch."""
+    for groups, channels, inner in ((32, 320, 4096), (3, 6, 35), (64, 64, 49), (1, 96, 3136), (5, 5, 16384)):
+        plans = [
+            group_plan((n, groups, channels, inner), channels_last=channels_last, itemsize=itemsize, backward=backward)
+            for n in (1, 2, 7, 300)
+        ]
+        summed = [{k: p[k] for k in ("by_rows", "values", "lanes", "width", "splits", "chunk")} for p in plans]
+        assert all(one == summed[0] for one in summed)
+        assert plans[3]["tiles"] > plans[0]["tiles"]
+
+
+def test_traffic_of_group_norm() -> None:
+    """Counted by hand: 2 x 320 x 64 x 64 float32 values in 64 statistics. Forward has four sums, backward two."""
+    view, size = (2, 32, 320, 4096), 10_485_760
+    forward, backward = group_plan(view), group_plan(view, backward=True)
+    partials = forward["splits"] * 4 * 64 * 8
+    assert (forward["launches"], forward["read"], forward["written"]) == (3, 2 * size + partials, size + partials)
+    partials = backward["splits"] * 2 * 640 * 8
+    assert (backward["launches"], backward["read"], backward["written"]) == (6, 4 * size + partials, size + partials)
+    assert partials < 0.01 * size
+
+
+# Rows of layer norm in float32: vectors of a thread, lanes, threads of a block, chunks, blocks; forward and backward.
+LAYER_ROWS = {
+    (64, 96): ((2, 16, 256, 1, 4), (1, 32, 256, 1, 8)),
+    (4096, 768): ((8, 32, 256, 1, 512), (4, 64, 256, 1, 264)),
+    (8192, 1024): ((8, 32, 256, 1, 1024), (4, 64, 256, 1, 264)),
+    (2048, 4096): ((8, 128, 256, 1, 1024), (4, 256, 256, 1, 264)),
+    (2048, 8192): ((8, 256, 256, 1, 2048), (4, 512, 512, 1, 132)),
+    (16, 64 * 256 * 256): ((8, 512, 512, 256, 16), (4, 512, 512, 512, 1)),
+}
+
+
+@pytest.mark.parametrize("shape", LAYER_ROWS)
+def test_rows_of_layer_norm(shape: tuple[int, int]) -> None:
+    rows, channels = shape
+    for backward, expected in zip((False, True), LAYER_ROWS[shape], strict=True):
+        chosen = layer_plan((rows, channels, 1), backward=backward)
+        assert tuple(chosen[k] for k in ("vectors", "lanes", "threads", "chunks", "blocks")) == expected
+        assert chosen["values"] == 4
+        held = chosen["lanes"] * chosen["vectors"] * chosen["values"]
+        assert chosen["chunk"] <= held < 2 * channels + 512
+        assert chosen["chunk"] * chosen["chunks"] >= channels
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 65, 768, 2049, 4096, 8192, 100_000])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_the_plan_of_a_row_does_not_depend_on_the_batch(channels: int, itemsize: int) -> None:
+    for backward in (False, True):
+        plans = [layer_plan((n, channels, 1), itemsize=itemsize, backward=backward) for n in (1, 5, 300, 100_000)]
+        assert len({tuple(p[k] for k in ("values", "vectors", "lanes", "chunk", "chunks")) for p in plans}) == 1
+        assert all(p["threads"] % 32 == 0 and p["threads"] <= 512 for p in plans)
+        plans = [layer_plan((n, channels, 49), itemsize=itemsize, backward=backward) for n in (1, 5, 300)]
+        assert len({tuple(p[k] for k in ("values", "width", "height", "tiles")) for p in plans}) == 1
+
+
+def test_a_block_sums_few_rows_in_float() -> None:
+    for rows, channels in ((1_000_000, 768), (50_000_000, 16), (3, 8)):
+        chosen = layer_plan((rows, channels, 1), backward=True)
+        slots = chosen["threads"] // chosen["lanes"]
+        assert rows / (chosen["blocks"] * slots) <= 64
+        assert chosen["blocks"] < 2**31
+    for outer, channels, inner in ((32, 96, 3136), (4096, 96, 3136), (1, 3, 5)):
+        chosen = layer_plan((outer, channels, inner), backward=True)
+        assert outer * chosen["tiles"] / chosen["blocks"] <= 64
+
+
+def test_parameters_by_sample_have_blocks_of_their_own() -> None:
+    assert layer_plan((4096, 768, 1), samples=16, backward=True)["blocks"] == 16  # of each sample
+    assert layer_plan((16, 96, 3136), samples=16, backward=True)["blocks"] == 16
+    assert layer_plan((4096, 768, 1), samples=4096, backward=True)["blocks"] == 1
+
+
+def test_traffic_of_layer_norm() -> None:
+    """Counted by hand: rows that are held in registers are read once. The sums of blocks are written and read once."""
+    size = 4096 * 768 * 4
+    forward, backward = layer_plan((4096, 768, 1)), layer_plan((4096, 768, 1), backward=True)
+    sums = 264 * 2 * 768 * 4
+    assert (forward["launches"], forward["read"], forward["written"]) == (1, size, size)
+    assert (backward["launches"], backward["read"], backward["written"]) == (4, 2 * size + sums, size + sums)
+    long, size = layer_plan((16, 100_000, 1)), 16 * 100_000 * 4
+    assert (long["launches"], long["read"], long["written"]) == (2, 2 * size, size)
+    columns, size = layer_plan((32, 96, 3136), backward=True), 32 * 96 * 3136 * 4
+    sums = columns["blocks"] * 2 * 96 * 4
+    assert (columns["launches"], columns["read"], columns["written"]) == (4, 2 * size + sums, size + sums)

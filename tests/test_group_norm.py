@@ -90,7 +90,7 @@ def check_call(
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=sample_id)
 def test_every_shape(
     device: torch.device, shape: tuple[int, ...], groups: int, dtypes: tuple[torch.dtype, torch.dtype], layout: str
 ) -> None:
@@ -114,7 +114,15 @@ def test_every_option(device: torch.device, layout: str, options: str, activatio
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize(
     ("shape", "groups"),
-    [((8, 4, 4), 2), ((32, 7, 7), 8), ((6, 2, 2), 6), ((8, 70, 80), 2), ((2, 300, 300), 1), ((16,), 4)],
+    [
+        ((8, 4, 4), 2),
+        ((32, 7, 7), 8),
+        ((6, 2, 2), 6),
+        ((9, 5, 7), 3),
+        ((8, 70, 80), 2),
+        ((2, 300, 300), 1),
+        ((16,), 4),
+    ],
     ids=sample_id,
 )
 def test_a_sample_does_not_depend_on_the_batch(

@@ -120,7 +120,7 @@ def check_call(
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize(("shape", "dims"), ROWS, ids=str)
+@pytest.mark.parametrize(("shape", "dims"), ROWS, ids=sample_id)
 def test_every_shape_of_rows(
     device: torch.device, shape: tuple[int, ...], dims: int, dtypes: tuple[torch.dtype, torch.dtype], rms: bool
 ) -> None:
@@ -135,7 +135,7 @@ def test_every_shape_of_rows(
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", IMAGES, ids=str)
+@pytest.mark.parametrize("shape", IMAGES, ids=sample_id)
 def test_every_shape_of_images(
     device: torch.device, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], layout: str, rms: bool
 ) -> None:

@@ -27,6 +27,7 @@ struct ChannelView {
   int64_t channels;
   int64_t inner;
   int64_t samples = 1;
+  bool alike = false;  // whether the plan of a sample must be the same for any number of samples, one among them
 
   constexpr int64_t positions() const { return outer * inner; }  // values per channel, of one sample
   constexpr int64_t statistics() const { return samples * channels; }
@@ -153,12 +154,13 @@ struct GroupView {
   }
   // The same, with the channels of one sample after the other.
   constexpr ChannelView by_sample() const {
-    return channels_last ? ChannelView{inner, channels, 1, samples} : ChannelView{1, channels, inner, samples};
+    return channels_last ? ChannelView{inner, channels, 1, samples, true}
+                         : ChannelView{1, channels, inner, samples, true};
   }
   // The largest parts of statistics that are channels of a view: channels first the statistics themselves, whose values
   // are contiguous, else the channels.
   constexpr ChannelView reduced() const {
-    return channels_last ? by_sample() : ChannelView{1, groups, count(), samples};
+    return channels_last ? by_sample() : ChannelView{1, groups, count(), samples, true};
   }
 };
 

@@ -1,4 +1,4 @@
-"""The CPU kernels without torch, under AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set."""
+"""The CPU kernels without torch, for each instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import os
 import platform
@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-FLAGS = ["-std=c++17", "-g1", *SANITIZERS]
+ADDRESS = ["-std=c++17", "-g1", "-fsanitize=address", "-fno-sanitize-recover=all"]
+FLAGS = [*ADDRESS, "-fsanitize=undefined"]
 # In the kernels, checks are function calls: with inlined checks the force-inlined templates take minutes to compile.
 KERNEL_FLAGS = ["-O1", "--param", "asan-instrumentation-with-call-threshold=0"]
+# The other instruction sets compile the same templates. With this sanitizer they take more than twice as long.
+UNDEFINED_ONLY_IN_BASELINE = {"avx2", "avx512"}
 CAPABILITIES = ["avx512", "avx2", "baseline"]
 
 
@@ -30,8 +32,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def compile_one(source: Path, target: Path) -> None:
         include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/kernels'}"]
+        sanitizers = ADDRESS if source.stem in UNDEFINED_ONLY_IN_BASELINE else FLAGS
         level = ["-O2"] if source.name == "main.cpp" else KERNEL_FLAGS
-        subprocess.run([compiler, *FLAGS, *level, *include, "-c", source, "-o", target], check=True)
+        subprocess.run([compiler, *sanitizers, *level, *include, "-c", source, "-o", target], check=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources, objects))

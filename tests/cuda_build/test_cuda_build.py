@@ -1,6 +1,6 @@
 """Compiles the CUDA sources with nvcc and checks the machine code; no GPU is needed. Skipped without nvcc.
 
-Every kernel is compiled for every shipped architecture with torch's flags: no warning, no spill, no stack frame. The
+Every kernel is compiled for several architectures with torch's flags: no warning, no spill, no stack frame. The
 machine code for sm_90 is disassembled: vectors are accessed with 16 bytes per instruction, enough loads are in flight,
 and no slow division comes before the first load. The sources that include torch are compiled too.
 """
@@ -25,7 +25,8 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
-ARCHS = ("75", "80", "90", "100", "120")
+# Those in between the oldest and the newest are compiled when the CUDA build is recorded: see .ci/cuda_build.
+ARCHS = tuple(os.environ.get("NORMFUSED_TEST_ARCHS", "75 90 120").split())
 DISASSEMBLED = "90"  # one architecture only: disassembling all would take longer than compiling them
 
 sys.path.insert(0, str(ROOT / "build_backend"))

@@ -91,7 +91,7 @@ RowsPlan plan_rows(const ChannelView& view, int itemsize, int inputs, bool align
   plan.view = flattened(view);
   const int values = values_per_access(itemsize);
   // Sums depend on where in a vector a row begins, which must be the same in every sample.
-  const bool alike = view.samples == 1 || view.channels * view.inner % values == 0;
+  const bool alike = !view.alike || view.channels * view.inner % values == 0;
   plan.values = aligned && alike && view.inner >= values ? values : 1;
   plan.masked = view.inner % plan.values != 0;
   // A row touches the maximum number of vectors if it begins on the last value of one.
@@ -138,8 +138,8 @@ ColumnsPlan columns_of(const ChannelView& view, int itemsize, bool aligned, int6
   const int64_t repeat = view.inner > 1 ? 1 : values / std::gcd<int64_t>(view.channels, values);
   // Positions are repeated in a row only if one tile holds the whole row, and so all columns of its channels. The
   // samples, if there are several, must then end with a row.
-  const bool repeats =
-      repeat * view.channels <= int64_t{kThreads} * values && (view.samples == 1 || view.outer % repeat == 0);
+  const bool repeats = repeat * view.channels <= int64_t{kThreads} * values &&
+                       ((view.samples == 1 && !view.alike) || view.outer % repeat == 0);
   const bool vectors = aligned && (repeat == 1 || repeats);
   plan.values = vectors ? values : 1;
   plan.repeat = vectors ? static_cast<int>(repeat) : 1;
