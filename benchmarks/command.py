@@ -16,6 +16,7 @@ import normfused
 
 Row = dict[str, Any]
 Render = Callable[[dict[str, Any], list[Row]], str]
+Draw = Callable[[dict[str, Any], list[Row], Path], None]
 
 
 def run(
@@ -24,11 +25,13 @@ def run(
     measure: Callable[[str], list[Row]],
     render: Render,
     rehearse: Callable[[str], list[Row]] | None = None,
+    draw: Draw | None = None,
 ) -> int:
     """Measures on the requested device, and writes ``name``.json and ``name``.md. Returns the exit status.
 
     `measure` and `rehearse` map a device to rows, and `render` makes Markdown of the machine and the rows.
-    `rehearse` replaces `measure` with ``--tiny``: small tensors, and figures without meaning.
+    `rehearse` replaces `measure` with ``--tiny``: small tensors, and figures without meaning. `draw` writes a plot into
+    the folder.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -39,7 +42,7 @@ def run(
         parser.add_argument("--tiny", action="store_true", help="rehearsal: small tensors; the figures mean nothing")
     arguments = parser.parse_args()
     if arguments.render:
-        print(write(name, render, arguments.render))
+        print(write(name, render, arguments.render, draw))
         return 0
     if normfused.info()["extension"] != "loaded":
         reason = normfused.info()["fallback_reason"]
@@ -51,15 +54,17 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     rows = rehearse(arguments.device) if rehearse and arguments.tiny else measure(arguments.device)
     (folder / f"{name}.json").write_text(json.dumps({"machine": description, name: rows}, indent=1) + "\n")
-    print(f"\n{write(name, render, folder)}\nwritten to {folder}")
+    print(f"\n{write(name, render, folder, draw)}\nwritten to {folder}")
     return 0
 
 
-def write(name: str, render: Render, folder: Path) -> str:
-    """Writes ``name``.md from ``name``.json, and returns its text."""
+def write(name: str, render: Render, folder: Path, draw: Draw | None = None) -> str:
+    """Writes ``name``.md and the plot from ``name``.json, and returns the text."""
     measured = json.loads((folder / f"{name}.json").read_text())
     text = render(measured["machine"], measured[name])
     (folder / f"{name}.md").write_text(text)
+    if draw is not None:
+        draw(measured["machine"], measured[name], folder)
     return text
 
 

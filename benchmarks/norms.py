@@ -1,6 +1,6 @@
 """Norms whose statistics are those of one sample, compared with eager torch and with copies.
 
-``python benchmarks/norms.py`` writes norms.json and norms.md to results/<device>/.
+``python benchmarks/norms.py`` writes norms.json, norms.md and norms.png to results/<device>/.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import command
@@ -208,11 +209,19 @@ def render(description: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "Medians over interleaved rounds of the ratio to eager torch in the same round, and of the time in copies of "
         "the tensor; geometric means over shapes, dtypes and layouts.",
         tables.table(("", "speedup over torch", "least", "target", "", "copies"), means),
+        "![Speed compared with eager torch](norms.png)",
         "## All cases",
         tables.table(("", "shape", "dtype", "layout", "speedup over torch", "copies"), details, text_columns=4),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def draw(description: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
+    """Writes norms.png."""
+    import plots
+
+    plots.draw_norms(description, rows, folder)
+
+
 if __name__ == "__main__":
-    sys.exit(command.run(__doc__, "norms", measure, render, rehearse))
+    sys.exit(command.run(__doc__, "norms", measure, render, rehearse, draw))

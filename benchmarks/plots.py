@@ -71,13 +71,47 @@ CHARTS = (
 def draw(machine: dict[str, Any], results: list[Result], folder: Path) -> None:
     """Writes one file per chart and batch size."""
     grid = [r for r in results if r["operation"] != "small_call"]
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['cpu_capability']}, {machine['threads']} threads"
-    where = f"{device}, torch {machine['torch']}, {machine['date'][:10]}"
+    where = _where(machine)
     for batch in {r["shape"][0] for r in grid}:
         of_batch = [r for r in grid if r["shape"][0] == batch]
         for chart in CHARTS:
             title = f"{chart.title}\nmedians at batch {batch}; {where}"
             _draw(chart, title, of_batch, folder / f"{chart.name}-n{batch}.png")
+
+
+def draw_norms(machine: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
+    """Writes norms.png: a panel per operation, a row per norm and shape, a dot per dtype and layout."""
+    cases = list(dict.fromkeys((row["norm"], tuple(row["shape"])) for row in rows))
+    operations = list(dict.fromkeys(row["operation"] for row in rows))
+    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    with plt.rc_context(STYLE):
+        size = (12, 1.2 + 0.26 * len(cases))
+        fig, axes = plt.subplots(
+            1, len(operations), figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
+        )
+        for ax, operation in zip(axes.flat, operations, strict=True):
+            ax.set_title(operation, loc="left")
+            ax.axvline(1, color="#333333", lw=1)
+            ax.tick_params(axis="y", length=0)
+            ax.set_xlabel("time of torch / time of normfused")
+            for row in rows:
+                if row["operation"] == operation:
+                    place = cases.index((row["norm"], tuple(row["shape"])))
+                    series = layouts.index(row["layout"]) + len(layouts) * list(COLORS).index(row["dtype"])
+                    y = place + (series - (2 * len(layouts) - 1) / 2) * STEP
+                    layout = LAYOUTS[layouts.index(row["layout"])]
+                    ax.plot(row["speedup"], y, MARKERS[layout], color=COLORS[row["dtype"]], **_face(layout), ms=4.5)
+        _label(axes[0, 0], [f"{norm}, {'×'.join(map(str, shape))}" for norm, shape in cases])
+        title = "Speed compared with eager torch; right of the line normfused is faster"
+        fig.suptitle(f"{title}\nmedians; {_where(machine)}", x=0.01, ha="left", fontsize=10)
+        fig.legend(handles=_handles(), loc="outside lower center", ncols=len(SERIES), frameon=False)
+        fig.savefig(folder / "norms.png", dpi=130)
+        plt.close(fig)
+
+
+def _where(machine: dict[str, Any]) -> str:
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['cpu_capability']}, {machine['threads']} threads"
+    return f"{device}, torch {machine['torch']}, {machine['date'][:10]}"
 
 
 def _draw(chart: Chart, title: str, results: list[Result], path: Path) -> None:
@@ -96,7 +130,7 @@ def _draw(chart: Chart, title: str, results: list[Result], path: Path) -> None:
             for result in results:
                 if result["operation"] == operation:
                     _draw_dot(ax, result, chart.value, shapes.index((result["shape"][1], result["shape"][2])))
-        _label(axes[0, 0], shapes)
+        _label(axes[0, 0], [f"{channels}×{side}×{side}" for channels, side in shapes])
         for ax in axes[-1]:
             ax.set_xlabel(chart.axis)
         for ax in axes[:, 0]:
@@ -125,9 +159,9 @@ def _handles() -> list[Line2D]:
     ]
 
 
-def _label(ax: Axes, shapes: list[tuple[int, int]]) -> None:
-    ax.set_yticks(range(len(shapes)), [f"{channels}×{side}×{side}" for channels, side in shapes])
-    ax.set_ylim(len(shapes) - 0.4, -0.6)  # the first shape on top
+def _label(ax: Axes, rows: list[str]) -> None:
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
