@@ -216,6 +216,16 @@ def test_the_plan_of_a_sample_does_not_depend_on_the_batch(channels_last: bool, 
         assert plans[3]["tiles"] > plans[0]["tiles"]
 
 
+def test_statistics_that_fit_into_registers_are_read_once() -> None:
+    size = 2 * 1280 * 256 * 4
+    chosen = group_plan((2, 32, 1280, 256))
+    assert (chosen["launches"], chosen["read"], chosen["written"]) == (1, size, size)
+    assert group_plan((4, 32, 32, 128 * 128))["launches"] == 1  # instance norm: 16,384 values
+    assert group_plan((4, 32, 32, 128 * 130))["launches"] == 3
+    assert group_plan((2, 32, 1280, 256), channels_last=True)["launches"] == 3
+    assert group_plan((2, 4, 64, 3))["launches"] == 3  # a vector can have values of three channels
+
+
 def test_traffic_of_group_norm() -> None:
     """Counted by hand: 2 x 320 x 64 x 64 float32 values in 64 statistics. Forward has four sums, backward two."""
     view, size = (2, 32, 320, 4096), 10_485_760

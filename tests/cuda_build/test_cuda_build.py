@@ -196,7 +196,9 @@ def test_vectors_are_read_by_one_instruction(code: dict[str, Function]) -> None:
 def test_vectors_are_written_by_one_instruction(code: dict[str, Function]) -> None:
     """There are as many plain 16-byte stores as streaming ones, which are intrinsics that nvcc never splits."""
     plain, streaming = r"STG\.E\.128", r"STG\.E\.EF\.128"
-    writing = {name: function for name, function in code.items() if name.startswith(("apply_", "layer_norm_"))}
+    writing = {
+        name: function for name, function in code.items() if name.startswith(("apply_", "layer_norm_", "normalize_"))
+    }
     split = {
         name: (stores(function.instructions, plain), stores(function.instructions, streaming))
         for name, function in writing.items()
@@ -215,7 +217,7 @@ MIN_IN_FLIGHT = {
     r"reduce_columns<(SumsOp|\w+<(double|int|long))": ("", 3),
     r"apply_columns<GradInputOp<\w+, true": (".EF", 3),
     r"apply_(?!columns<GradInputOp<\w+, true)": (".EF", 4),
-    r"layer_norm_rows<\w+, \d+, (4|8)": ("", 4),
+    r"normalize_rows<.*, \d+, (4|8)>$": ("", 4),
     r"layer_norm_backward_rows<\w+, \d+, (2|4)": ("", 4),
 }
 
@@ -282,7 +284,8 @@ def access_bytes(name: str) -> int:
     sizes = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2, "unsigned char": 1, "signed char": 1}
     sizes |= {"short": 2, "int": 4, "long": 8}
     item = re.search(r"(?:Op|_tiles|norm_\w+|add_residuals)<([a-z_0-9 ]+)[,>]", name)
-    values = re.search(r"norm_\w+<\w+, (\d+)", name) or re.search(r", (\d+)(?:, (?:true|false))?>$", name)
+    vectors = r"(?:normalize_rows<.*|norm_backward_rows<\w+), (\d+), \d+>$"  # the values and the number of vectors
+    values = re.search(vectors, name) or re.search(r", (\d+)(?:, (?:true|false))?>$", name)
     assert item is not None, name
     assert values is not None, name
     return sizes[item[1]] * int(values[1])

@@ -220,11 +220,12 @@ struct Layers {
              cuda::layer_norm_columns<float, 4>, args, plan);
       return cudahost::synchronize();
     }
-    const cuda::LayerRowsPlan plan = cuda::plan_layer_rows(args.view, 1, sizeof(float), true, false, kDevice);
+    const cuda::ResidentRowsPlan plan =
+        cuda::plan_resident_rows(cuda::rows_of(args.view, 1, sizeof(float), true), false, kDevice);
     if (plan.lanes <= cuda::kWarp || plan.chunks > 1) std::abort();
     launch({dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)), nullptr},
-           cuda::layer_norm_rows<float, 4, cuda::layer_vectors(4, 4, false, false)>, args, plan,
-           cuda::LayerPhase::kBoth, static_cast<Moments*>(nullptr));
+           cuda::normalize_rows<cuda::LayerRowsOp<float>, 4, cuda::resident_vectors(4, 4, false, false)>,
+           cuda::LayerRowsOp<float>{args}, plan, cuda::RowPhase::kBoth, static_cast<Moments*>(nullptr));
     cudahost::synchronize();
   }
 
@@ -241,9 +242,10 @@ struct Layers {
       start(cuda::layer_norm_backward_columns<float, 4>,
             cuda::plan_layer_columns(args.view, 1, sizeof(float), true, kDevice), cuda::kThreads);
     } else {
-      const cuda::LayerRowsPlan plan = cuda::plan_layer_rows(args.view, 1, sizeof(float), true, true, kDevice);
-      start(cuda::layer_norm_backward_rows<float, 4, cuda::layer_vectors(4, 4, true, false)>, plan, plan.threads,
-            cuda::LayerPhase::kBoth, static_cast<double*>(nullptr));
+      const cuda::ResidentRowsPlan plan =
+          cuda::plan_resident_rows(cuda::rows_of(args.view, 1, sizeof(float), true), true, kDevice);
+      start(cuda::layer_norm_backward_rows<float, 4, cuda::resident_vectors(4, 4, true, false)>, plan, plan.threads,
+            cuda::RowPhase::kBoth, static_cast<double*>(nullptr));
     }
     for (size_t i = 0; i < sums.size(); ++i) {
       const size_t k = i / static_cast<size_t>(channels) % 2, c = i % static_cast<size_t>(channels);

@@ -9,7 +9,7 @@
 namespace normfused::cuda {
 
 inline constexpr int kWarps = kThreads / kWarp;
-inline constexpr int kMaxWarps = kLayerThreads / kWarp;  // of any block
+inline constexpr int kMaxWarps = kResidentThreads / kWarp;  // of any block
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Programmatic dependent launch, first half: the next launch of the stream may start once every block of this launch

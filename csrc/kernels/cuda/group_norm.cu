@@ -1,6 +1,7 @@
 #include "kernels/cuda/group_norm.cuh"
 
 #include "kernels/cuda/batch_norm_dtype.h"
+#include "kernels/cuda/group_norm_rows.h"
 #include "kernels/cuda/launch.cuh"
 
 namespace normfused::cuda {
@@ -104,6 +105,9 @@ cudaError_t backward(const GroupNormBackward& args, Resources& resources) {
 }  // namespace
 
 cudaError_t group_norm(const GroupNormForward& args, Resources& resources) {
+  bool is_done = false;
+  const cudaError_t error = group_norm_rows(args, resources, is_done);
+  if (is_done || error != cudaSuccess) return error;
   return for_floating(args.dtype, [&](auto type) { return forward<typename decltype(type)::type>(args, resources); });
 }
 

@@ -6,25 +6,11 @@ namespace normfused::cuda {
 
 namespace {
 
-template <class T, int kValues, int kVectors>
-cudaError_t start_rows(const LayerNormForward& args, const LayerRowsPlan& plan, Resources& resources) {
-  const LaunchConfig config{dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.chunks)),
-                            dim3(static_cast<unsigned>(plan.threads)), resources.stream};
-  const auto start = [&](LayerPhase phase, Moments* parts) {
-    return launch(config, layer_norm_rows<T, kValues, kVectors>, args, plan, phase, parts);
-  };
-  if (plan.chunks == 1) return start(LayerPhase::kBoth, nullptr);
-  auto* const parts =
-      static_cast<Moments*>(resources.scratch(args.view.outer * plan.chunks * static_cast<int64_t>(sizeof(Moments))));
-  const cudaError_t error = start(LayerPhase::kSum, parts);
-  return error != cudaSuccess ? error : start(LayerPhase::kApply, parts);
-}
-
 template <class T>
 cudaError_t rows(const LayerNormForward& args, bool aligned, Resources& resources) {
-  const LayerRowsPlan plan = plan_layer_rows(args.view, args.samples, sizeof(T), aligned, false, resources.limits);
-  return for_layer_vectors<T, false>(
-      plan, [&](auto values, auto vectors) { return start_rows<T, values(), vectors()>(args, plan, resources); });
+  const ResidentRowsPlan plan =
+      plan_resident_rows(rows_of(args.view, args.samples, sizeof(T), aligned), false, resources.limits);
+  return normalize_resident<values_per_access(sizeof(T))>(LayerRowsOp<T>{args}, plan, resources);
 }
 
 template <class T>

@@ -41,29 +41,30 @@ struct ParameterSums {
 };
 
 template <class T, int kValues, int kVectors>
-cudaError_t start_rows(const LayerNormBackward& args, const LayerRowsPlan& plan, Resources& resources) {
+cudaError_t start_rows(const LayerNormBackward& args, const ResidentRowsPlan& plan, Resources& resources) {
   const LaunchConfig config{dim3(static_cast<unsigned>(args.samples * plan.blocks), static_cast<unsigned>(plan.chunks)),
                             dim3(static_cast<unsigned>(plan.threads)), resources.stream};
   const ParameterSums<compute_t<T>> sums(args, plan.blocks, resources);
-  const auto start = [&](LayerPhase phase, double* chunk_sums) {
+  const auto start = [&](RowPhase phase, double* chunk_sums) {
     return launch(config, layer_norm_backward_rows<T, kValues, kVectors>, args, plan, phase, chunk_sums, sums.data);
   };
   cudaError_t error = cudaSuccess;
   if (plan.chunks == 1) {
-    error = start(LayerPhase::kBoth, nullptr);
+    error = start(RowPhase::kBoth, nullptr);
   } else {
     auto* const chunk_sums = static_cast<double*>(
         resources.scratch(args.view.outer * plan.chunks * 2 * static_cast<int64_t>(sizeof(double))));
-    error = start(LayerPhase::kSum, chunk_sums);
-    if (error == cudaSuccess) error = start(LayerPhase::kApply, chunk_sums);
+    error = start(RowPhase::kSum, chunk_sums);
+    if (error == cudaSuccess) error = start(RowPhase::kApply, chunk_sums);
   }
   return error != cudaSuccess ? error : sums.write(resources);
 }
 
 template <class T>
 cudaError_t rows(const LayerNormBackward& args, bool aligned, Resources& resources) {
-  const LayerRowsPlan plan = plan_layer_rows(args.view, args.samples, sizeof(T), aligned, true, resources.limits);
-  return for_layer_vectors<T, true>(
+  const ResidentRowsPlan plan =
+      plan_resident_rows(rows_of(args.view, args.samples, sizeof(T), aligned), true, resources.limits);
+  return for_resident_vectors<values_per_access(sizeof(T)), sizeof(compute_t<T>), true>(
       plan, [&](auto values, auto vectors) { return start_rows<T, values(), vectors()>(args, plan, resources); });
 }
 

@@ -241,27 +241,27 @@ int power_of_two(int64_t at_least, int most) {
 
 }  // namespace
 
-LayerRowsPlan plan_layer_rows(const ChannelView& view, int64_t samples, int itemsize, bool aligned, bool is_backward,
-                              const DeviceLimits& limits) {
-  LayerRowsPlan plan{};
-  const int64_t columns = view.channels;
-  const int values = values_per_access(itemsize), computed = std::max(itemsize, 4);
-  plan.values = aligned && columns % values == 0 ? values : 1;
-  const auto lanes_of = [&](int vectors) { return ceil_div(ceil_div(columns, plan.values), vectors); };
-  const int few = layer_vectors(computed, plan.values, is_backward, true);
-  const int many = layer_vectors(computed, plan.values, is_backward, false);
+ResidentRowsPlan plan_resident_rows(const ResidentRows& rows, bool is_backward, const DeviceLimits& limits) {
+  ResidentRowsPlan plan{};
+  const int64_t length = rows.row_values;
+  const int computed = std::max(rows.itemsize, 4);  // bytes of a value in registers
+  plan.values = rows.aligned && length % rows.values == 0 ? rows.values : 1;
+  const auto lanes_of = [&](int vectors) { return ceil_div(ceil_div(length, plan.values), vectors); };
+  const int few = resident_vectors(computed, plan.values, is_backward, true);
+  const int many = resident_vectors(computed, plan.values, is_backward, false);
   const bool is_short = lanes_of(few) <= kWarp;
   plan.vectors = is_short ? few : many;
-  plan.lanes = power_of_two(is_short ? lanes_of(few) : std::max<int64_t>(lanes_of(many), kWarp), kLayerThreads);
+  plan.lanes = power_of_two(is_short ? lanes_of(few) : std::max<int64_t>(lanes_of(many), kWarp), kResidentThreads);
   plan.threads = std::max(plan.lanes, kThreads);
   const int64_t held = int64_t{plan.lanes} * plan.vectors * plan.values;
-  plan.chunks = static_cast<int>(ceil_div(columns, held));
-  plan.chunk = ceil_div(ceil_div(columns, plan.chunks), plan.values) * plan.values;
-  plan.rows = view.outer / samples;
+  plan.chunks = static_cast<int>(ceil_div(length, held));
+  plan.chunk = ceil_div(ceil_div(length, plan.chunks), plan.values) * plan.values;
+  plan.rows = rows.rows / rows.samples;
   const int resident = plan.threads > kThreads ? 1 : kMinBlocks;
-  plan.blocks = is_backward ? layer_blocks(ceil_div(plan.rows, plan.slots()), samples * plan.chunks, resident, limits)
-                            : ceil_div(view.outer, plan.slots());
-  plan.streaming = view.numel() * itemsize > limits.l2_bytes / 2;
+  plan.blocks = is_backward
+                    ? layer_blocks(ceil_div(plan.rows, plan.slots()), rows.samples * plan.chunks, resident, limits)
+                    : ceil_div(rows.rows, plan.slots());
+  plan.streaming = rows.rows * length * rows.itemsize > limits.l2_bytes / 2;
   return plan;
 }
 

@@ -176,14 +176,12 @@ struct ApplyPlan {
 ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize, bool aligned,
                      const DeviceLimits& limits);
 
-// --- layer norm, whose statistics are those of one position over all channels
-
-// Channels last: a statistic is a row of memory. `lanes` neighbouring threads hold a chunk of a row in registers,
+// --- norms whose statistics are rows of memory. `lanes` neighbouring threads hold a chunk of a row in registers,
 // `vectors` vectors each. A row with several chunks takes two launches, of which the first sums each chunk.
-struct LayerRowsPlan {
+struct ResidentRowsPlan {
   int values, vectors;  // per vector; per thread
   int lanes, threads;   // of a chunk; of a block
-  int64_t chunk;        // channels, a multiple of `values`
+  int64_t chunk;        // values of a row, a multiple of `values`
   int chunks;
   int64_t rows;    // of one sample
   int64_t blocks;  // of one chunk; in backward of one sample too, and each processes many rows
@@ -193,21 +191,44 @@ struct LayerRowsPlan {
 };
 
 // The bytes of values that a thread holds: of the input, and in backward of each of two inputs and two sums.
-inline constexpr int kLayerBytes = 128, kLayerBackwardBytes = 64;
+inline constexpr int kResidentBytes = 128, kResidentBackwardBytes = 64;
 // Threads of a block for rows that kThreads threads cannot hold.
-inline constexpr int kLayerThreads = 2 * kThreads;
+inline constexpr int kResidentThreads = 2 * kThreads;
 
 // Vectors per thread, of `values` values that take `bytes` bytes each in registers: for rows that a few lanes hold, or
 // for longer ones.
-constexpr int layer_vectors(int bytes, int values, bool is_backward, bool is_short) {
+constexpr int resident_vectors(int bytes, int values, bool is_backward, bool is_short) {
   if (is_short) return is_backward ? 1 : 2;
-  return (is_backward ? kLayerBackwardBytes : kLayerBytes) / bytes / (values > 1 ? values : 4);
+  return (is_backward ? kResidentBackwardBytes : kResidentBytes) / bytes / (values > 1 ? values : 4);
 }
 
-// The view's inner extent is 1. `samples` divides the outer extent: each sample has parameters of its own. How the
-// values of a row are summed depends on the number of channels and on `aligned` only.
-LayerRowsPlan plan_layer_rows(const ChannelView& view, int64_t samples, int itemsize, bool aligned, bool is_backward,
-                              const DeviceLimits& limits);
+// Rows of memory, and how they are read.
+struct ResidentRows {
+  int64_t rows, row_values;
+  int64_t samples;  // divides the rows: in backward each sample has parameters of its own
+  int itemsize;     // of the values in memory
+  int values;       // per vector, if the rows are aligned and whole vectors
+  bool aligned;
+};
+
+// The positions of a channels-last view, for layer norm, and the statistics of a channels-first view, for group norm.
+constexpr ResidentRows rows_of(const ChannelView& view, int64_t samples, int itemsize, bool aligned) {
+  return {view.outer, view.channels, samples, itemsize, values_per_access(itemsize), aligned};
+}
+constexpr ResidentRows rows_of(const GroupView& view, int itemsize, int values, bool aligned) {
+  return {view.statistics(), view.count(), 1, itemsize, values, aligned};
+}
+
+// How the values of a row are summed depends on the size of a row and on how it is read, not on the number of rows.
+ResidentRowsPlan plan_resident_rows(const ResidentRows& rows, bool is_backward, const DeviceLimits& limits);
+
+// Whether group norm uses this plan: the statistics are rows, one launch reads them once, and the values of a vector
+// belong to at most two channels. A mask is then written by whole bytes.
+constexpr bool is_resident(const ResidentRowsPlan& plan, const GroupView& view, bool has_mask) {
+  return !view.channels_last && plan.chunks == 1 && (plan.values == 1 ? !has_mask : view.inner >= plan.values);
+}
+
+// --- layer norm
 
 // Channels first: a statistic is a column of a matrix for each outer index, (channels, inner). A block reads `width`
 // vectors of columns by `height` rows at a time. How the values of a column are summed depends on the shape of the

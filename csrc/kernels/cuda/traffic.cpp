@@ -42,6 +42,9 @@ SampleTraffic group_norm_traffic(const GroupView& view, int itemsize, bool is_ba
   const int inputs = is_backward ? 2 : 1, sums = is_backward ? 2 : 4;
   const ReductionPlan plan = plan_reduction(reduced, itemsize, inputs, true, false, limits);
   const int64_t bytes = view.numel() * itemsize;
+  const ResidentRowsPlan rows =
+      plan_resident_rows(rows_of(view, itemsize, values_per_access(itemsize), true), false, limits);
+  if (!is_backward && is_resident(rows, view, false)) return {1, bytes, bytes};
   const int64_t partials = plan.splits() * sums * reduced.statistics() * int64_t{sizeof(double)};
   // Forward: reduction, finish, application. Backward also prepares the reduction and writes two parameter gradients.
   return {is_backward ? 6 : 3, 2 * inputs * bytes + partials, bytes + partials};
@@ -49,7 +52,8 @@ SampleTraffic group_norm_traffic(const GroupView& view, int itemsize, bool is_ba
 
 SampleTraffic layer_norm_traffic(const ChannelView& view, int itemsize, bool is_backward, const DeviceLimits& limits) {
   const bool is_rows = view.inner == 1;
-  const LayerRowsPlan rows = is_rows ? plan_layer_rows(view, 1, itemsize, true, is_backward, limits) : LayerRowsPlan{};
+  const ResidentRowsPlan rows =
+      is_rows ? plan_resident_rows(rows_of(view, 1, itemsize, true), is_backward, limits) : ResidentRowsPlan{};
   const LayerColumnsPlan columns = is_rows ? LayerColumnsPlan{} : plan_layer_columns(view, 1, itemsize, true, limits);
   const int passes = is_rows && rows.chunks > 1 ? 2 : 1;
   const int64_t bytes = view.numel() * itemsize;

@@ -1,0 +1,73 @@
+// Group norm of channels-first tensors whose statistics fit into the registers of a block (see resident_rows.cuh).
+#pragma once
+
+#include "kernels/cuda/group_norm.cuh"
+#include "kernels/cuda/resident_rows.cuh"
+
+namespace normfused::cuda {
+
+// Op of normalize_rows(). Each vector belongs to one channel or to two.
+template <class T_, bool kFused>
+struct GroupRowsOp {
+  using T = T_;
+  using Normalize = NormalizeOp<T, kFused>;
+  using S = typename Normalize::S;
+
+  GroupNormForward args;
+  Normalize normalize;  // its table is not read
+  Divider<uint64_t> by_inner;
+
+  NF_DEVICE int64_t rows() const { return args.view.statistics(); }
+  NF_DEVICE int64_t channels() const { return args.view.count(); }
+  NF_DEVICE double eps() const { return args.eps; }
+  NF_DEVICE void prologue() const { normalize.prologue(); }
+
+  template <int kValues, int kVectors>
+  NF_DEVICE void load(const RowPart<kValues>& part, bool, Vector<T, kValues> (&x)[kVectors]) const {
+    load_row(args.input, channels(), part, x);
+  }
+  NF_DEVICE LayerStatistics finish(int64_t statistic, const Moments& moments, bool writes) const {
+    const LayerStatistics statistics = layer_statistics(moments, true, args.eps);
+    if (writes) {
+      args.mean[statistic] = statistics.mean;
+      args.invstd[statistic] = statistics.invstd;
+    }
+    return statistics;
+  }
+  template <int kValues, int kVectors>
+  NF_DEVICE void write(const RowPart<kValues>& part, const LayerStatistics& statistics, bool streaming,
+                       const Vector<T, kValues> (&x)[kVectors]) const {
+    const GroupView& view = args.view;
+    Vector<T, kValues> residual[kVectors]{};
+    if (kFused && args.residual != nullptr) load_row(args.residual, channels(), part, residual);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (!part.has(v)) continue;
+      const int64_t place = part.channel(v), j = static_cast<int64_t>(by_inner(static_cast<uint64_t>(place)));
+      const int64_t channel = part.row * view.width() + j, left = (j + 1) * view.inner - place;
+      const Coefficients<Normalize> current = coefficients_of_channel(statistics, channel);
+      const Coefficients<Normalize> next = left < kValues ? coefficients_of_channel(statistics, channel + 1) : current;
+      const auto coefficients_of = [&](int i) {
+        Coefficients<Normalize> chosen = current;
+#pragma unroll
+        for (int k = 0; k < Normalize::kCoefficients; ++k) chosen.k[k] = i < left ? chosen.k[k] : next.k[k];
+        return chosen;
+      };
+      Inputs<Normalize, kValues> inputs;
+      inputs[0] = x[v];
+      if constexpr (kFused) inputs[1] = residual[v];
+      apply_vector<Normalize, kValues>(normalize, inputs, coefficients_of, part.row * channels() + place,
+                                       kAllValid<kValues>, streaming);
+    }
+  }
+
+ private:
+  NF_DEVICE Coefficients<Normalize> coefficients_of_channel(const LayerStatistics& statistics, int64_t channel) const {
+    const double weight = read_parameter(args.weight, channel, args.view.channels, 1);
+    const double bias = read_parameter(args.bias, channel, args.view.channels, 0);
+    const auto k = forward_coefficients<S>({statistics.mean, statistics.invstd, weight, bias});
+    return {{k.pivot, k.scale, k.shift}};
+  }
+};
+
+}  // namespace normfused::cuda

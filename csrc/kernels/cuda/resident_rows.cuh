@@ -1,0 +1,162 @@
+// Norms whose statistics are rows of memory: neighbouring lanes read a row, or a chunk of a long row, into registers
+// once. They sum it, compute its statistics, and apply them.
+//
+// A row with several chunks takes two launches: one with the phase kSum, which writes the results of every chunk, and
+// one with kApply, which merges them. A row with one chunk takes one, with the phase kBoth.
+#pragma once
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/vector.cuh"
+#include "kernels/math.h"
+
+namespace normfused::cuda {
+
+enum class RowPhase : uint8_t { kBoth, kSum, kApply };
+
+// The values that a thread holds: kVectors vectors of kValues values each, at offsets from the first value of a row.
+template <int kValues>
+struct RowPart {
+  int64_t row;         // whose first value is at row * channels
+  int64_t begin, end;  // the channels of the chunk; none for a slot without a row
+  int lane, lanes;
+
+  NF_DEVICE RowPart(const ResidentRowsPlan& plan, int64_t row, bool is_present, int64_t channels)
+      : row(row), lane(static_cast<int>(threadIdx.x) % plan.lanes), lanes(plan.lanes) {
+    begin = blockIdx.y * plan.chunk;
+    const int64_t chunk_end = begin + plan.chunk;
+    end = !is_present ? begin : chunk_end < channels ? chunk_end : channels;
+  }
+  // The first channel of vector v, and whether the thread has this vector.
+  NF_DEVICE int64_t channel(int v) const { return begin + (v * lanes + lane) * kValues; }
+  NF_DEVICE bool has(int v) const { return channel(v) < end; }
+  NF_DEVICE int64_t count() const { return end - begin; }
+};
+
+// Loads a thread's vectors of a row. All loads are independent of each other.
+template <class T, int kValues, int kVectors>
+NF_DEVICE void load_row(const void* tensor, int64_t channels, const RowPart<kValues>& part,
+                        Vector<T, kValues> (&vectors)[kVectors]) {
+  const T* const first = static_cast<const T*>(tensor) + part.row * channels;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v)
+    vectors[v] = part.has(v) ? Vector<T, kValues>::load(first + part.channel(v)) : Vector<T, kValues>{};
+}
+
+// Calls f(x) for every value that the thread holds, in S.
+template <class S, class T, int kValues, int kVectors, class F>
+NF_DEVICE void for_each_value(const RowPart<kValues>& part, const Vector<T, kValues> (&vectors)[kVectors], const F& f) {
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (!part.has(v)) continue;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) f(widen<S>(vectors[v].value[i]));
+  }
+}
+
+// Block-wide: the moments of a chunk. The pivot is the mean in S, whose sum cannot overflow, because every value is
+// divided by the count first. If squares overflow or underflow S, they are summed in double. All threads of the block
+// must call it.
+template <class T, int kValues, int kVectors>
+NF_DEVICE Moments moments_of(const RowPart<kValues>& part, const Vector<T, kValues> (&x)[kVectors], double eps) {
+  using S = compute_t<T>;
+  const int64_t count = part.count();
+  const S share = 1 / static_cast<S>(count > 0 ? count : 1);
+  S mean = 0;
+  for_each_value<S>(part, x, [&](S value) { mean += value * share; });
+  double total[1] = {static_cast<double>(mean)};
+  sum_lanes(total, part.lanes);
+  const S pivot = is_finite(static_cast<S>(total[0])) ? static_cast<S>(total[0]) : 0;
+
+  S sum = 0, square = 0;
+  for_each_value<S>(part, x, [&](S value) {
+    const S deviation = value - pivot;
+    sum += deviation;
+    square += deviation * deviation;
+  });
+  double sums[2] = {static_cast<double>(sum), static_cast<double>(square)};
+  sum_lanes(sums, part.lanes);
+  Moments moments{count, 0, 0};
+  if (count > 0) moments = moments_about(static_cast<double>(pivot), count, sums[0], sums[1]);
+  // A NaN is a valid result.
+  const bool is_valid = count == 0 || (sums[1] != HUGE_VAL && !can_underflow<S>(moments, eps));
+  if (!__syncthreads_or(!is_valid)) return moments;
+
+  const auto total_of = [&](const auto& f) {
+    double exact[1] = {};
+    for_each_value<double>(part, x, [&](double value) { exact[0] += f(value); });
+    sum_lanes(exact, part.lanes);
+    return exact[0];
+  };
+  const double exact_mean = total_of([&](double value) { return value / static_cast<double>(count); });
+  const double m2 = total_of([&](double value) { return (value - exact_mean) * (value - exact_mean); });
+  return is_valid ? moments : Moments{count, exact_mean, m2};
+}
+
+// Kernel: normalizes rows. A block per plan.slots() rows (blockIdx.x) and chunk (blockIdx.y). `parts`: (rows, chunks),
+// the moments of the chunks of rows that have several. An Op provides
+//
+//   T                            the type of the input
+//   rows(), channels(), eps()    extents, and what is added to the variance
+//   load(part, is_first, x)      loads the values that are normalized; is_first: by the first launch that does
+//   finish(row, moments, writes) the statistics of a row, which one thread of all launches writes
+//   write(part, statistics, streaming, x)
+//                                writes the output of a chunk
+//   prologue()                   other work, of the blocks of chunk 0
+template <class Op, int kValues, int kVectors>
+__global__ void __launch_bounds__(kResidentThreads, 1)
+    normalize_rows(const Op op, const ResidentRowsPlan plan, const RowPhase phase, Moments* const parts) {
+  const int64_t row = blockIdx.x * static_cast<int64_t>(plan.slots()) + threadIdx.x / plan.lanes;
+  const bool is_present = row < op.rows();
+  const RowPart<kValues> part(plan, row, is_present, op.channels());
+
+  Vector<typename Op::T, kValues> x[kVectors];
+  op.load(part, phase != RowPhase::kApply, x);
+  Moments moments{};
+  if (phase != RowPhase::kApply) moments = moments_of(part, x, op.eps());
+  if (phase == RowPhase::kSum) {
+    if (is_present && part.lane == 0) parts[row * plan.chunks + blockIdx.y] = moments;
+    return;
+  }
+  if (blockIdx.y == 0) op.prologue();
+  if (!is_present) return;
+  if (phase == RowPhase::kApply)
+    for (int chunk = 0; chunk < plan.chunks; ++chunk) moments = merge(moments, parts[row * plan.chunks + chunk]);
+  op.write(part, op.finish(row, moments, part.lane == 0 && blockIdx.y == 0), plan.streaming, x);
+}
+
+// --- host
+
+// Calls start(kValues, kVectors) with the plan's numbers, as std::integral_constant. kWidest: the values of a vector,
+// if rows are not read one by one; kBytes: of a value in registers.
+template <int kWidest, int kBytes, bool kBackward, class F>
+cudaError_t for_resident_vectors(const ResidentRowsPlan& plan, const F& start) {
+  const auto with_values = [&](auto values) {
+    constexpr int kFew = resident_vectors(kBytes, values(), kBackward, true);
+    constexpr int kMany = resident_vectors(kBytes, values(), kBackward, false);
+    return plan.vectors == kFew ? start(values, std::integral_constant<int, kFew>{})
+                                : start(values, std::integral_constant<int, kMany>{});
+  };
+  return plan.values == 1 ? with_values(std::integral_constant<int, 1>{})
+                          : with_values(std::integral_constant<int, kWidest>{});
+}
+
+// Allocates what the plan needs and starts normalize_rows().
+template <int kWidest, class Op>
+cudaError_t normalize_resident(const Op& op, const ResidentRowsPlan& plan, Resources& resources) {
+  constexpr int kBytes = sizeof(compute_t<typename Op::T>);
+  return for_resident_vectors<kWidest, kBytes, false>(plan, [&](auto values, auto vectors) {
+    const LaunchConfig config{dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.chunks)),
+                              dim3(static_cast<unsigned>(plan.threads)), resources.stream};
+    const auto start = [&](RowPhase phase, Moments* parts) {
+      return launch(config, normalize_rows<Op, values(), vectors()>, op, plan, phase, parts);
+    };
+    if (plan.chunks == 1) return start(RowPhase::kBoth, nullptr);
+    auto* const parts =
+        static_cast<Moments*>(resources.scratch(op.rows() * plan.chunks * static_cast<int64_t>(sizeof(Moments))));
+    const cudaError_t error = start(RowPhase::kSum, parts);
+    return error != cudaSuccess ? error : start(RowPhase::kApply, parts);
+  });
+}
+
+}  // namespace normfused::cuda
