@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -303,3 +303,19 @@ def _check_numbers(call: BatchNormCall) -> None:
         raise ValueError(f"batch_norm: momentum must be a finite number or None, got {call.momentum}")
     if not 0 <= call.eps < math.inf:
         raise ValueError(f"batch_norm: eps must be a non-negative finite number, got {call.eps}")
+
+
+def is_autocast(input: Tensor) -> bool:
+    """Whether autocast gives float32 for norms of ``input``: on CUDA, as for torch's norms other than batch norm."""
+    return input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda")
+
+
+def in_float32(call: Any) -> Any:
+    """The call with what autocast does to the arguments of such a norm on CUDA: its 16-bit tensors become float32."""
+    halves = (torch.float16, torch.bfloat16)
+    wide = {
+        name: value.float()
+        for name, value in call._asdict().items()
+        if isinstance(value, Tensor) and value.dtype in halves
+    }
+    return call._replace(**wide)

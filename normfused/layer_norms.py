@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normfused import _extension, decompositions, reference
-from normfused.arguments import check_input, check_number, check_parameter, modulated_parameters
+from normfused.arguments import (
+    check_input,
+    check_number,
+    check_parameter,
+    in_float32,
+    is_autocast,
+    modulated_parameters,
+)
 from normfused.checks import needs_torchs_operators
 from normfused.residuals import check_residual
 
@@ -222,7 +229,7 @@ def run_layer_norm(
     if not plain or compiling or _extension.C is None or needs_torchs_operators(compiling) or not _fits(call):
         return _run_checked(call)
     try:
-        if _is_autocast(input):
+        if is_autocast(input):
             return _run_checked(call)
         eps = _default_eps(input) if eps is None else eps
         output: Tensor = _extension.C.layer_norm(input, *call.dims, weight, bias, eps, None, subtract_mean)
@@ -255,6 +262,8 @@ def _promoted(call: LayerNormCall) -> Any:
 def _run_checked(call: LayerNormCall) -> Any:
     """The call in all cases but the fast one."""
     if isinstance(call.input, Tensor) and call.input.is_floating_point():
+        if is_autocast(call.input):
+            call = in_float32(call)
         call = call._replace(weight=_promoted(call))
     residual = call.residual
     if residual is not None:
@@ -263,9 +272,6 @@ def _run_checked(call: LayerNormCall) -> Any:
             total = call.input + residual
             return _run_checked(call._replace(input=total, residual=None)), total
     check_layer_norm(call)
-    if _is_autocast(call.input):  # as torch's: float32 on CUDA
-        names = ("input", "weight", "bias", "residual", "scale", "shift")
-        call = call._replace(**{name: value.float() for name in names if (value := getattr(call, name)) is not None})
     input, residual = call.input, call.residual
     weight, bias = modulated_parameters(input.dtype, call.weight, call.bias, call.scale, call.shift, call.scale_offset)
     eps = _default_eps(input) if call.eps is None else call.eps
@@ -281,11 +287,6 @@ def _run_checked(call: LayerNormCall) -> Any:
 
 def _default_eps(input: Tensor) -> float:
     return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-
-
-def _is_autocast(input: Tensor) -> bool:
-    """Whether autocast gives float32 for ``input``: on CUDA, as for torch's layer norm and RMS norm."""
-    return input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda")
 
 
 def check_layer_norm(call: LayerNormCall) -> None:

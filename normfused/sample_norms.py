@@ -17,6 +17,8 @@ from normfused.arguments import (
     check_input,
     check_number,
     check_parameter,
+    in_float32,
+    is_autocast,
     modulated_parameters,
 )
 from normfused.checks import needs_torchs_operators
@@ -306,30 +308,23 @@ def _run(
     if activation_param is None:
         activation_param = ACTIVATION_PARAMS.get(kind, 0.0)
     try:
-        if input.numel() != num_groups and not _is_autocast(input):
-            output = _extension.C.group_norm(
-                input, num_groups, weight, bias, eps, residual, kind, activation_param, False
-            )
-            return output, None
-        refusal = None
+        if input.numel() == num_groups or is_autocast(input):
+            return _run_checked(GroupNormCall(*fields), False)
+        output = _extension.C.group_norm(input, num_groups, weight, bias, eps, residual, kind, activation_param, False)
+        return output, None
     except (RuntimeError, TypeError, ValueError) as error:
         refusal = error
-    call = GroupNormCall(*fields)
-    check_group_norm(call)
-    if refusal is not None:
-        raise refusal
-    return _run_checked(call, False)
+    check_group_norm(GroupNormCall(*fields))
+    raise refusal
 
 
 def _run_checked(call: GroupNormCall, with_statistics: bool) -> tuple[Tensor, Any]:
     """The call in all cases but the fast one."""
+    if isinstance(call.input, Tensor) and is_autocast(call.input):
+        call = in_float32(call)
     check_group_norm(call)
     kind = call.activation or "identity"
     parameter = ACTIVATION_PARAMS.get(kind, 0.0) if call.activation_param is None else call.activation_param
-    if _is_autocast(call.input):  # as torch's: float32 for group norm on CUDA
-        names = ("input", "weight", "bias", "residual", "scale", "shift")
-        wide = {key: value.float() for key in names if (value := getattr(call, key)) is not None}
-        call = call._replace(**wide)
     input, weight, bias = call.input, *modulated(call)
     residual, after = split_residual(input, call.residual, call.name)
     if after is not None:
@@ -348,11 +343,6 @@ def _run_checked(call: GroupNormCall, with_statistics: bool) -> tuple[Tensor, An
     if after is None:
         return results[0], results[1]
     return ACTIVATIONS[followed_by](results[0] + after, parameter_after), results[1]
-
-
-def _is_autocast(input: Tensor) -> bool:
-    """Whether autocast gives float32 for ``input``: on CUDA, as for torch's group norm."""
-    return input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda")
 
 
 def modulated(call: GroupNormCall) -> tuple[Tensor | None, Tensor | None]:

@@ -505,3 +505,15 @@ def test_operators_refuse_what_would_be_out_of_bounds(needs_extension: None) -> 
         backward(X, X, 2, None, torch.zeros(2, 2, 3, dtype=torch.float64), [True] * 4)
     with pytest.raises(ValueError, match="grad_output"):
         backward(X[:1], X, 2, None, torch.zeros(2, 2, 2, dtype=torch.float64), [True] * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+def test_autocast_casts_every_16_bit_tensor(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """As torch's autocast on CUDA, also parameters of a float32 input. The rule is tested, so any device will do."""
+    monkeypatch.setattr("normfused.sample_norms.is_autocast", lambda input: True)
+    x, weight, bias = (values_of(shape, i) for i, shape in enumerate([(3, 8, 5, 6), (8,), (8,)]))
+    want = F.group_norm(x.to(dtype).float(), 2, weight.to(dtype).float(), bias.to(dtype).float())
+    for input in (x.to(dtype), x.to(dtype).float()):
+        y = group_norm(input, 2, weight.to(dtype), bias.to(dtype))
+        torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
+        assert y.dtype == torch.float32

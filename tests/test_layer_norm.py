@@ -621,3 +621,18 @@ def test_operators_refuse_what_would_be_out_of_bounds(needs_extension: None) -> 
         backward(X[:1], X, 2, 2, None, None, good, [True] * 3)
     with pytest.raises(ValueError, match="grad_sum"):
         backward(X, X, 2, 2, None, None, good, [True] * 3, X[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+def test_autocast_casts_every_16_bit_tensor(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """As torch's autocast on CUDA, also parameters of a float32 input. The rule is tested, so any device will do."""
+    monkeypatch.setattr("normfused.layer_norms.is_autocast", lambda input: True)
+    x, weight, bias = (values_of(shape, i) for i, shape in enumerate([(3, 5, 8), (8,), (8,)]))
+    half = [t.to(dtype) for t in (weight, bias)]
+    wide = [t.float() for t in half]
+    for input in (x.to(dtype), x.to(dtype).float()):
+        y = layer_norm(input, (8,), *half)
+        torch.testing.assert_close(y, F.layer_norm(input.float(), (8,), *wide), atol=1e-5, rtol=1e-5)
+        y = rms_norm(input, (8,), half[0])
+        torch.testing.assert_close(y, F.rms_norm(input.float(), (8,), wide[0]), atol=1e-5, rtol=1e-5)
+        assert y.dtype == torch.float32
