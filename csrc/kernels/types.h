@@ -32,12 +32,6 @@ struct ChannelView {
   constexpr int64_t positions() const { return outer * inner; }  // values per channel, of one sample
   constexpr int64_t statistics() const { return samples * channels; }
   constexpr int64_t numel() const { return samples * outer * channels * inner; }
-  // The offset of a statistic's first value. Statistics are counted over the channels of one sample after the other.
-  constexpr int64_t first_value(int64_t statistic) const {
-    if (samples == 1 || outer == 1) return statistic * inner;
-    const int64_t sample = statistic / channels;
-    return (sample * (outer - 1) * channels + statistic) * inner;
-  }
 };
 
 // A per-channel parameter or buffer: (C) of any floating dtype, or absent.

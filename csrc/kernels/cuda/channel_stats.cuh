@@ -30,6 +30,7 @@ struct MomentsOp {
   const T* tensor;
   ChannelView view;
   double eps = 0;  // that the variance is added to
+  Divider<uint64_t> by_channels{static_cast<uint64_t>(view.channels)};
 
   NF_DEVICE const T* input(int) const { return tensor; }
   template <int>
@@ -37,7 +38,7 @@ struct MomentsOp {
     return 0;
   }
   NF_DEVICE double origin(int64_t channel) const {
-    const double first = widen<double>(tensor[view.first_value(channel)]);
+    const double first = widen<double>(tensor[first_value(channel)]);
     return is_finite(first) ? first : 0;
   }
 
@@ -165,6 +166,12 @@ struct MomentsOp {
   }
 
  private:
+  // The offset of a channel's first value. Channels are counted over one sample after the other.
+  NF_DEVICE int64_t first_value(int64_t channel) const {
+    if (view.samples == 1 || view.outer == 1) return channel * view.inner;
+    const auto sample = static_cast<int64_t>(by_channels(static_cast<uint64_t>(channel)));
+    return (sample * (view.outer - 1) * view.channels + channel) * view.inner;
+  }
   static NF_DEVICE double infinity() { return HUGE_VAL; }
   static NF_DEVICE double nan_double() { return infinity() - infinity(); }
 
@@ -175,7 +182,7 @@ struct MomentsOp {
     const int64_t positions = view.positions(), inner = view.inner;
     const int64_t step = lanes / inner * view.channels * inner + lanes % inner;
     const int64_t place_step = lanes % inner, to_next_row = (view.channels - 1) * inner;
-    int64_t place = lane % inner, offset = view.first_value(channel) + lane / inner * view.channels * inner + place;
+    int64_t place = lane % inner, offset = first_value(channel) + lane / inner * view.channels * inner + place;
     double sum = 0;
 #pragma unroll 8
     for (int64_t position = lane; position < positions; position += lanes) {

@@ -16,7 +16,7 @@ cudaError_t rows(const GroupNormForward& args, Resources& resources, bool& suppo
       plan_resident_rows(rows_of(args.view, sizeof(T), kValues, aligned), false, resources.limits);
   supported = is_resident(plan, args.view, args.mask != nullptr);
   if (!supported) return cudaSuccess;
-  Op op{args, {}, Divider<uint64_t>(static_cast<uint64_t>(args.view.inner))};
+  Op op{args, {}};
   op.normalize = {static_cast<const T*>(args.input),
                   static_cast<T*>(args.output),
                   nullptr,

@@ -14,11 +14,14 @@ struct GroupRowsOp {
   using S = typename Normalize::S;
 
   GroupNormForward args;
-  Normalize normalize;  // its table is not read
-  Divider<uint64_t> by_inner;
+  Normalize normalize;                // its table is not read
+  int64_t width = args.view.width();  // computed once: a 64-bit division is slow on a GPU
+  int64_t count = args.view.count();
+  Divider<uint64_t> by_inner{static_cast<uint64_t>(args.view.inner)};
+  Divider<uint64_t> by_groups{static_cast<uint64_t>(args.view.groups)};
 
   NF_DEVICE int64_t rows() const { return args.view.statistics(); }
-  NF_DEVICE int64_t channels() const { return args.view.count(); }
+  NF_DEVICE int64_t channels() const { return count; }
   NF_DEVICE double eps() const { return args.eps; }
   NF_DEVICE void prologue() const { normalize.prologue(); }
 
@@ -38,15 +41,18 @@ struct GroupRowsOp {
   NF_DEVICE void write(const RowPart<kValues>& part, const LayerStatistics& statistics, bool streaming,
                        const Vector<T, kValues> (&x)[kVectors]) const {
     const GroupView& view = args.view;
+    const auto sample = static_cast<int64_t>(by_groups(static_cast<uint64_t>(part.row)));
+    const GroupParameters of_group{(part.row - sample * view.groups) * width, part.row * width};
     Vector<T, kValues> residual[kVectors]{};
     if (kFused && args.residual != nullptr) load_row(args.residual, channels(), part, residual);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       if (!part.has(v)) continue;
       const int64_t place = part.channel(v), j = static_cast<int64_t>(by_inner(static_cast<uint64_t>(place)));
-      const int64_t channel = part.row * view.width() + j, left = (j + 1) * view.inner - place;
-      const Coefficients<Normalize> current = coefficients_of_channel(statistics, channel);
-      const Coefficients<Normalize> next = left < kValues ? coefficients_of_channel(statistics, channel + 1) : current;
+      const int64_t left = (j + 1) * view.inner - place;
+      const Coefficients<Normalize> current = coefficients_of_channel(statistics, of_group, j);
+      const Coefficients<Normalize> next =
+          left < kValues ? coefficients_of_channel(statistics, of_group, j + 1) : current;
       const auto coefficients_of = [&](int i) {
         Coefficients<Normalize> chosen = current;
 #pragma unroll
@@ -62,9 +68,17 @@ struct GroupRowsOp {
   }
 
  private:
-  NF_DEVICE Coefficients<Normalize> coefficients_of_channel(const LayerStatistics& statistics, int64_t channel) const {
-    const double weight = read_parameter(args.weight, channel, args.view.channels, 1);
-    const double bias = read_parameter(args.bias, channel, args.view.channels, 0);
+  // The indices of the first channel of a group: in its sample, and counted over all samples.
+  struct GroupParameters {
+    int64_t first, first_of_all;
+
+    NF_DEVICE double read_entry(const SampleParameter& parameter, int64_t j, double absent) const {
+      return read(parameter, (parameter.by_sample ? first_of_all : first) + j, absent);
+    }
+  };
+  NF_DEVICE Coefficients<Normalize> coefficients_of_channel(const LayerStatistics& statistics,
+                                                            const GroupParameters& of_group, int64_t j) const {
+    const double weight = of_group.read_entry(args.weight, j, 1), bias = of_group.read_entry(args.bias, j, 0);
     const auto k = forward_coefficients<S>({statistics.mean, statistics.invstd, weight, bias});
     return {{k.pivot, k.scale, k.shift}};
   }

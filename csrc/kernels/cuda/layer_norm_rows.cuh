@@ -12,6 +12,7 @@ struct LayerRowsOp {
   using T = T_;
 
   LayerNormForward args;
+  Divider<uint64_t> by_sample{static_cast<uint64_t>(args.view.outer / args.samples)};
 
   NF_DEVICE int64_t rows() const { return args.view.outer; }
   NF_DEVICE int64_t channels() const { return args.view.channels; }
@@ -48,7 +49,7 @@ struct LayerRowsOp {
                        const Vector<T, kValues> (&x)[kVectors]) const {
     using S = compute_t<T>;
     const int64_t channels = args.view.channels;
-    const int64_t sample = args.samples > 1 ? part.row / (args.view.outer / args.samples) : 0;
+    const int64_t sample = args.samples > 1 ? static_cast<int64_t>(by_sample(static_cast<uint64_t>(part.row))) : 0;
     const auto c = forward_coefficients<S>({statistics.mean, statistics.invstd, 1, 0});
     const int64_t weights = first_parameter(args.weight, sample, channels);
     const int64_t biases = first_parameter(args.bias, sample, channels);
