@@ -186,14 +186,20 @@ def run_instance_norm(
     if not use_input_stats:
         if scale is not None or shift is not None:
             raise ValueError(f"{name}: scale and shift need use_input_stats=True")
-        from normfused.functional import batch_norm
+        from normfused.functional import run_batch_norm
 
-        return batch_norm(
-            *(input, running_mean, running_var, weight, bias, False, 0.0, eps),
-            residual=residual,
-            activation=activation,
-            activation_param=activation_param,
-        )
+        kind = "identity" if activation is None else activation
+        parameter = ACTIVATION_PARAMS.get(kind, 0.0) if activation_param is None else activation_param
+        try:
+            return run_batch_norm((
+                name, None, input, running_mean, running_var, weight, bias, False, 0.0, eps,
+                None, residual, kind, parameter, None, 1, None, False, True,
+            ))  # fmt: skip
+        except (TypeError, ValueError):  # of batch norm: say it of instance norm
+            options = (eps, residual, activation, activation_param, None, None)
+            check_group_norm(GroupNormCall(name, input, max(input.size(1), 1), weight, bias, *options))
+            _check_running(name, running_mean, running_var, input)
+            raise
     count = input.shape[2:].numel()
     if count == 1:
         raise ValueError(
@@ -206,8 +212,7 @@ def run_instance_norm(
     if running_mean is None or running_var is None:
         return _run(*fields)[0]
     check_number(name, "momentum", momentum)
-    for argument, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-        check_parameter(name, argument, buffer, input, (input.size(1),))
+    _check_running(name, running_mean, running_var, input)
     output, statistics = _run(*fields, with_statistics=True)
     if input.numel() > 0:
         with torch.no_grad():
@@ -216,6 +221,11 @@ def run_instance_norm(
             for buffer, values in ((running_mean, mean), (running_var, var)):
                 buffer.copy_((1 - momentum) * buffer.double() + momentum * values.mean(0))
     return output
+
+
+def _check_running(name: str, running_mean: Tensor | None, running_var: Tensor | None, input: Tensor) -> None:
+    for argument, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        check_parameter(name, argument, buffer, input, (input.size(1),))
 
 
 def run_instance_norm_layer(name: str, unbatched_dims: int, features: int, affine: bool, *fields: Any) -> Tensor:

@@ -517,3 +517,18 @@ def test_autocast_casts_every_16_bit_tensor(monkeypatch: pytest.MonkeyPatch, dty
         y = group_norm(input, 2, weight.to(dtype), bias.to(dtype))
         torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
         assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"running_mean": torch.zeros(5)}, "running_mean"),
+        ({"activation": "swish"}, "activation"),
+        ({"residual": torch.zeros(2, 3, 4, 4)}, "residual"),
+        ({"eps": -1.0}, "eps"),
+    ],
+)
+def test_errors_of_evaluation_name_instance_norm(change: dict[str, Any], message: str) -> None:
+    arguments = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "use_input_stats": False, **change}
+    with pytest.raises(ValueError, match=rf"^instance_norm: .*{message}"):
+        instance_norm(torch.zeros(2, 3, 4, 5), **arguments)
