@@ -88,10 +88,9 @@ NF_DEVICE void write_row_sums(const RowSums<S, kValues, kVectors>& sums, const R
       for (int i = 0; i < kValues; ++i) shared_sums[threadIdx.x * kValues + i] = sums[k][v][i];
       __syncthreads();
       for (int j = threadIdx.x; j < width; j += slots * part.lanes) {
-        const int64_t channel = part.begin + v * width + j;
         S total = 0;
         for (int slot = 0; slot < slots; ++slot) total += shared_sums[slot * width + j];
-        if (channel < part.end) target[k * channels + channel] = total;
+        if (v * width + j < part.count) target[k * channels + part.begin + v * width + j] = total;
       }
       __syncthreads();  // before the next sums are written
     }
@@ -165,9 +164,9 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   const int slots = plan.slots(), slot = threadIdx.x / plan.lanes;
   RowSums<S, kValues, kVectors> sums{};
 
-  for (int64_t first = block * slots; first < plan.rows; first += blocks * slots) {
-    const bool is_present = first + slot < plan.rows;
-    const int64_t row = sample * plan.rows + first + slot;
+  const int64_t end = (sample + 1) * plan.rows;
+  for (int64_t row = sample * plan.rows + block * slots + slot; row - slot < end; row += blocks * slots) {
+    const bool is_present = row < end;
     const RowPart<kValues> part(plan, row, is_present, channels);
     Vector<T, kValues> x[kVectors], grad[kVectors];
     load_row(args.input, channels, part, x);

@@ -17,20 +17,21 @@ enum class RowPhase : uint8_t { kBoth, kSum, kApply };
 // The values that a thread holds: kVectors vectors of kValues values each, at offsets from the first value of a row.
 template <int kValues>
 struct RowPart {
-  int64_t row;         // whose first value is at row * channels
-  int64_t begin, end;  // the channels of the chunk; none for a slot without a row
+  int64_t row;    // whose first value is at row * channels
+  int64_t begin;  // the chunk's first channel
+  int count;      // the channels of the chunk; none for a slot without a row
   int lane, lanes;
 
   NF_DEVICE RowPart(const ResidentRowsPlan& plan, int64_t row, bool is_present, int64_t channels)
       : row(row), lane(static_cast<int>(threadIdx.x) % plan.lanes), lanes(plan.lanes) {
     begin = blockIdx.y * plan.chunk;
-    const int64_t chunk_end = begin + plan.chunk;
-    end = !is_present ? begin : chunk_end < channels ? chunk_end : channels;
+    const int64_t left = channels - begin;
+    count = !is_present ? 0 : static_cast<int>(plan.chunk < left ? plan.chunk : left);
   }
-  // The first channel of vector v, and whether the thread has this vector.
-  NF_DEVICE int64_t channel(int v) const { return begin + (v * lanes + lane) * kValues; }
-  NF_DEVICE bool has(int v) const { return channel(v) < end; }
-  NF_DEVICE int64_t count() const { return end - begin; }
+  // Where in the chunk vector v begins, its first channel, and whether the thread has this vector.
+  NF_DEVICE int place(int v) const { return (v * lanes + lane) * kValues; }
+  NF_DEVICE int64_t channel(int v) const { return begin + place(v); }
+  NF_DEVICE bool has(int v) const { return place(v) < count; }
 };
 
 // Loads a thread's vectors of a row. All loads are independent of each other.
@@ -60,7 +61,7 @@ NF_DEVICE void for_each_value(const RowPart<kValues>& part, const Vector<T, kVal
 template <class T, int kValues, int kVectors>
 NF_DEVICE Moments moments_of(const RowPart<kValues>& part, const Vector<T, kValues> (&x)[kVectors], double eps) {
   using S = compute_t<T>;
-  const int64_t count = part.count();
+  const int64_t count = part.count;
   const S share = 1 / static_cast<S>(count > 0 ? count : 1);
   S mean = 0;
   for_each_value<S>(part, x, [&](S value) { mean += value * share; });
