@@ -17,6 +17,7 @@ import gpu_build
 import images
 import machine
 import memory
+import norms
 import public_rows
 import tables
 from report import Report
@@ -67,7 +68,7 @@ def render(folders: Sequence[Path], runs: Sequence[dict[str, Any]], target: Path
         copy(folder, "logs", logs)
         for name in ("operators.json", "test.jsonl", "large.jsonl"):
             copy(folder, name, logs)
-        for name in ("memory.json", "activations.json", "images.json", "public.json"):
+        for name in ("memory.json", "activations.json", "images.json", "norms.json", "public.json"):
             copy(folder, name, target)
             relabel_file(target / name, run)
     merge([part for part in parts(folders, runs, GRID)], target)
@@ -75,9 +76,9 @@ def render(folders: Sequence[Path], runs: Sequence[dict[str, Any]], target: Path
         merge([part for part in parts(folders, runs, (name,))], target / name)
     if (target / "memory.json").exists():
         memory.write(target)
-    for name, module in (("activations", activations), ("images", images)):
+    for name, module in (("activations", activations), ("images", images), ("norms", norms)):
         if (target / f"{name}.json").exists():
-            command.write(name, module.render, target)
+            command.write(name, module.render, target, norms.draw if module is norms else None)
     if RESULTS in target.parents and (target / "public.json").exists():
         public_rows.write_table()
 

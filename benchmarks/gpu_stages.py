@@ -246,11 +246,12 @@ STAGES = {
         Stage("test", 240, "all tests with a device parameter, on CUDA", tests),
         Stage(
             "n256",
-            340,
+            240,
             "the grid at batch 256, against torch and copy",
             report("n256", "-256x", tiny="^training_forward.*-2x8x6x6-bfloat16"),
         ),
         Stage("public", 80, "published cases", script("public_rows.py")),
+        Stage("norms", 100, "group, instance, layer and RMS norm, against torch", script("norms.py", tiny=ONE_THREAD)),
         Stage(
             "overlap",
             50,
@@ -296,7 +297,7 @@ STAGES = {
 # Runs of at most 540 s each. The most valuable stages come first, because the last may be cut off.
 RUNS = {
     "run-1": ("build", "operators", "first", "test"),
-    "run-2": ("build", "n256", "public", "overlap", "serial"),
+    "run-2": ("build", "n256", "public", "norms", "overlap", "serial"),
     "run-3": ("build", "n32", "graphs", "memcheck", "racecheck", "synccheck", "initcheck"),
     "run-4": ("build", "compile", "large", "memory", "activations", "images"),
 }

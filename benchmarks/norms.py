@@ -9,6 +9,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,7 +218,9 @@ def render(description: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def draw(description: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
-    """Writes norms.png."""
+    """Writes norms.png, if matplotlib is installed. A GPU machine may lack it."""
+    if find_spec("matplotlib") is None:
+        return print("no plot: matplotlib is not installed")
     import plots
 
     plots.draw_norms(description, rows, folder)

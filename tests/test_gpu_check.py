@@ -409,7 +409,15 @@ def test_a_rehearsal_runs_every_stage(rehearsal: tuple[subprocess.CompletedProce
     for stage in set(STAGES) - set(skipped):
         assert f"./logs/{stage}.log" in names
     measured = [f"{name}/results.json" for name in ("first", "n256", "overlap", "serial", "n32", "graphs", "compile")]
-    for name in (*measured, "memory.json", "activations.json", "images.json", "public.json", "test.jsonl"):
+    for name in (
+        *measured,
+        "memory.json",
+        "activations.json",
+        "images.json",
+        "norms.json",
+        "public.json",
+        "test.jsonl",
+    ):
         assert f"./{name}" in names
 
 
@@ -425,9 +433,17 @@ def test_a_rehearsal_renders_but_not_among_results(
     assert gpu_render.main([archive, archive], tmp_path) == 0
     assert "A rehearsal: nothing here says anything of a GPU" in (tmp_path / "check.md").read_text()
     assert "A rehearsal: tiny tensors, two rounds; no figures" in (tmp_path / "table.md").read_text()
-    for name in ("table.md", "graphs/table.md", "compile/table.md", "memory.md", "activations.md", "images.md"):
+    for name in (
+        "table.md",
+        "graphs/table.md",
+        "compile/table.md",
+        "memory.md",
+        "activations.md",
+        "images.md",
+        "norms.md",
+    ):
         assert gpu_render.REHEARSAL in (tmp_path / name).read_text().splitlines()[0], name
-    for name in ("speedup-n2.png", "floor-n2.png", "memory.png"):
+    for name in ("speedup-n2.png", "floor-n2.png", "memory.png", "norms.png"):
         assert (tmp_path / name).stat().st_size > 0, name
 
 
