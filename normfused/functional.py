@@ -238,11 +238,11 @@ def _run_masked(call: BatchNormCall, mask: Tensor) -> Tensor:
 
 def _run_mixed(call: BatchNormCall, residual: Tensor) -> Tensor:
     """The call with a residual of another dtype, which is converted, or added afterwards in the promoted dtype."""
-    converted, wide = split_residual(call.input, residual, call.name)
+    converted, wide = split_residual(call.input, residual)
     call = call._replace(residual=converted)
     if wide is None:
         return run_batch_norm(call)
-    check_activation(call.name, call.activation, call.activation_param)
+    check_activation("batch_norm", call.activation, call.activation_param)
     output = run_batch_norm(call._replace(activation="identity", activation_param=0.0))
     return ACTIVATIONS[call.activation](output + wide, call.activation_param)
 
