@@ -151,20 +151,21 @@ def test_kernels_neither_spill_nor_use_a_stack(
     assert [kernel for kernel in spilling if not is_known_to_spill(kernel)] == []
 
 
-# On two architectures ptxas spills a few registers of kernels with eight doubles, eight wide sums, or eight minima and
+# On some architectures ptxas spills a few registers of kernels with eight doubles, eight wide sums, or eight minima and
 # maxima per thread, and of kernels that hold two rows and two sums of each of their values.
+EXTREMES_OR_ROWS = r"reduce_columns<MomentsOp<\w+, true>|layer_norm_backward_rows<"
 KNOWN_TO_SPILL = {
     "75": re.compile(r"reduce_columns<SumsOp<__half>"),
+    "100": re.compile(EXTREMES_OR_ROWS),
     "120": re.compile(
-        r"apply_columns<(Normalize|Inference)Op<double, true>, 8|reduce_columns<(SumsOp<short>|MomentsOp<\w+, true>)"
-        r"|layer_norm_backward_rows<"
+        r"apply_columns<(Normalize|Inference)Op<double, true>, 8|reduce_columns<SumsOp<short>|" + EXTREMES_OR_ROWS
     ),
 }
 
 
 def is_known_to_spill(kernel: Kernel) -> bool:
     known = KNOWN_TO_SPILL.get(kernel.arch)
-    return known is not None and known.match(kernel.name) is not None and kernel.stack <= 48
+    return known is not None and known.match(kernel.name) is not None and kernel.stack <= 56
 
 
 def test_every_architecture_has_every_kernel(kernels: list[Kernel]) -> None:
