@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from cases import DTYPES, LAYOUTS, OPERATIONS, dtype_name
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from measure import Result
-from targets import Figure, figure
+from targets import Figure as Value
+from targets import figure
 
 # One color per dtype and one marker per layout.
 COLORS = dict(zip(map(dtype_name, DTYPES), ("#1f5a99", "#c2591b"), strict=True))
@@ -44,7 +47,7 @@ class Chart:
     title: str
     axis: str
     operations: tuple[str, ...]
-    value: Figure
+    value: Value
 
 
 CHARTS = (
@@ -83,30 +86,16 @@ def draw_norms(machine: dict[str, Any], rows: list[dict[str, Any]], folder: Path
     """Writes norms.png: a panel per operation, a row per norm and shape, a dot per dtype and layout."""
     cases = list(dict.fromkeys((row["norm"], tuple(row["shape"])) for row in rows))
     operations = list(dict.fromkeys(row["operation"] for row in rows))
-    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    layouts = dict(zip(dict.fromkeys(row["layout"] for row in rows), LAYOUTS, strict=False))
+    title = f"{CHARTS[0].title}\nmedians; {_where(machine)}"
     with plt.rc_context(STYLE):
-        size = (12, 1.2 + 0.26 * len(cases))
-        fig, axes = plt.subplots(
-            1, len(operations), figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
-        )
-        for ax, operation in zip(axes.flat, operations, strict=True):
-            ax.set_title(operation, loc="left")
-            ax.axvline(1, color="#333333", lw=1)
-            ax.tick_params(axis="y", length=0)
-            ax.set_xlabel("time of torch / time of normfused")
-            for row in rows:
-                if row["operation"] == operation:
-                    place = cases.index((row["norm"], tuple(row["shape"])))
-                    series = layouts.index(row["layout"]) + len(layouts) * list(COLORS).index(row["dtype"])
-                    y = place + (series - (2 * len(layouts) - 1) / 2) * STEP
-                    layout = LAYOUTS[layouts.index(row["layout"])]
-                    ax.plot(row["speedup"], y, MARKERS[layout], color=COLORS[row["dtype"]], **_face(layout), ms=4.5)
+        fig, axes = _panels(operations, len(operations), 1.2 + 0.26 * len(cases), CHARTS[0].axis)
+        for row in rows:
+            place = cases.index((row["norm"], tuple(row["shape"])))
+            ax = axes.flat[operations.index(row["operation"])]
+            _draw_dot(ax, row["speedup"], row["dtype"], layouts[row["layout"]], place)
         _label(axes[0, 0], [f"{norm}, {'×'.join(map(str, shape))}" for norm, shape in cases])
-        title = "Speed compared with eager torch; right of the line normfused is faster"
-        fig.suptitle(f"{title}\nmedians; {_where(machine)}", x=0.01, ha="left", fontsize=10)
-        fig.legend(handles=_handles(), loc="outside lower center", ncols=len(SERIES), frameon=False)
-        fig.savefig(folder / "norms.png", dpi=130)
-        plt.close(fig)
+        _save(fig, title, folder / "norms.png")
 
 
 def _where(machine: dict[str, Any]) -> str:
@@ -119,32 +108,44 @@ def _draw(chart: Chart, title: str, results: list[Result], path: Path) -> None:
     columns = 3 if len(chart.operations) > 4 else 4
     rows = len(chart.operations) // columns
     with plt.rc_context(STYLE):
-        size = (12, 0.9 + rows * (0.8 + 0.3 * len(shapes)))
-        fig, axes = plt.subplots(
-            rows, columns, figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
-        )
-        for ax, operation in zip(axes.flat, chart.operations, strict=True):
-            ax.set_title(OPERATIONS[operation].title, loc="left")
-            ax.axvline(1, color="#333333", lw=1)
-            ax.tick_params(axis="y", length=0)
-            for result in results:
-                if result["operation"] == operation:
-                    _draw_dot(ax, result, chart.value, shapes.index((result["shape"][1], result["shape"][2])))
+        titles = [OPERATIONS[operation].title for operation in chart.operations]
+        fig, axes = _panels(titles, columns, 0.9 + rows * (0.8 + 0.3 * len(shapes)), chart.axis)
+        for result in results:
+            if result["operation"] in chart.operations:
+                ax = axes.flat[chart.operations.index(result["operation"])]
+                place = shapes.index((result["shape"][1], result["shape"][2]))
+                _draw_dot(ax, figure(result, chart.value), result["dtype"], result["layout"], place)
         _label(axes[0, 0], [f"{channels}×{side}×{side}" for channels, side in shapes])
-        for ax in axes[-1]:
-            ax.set_xlabel(chart.axis)
         for ax in axes[:, 0]:
             ax.set_ylabel("channels × height × width")
-        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
-        fig.legend(handles=_handles(), loc="outside lower center", ncols=len(SERIES), frameon=False)
-        fig.savefig(path, dpi=130)
-        plt.close(fig)
+        _save(fig, title, path)
 
 
-def _draw_dot(ax: Axes, result: Result, value: Figure, row: int) -> None:
-    dtype, layout = result["dtype"], result["layout"]
+def _panels(titles: Sequence[str], columns: int, height: float, axis: str) -> tuple[Figure, Any]:
+    """A figure with a panel per title, and its array of axes."""
+    rows = len(titles) // columns
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(12, height), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    for ax, title in zip(axes.flat, titles, strict=True):
+        ax.set_title(title, loc="left")
+        ax.axvline(1, color="#333333", lw=1)
+        ax.tick_params(axis="y", length=0)
+    for ax in axes[-1]:
+        ax.set_xlabel(axis)
+    return fig, axes
+
+
+def _save(fig: Figure, title: str, path: Path) -> None:
+    fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    fig.legend(handles=_handles(), loc="outside lower center", ncols=len(SERIES), frameon=False)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def _draw_dot(ax: Axes, value: float, dtype: str, layout: str, row: int) -> None:
     y = row + (SERIES.index((dtype, layout)) - (len(SERIES) - 1) / 2) * STEP
-    ax.plot(figure(result, value), y, MARKERS[layout], color=COLORS[dtype], **_face(layout), ms=4.5)
+    ax.plot(value, y, MARKERS[layout], color=COLORS[dtype], **_face(layout), ms=4.5)
 
 
 def _face(layout: str) -> dict[str, str]:

@@ -23,9 +23,9 @@ LAYOUTS = ["contiguous", "channels_last", "permuted", "sliced", "expanded", "off
 
 
 def sample_id(value: object) -> str:
-    """The id of a parameter. Large samples are marked, so that slow runs can leave them out by ``-k "not large"``."""
-    is_large = isinstance(value, tuple) and math.prod(value) > 10_000
-    return f"large {value}" if is_large else str(value)
+    """The id of a parameter. Shapes of many values are marked, for runs that are slow: ``-k "not many_values"``."""
+    has_many = isinstance(value, tuple) and math.prod(value) > 10_000
+    return f"many_values {value}" if has_many else str(value)
 
 
 def dtype_id(value: object) -> str:
