@@ -45,4 +45,20 @@ NF_DEVICE void write(const ChannelVector& vector, int64_t channel, double value)
   }
 }
 
+// Writes entry i of a parameter's gradient, from the sums of each sample: those of one sample, or of
+// all samples in order.
+struct WriteParameterGradient {
+  const double* sums;  // of sample 0; those of the next begin `stride` values after
+  int64_t stride;
+  SampleParameter output;
+  int64_t samples, channels;
+
+  NF_DEVICE void operator()(int64_t i) const {
+    const int64_t sample = output.by_sample ? i / channels : 0, channel = i - sample * channels;
+    double total = 0;
+    for (int64_t s = sample; s < (output.by_sample ? sample + 1 : samples); ++s) total += sums[s * stride + channel];
+    write(output, i, total);
+  }
+};
+
 }  // namespace normfused::cuda

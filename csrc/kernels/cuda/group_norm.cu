@@ -88,7 +88,7 @@ cudaError_t backward(const GroupNormBackward& args, Resources& resources) {
 
   const auto sum_over_samples = [&](const SampleParameter& output, const double* gradients) {
     if (!output) return cudaSuccess;
-    return for_each_channel(SumOverSamples{gradients, output, view.samples, view.channels},
+    return for_each_channel(WriteParameterGradient{gradients, view.channels, output, view.samples, view.channels},
                             output.by_sample ? count : view.channels, resources.stream);
   };
   const auto apply = [&] {

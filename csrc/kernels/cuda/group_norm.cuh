@@ -116,19 +116,4 @@ struct FinishGroupsBackward {
   }
 };
 
-// Writes entry i of a parameter's gradient: that of a sample, or the sum over the samples in their order.
-struct SumOverSamples {
-  const double* gradients;  // (samples, channels)
-  SampleParameter output;
-  int64_t samples, channels;
-
-  NF_DEVICE void operator()(int64_t i) const {
-    double sum = 0;
-    const int64_t end = output.by_sample ? i + 1 : samples * channels;
-#pragma unroll 4
-    for (int64_t c = i; c < end; c += channels) sum += gradients[c];
-    write(output, i, sum);
-  }
-};
-
 }  // namespace normfused::cuda

@@ -23,20 +23,15 @@ struct GroupRowsOp {
   NF_DEVICE int64_t rows() const { return args.view.statistics(); }
   NF_DEVICE int64_t channels() const { return count; }
   NF_DEVICE double eps() const { return args.eps; }
+  NF_DEVICE double* mean() const { return args.mean; }
+  NF_DEVICE double* invstd() const { return args.invstd; }
   NF_DEVICE void prologue() const { normalize.prologue(); }
 
   template <int kValues, int kVectors>
   NF_DEVICE void load(const RowPart<kValues>& part, bool, Vector<T, kValues> (&x)[kVectors]) const {
     load_row(args.input, channels(), part, x);
   }
-  NF_DEVICE LayerStatistics finish(int64_t statistic, const Moments& moments, bool writes) const {
-    const LayerStatistics statistics = layer_statistics(moments, true, args.eps);
-    if (writes) {
-      args.mean[statistic] = statistics.mean;
-      args.invstd[statistic] = statistics.invstd;
-    }
-    return statistics;
-  }
+  NF_DEVICE LayerStatistics finish(const Moments& moments) const { return layer_statistics(moments, true, args.eps); }
   template <int kValues, int kVectors>
   NF_DEVICE void write(const RowPart<kValues>& part, const LayerStatistics& statistics, bool streaming,
                        const Vector<T, kValues> (&x)[kVectors]) const {

@@ -10,11 +10,6 @@
 
 namespace normfused::cuda {
 
-// The index of the weight or bias of channel 0 of a sample.
-NF_DEVICE int64_t first_parameter(const SampleParameter& parameter, int64_t sample, int64_t channels) {
-  return parameter.by_sample ? sample * channels : 0;
-}
-
 // Reads n consecutive entries from an index on, which is a multiple of n; all are `absent` if there is no vector. The
 // vector begins on a multiple of kAccessBytes, unless n is 1.
 template <class S, int n>
@@ -58,7 +53,7 @@ NF_DEVICE LayerCoefficients<S> layer_coefficients(const LayerNormBackward& args,
   return {forward.pivot, forward.scale, forward.shift, k.slope, k.shift};
 }
 
-// Computes grad_input for n values of one statistic, from x and grad_output.
+// grad_input and d of one value.
 template <class S>
 NF_DEVICE S layer_gradient(const LayerCoefficients<S>& c, S x, S grad, S weight) {
   return grad * weight * c.scale + ((x - c.pivot) * c.slope + c.shift);
@@ -68,7 +63,7 @@ NF_DEVICE S layer_deviation(const LayerCoefficients<S>& c, S x) {
   return (x - c.pivot) * c.scale + c.forward_shift;
 }
 
-// Writes sum = input + residual, rounded to T, for n values at an offset.
+// input + residual, rounded to T.
 template <class T, int n>
 NF_DEVICE Vector<T, n> add_residual(const Vector<T, n>& input, const Vector<T, n>& residual) {
   using S = compute_t<T>;
@@ -77,20 +72,5 @@ NF_DEVICE Vector<T, n> add_residual(const Vector<T, n>& input, const Vector<T, n
   for (int i = 0; i < n; ++i) sum.value[i] = narrow<T>(widen<S>(input.value[i]) + widen<S>(residual.value[i]));
   return sum;
 }
-
-// Writes entry i of a parameter's gradient, from the sums of each sample: that of a sample, or of all samples in order.
-struct WriteParameterGradient {
-  const double* sums;  // of sample 0; those of the next begin `stride` values after
-  int64_t stride;
-  SampleParameter output;
-  int64_t samples, channels;
-
-  NF_DEVICE void operator()(int64_t i) const {
-    const int64_t sample = output.by_sample ? i / channels : 0, channel = i - sample * channels;
-    double total = 0;
-    for (int64_t s = sample; s < (output.by_sample ? sample + 1 : samples); ++s) total += sums[s * stride + channel];
-    write(output, i, total);
-  }
-};
 
 }  // namespace normfused::cuda

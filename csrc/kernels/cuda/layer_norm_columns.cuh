@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     args.invstd[tile.position + i] = statistics.invstd;
   }
   const int64_t sample = args.samples > 1 ? outer / plan.outers : 0;
-  const int64_t weights = first_parameter(args.weight, sample, args.view.channels);
-  const int64_t biases = first_parameter(args.bias, sample, args.view.channels);
+  const int64_t weights = args.weight.first(sample, args.view.channels);
+  const int64_t biases = args.bias.first(sample, args.view.channels);
   tile.for_each_row([&](int64_t row) {
     const S weight = static_cast<S>(read(args.weight, weights + row, 1));
     const S bias = static_cast<S>(read(args.bias, biases + row, 0));
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                                 compute_t<T>* const parameter_sums) {
   using S = compute_t<T>;
   const int64_t sample = blockIdx.x / static_cast<unsigned>(plan.blocks), block = blockIdx.x - sample * plan.blocks;
-  const int64_t weights = first_parameter(args.weight, sample, args.view.channels);
+  const int64_t weights = args.weight.first(sample, args.view.channels);
   S* const target = parameter_sums == nullptr ? nullptr : parameter_sums + blockIdx.x * 2 * args.view.channels;
   for (int64_t i = block; i < plan.outers * plan.tiles; i += plan.blocks) {
     const auto outer = static_cast<int64_t>(plan.by_tiles(static_cast<uint64_t>(i)));

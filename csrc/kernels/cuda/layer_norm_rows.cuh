@@ -17,6 +17,8 @@ struct LayerRowsOp {
   NF_DEVICE int64_t rows() const { return args.view.outer; }
   NF_DEVICE int64_t channels() const { return args.view.channels; }
   NF_DEVICE double eps() const { return args.eps; }
+  NF_DEVICE double* mean() const { return args.mean; }
+  NF_DEVICE double* invstd() const { return args.invstd; }
   NF_DEVICE void prologue() const {}
 
   // With a residual, the normalized values are its sum with the input, which the first launch writes.
@@ -36,13 +38,8 @@ struct LayerRowsOp {
     }
   }
 
-  NF_DEVICE LayerStatistics finish(int64_t row, const Moments& moments, bool writes) const {
-    const LayerStatistics statistics = layer_statistics(moments, args.subtract_mean, args.eps);
-    if (writes) {
-      args.mean[row] = statistics.mean;
-      args.invstd[row] = statistics.invstd;
-    }
-    return statistics;
+  NF_DEVICE LayerStatistics finish(const Moments& moments) const {
+    return layer_statistics(moments, args.subtract_mean, args.eps);
   }
   template <int kValues, int kVectors>
   NF_DEVICE void write(const RowPart<kValues>& part, const LayerStatistics& statistics, bool streaming,
@@ -51,8 +48,8 @@ struct LayerRowsOp {
     const int64_t channels = args.view.channels;
     const int64_t sample = args.samples > 1 ? static_cast<int64_t>(by_sample(static_cast<uint64_t>(part.row))) : 0;
     const auto c = forward_coefficients<S>({statistics.mean, statistics.invstd, 1, 0});
-    const int64_t weights = first_parameter(args.weight, sample, channels);
-    const int64_t biases = first_parameter(args.bias, sample, channels);
+    const int64_t weights = args.weight.first(sample, channels);
+    const int64_t biases = args.bias.first(sample, channels);
     T* const target = static_cast<T*>(args.output) + part.row * channels;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -160,7 +157,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   using S = compute_t<T>;
   const int64_t channels = args.view.channels, blocks = plan.blocks;
   const int64_t sample = blockIdx.x / static_cast<unsigned>(blocks), block = blockIdx.x - sample * blocks;
-  const int64_t weights = first_parameter(args.weight, sample, channels);
+  const int64_t weights = args.weight.first(sample, channels);
   const int slots = plan.slots(), slot = threadIdx.x / plan.lanes;
   RowSums<S, kValues, kVectors> sums{};
 

@@ -100,7 +100,8 @@ NF_DEVICE Moments moments_of(const RowPart<kValues>& part, const Vector<T, kValu
 //   T                            the type of the input
 //   rows(), channels(), eps()    extents, and what is added to the variance
 //   load(part, is_first, x)      loads the values that are normalized; is_first: by the first launch that does
-//   finish(row, moments, writes) the statistics of a row, which one thread of all launches writes
+//   finish(moments)              the statistics of a row
+//   mean(), invstd()             (rows), written
 //   write(part, statistics, streaming, x)
 //                                writes the output of a chunk
 //   prologue()                   other work, of the blocks of chunk 0
@@ -123,7 +124,12 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   if (!is_present) return;
   if (phase == RowPhase::kApply)
     for (int chunk = 0; chunk < plan.chunks; ++chunk) moments = merge(moments, parts[row * plan.chunks + chunk]);
-  op.write(part, op.finish(row, moments, part.lane == 0 && blockIdx.y == 0), plan.streaming, x);
+  const LayerStatistics statistics = op.finish(moments);
+  if (part.lane == 0 && blockIdx.y == 0) {
+    op.mean()[row] = statistics.mean;
+    op.invstd()[row] = statistics.invstd;
+  }
+  op.write(part, statistics, plan.streaming, x);
 }
 
 // --- host
