@@ -104,7 +104,7 @@ WAIT = "  wait_for_previous_launch();\n"
         pytest.param(
             {
                 f"{WAIT}  op.prologue();\n  const unsigned": "  op.prologue();\n  const unsigned",
-                "block / tiles, streaming);\n": f"block / tiles, streaming);\n{WAIT}",
+                "chunk - sample * chunks, streaming);\n": f"chunk - sample * chunks, streaming);\n{WAIT}",
             },
             id="coefficients",
         ),
