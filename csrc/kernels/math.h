@@ -288,7 +288,14 @@ NF_FN BackwardCoefficients<S> layer_backward_coefficients(const LayerStatistics&
 
 // ---- activations -------------------------------------------------------------------------------------------------
 // V is a floating type S or a vector of S. E provides the elementary functions: exp(x), expm1(x) for x <= 0,
-// quotient(a, b), and normal(x), the standard normal distribution function and density.
+// quotient(a, b) for b >= 1, sigmoid(x), sigmoid_with_complement(x), and normal(x), the standard normal distribution
+// function and density.
+
+// sigmoid(x) = 1 / (1 + exp(-x)), and 1 - sigmoid(x).
+template <class V>
+struct Sigmoid {
+  V value, complement;
+};
 
 template <class V>
 struct Normal {
@@ -298,11 +305,6 @@ struct Normal {
 template <class V>
 NF_FN V where_positive(const V& z, const V& then, const V& otherwise) {
   return z > V{} ? then : otherwise;
-}
-
-template <class E, class S, class V>
-NF_FN V sigmoid(const V& z) {
-  return E::quotient(V{} + S(1), V(S(1) + E::exp(-z)));
 }
 
 // The tanh approximation of GELU is z * sigmoid(p), where p = sqrt(8 / pi) * (z + 0.044715 z^3). These are p and its
@@ -374,18 +376,18 @@ NF_FN V activated(const Activation& activation, const V& z) {
     case ActivationKind::kHardswish:
       return z * within_six<S>(V(z + S(3))) * S(1. / 6);
     case ActivationKind::kSigmoid:
-      return sigmoid<E, S>(z);
+      return E::sigmoid(z);
     case ActivationKind::kTanh: {
       const V e = E::expm1(z > V{} ? V(z * S(-2)) : V(z * S(2)));  // tanh |z| = -e / (2 + e), without cancellation
       const V t = E::quotient(e, V(S(2) + e));
       return where_positive(z, V(-t), t);
     }
     case ActivationKind::kSilu:
-      return z * sigmoid<E, S>(z);
+      return z * E::sigmoid(z);
     case ActivationKind::kGelu:
       return z * E::normal(z).distribution;
     case ActivationKind::kGeluTanh:
-      return z * sigmoid<E, S>(gelu_argument<S>(z));
+      return z * E::sigmoid(gelu_argument<S>(z));
   }
   return z;
 }
@@ -413,24 +415,24 @@ NF_FN V activation_gradient(const Activation& activation, const V& z, const V& g
       return z <= V{} - S(3) ? V{} : (z >= V{} + S(3) ? grad : inside);
     }
     case ActivationKind::kSigmoid: {
-      const V s = sigmoid<E, S>(z);
-      return grad * (s * (S(1) - s));
+      const Sigmoid<V> s = E::sigmoid_with_complement(z);
+      return grad * (s.value * s.complement);
     }
     case ActivationKind::kTanh: {
       const V t = activated<E, S>(activation, z);
       return grad * (S(1) - t * t);
     }
     case ActivationKind::kSilu: {
-      const V s = sigmoid<E, S>(z);
-      return grad * (s + z * (s * (S(1) - s)));
+      const Sigmoid<V> s = E::sigmoid_with_complement(z);
+      return grad * (s.value + z * (s.value * s.complement));
     }
     case ActivationKind::kGelu: {
       const Normal<V> normal = E::normal(z);
       return grad * (normal.distribution + z * normal.density);
     }
     case ActivationKind::kGeluTanh: {
-      const V s = sigmoid<E, S>(gelu_argument<S>(z));
-      return grad * (s + z * (s * (S(1) - s)) * gelu_argument_slope<S>(z));
+      const Sigmoid<V> s = E::sigmoid_with_complement(gelu_argument<S>(z));
+      return grad * (s.value + z * (s.value * s.complement) * gelu_argument_slope<S>(z));
     }
   }
   return grad;

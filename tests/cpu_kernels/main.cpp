@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "definition.h"
+#include "every_value.h"
 #include "group_norm.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/nontemporal.h"
@@ -137,12 +138,12 @@ int64_t run_counts(std::mt19937& random) {
 
 // Samples, groups, channels, positions. Several statistics in a task; parts of runs, of channels and of positions,
 // which end inside of a row; more channels than a unit; one position; one channel per group; enough tasks for no
-// division.
+// division; channels last, ranges of groups.
 int64_t run_groups(Cpu& backend, std::mt19937& random) {
   const int64_t shapes[][4] = {{1, 1, 1, 2},      {2, 3, 6, 35},    {40, 4, 12, 9},   {3, 2, 140, 49},
                                {1, 2, 6, 90000},  {2, 1, 70, 2100}, {33, 2, 4, 8},    {1, 1, 2, 300000},
                                {2, 2, 1100, 130}, {6, 4, 32, 1},    {2, 16, 16, 500}, {1, 32, 2080, 67},
-                               {35, 1, 3, 60000}};
+                               {35, 1, 3, 60000}, {2, 32, 640, 50}, {3, 6, 96, 40}};
   int64_t cases = 0;
   for (const auto& [samples, groups, channels, inner] : shapes)
     for (const bool channels_last : {false, true})
@@ -183,6 +184,14 @@ int64_t run_layers(Cpu& backend, std::mt19937& random) {
         cases += 3;
       }
   return cases;
+}
+
+int64_t run_activations(Cpu& backend) {
+  for (const ActivationKind kind : kTranscendental) {
+    run_every_value<Half>(backend, kind, 10, -14, 0.25);
+    run_every_value<BFloat16>(backend, kind, 7, -126, 0.25);
+  }
+  return 2 * std::size(kTranscendental);
 }
 
 // Numbers of channels with and without a specialized transposition, full tiles and partial tiles.
@@ -227,6 +236,7 @@ int main() {
   if (std::string(cpu::capability()) == "baseline") cases += run_counts(random);  // the same for all instruction sets
   cases += run_groups(backend, random);
   cases += run_layers(backend, random);
+  cases += run_activations(backend);
   cases += run_images(backend, random);
   run_finish(backend);
   run_nonfinite(backend);

@@ -20,8 +20,9 @@ void print(const char* name, const int64_t (&shape)[2], const GroupPlan& plan) {
 int main() {
   const int64_t rows[][2] = {{1, 49}, {10, 4096}, {4, 65536}, {2, 1 << 20}};  // rows, positions
   for (const auto& shape : rows) print("rows", shape, plan_rows(shape[0], shape[1], 4));
-  const int64_t columns[][2] = {{49, 512}, {4096, 1280}, {65536, 256}, {7, 1 << 20}};  // positions, bytes of each
-  for (const auto& shape : columns) print("columns", shape, plan_columns(shape[0], shape[1]));
+  const int64_t columns[][2] = {{49, 16},    {1024, 80}, {4096, 40},
+                                {65536, 16}, {256, 160}, {7, 1 << 15}};  // positions, bytes of each of 32 groups
+  for (const auto& shape : columns) print("columns", shape, plan_columns(shape[0], 32, shape[1], 2));
   const int64_t layers[][2] = {{1, 4},    {64, 4},    {768, 2},   {768, 4},
                                {4096, 4}, {65536, 4}, {200000, 4}};  // values, bytes
   for (const auto& shape : layers) print("layer rows", shape, plan_layer_rows(shape[0], shape[1]));

@@ -71,10 +71,12 @@ rows 1, 49: 64 statistics, 1 x 1 parts of 1 x 49
 rows 10, 4096: 1 statistics, 1 x 1 parts of 10 x 4096
 rows 4, 65536: 1 statistics, 4 x 2 parts of 1 x 32768
 rows 2, 1048576: 1 statistics, 2 x 32 parts of 1 x 32768
-columns 49, 512: 1 statistics, 1 x 1 parts of 1 x 52
-columns 4096, 1280: 1 statistics, 1 x 32 parts of 1 x 128
-columns 65536, 256: 1 statistics, 1 x 32 parts of 1 x 2048
-columns 7, 1048576: 1 statistics, 1 x 1 parts of 1 x 8
+columns 49, 16: 16 statistics, 1 x 1 parts of 1 x 49
+columns 1024, 80: 4 statistics, 1 x 1 parts of 1 x 1024
+columns 4096, 40: 32 statistics, 1 x 32 parts of 1 x 128
+columns 65536, 16: 32 statistics, 1 x 32 parts of 1 x 2048
+columns 256, 160: 2 statistics, 1 x 1 parts of 1 x 256
+columns 7, 32768: 1 statistics, 1 x 1 parts of 1 x 7
 layer rows 1, 4: 64 statistics, 1 x 1 parts of 1 x 1
 layer rows 64, 4: 64 statistics, 1 x 1 parts of 1 x 64
 layer rows 768, 2: 12 statistics, 1 x 1 parts of 1 x 768
@@ -93,8 +95,8 @@ chunks 100352, 768: 64 of 1568
 """
 
 
-def test_plans_depend_on_the_shape_of_a_statistic_only(tmp_path: Path) -> None:
-    """The table of the plans of group, instance, layer and RMS norm. None of them is given the number of statistics."""
+def test_plans_depend_on_the_shape_of_a_sample_only(tmp_path: Path) -> None:
+    """The table of the plans of group, instance, layer and RMS norm. None of them is given the number of samples."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler")

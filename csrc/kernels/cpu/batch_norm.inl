@@ -21,38 +21,41 @@ namespace {
 
 // ---- activations -------------------------------------------------------------------------------------------------
 
-// Transcendental activations are function calls: inlined, they would take registers from every loop.
-template <class S>
+// Transcendental activations except SiLU are function calls: inlined, they would take registers from every loop.
+template <class E, class S>
 NF_NOINLINE Vec<S> transcendental(const Activation& activation, Vec<S> z) {
-  return normfused::activated<Elementary, S>(activation, z);
+  return normfused::activated<E, S>(activation, z);
 }
-template <class S>
+template <class E, class S>
 NF_NOINLINE Vec<S> transcendental_gradient(const Activation& activation, Vec<S> z, Vec<S> grad) {
-  return activation_gradient<Elementary, S>(activation, z, grad);
+  return activation_gradient<E, S>(activation, z, grad);
 }
 
-// The activation of a pack, and the gradient of its input.
-template <class S>
+// The activation of a pack of values stored as T, and the gradient of its input.
+template <class T>
 struct Activate {
+  using S = compute_t<T>;
+  using V = Pack<S, T>;
+  using E = elementary_t<T>;
+
   Activation activation;
   PiecewiseLinear<S> pieces = piecewise_linear<S>(activation);
-  static constexpr Activation kHardswish{ActivationKind::kHardswish};
+  static constexpr Activation kHardswish{ActivationKind::kHardswish}, kSilu{ActivationKind::kSilu};
 
-  template <class T>
-  NF_INLINE Pack<S, T> operator()(const Pack<S, T>& z) const {
-    return Pack<S, T>::generate([&](int64_t i) {
-      if (activation.is_piecewise_linear()) return normfused::activated<Elementary, S>(pieces, z.vec[i]);
-      if (activation.kind == kHardswish.kind) return normfused::activated<Elementary, S>(kHardswish, z.vec[i]);
-      return transcendental<S>(activation, z.vec[i]);
+  NF_INLINE V operator()(const V& z) const {
+    return V::generate([&](int64_t i) {
+      if (activation.is_piecewise_linear()) return normfused::activated<E, S>(pieces, z.vec[i]);
+      if (activation.kind == kSilu.kind) return normfused::activated<E, S>(kSilu, z.vec[i]);
+      if (activation.kind == kHardswish.kind) return normfused::activated<E, S>(kHardswish, z.vec[i]);
+      return transcendental<E, S>(activation, z.vec[i]);
     });
   }
-  template <class T>
-  NF_INLINE Pack<S, T> gradient(const Pack<S, T>& z, const Pack<S, T>& grad) const {
-    return Pack<S, T>::generate([&](int64_t i) {
-      if (activation.is_piecewise_linear()) return activation_gradient<Elementary, S>(pieces, z.vec[i], grad.vec[i]);
-      if (activation.kind == kHardswish.kind)
-        return activation_gradient<Elementary, S>(kHardswish, z.vec[i], grad.vec[i]);
-      return transcendental_gradient<S>(activation, z.vec[i], grad.vec[i]);
+  NF_INLINE V gradient(const V& z, const V& grad) const {
+    return V::generate([&](int64_t i) {
+      if (activation.is_piecewise_linear()) return activation_gradient<E, S>(pieces, z.vec[i], grad.vec[i]);
+      if (activation.kind == kSilu.kind) return activation_gradient<E, S>(kSilu, z.vec[i], grad.vec[i]);
+      if (activation.kind == kHardswish.kind) return activation_gradient<E, S>(kHardswish, z.vec[i], grad.vec[i]);
+      return transcendental_gradient<E, S>(activation, z.vec[i], grad.vec[i]);
     });
   }
 };
@@ -73,7 +76,7 @@ struct NormalizeOp : ForwardTable {
   const T* input;
   T* output;
   const T* residual;
-  Activate<compute_t<T>> activate;
+  Activate<T> activate;
   uint8_t* mask;  // written: the sign mask of z + residual
 
   NormalizeOp(const T* input, T* output, const T* residual, const Activation& activation, uint8_t* mask)
@@ -113,7 +116,7 @@ struct PreActivationGradient {
   const T* grad_output;
   const T* input;  // x, or with from_output y
   const T* residual;
-  Activate<S> activate;
+  Activate<T> activate;
   const uint8_t* mask;
   bool from_output;
 

@@ -23,6 +23,15 @@ struct Elementary {
   static NF_DEVICE S quotient(S a, S b) {
     return a / b;
   }
+  template <class S>
+  static NF_DEVICE S sigmoid(S x) {
+    return 1 / (1 + exp(-x));
+  }
+  template <class S>
+  static NF_DEVICE Sigmoid<S> sigmoid_with_complement(S x) {
+    const S value = sigmoid(x);
+    return {value, 1 - value};
+  }
   static NF_DEVICE float sqrt(float x) { return ::sqrtf(x); }
   static NF_DEVICE double sqrt(double x) { return ::sqrt(x); }
   static NF_DEVICE float power(float x, double y) { return ::powf(x, static_cast<float>(y)); }
@@ -33,11 +42,16 @@ struct Elementary {
 // unit in the last place of the 16-bit result. tests/host_cuda/approximations.cpp checks every 16-bit value.
 struct Approximate {
   static NF_DEVICE float exp(float x) { return __expf(x); }
-  // One Newton step makes 1 / 1 exact, because the slopes of activations subtract the quotient from 1. __fdividef
-  // returns 0 for b >= 2^126, and so does this function.
+  // One Newton step makes 1 / 1 exact, because sigmoid_with_complement() subtracts it from 1. __fdividef returns 0 for
+  // b >= 2^126, and so does this function.
   static NF_DEVICE float quotient(float a, float b) {
     const float r = __fdividef(1, b);
     return a * (r == 0 ? r : fmaf(r, fmaf(-b, r, 1), r));
+  }
+  static NF_DEVICE float sigmoid(float x) { return quotient(1, 1 + __expf(-x)); }
+  static NF_DEVICE Sigmoid<float> sigmoid_with_complement(float x) {
+    const float value = sigmoid(x);
+    return {value, 1 - value};
   }
   static NF_DEVICE float expm1(float x) {
     // Taylor series for small |x|, for which exp(x) - 1 would cancel.
