@@ -61,6 +61,7 @@ struct Activation {
   double parameter = 0;  // leaky ReLU's negative slope, ELU's alpha
 
   constexpr bool is_piecewise_linear() const { return kind <= ActivationKind::kLeakyRelu; }
+  constexpr bool is_transcendental() const { return !is_piecewise_linear() && kind != ActivationKind::kHardswish; }
 };
 
 // A sign mask: one bit per element, in memory order, set if the input of the activation was positive or NaN. It ends in

@@ -167,6 +167,7 @@ struct GradSumsOp {
   const double* mean;
   const S* table;
   int64_t channels;
+  T* kept = nullptr;  // written: g; or null
 
   static NF_INLINE S identity(int64_t) { return 0; }
   template <class V>
@@ -182,6 +183,9 @@ struct GradSumsOp {
     const V grad = gradient(offset, width, [&]() __attribute__((always_inline)) {
       return gradient.normalized(x, c.k[kPivot], c.k[kScale], c.k[kForwardShift]);
     });
+    if constexpr (kFused && std::is_same_v<S, T>) {
+      if (kept != nullptr) store_pack(kept + offset, grad, width);
+    }
     sums.k[0] = sums.k[0] + grad;
     sums.k[1] = sums.k[1] + grad * deviation;
   }

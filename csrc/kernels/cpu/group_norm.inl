@@ -94,21 +94,32 @@ struct GroupUnits {
   const GroupView& view;
   const GroupPlan& plan;
 
+  // Channels last, a task has statistics of one sample.
+  int64_t ranges() const { return (view.groups + plan.statistics - 1) / plan.statistics; }
   int64_t tasks() const {
-    return view.channels_last ? view.samples : (view.statistics() + plan.statistics - 1) / plan.statistics;
+    return view.channels_last ? view.samples * ranges() : (view.statistics() + plan.statistics - 1) / plan.statistics;
   }
+  int64_t sample(int64_t task) const { return view.channels_last ? task / ranges() : 0; }
   // The statistics [first, last) of a task, counted over all samples.
-  int64_t first(int64_t task) const { return view.channels_last ? task * view.groups : task * plan.statistics; }
-  int64_t last(int64_t task) const { return minimum(first(task + 1), view.statistics()); }
+  int64_t first(int64_t task) const {
+    return sample(task) * view.groups + (view.channels_last ? task % ranges() : task) * plan.statistics;
+  }
+  int64_t last(int64_t task) const {
+    return minimum(first(task) + plan.statistics,
+                   view.channels_last ? (sample(task) + 1) * view.groups : view.statistics());
+  }
 
   // Channels first, the rows of a part are channels of a group; of all groups of the task if there is one part.
   Unit operator()(int64_t task, int64_t part) const {
     const int64_t m0 = part % plan.splits * plan.position_block;
     const int64_t m1 = minimum(m0 + plan.position_block, view.inner);
-    if (view.channels_last) return {0, view.channels, task * view.inner + m0, task * view.inner + m1};
-    const int64_t end = last(task) * view.width();
-    if (plan.parts() == 1) return {first(task) * view.width(), end, 0, view.inner};
-    const int64_t c0 = first(task) * view.width() + part / plan.splits * plan.row_block;
+    const int64_t begin = first(task) * view.width(), end = last(task) * view.width();
+    if (view.channels_last) {
+      const int64_t before = sample(task) * view.channels, row = sample(task) * view.inner;
+      return {begin - before, end - before, row + m0, row + m1};
+    }
+    if (plan.parts() == 1) return {begin, end, 0, view.inner};
+    const int64_t c0 = begin + part / plan.splits * plan.row_block;
     return {c0, minimum(c0 + plan.row_block, end), m0, m1};
   }
 };
@@ -301,7 +312,7 @@ void group_norm_channels_last(const GroupNormForward& args, const Parallel& para
   using Reduce = MomentsOp<T, false>;
   const GroupView& view = args.view;
   const ChannelView channels = view.by_channel();
-  const GroupPlan plan = plan_columns(view.inner, view.channels * static_cast<int64_t>(sizeof(T)));
+  const GroupPlan plan = plan_columns(view.inner, view.groups, view.width() * static_cast<int64_t>(sizeof(T)), 1);
   const GroupUnits units{view, plan};
   const Workspace workspace(GroupResults::size(view, plan.splits, Reduce::kSums),
                             CoefficientTable<S>::bytes(view, ForwardTable::kCoefficients));
@@ -311,24 +322,27 @@ void group_norm_channels_last(const GroupNormForward& args, const Parallel& para
   const auto normalize = normalize_op<T, kFused>(args);
   const bool nontemporal = use_nontemporal_stores(normalize, view, plan);
   run_phases(
-      plan, view.samples, parallel,
-      [&](int64_t sample, int64_t part) {
-        reduce_wide(Reduce{input, args.eps}, channels, units(sample, part), all.of(sample, part));
+      plan, units.tasks(), parallel,
+      [&](int64_t task, int64_t part) {
+        reduce_wide(Reduce{input, args.eps}, channels, units(task, part), all.of(units.sample(task), part));
       },
-      [&](int64_t sample) {
+      [&](int64_t task) {
+        const int64_t sample = units.sample(task), first = units.first(task), last = units.last(task);
         const ResultTable results = all.of(sample, 0);
         const Reduce moments{input + sample * view.inner * view.channels, args.eps};
-        merge_ranges(moments, view.inner, plan, results, 0, view.channels);
-        recompute_moments(moments, {view.inner, view.channels, 1}, results, 0, view.channels);
-        for (int64_t g = 0; g < view.groups; ++g) {
+        const Unit unit = units(task, 0);
+        merge_ranges(moments, view.inner, plan, results, unit.c0, unit.c1);
+        recompute_moments(moments, {view.inner, view.channels, 1}, results, unit.c0, unit.c1);
+        for (int64_t statistic = first; statistic < last; ++statistic) {
+          const int64_t c0 = unit.c0 + (statistic - first) * view.width();
           Moments group{};
-          for (int64_t c = g * view.width(); c < (g + 1) * view.width(); ++c)
+          for (int64_t c = c0; c < c0 + view.width(); ++c)
             group = merge(group, Moments{view.inner, results(0, c), results(1, c)});
-          finish_group(args, sample * view.groups + g, group, table.of(sample));
+          finish_group(args, statistic, group, table.of(sample));
         }
       },
-      [&](int64_t sample, int64_t part) {
-        apply(normalize, channels, units(sample, part), table.base(sample), nontemporal);
+      [&](int64_t task, int64_t part) {
+        apply(normalize, channels, units(task, part), table.base(units.sample(task)), nontemporal);
       });
 }
 
@@ -342,16 +356,57 @@ void group_norm(const GroupNormForward& args, const Parallel& parallel) {
   });
 }
 
+// The ops of one call of backward.
+template <class T, bool kFused>
+struct GroupBackward {
+  using S = compute_t<T>;
+  using Gradient = PreActivationGradient<T, kFused>;
+
+  const GroupNormBackward& args;
+  const ChannelView channels;
+  Gradient gradient;
+  // Where the activation's gradient is expensive, the reduction stores it for the application, if it is exact as T and
+  // the task fits the cache. Null: the application computes it once more.
+  T* kept;
+  GradInputOp<T, kFused> grad_input;
+  GradInputOp<T, false> grad_input_from_kept;
+  bool nontemporal;
+
+  GroupBackward(const GroupNormBackward& args, const GroupPlan& plan)
+      : args(args),
+        channels(args.view.by_channel()),
+        gradient{static_cast<const T*>(args.grad_output),
+                 static_cast<const T*>(args.input),
+                 static_cast<const T*>(args.residual),
+                 {args.activation},
+                 args.mask,
+                 false},
+        kept(kFused && std::is_same_v<S, T> && args.activation.is_transcendental() && plan.parts() == 1
+                 ? static_cast<T*>(args.grad_residual != nullptr ? args.grad_residual : args.grad_input)
+                 : nullptr),
+        grad_input(gradient, static_cast<T*>(args.grad_input), static_cast<T*>(args.grad_residual)),
+        grad_input_from_kept({kept, gradient.input, nullptr, {{}}, nullptr, false}, grad_input.output, nullptr),
+        nontemporal(args.grad_input != nullptr && kept != args.grad_input &&
+                    use_nontemporal_stores(grad_input, args.view, plan)) {}
+
+  void apply_to(const Unit& unit, const S* table) const {
+    if (args.grad_input == nullptr) return;
+    if (kept != nullptr)
+      apply(grad_input_from_kept, channels, unit, table, nontemporal);
+    else
+      apply(grad_input, channels, unit, table, nontemporal);
+  }
+};
+
 // In both layouts, each channel of a sample is reduced by itself: the gradients of weight and bias need these sums.
 template <class T, bool kFused>
 void group_norm_backward(const GroupNormBackward& args, const Parallel& parallel) {
   using S = compute_t<T>;
   using Reduce = GradSumsOp<T, kFused>;
   const GroupView& view = args.view;
-  const ChannelView channels = view.by_channel();
-  const int64_t item = 2 * sizeof(T);
-  const GroupPlan plan =
-      view.channels_last ? plan_columns(view.inner, view.channels * item) : plan_rows(view.width(), view.inner, item);
+  const int64_t item = sizeof(T);
+  const GroupPlan plan = view.channels_last ? plan_columns(view.inner, view.groups, view.width() * item, 2)
+                                            : plan_rows(view.width(), view.inner, 2 * item);
   const GroupUnits units{view, plan};
   const int64_t means = view.samples * view.channels;
   const Workspace workspace(means + GroupResults::size(view, plan.splits, Reduce::kSums),
@@ -359,15 +414,7 @@ void group_norm_backward(const GroupNormBackward& args, const Parallel& parallel
   double* const mean = workspace.results;
   const GroupResults all{mean + means, view, plan.splits, Reduce::kSums};
   const CoefficientTable<S> table{static_cast<S*>(workspace.table), view, BackwardTable<kFused>::kRows};
-  const PreActivationGradient<T, kFused> gradient{static_cast<const T*>(args.grad_output),
-                                                  static_cast<const T*>(args.input),
-                                                  static_cast<const T*>(args.residual),
-                                                  {args.activation},
-                                                  args.mask,
-                                                  false};
-  const GradInputOp<T, kFused> grad_input{gradient, static_cast<T*>(args.grad_input),
-                                          static_cast<T*>(args.grad_residual)};
-  const bool nontemporal = args.grad_input != nullptr && use_nontemporal_stores(grad_input, view, plan);
+  const GroupBackward<T, kFused> call(args, plan);
   const auto for_each_statistic = [&](int64_t task, const auto& f) {
     for (int64_t statistic = units.first(task); statistic < units.last(task); ++statistic)
       f(statistic, statistic / view.groups);
@@ -381,23 +428,20 @@ void group_norm_backward(const GroupNormBackward& args, const Parallel& parallel
   run_phases(
       plan, units.tasks(), parallel,
       [&](int64_t task, int64_t part) {
-        const int64_t sample = view.channels_last ? task : 0;
-        const Reduce op{gradient, mean + sample * view.channels, table.base(sample), all.columns()};
-        reduce_wide(op, channels, units(task, part), all.of(sample, part % plan.splits));
+        const int64_t sample = units.sample(task);
+        const Reduce op{call.gradient, mean + sample * view.channels, table.base(sample), all.columns(), call.kept};
+        reduce_wide(op, call.channels, units(task, part), all.of(sample, part % plan.splits));
       },
       [&](int64_t task) {
         for_each_statistic(task, [&](int64_t statistic, int64_t sample) {
           const ResultTable results = all.of(sample, 0);
           const int64_t column = all.column(sample), first = column + statistic % view.groups * view.width();
-          const Reduce op{gradient, nullptr, nullptr, 0};
+          const Reduce op{call.gradient, nullptr, nullptr, 0};
           merge_ranges(op, view.inner, plan, results, first, first + view.width());
           finish_group_backward(args, statistic, results, column, table.of(sample));
         });
       },
-      [&](int64_t task, int64_t part) {
-        if (args.grad_input == nullptr) return;
-        apply(grad_input, channels, units(task, part), table.base(view.channels_last ? task : 0), nontemporal);
-      });
+      [&](int64_t task, int64_t part) { call.apply_to(units(task, part), table.base(units.sample(task))); });
   write_parameter_gradient(all, 0, args.grad_bias, parallel);
   write_parameter_gradient(all, 1, args.grad_weight, parallel);
 }

@@ -40,7 +40,7 @@ Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operand
 // A task has all values of its statistics, as `rows` by `positions`. It has one part if these fit the cache; then it
 // runs all phases of the part. Otherwise its parts are ranges of rows by ranges of positions (splits).
 struct GroupPlan {
-  int64_t statistics;      // of a task
+  int64_t statistics;      // of a task; channels last those of one sample
   int64_t row_block;       // rows of a part
   int64_t row_parts;       // ranges of rows
   int64_t position_block;  // positions of a part
@@ -53,8 +53,10 @@ struct GroupPlan {
 // Channels first: a statistic is over `rows` rows of `positions` contiguous values.
 GroupPlan plan_rows(int64_t rows, int64_t positions, int64_t item_bytes);
 
-// Channels last: the statistics of a sample are over `positions` rows of contiguous channels, which are not divided.
-GroupPlan plan_columns(int64_t positions, int64_t position_bytes);
+// Channels last: a sample has `positions` rows of `groups` groups of contiguous channels, of `group_bytes` bytes in one
+// tensor. Its tasks are ranges of groups in whole cache lines, if these fit the cache with all their positions. Else it
+// is one task, and its parts are ranges of positions.
+GroupPlan plan_columns(int64_t positions, int64_t groups, int64_t group_bytes, int64_t operands);
 
 // As plan_rows for one row, for a kernel that processes four rows together: a task has a multiple of four rows if four
 // fit the cache.
