@@ -51,8 +51,7 @@ struct LayerForward {
   }
 };
 
-// Mean and M2 of each row of a block. The pivot is the mean, from a pass of its own: the rows are in cache. The sums of
-// RMS norm need none.
+// Mean and M2 of each row of a block. The pivot is the mean of the first values. The sums of RMS norm need none.
 template <class T>
 void moments_of_rows(const LayerForward<T>& call, const Block& block, const Entries<compute_t<T>>& table,
                      const Entries<double>& moments) {
@@ -66,14 +65,15 @@ void moments_of_rows(const LayerForward<T>& call, const Block& block, const Entr
   for (int64_t row = 0; row < block.rows; ++row)
     pivot(row) = call.args.subtract_mean ? load<S>(input + block.offset + row * block.stride, Tail{1})[0] : S(0);
   if (call.args.subtract_mean) {
+    const int64_t sample = minimum(kPivotSample, block.columns);
     clear();
-    sum_rows(LayerMomentsOp<T, false>{{}, input, true}, block, {table, none, moments});
+    sum_rows(LayerMomentsOp<T, false>{{}, input}, {block.offset, block.rows, sample, block.stride},
+             {table, none, moments});
     for (int64_t row = 0; row < block.rows; ++row)
-      pivot(row) =
-          static_cast<S>(static_cast<double>(pivot(row)) + moments(0, row) / static_cast<double>(block.columns));
+      pivot(row) = static_cast<S>(static_cast<double>(pivot(row)) + moments(0, row) / static_cast<double>(sample));
   }
   clear();
-  sum_rows(LayerMomentsOp<T, true>{{}, input, !call.args.subtract_mean}, block, {table, none, moments});
+  sum_rows(LayerMomentsOp<T, true>{{}, input}, block, {table, none, moments});
   NF_NO_ALIASES
   for (int64_t row = 0; row < block.rows; ++row) {
     const Moments of_row =

@@ -55,11 +55,8 @@ struct LayerMomentsOp : LayerTable {
   static constexpr int64_t kStatistic = 1, kParameter = 0, kStatisticSums = kSquares ? 2 : 1, kParameterSums = 0;
 
   const T* input;
-  bool is_first;
 
-  NF_INLINE void prefetch(int64_t offset) const {
-    if (is_first) __builtin_prefetch(input + offset);
-  }
+  NF_INLINE void prefetch(int64_t offset) const { __builtin_prefetch(input + offset); }
   template <class Width, class StoreFn>
   NF_INLINE void operator()(int64_t offset, Width width, const V* statistic, const V*, V* sums, V*,
                             const StoreFn&) const {

@@ -163,11 +163,13 @@ NF_FN void store_pack(T* p, const V& values, Tail tail) {
 }
 
 // Lane i of the result is lane index[i] of the concatenation of a and b.
-NF_FN Vec<float> shuffle(Vec<float> a, Vec<float> b, Vec<int32_t> index) {
+template <class V, class Index>
+NF_FN V shuffle(V a, V b, Index index) {
 #if defined(__clang__)
-  Vec<float> result;
-  for (int64_t lane = 0; lane < kLanes<float>; ++lane)
-    result[lane] = index[lane] < kLanes<float> ? a[index[lane]] : b[index[lane] - kLanes<float>];
+  constexpr int64_t kCount = sizeof(V) / sizeof(a[0]);
+  V result;
+  for (int64_t lane = 0; lane < kCount; ++lane)
+    result[lane] = index[lane] < kCount ? a[index[lane]] : b[index[lane] - kCount];
   return result;
 #else
   return __builtin_shuffle(a, b, index);

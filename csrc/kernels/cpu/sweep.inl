@@ -64,11 +64,58 @@ struct Addition {
   }
 };
 
+// The sum of a pack's values, in a few lanes.
 template <class V>
-NF_FN double total_of(const V& pack) {
+NF_FN Vec<double> sum_of_vectors(const V& pack) {
   Vec<typename V::S> sum = pack.vec[0];
   unroll<V::kVecs - 1>([&](auto i) { sum = sum + pack.vec[i + 1]; });
-  return reduce_to_double<Addition<V>>(0, sum);
+  const auto wide = widen_to_double(sum);
+  Vec<double> total = wide.vec[0];
+  unroll<wide.kVecs - 1>([&](auto i) { total = total + wide.vec[i + 1]; });
+  return total;
+}
+
+// Rows of lanes, one after the other: a vector has one or more.
+template <int64_t n>
+struct LaneRowVectors {
+  Vec<double> vec[n];
+};
+
+// Adds the second half of each row of kLength lanes to the first half. The rows of b follow those of a.
+template <int64_t kLength>
+NF_FN Vec<double> add_halves(Vec<double> a, Vec<double> b) {
+  constexpr int64_t kHalf = kLength / 2;
+  const Vec<int64_t> lane = lane_index<double>(), first = lane / kHalf * kLength + lane % kHalf;
+  return shuffle(a, b, first) + shuffle(a, b, first + kHalf);
+}
+
+// The sums of rows of kLength lanes. The order of the additions in a row is the same for any number of rows.
+template <int64_t kLength = kLanes<double>, int64_t n>
+NF_FN auto sums_of_rows(const LaneRowVectors<n>& rows) {
+  if constexpr (kLength == 1) {
+    return rows;
+  } else {
+    LaneRowVectors<(n + 1) / 2> halved;
+    unroll<(n + 1) / 2>(
+        [&](auto i) { halved.vec[i] = add_halves<kLength>(rows.vec[2 * i], rows.vec[minimum(2 * i + 1, n - 1)]); });
+    return sums_of_rows<kLength / 2>(halved);
+  }
+}
+
+// Adds the sum of each pack's values to one of kRows neighbouring entries.
+template <class V, int64_t kRows, class PackOf>
+NF_FN void add_row_sums(double* entries, const PackOf& pack_of) {
+  LaneRowVectors<kRows> rows;
+  unroll<kRows>([&](auto r) { rows.vec[r] = sum_of_vectors<V>(pack_of(r)); });
+  const auto sums = sums_of_rows(rows);
+  constexpr int64_t kLast = kRows % kLanes<double>;
+  unroll<sizeof(sums) / kVectorBytes>([&](auto i) {
+    double* const entry = entries + i * kLanes<double>;
+    if constexpr (kLast == 0)
+      store(entry, load<double>(entry, FullVector{}) + sums.vec[i], FullVector{});
+    else
+      store(entry, load<double>(entry, Tail{kLast}) + sums.vec[i], Tail{kLast});
+  });
 }
 
 // Values of S in pack order.
@@ -118,8 +165,8 @@ NF_FN void sweep_rows(const Op& op, const Block& block, int64_t first, const Swe
     });
     unroll<kColumnSums>([&](auto k) { store_vectors(&operands.column_sums(k, i), column_sums.k[k]); });
   });
-  unroll<kRows>([&](auto r) {
-    unroll<kRowSums>([&](auto k) { operands.row_sums(k, first + r) += total_of(row_sums[r].k[k]); });
+  unroll<kRowSums>([&](auto k) {
+    add_row_sums<V, kRows>(&operands.row_sums(k, first), [&](auto r) -> const V& { return row_sums[r].k[k]; });
   });
 }
 
