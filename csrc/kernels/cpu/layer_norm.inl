@@ -90,7 +90,8 @@ void layer_norm_rows(const LayerNormForward& args, const GroupPlan& plan, const 
   using S = compute_t<T>;
   const int64_t rows = args.view.outer, columns = args.view.channels;
   const Workspace workspace(0, LayerParameters<S>::bytes(args.samples, columns));
-  const LayerForward<T> call(args, workspace.table, columns, parallel, (plan.statistics - kSweepRows) * columns);
+  const LayerForward<T> call(args, workspace.table, columns, parallel,
+                             (plan.statistics - kSweepRows<LayerNormalizeOp<T>, true>)*columns);
   parallel((rows + plan.statistics - 1) / plan.statistics, grain(plan), [&](int64_t task) {
     const int64_t first = task * plan.statistics, n = minimum(plan.statistics, rows - first);
     const Block block{first * columns, n, columns, columns};
@@ -204,7 +205,8 @@ void layer_norm_backward_chunks_of_rows(const LayerNormBackward& args, const Par
   const int64_t stride = LayerParameters<S>::stride_of(columns), tasks = args.samples * plan.chunks;
   const Workspace workspace(2 * stride * tasks, LayerParameters<S>::bytes(args.samples + tasks, columns));
   const int64_t together = plan_layer_rows(columns, 2 * sizeof(T)).statistics;
-  const LayerBackward<T> call(args, workspace.table, columns, parallel, (together - kSweepRows) * columns);
+  const LayerBackward<T> call(args, workspace.table, columns, parallel,
+                              (together - kSweepRows<LayerGradInputOp<T>, true>)*columns);
   parallel(tasks, 1, [&](int64_t task) {
     const int64_t sample = task / plan.chunks, first = sample * rows;
     const int64_t r0 = first + task % plan.chunks * plan.block;

@@ -20,8 +20,11 @@
 namespace normfused::cpu::NF_ISA {
 namespace {
 
-// Number of rows that are processed together: the constants of a column are loaded once for them.
-inline constexpr int64_t kSweepRows = 4;
+// Number of rows that are processed together: the constants of a column are loaded once for them, and the constants and
+// sums of the rows are in registers.
+template <class Op, bool kStatisticIsRow>
+inline constexpr int64_t kSweepRows =
+    (kStatisticIsRow ? Op::kStatistic + Op::kStatisticSums : Op::kParameter + Op::kParameterSums) > 4 ? 2 : 4;
 // Number of values that are added in S, in each lane of each sum, before they are added in double.
 inline constexpr int64_t kMaxSweepRows = kAdditionsPerFold;
 template <class V>
@@ -157,7 +160,7 @@ NF_FN void sweep_rows(const Op& op, const Block& block, int64_t first, const Swe
     unroll<kColumnSums>([&](auto k) { column_sums.k[k] = load_vectors<V>(&operands.column_sums(k, i)); });
     unroll<kRows>([&](auto r) {
       const int64_t offset = block.offset + (first + r) * block.stride + i;
-      op.prefetch(offset + kSweepRows * block.stride);
+      op.prefetch(offset + kSweepRows<Op, kStatisticIsRow> * block.stride);
       if constexpr (kStatisticIsRow)
         op(offset, width, rows[r].k, column.k, row_sums[r].k, column_sums.k, store);
       else
@@ -174,9 +177,10 @@ NF_FN void sweep_rows(const Op& op, const Block& block, int64_t first, const Swe
 // kMaxSweepRows rows.
 template <bool kStatisticIsRow, bool kNonTemporal, class Op>
 NF_NOINLINE void sweep(const Op& op, const Block& block, const SweepOperands<Op>& operands) {
+  constexpr int64_t kRows = kSweepRows<Op, kStatisticIsRow>;
   int64_t row = 0;
-  for (; row + kSweepRows <= block.rows; row += kSweepRows)
-    sweep_rows<kStatisticIsRow, kNonTemporal, kSweepRows>(op, block, row, operands);
+  for (; row + kRows <= block.rows; row += kRows)
+    sweep_rows<kStatisticIsRow, kNonTemporal, kRows>(op, block, row, operands);
   for (; row < block.rows; ++row) sweep_rows<kStatisticIsRow, kNonTemporal, 1>(op, block, row, operands);
 }
 
