@@ -19,6 +19,7 @@ from normfused.conversion import (
     revert,
 )
 from normfused.conversion.folding import fold_bn
+from normfused.cuda_plans import CudaPlan, explain
 from normfused.data.dataset import dataset_stats
 from normfused.data.stats import ChannelStats
 from normfused.distributed.layers import SyncBatchNorm, SyncBatchNormAct
@@ -67,6 +68,7 @@ __all__ = [
     "ChannelStats",
     "ChannelSums",
     "ConversionReport",
+    "CudaPlan",
     "GroupNorm",
     "GroupNormAct",
     "InstanceNorm1d",
@@ -93,6 +95,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "dataset_stats",
     "empty_cache",
+    "explain",
     "fold_bn",
     "functional",
     "info",
