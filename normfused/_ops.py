@@ -8,7 +8,7 @@ of formats that support no others.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,38 @@ def _check_device(input: Tensor, *others: Tensor | None) -> None:
     for other in others:
         if other is not None and other.device != input.device:
             raise ValueError(f"input is on {input.device}, another argument on {other.device}")
+
+
+def _check_like_input(input: Tensor, **tensors: Tensor | None) -> None:
+    """Raise, as the kernels do, for another shape or dtype than ``input``'s."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        _check_shape(name, tensor, input.shape)
+        if tensor.dtype != input.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, input {input.dtype}")
+
+
+def _check_parameters(input: Tensor, shape: Sequence[int], by_sample: bool = False, **tensors: Tensor | None) -> None:
+    """Raise, as the kernels do, for another shape or dtype. ``by_sample``: there may be parameters of each sample."""
+    allowed = {input.dtype} if input.dtype in (torch.float32, torch.float64) else {input.dtype, torch.float32}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        is_by_sample = by_sample and tensor.dim() == len(shape) + 1
+        _check_shape(name, tensor, (input.size(0), *shape) if is_by_sample else shape)
+        if tensor.dtype not in allowed:
+            raise TypeError(f"{name} is {tensor.dtype} for input of {input.dtype}")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    def message() -> str:
+        return f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+
+    if tensor.dim() != len(shape):
+        raise ValueError(message())
+    for size, expected in zip(tensor.shape, shape, strict=True):
+        torch._check_value(size == expected, message)  # type: ignore[no-untyped-call]
 
 
 def _statistics(input: Tensor) -> Tensor:
@@ -78,6 +110,10 @@ def _batch_norm_training(
     update_in_backward: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked, residual, nonfinite_batches)
+    _check_parameters(
+        input, (input.size(1),), weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
+    _check_like_input(input, residual=residual)
     return _output_like(input), _statistics(input), _mask(input, save_mask)
 
 
@@ -95,6 +131,10 @@ def _batch_norm_inference(
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_device(input, weight, bias, running_mean, running_var, residual)
+    _check_parameters(
+        input, (input.size(1),), weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
+    _check_like_input(input, residual=residual)
     return _output_like(input), _statistics(input), _mask(input, save_mask)
 
 
@@ -115,6 +155,9 @@ def _batch_norm_training_inplace(
     update_in_backward: bool = True,
 ) -> Tensor:
     _check_device(input, weight, bias, running_mean, running_var, num_batches_tracked, nonfinite_batches)
+    _check_parameters(
+        input, (input.size(1),), weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
     return _statistics(input)
 
 
@@ -130,6 +173,9 @@ def _batch_norm_inference_inplace(
     activation_param: float = 0.0,
 ) -> Tensor:
     _check_device(input, weight, bias, running_mean, running_var)
+    _check_parameters(
+        input, (input.size(1),), weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
     return _statistics(input)
 
 
@@ -151,6 +197,8 @@ def _batch_norm_backward(
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_device(input, grad_output, weight, statistics, bias, residual, mask, sums, count)
+    _check_parameters(input, (input.size(1),), weight=weight, bias=bias)
+    _check_like_input(input, grad_output=grad_output, residual=None if mask is not None else residual)
     if weight is not None:
         dtype = weight.dtype
     else:
@@ -176,6 +224,8 @@ def _batch_norm_by_statistics(
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check_device(input, statistics, weight, bias, residual)
+    _check_parameters(input, (input.size(1),), weight=weight, bias=bias)
+    _check_like_input(input, residual=residual)
     return _output_like(input), _mask(input, save_mask)
 
 
@@ -192,6 +242,10 @@ def _group_norm(
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_device(input, weight, bias, residual)
+    _check_parameters(input, (input.size(1),), by_sample=True, weight=weight, bias=bias)
+    _check_like_input(input, residual=residual)
+    if num_groups < 1 or input.size(1) % num_groups != 0:
+        raise ValueError(f"num_groups must divide the {input.size(1)} channels of input, got {num_groups}")
     statistics = input.new_empty((2, input.size(0), num_groups), dtype=torch.float64)
     return _output_like(input), statistics, _mask(input, save_mask)
 
@@ -211,6 +265,8 @@ def _group_norm_backward(
     activation_param: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_device(input, grad_output, weight, statistics, bias, residual, mask)
+    _check_parameters(input, (input.size(1),), by_sample=True, weight=weight, bias=bias)
+    _check_like_input(input, grad_output=grad_output, residual=None if mask is not None else residual)
     grad_input, grad_residual = (
         _output_like(input) if requested else input.new_empty((0,)) for requested in (output_mask[0], output_mask[3])
     )
@@ -236,6 +292,8 @@ def _layer_norm(
     subtract_mean: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_device(input, weight, bias, residual)
+    _check_parameters(input, input.shape[start_dim : end_dim + 1], by_sample=True, weight=weight, bias=bias)
+    _check_like_input(input, residual=residual)
     shape = [1 if start_dim <= dim <= end_dim else size for dim, size in enumerate(input.shape)]
     output = _layer_norm_output(input, start_dim, end_dim)
     added = input.new_empty((0,)) if residual is None else torch.empty_like(output)
@@ -261,6 +319,8 @@ def _layer_norm_backward(
     subtract_mean: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_device(input, grad_output, weight, bias, statistics, grad_sum)
+    _check_parameters(input, input.shape[start_dim : end_dim + 1], by_sample=True, weight=weight, bias=bias)
+    _check_like_input(input, grad_output=grad_output, grad_sum=grad_sum)
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
 
     def gradient(like: Tensor | None, requested: bool) -> Tensor:

@@ -200,7 +200,7 @@ class Unsupported(nn.Module):
         (
             lambda: explain(normfused.BatchNorm2d(3), empty(2, 4, 4, 4), device="h100"),
             ValueError,
-            r"x must have 3 channels, got shape \(2, 4, 4, 4\)",
+            r"weight has 3 elements, but input of shape \(2, 4, 4, 4\) has 4 channels",
         ),
         (
             lambda: explain(nn.InstanceNorm2d(3), empty(4, 4, 4), device="h100"),
