@@ -31,6 +31,7 @@ import onednn.calls  # noqa: E402
 import onednn.library  # noqa: E402
 import operators  # noqa: E402
 import peers  # noqa: E402
+import plan_table  # noqa: E402
 import processes  # noqa: E402
 import proof  # noqa: E402
 import public_rows  # noqa: E402
@@ -464,6 +465,12 @@ def test_committed_tables_are_rendered_by_this_code(file: Path) -> None:
     else:
         text, table = import_module(name).render(content["machine"], content[name]), file.with_suffix(".md")
     assert table.read_text() == text, f"python benchmarks/{'report' if name == 'results' else name}.py --render"
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_the_table_of_plans_is_that_of_the_kernels() -> None:
+    assert plan_table.batch_norms_of_resnet50().total() == 53
+    assert plan_table.RESULT.read_text() == plan_table.render(), "python benchmarks/plan_table.py"
 
 
 def test_published_cases_are_rendered_as_not_run_until_they_are_measured() -> None:
