@@ -79,7 +79,7 @@ int64_t run_every_value(Backend& backend, ActivationKind kind, int digits, int m
   const double bound = 1 + allowance, underflow = 1e-36;  // of the exponential
   for (int64_t i = 0; i < kValues; ++i) {
     const double z = decode(input.data + i);
-    if (std::abs(z) > 1e9) continue;  // the cube in GELU overflows float
+    if (kind == ActivationKind::kGeluTanh && std::abs(z) > 1e9) continue;  // the cube overflows float
     const ValueAndSlope exact = exact_activation(kind, z);
     current = std::string(Format<T>::name) + " activation " + std::to_string(static_cast<int>(kind)) + " of " +
               std::to_string(z);
