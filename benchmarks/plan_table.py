@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from cases import dtype_name
 from norms import NORMS, lay_out
 from public_rows import ROWS, NormCase
 from resnet50 import resnet50
+from tables import table
 from torch import Tensor, nn
 
 import normfused
@@ -54,18 +54,13 @@ def relative(steps: Iterable[CudaPass]) -> str:
     return f"{sum(s.read_bytes + s.written_bytes for s in steps) / sum(s.floor_bytes for s in steps):.2f}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def sums_over_resnet50(shapes: Counter[Shape]) -> str:
     """One row for each batch size, dtype and layout; for each device the launches and the bytes."""
     rows = []
     for batch in (32, 256):
         for dtype in DTYPES:
             for layout in LAYOUTS:
-                row: list[Any] = [batch, dtype_name(dtype), layout]
+                row = [str(batch), dtype_name(dtype), layout]
                 for device in DEVICES:
                     steps = [
                         step
@@ -75,7 +70,7 @@ def sums_over_resnet50(shapes: Counter[Shape]) -> str:
                     ]
                     row.append(f"{sum(step.launches for step in steps)}, {relative(steps)}")
                 rows.append(row)
-    return table(("batch", "dtype", "layout", *DEVICES), rows)
+    return table(("batch", "dtype", "layout", *DEVICES), rows, text_columns=3)
 
 
 def layers_of_resnet50(shapes: Counter[Shape]) -> str:
@@ -84,8 +79,10 @@ def layers_of_resnet50(shapes: Counter[Shape]) -> str:
         for layout in LAYOUTS:
             steps = passes(nn.BatchNorm2d(shape[0]), empty((256, *shape), torch.bfloat16, layout), "h100")
             cells = [f"{step.path} ({step.reason})" for step in steps]
-            rows.append((count, "×".join(map(str, shape)), layout, cells[0], relative(steps[:1]), relative(steps[1:])))
-    return table(("layers", "shape", "layout", "forward", "bytes, forward", "bytes, backward"), rows)
+            rows.append(
+                (str(count), "×".join(map(str, shape)), layout, cells[0], relative(steps[:1]), relative(steps[1:]))
+            )
+    return table(("layers", "shape", "layout", "forward", "bytes, forward", "bytes, backward"), rows, text_columns=4)
 
 
 def norms_of_samples() -> str:
@@ -108,7 +105,7 @@ def norms_of_samples() -> str:
             bytes_moved = ", ".join(relative([step]) for step in steps)
             rows.append((name, what, dtype_name(dtype), layout, steps[0].path, steps[1].path, launches, bytes_moved))
     header = ("norm", "shape", "dtype", "layout", "forward", "backward", "launches", "bytes")
-    return table(header, rows)
+    return table(header, rows, text_columns=6)
 
 
 def render() -> str:

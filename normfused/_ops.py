@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from normfused import _torch_private, decompositions
+from normfused.arguments import check_parameter
 from normfused.layout import as_dense
 
 _Function = Callable[..., Any]
@@ -36,31 +37,16 @@ def _check_like_input(input: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        _check_shape(name, tensor, input.shape)
-        if tensor.dtype != input.dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, input {input.dtype}")
+        if (tensor.shape, tensor.dtype) != (input.shape, input.dtype):
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{name} is {got}, input {input.dtype} of shape {tuple(input.shape)}")
 
 
 def _check_parameters(input: Tensor, shape: Sequence[int], by_sample: bool = False, **tensors: Tensor | None) -> None:
     """Raise, as the kernels do, for another shape or dtype. ``by_sample``: there may be parameters of each sample."""
-    allowed = {input.dtype} if input.dtype in (torch.float32, torch.float64) else {input.dtype, torch.float32}
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        is_by_sample = by_sample and tensor.dim() == len(shape) + 1
-        _check_shape(name, tensor, (input.size(0), *shape) if is_by_sample else shape)
-        if tensor.dtype not in allowed:
-            raise TypeError(f"{name} is {tensor.dtype} for input of {input.dtype}")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
-    def message() -> str:
-        return f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
-
-    if tensor.dim() != len(shape):
-        raise ValueError(message())
-    for size, expected in zip(tensor.shape, shape, strict=True):
-        torch._check_value(size == expected, message)  # type: ignore[no-untyped-call]
+        is_by_sample = by_sample and tensor is not None and tensor.dim() == len(shape) + 1
+        check_parameter("normfused", name, tensor, input, (input.size(0), *shape) if is_by_sample else tuple(shape))
 
 
 def _statistics(input: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def test_bytes_of_resnet50() -> None:
     assert moved / floor == pytest.approx(1.6, abs=0.005)
 
 
-def test_more_multiprocessors_have_more_splits() -> None:
+def test_the_plan_depends_on_the_device() -> None:
     layer, x = normfused.BatchNorm2d(64), empty(32, 64, 112, 112)
     reasons = [explain(layer, x, device=device).passes[0].reason for device in ("t4", "h100")]
     assert reasons == ["5 blocks for each of 64 ranges of channels", "4 blocks for each of 64 ranges of channels"]

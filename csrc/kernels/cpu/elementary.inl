@@ -234,8 +234,8 @@ NF_FN Vec<float> approximate_exp2(Vec<float> x) {
 #endif
 }
 
-// For activations of 16-bit data: half of the instructions of Elementary. The errors are below a fourth of half a unit
-// in the last place of the 16-bit result.
+// For activations of 16-bit data: SiLU takes half of the time of Elementary, its slope three quarters (AVX-512). The
+// errors are below a fourth of half a unit in the last place of the 16-bit result.
 struct Approximate : Elementary {
   static NF_INLINE Vec<float> exp(Vec<float> x) { return approximate_exp2(x * 1.44269504f); }
 

@@ -360,11 +360,10 @@ void group_norm(const GroupNormForward& args, const Parallel& parallel) {
 template <class T, bool kFused>
 struct GroupBackward {
   using S = compute_t<T>;
-  using Gradient = PreActivationGradient<T, kFused>;
 
   const GroupNormBackward& args;
-  const ChannelView channels;
-  Gradient gradient;
+  ChannelView channels;
+  PreActivationGradient<T, kFused> gradient;
   // Where the activation's gradient is expensive, the reduction stores it for the application, if it is exact as T and
   // the task fits the cache. Null: the application computes it once more.
   T* kept;

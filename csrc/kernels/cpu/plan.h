@@ -35,7 +35,7 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
 Plan plan_elementwise(const ChannelView& view, int64_t itemsize, int64_t operands);
 
 // The division of a tensor whose statistics are independent of each other, such as those of group norm. It depends on
-// the shape of one statistic, not on how many there are, so that a sample's results are the same in every batch.
+// the shape of one sample, not on how many there are, so that a sample's results are the same in every batch.
 //
 // A task has all values of its statistics, as `rows` by `positions`. It has one part if these fit the cache; then it
 // runs all phases of the part. Otherwise its parts are ranges of rows by ranges of positions (splits).
