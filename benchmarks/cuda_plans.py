@@ -32,6 +32,13 @@ template <class R> int group_of(const R& r) {
   if constexpr (requires { r.group; }) return r.group;
   return r.splits();
 }
+template <class L> Traffic traffic_of(Operation operation, const ChannelView& view, int itemsize, L limits) {
+  if constexpr (requires { limits.shared_bytes; }) limits.shared_bytes = 227 << 10;  // that of an H100
+  if constexpr (requires { traffic(operation, view, itemsize, false, limits); })
+    return traffic(operation, view, itemsize, false, limits);
+  else
+    return traffic(operation, view, itemsize, limits);
+}
 int main() {
   int channels, side, batch, itemsize, last, backward, multiprocessors;
   long long l2;
@@ -40,7 +47,7 @@ int main() {
     const int64_t pixels = int64_t{side} * side;
     const ChannelView view = last ? ChannelView{batch * pixels, channels, 1} : ChannelView{batch, channels, pixels};
     const auto operation = backward ? Operation::kBackward : Operation::kTraining;
-    const Traffic t = traffic(operation, view, itemsize, {multiprocessors, l2});
+    const Traffic t = traffic_of(operation, view, itemsize, DeviceLimits{multiprocessors, l2});
     const ReductionPlan& r = t.reduction;
     const int64_t chunk = r.by_rows ? r.rows.chunk : r.columns.chunk;
     const int step = r.by_rows ? r.rows.lanes : r.columns.height;
@@ -135,7 +142,7 @@ def predict(case: Case, plan: dict[str, Any], kernels: Kernels, device: Device) 
     by_bandwidth = inputs * size / device.read * (1 + 0.2 * empty / math.ceil(waves))
     reduction = max(by_bandwidth, iterations * device.latency * math.ceil(waves))
     if plan["single"]:
-        return LAUNCH + reduction + kernels.finish + iterations * 0.1 + 0.8
+        return LAUNCH + reduction + kernels.finish + size / device.mixed + 0.8
     between = _merge(case, plan) + kernels.finish + kernels.gap
     return LAUNCH + reduction + between + _application(case, plan, kernels, device)
 

@@ -28,16 +28,17 @@ class CudaDevice(NamedTuple):
     name: str
     multiprocessors: int
     l2_bytes: int
+    shared_bytes: int  # the maximum shared memory of a block
 
 
 _DEVICES = {
     device.name: device
     for device in (
-        CudaDevice("a100", 108, 40 << 20),
-        CudaDevice("h100", 132, 50 << 20),
-        CudaDevice("h200", 132, 50 << 20),
-        CudaDevice("l4", 58, 48 << 20),
-        CudaDevice("t4", 40, 4 << 20),
+        CudaDevice("a100", 108, 40 << 20, 163 << 10),
+        CudaDevice("h100", 132, 50 << 20, 227 << 10),
+        CudaDevice("h200", 132, 50 << 20, 227 << 10),
+        CudaDevice("l4", 58, 48 << 20, 99 << 10),
+        CudaDevice("t4", 40, 4 << 20, 64 << 10),
     )
 }
 
@@ -165,7 +166,12 @@ def _device(device: str | torch.device) -> CudaDevice:
     if not torch.cuda.is_available():
         raise ValueError(f"device {str(found)!r} is not available; without it, pass one of {names}")
     properties = torch.cuda.get_device_properties(found)
-    return CudaDevice(properties.name, properties.multi_processor_count, properties.L2_cache_size)
+    return CudaDevice(
+        properties.name,
+        properties.multi_processor_count,
+        properties.L2_cache_size,
+        properties.shared_memory_per_block_optin,
+    )
 
 
 def _passes(layer: nn.Module, x: Tensor, device: CudaDevice) -> tuple[CudaPass, CudaPass]:
@@ -194,13 +200,16 @@ def _batch_norm(layer: Any, x: Tensor, device: CudaDevice) -> tuple[CudaPass, Cu
     samples, channels, inner = x.shape[0], x.shape[1], x[0, 0].numel()
     view = (samples * inner, channels, 1) if _is_channels_last(x) else (samples, channels, inner)
 
+    fused = getattr(layer, "activation", None) is not None
+
     def plan(operation: str) -> dict[str, Any]:
-        return C.cuda_traffic(getattr(C.Operation, operation), view, x.element_size(), *device[1:])  # type: ignore
+        return C.cuda_traffic(getattr(C.Operation, operation), view, x.element_size(), fused, *device[1:])  # type: ignore
 
     def steps(name: str, operation: str, tensors: int) -> CudaPass:
         chosen = plan(operation)
         if chosen["single"]:
-            return _pass(name, "one launch", "a block has all values of its channels", chosen, x, tensors)
+            reason = f"a block copies its channels, {_size(chosen['staged_bytes'])}, once"
+            return _pass(name, "held in shared memory", reason, chosen, x, tensors)
         blocks, ranges = _count(chosen["splits"], "block"), _count(chosen["tiles"], "range")
         divided = f"{blocks} for each of {ranges} of channels"
         return _pass(name, "reduction, then application", divided, chosen, x, tensors)
@@ -212,7 +221,7 @@ def _batch_norm(layer: Any, x: Tensor, device: CudaDevice) -> tuple[CudaPass, Cu
     if layer.weight is not None or layer.bias is not None:
         return forward, steps("backward", "INFERENCE_BACKWARD", 3)
     # Without parameters the gradient is a multiple, of which the input is a factor only through an activation.
-    reads_input = int(getattr(layer, "activation", None) is not None)
+    reads_input = int(fused)
     backward = plan("INFERENCE")
     backward["read"] += reads_input * x.numel() * x.element_size()
     return forward, _pass("backward", "application", constants, backward, x, 2 + reads_input)

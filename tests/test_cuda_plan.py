@@ -8,16 +8,23 @@ import pytest
 
 from normfused import _extension
 
-H200 = (132, 50 << 20)  # multiprocessors, bytes of L2
+H200 = (132, 50 << 20, 227 << 10)  # multiprocessors, bytes of L2, bytes of shared memory of a block
 BLOCK_BYTES = 16 << 10
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
 
-def plan(operation: str, view: tuple[int, int, int], itemsize: int, device: tuple[int, int] = H200) -> dict[str, Any]:
+def plan(
+    operation: str,
+    view: tuple[int, int, int],
+    itemsize: int,
+    device: tuple[int, int, int] = H200,
+    *,
+    fused: bool = False,
+) -> dict[str, Any]:
     assert _extension.C is not None
     result: dict[str, Any] = _extension.C.cuda_traffic(
-        getattr(_extension.C.Operation, operation), view, itemsize, *device
+        getattr(_extension.C.Operation, operation), view, itemsize, fused, *device
     )
     return result
 
@@ -29,10 +36,10 @@ RESNET50 = {
     (256, 56): ((256, 256, 1), (8, 4, 66)),
     (128, 28): ((256, 128, 2), (8, 2, 131)),
     (512, 28): ((256, 512, 1), (8, 8, 33)),
-    (256, 14): ((49, 128, 2), (8, 4, 66)),
-    (1024, 14): ((49, 512, 1), (8, 16, 16)),
-    (512, 7): ((49, 64, 4), (8, 8, 33)),
-    (2048, 7): ((49, 256, 1), (8, 32, 8)),
+    (256, 14): ((256, 256, 1), (8, 4, 66)),
+    (1024, 14): ((256, 1024, 1), (8, 16, 16)),
+    (512, 7): ((128, 256, 1), (8, 8, 33)),
+    (2048, 7): ((128, 1024, 1), (8, 32, 8)),
 }
 
 
@@ -40,12 +47,12 @@ RESNET50 = {
 def test_resnet50(channels: int, side: int) -> None:
     rows, columns = RESNET50[channels, side]
     first = plan("TRAINING", (256, channels, side * side), 2)
-    assert (first["width" if first["folded"] else "lanes"], first["tiles"], first["splits"]) == rows
+    assert (first["lanes"], first["tiles"], first["splits"]) == rows
     last = plan("TRAINING", (256 * side * side, channels, 1), 2)
     assert (last["width"], last["tiles"], last["splits"]) == columns
     assert first["values"] == last["values"] == 8
-    assert first["folded"] == (side in (7, 14))
-    assert not first["masked"]
+    assert first["single"] == first["masked"] == (side in (7, 14))
+    assert not first["folded"]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 64, 2048])
@@ -60,7 +67,7 @@ def test_waves_of_blocks_are_full(channels: int, itemsize: int, channels_last: b
         view = (1, 1, positions)
     assert _extension.C is not None
     operation = _extension.C.Operation.MOMENTS
-    chosen = _extension.C.cuda_traffic(operation, view, itemsize, *H200, resident=[resident] * 3)
+    chosen = _extension.C.cuda_traffic(operation, view, itemsize, False, *H200, resident=[resident] * 3)
     slots, blocks = resident * H200[0], chosen["tiles"] * chosen["splits"]
     waves = -(-blocks // slots)
     assert blocks >= 0.85 * waves * slots
@@ -111,8 +118,9 @@ def test_rows_that_do_not_fill_vectors_are_folded() -> None:
     assert wide["width"] >= 98 or wide["tiles"] == 64
 
 
-@pytest.mark.parametrize("view", [(8, 64, 64), (512, 64, 1), (32, 512, 49)])
-def test_small_channels_need_one_launch(view: tuple[int, int, int]) -> None:
+# Channels first and last; with more than a tile of the cache, and more than half of a device's shared memory.
+@pytest.mark.parametrize("view", [(8, 64, 64), (512, 64, 1), (32, 512, 49), (32, 512, 784), (1568, 1024, 1)])
+def test_channels_that_fit_shared_memory_need_one_launch(view: tuple[int, int, int]) -> None:
     size = view[0] * view[1] * view[2] * 4
     training, backward = plan("TRAINING", view, 4), plan("BACKWARD", view, 4)
     assert (training["single"], training["launches"]) == (True, 1)
@@ -120,6 +128,28 @@ def test_small_channels_need_one_launch(view: tuple[int, int, int]) -> None:
     partials = 2 * 8 * view[1]
     assert (training["read"], training["written"]) == (size + partials, size + partials)
     assert (backward["read"], backward["written"]) == (2 * size + partials, size + partials)
+
+
+def test_one_launch_needs_shared_memory_and_blocks() -> None:
+    """A block holds 100 kB of each channel, and backward twice as much."""
+    view, half = (32, 512, 784), 113 << 10
+    assert plan("TRAINING", view, 4)["staged_bytes"] == 25 * 256 * 16  # 24.5 vectors of 16 bytes for each thread
+    assert plan("TRAINING", view, 4, (132, 50 << 20, half))["single"]
+    assert not plan("BACKWARD", view, 4, (132, 50 << 20, half))["single"]
+    assert not plan("TRAINING", view, 4, (132, 50 << 20, 100 << 10))["single"]
+    assert plan("TRAINING", (32, 44, 784), 4)["single"]  # a third of the multiprocessors has a block
+    assert not plan("TRAINING", (32, 43, 784), 4)["single"]
+    assert plan("TRAINING", (32, 3, 49), 4)["single"]  # small
+
+
+def test_an_activation_has_wider_vectors() -> None:
+    """Forward may write a mask, of which a byte is eight values."""
+    fused = plan("TRAINING", (32, 512, 196), 4, fused=True)
+    assert (fused["values"], fused["folded"], fused["single"]) == (8, True, True)
+    assert (fused["tiles"], fused["staged_bytes"]) == (256, 7 * 256 * 32)  # 5 rows of 49 threads
+    assert plan("BACKWARD", (32, 512, 196), 4, fused=True)["values"] == 4
+    assert not plan("TRAINING", (32, 64, 64), 8, fused=True)["single"]  # doubles: too many states
+    assert plan("TRAINING", (32, 64, 64), 8)["single"]
 
 
 def test_traffic_of_a_large_tensor() -> None:

@@ -66,9 +66,9 @@ def innermost_loops(function: Function) -> list[list[str]]:
 
 
 def divides_before_it_loads(function: Function) -> bool:
-    """Whether a 64-bit integer division, which is a call, comes before the first wide load."""
+    """Whether a 64-bit integer division, which is a call, comes before the first wide load or asynchronous copy."""
     for text in function.instructions:
-        if LOAD.search(text):
+        if LOAD.search(text) or "LDGSTS" in text:
             return False
         call = CALL.search(text)
         if call is not None and call["target"] is not None and _divides(function, int(call["target"], 16)):

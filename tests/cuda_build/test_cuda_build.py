@@ -191,8 +191,13 @@ def code(objects: dict[tuple[str, str], tuple[Path, str]]) -> dict[str, Function
     }
 
 
+def is_staged(name: str) -> bool:
+    """Whether a kernel reduces and applies, from copies of its inputs in shared memory."""
+    return name.startswith("reduce_") and "NoApply" not in name
+
+
 def test_vectors_are_read_by_one_instruction(code: dict[str, Function]) -> None:
-    pattern = re.compile(r"LDG\.E(\.[A-Z]+)*\.128")
+    pattern = re.compile(r"LDG(STS)?\.E(\.[A-Z]+)*\.128")
     without = [name for name, function in code.items() if not any(map(pattern.search, function.instructions))]
     assert len(code) > 50
     assert without == []
@@ -232,10 +237,38 @@ def test_loads_are_in_flight_together(
     code: dict[str, Function], family: str, record_property: Callable[[str, str], None]
 ) -> None:
     how, minimum = MIN_IN_FLIGHT[family]
-    in_flight = {name: loads_in_flight(f.instructions, how) for name, f in code.items() if re.match(family, name)}
+    in_flight = {
+        name: loads_in_flight(f.instructions, how)
+        for name, f in code.items()
+        if re.match(family, name) and not is_staged(name)
+    }
     record_property("table", "\n".join(f"{loads} {name}" for name, loads in sorted(in_flight.items())))
     assert len(in_flight) >= 4
     assert {name: loads for name, loads in in_flight.items() if loads < minimum} == {}
+
+
+def test_all_copies_are_in_flight_together(code: dict[str, Function]) -> None:
+    """The loops that start copies of vectors do not wait, and no copy is narrower than 16 bytes."""
+    staged = {name: function for name, function in code.items() if is_staged(name)}
+    assert len(staged) > 25
+    for name, function in staged.items():
+        copies = [text for text in function.instructions if "LDGSTS" in text]
+        assert copies, name
+        assert all(".BYPASS.128" in text for text in copies), name
+        loops = [loop for loop in innermost_loops(function) if any("LDGSTS" in text for text in loop)]
+        assert not any(re.search(r"\bDEPBAR|BAR\.SYNC", text) for loop in loops for text in loop), name
+
+
+def test_staged_kernels_declare_what_their_plan_assumes(kernels: list[Kernel]) -> None:
+    """Besides dynamic shared memory; the constants are those of plan.cpp and column_state_bytes()."""
+    staged = [kernel for kernel in kernels if is_staged(kernel.name)]
+    assert len(staged) > 25 * len(ARCHS)
+    for kernel in staged:
+        values = re.search(r", (\d+)(?:, (?:true|false))?>$", kernel.name)
+        assert values is not None, kernel.name
+        number = 8 if "Op<double" in kernel.name else 4
+        states = 256 * int(values[1]) * 5 * number if kernel.name.startswith("reduce_columns") else 0
+        assert kernel.shared <= (4 << 10) + states, kernel
 
 
 def test_activations_of_16_bits_call_nothing(code: dict[str, Function]) -> None:

@@ -16,7 +16,7 @@ using namespace normfused::testing;
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr cuda::DeviceLimits kDevice{1, 0, true};
+constexpr cuda::DeviceLimits kDevice{1, 0, true, 96 << 10};
 
 struct Data {
   ChannelView view;
@@ -42,7 +42,7 @@ void statistics(const ChannelView& view, bool extreme, int group) {
   current = "statistics of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
             std::to_string(view.inner);
   const Data data(view, extreme);
-  cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, true, false, kDevice);
+  cuda::ReductionPlan plan = cuda::plan_reduction(view, {sizeof(float), 1, true}, kDevice);
   if (plan.by_rows && view.channels > 1) plan = with_lanes(plan, cuda::kWarp);
   plan = cut(plan, 2, 1, group);
   HostResources resources(kDevice);
@@ -63,7 +63,7 @@ void training(const ChannelView& view, int launches) {
             std::to_string(view.inner);
   const Data data(view, false);
   HostResources resources(kDevice);
-  const cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, true, launches == 1, kDevice);
+  const cuda::ReductionPlan plan = cuda::plan_reduction(view, {sizeof(float), 1, true, launches == 1}, kDevice);
   if (plan.single() != (launches == 1)) std::abort();
   std::vector<float> output = data.x, table(3 * view.channels), running_mean(view.channels, 8);
   const float* const input = launches == 1 ? data.x.data() : output.data();
@@ -114,7 +114,7 @@ void gradients(const ChannelView& view) {
   args.mean = data.mean.data();
   args.invstd = invstd.data();
   args.training = true;
-  const cuda::ReductionPlan plan = cut(cuda::plan_reduction(view, sizeof(float), 2, true, false, kDevice), 2, 1, 2);
+  const cuda::ReductionPlan plan = cut(cuda::plan_reduction(view, {sizeof(float), 2, true}, kDevice), 2, 1, 2);
   HostResources resources(kDevice);
   reduce(cuda::GradSumsOp<float, false>{args}, cuda::FinishBackward<float, false>{args, table.data()}, cuda::NoApply{},
          plan, resources);
@@ -278,6 +278,8 @@ int main() {
     training({1, 1, 200}, 1);  // a whole block per channel
     training({90, 8, 1}, 1);
     training({90, 3, 1}, 1);
+    training({1, 1, 17000}, 1);  // several vectors in each group of copies
+    training({2200, 8, 1}, 1);
     training({3, 1, 200}, 2);
     training({40, 8, 1}, 2);
     inference({2, 9, 160});

@@ -4,6 +4,7 @@
 //
 //   main full | small | tiny    the number of shapes
 //   main samples                norms of samples instead
+//   main single                 batch norm in one launch instead, at the limit of shared memory
 #include <map>
 
 #include "definition.h"
@@ -11,6 +12,7 @@
 #include "kernels/cuda/batch_norm.cuh"
 #include "layer_norm.h"
 #include "resources.h"
+#include "single_launch.h"
 
 using namespace normfused;
 using namespace normfused::testing;
@@ -76,7 +78,7 @@ struct Cuda {
 };
 
 const Cuda kDevices[] = {
-    {"one multiprocessor", {1, int64_t{1} << 40}},
+    {"one multiprocessor", {1, int64_t{1} << 40, false, 160 << 10}},
     {"a large device", {100000, 0}},  // the maximum number of splits, every store streaming
 };
 
@@ -94,7 +96,7 @@ void run_fine_splits(const ChannelView& view, int64_t offset, std::mt19937& rand
   const cuda::DeviceLimits device{1, 0};
   const bool aligned = cuda::all_aligned(input.data);
   const cuda::ReductionPlan plan =
-      cut(cuda::plan_reduction(view, sizeof(float), 1, aligned, false, device), view.numel(), 3, 4);
+      cut(cuda::plan_reduction(view, {sizeof(float), 1, aligned}, device), view.numel(), 3, 4);
   HostResources resources(device);
 
   std::vector<double> sum(view.channels), squares(view.channels), low(view.channels), high(view.channels);
@@ -205,7 +207,7 @@ void run_recomputes() {
       std::vector<double> results[4];
       for (auto& r : results) r.resize(view.channels);
       HostResources resources(device);
-      const cuda::ReductionPlan plan = cuda::plan_reduction(view, sizeof(float), 1, false, false, device);
+      const cuda::ReductionPlan plan = cuda::plan_reduction(view, {sizeof(float), 1, false}, device);
       reduce(Counting{{input.data(), view}, &recomputes},
              cuda::WriteResults<double>{{results[0].data(), results[1].data(), results[2].data(), results[3].data()}},
              cuda::NoApply{}, plan, resources);
@@ -302,6 +304,11 @@ int main(int argc, char** argv) {
   if (size == "samples") {
     run_groups(random);
     run_layers(random);
+    report();
+    return 0;
+  }
+  if (size == "single") {
+    run_single_launches(random);
     report();
     return 0;
   }

@@ -13,6 +13,8 @@ CUDAHOST_HIDDEN void run_thread() {
   const unsigned index = thread.rank / 32, lane = thread.rank % 32;
   Warp& warp = block.warps[index];
   if (running.config.overlaps && !thread.waited) fail("exits without having waited for the previous launch");
+  if (thread.copy_count > 0) fail("exits without having waited for %u copies", thread.copy_count);
+  std::free(thread.copies);
   thread.state = State::kExited;
   --running.alive;
   warp.exited |= 1u << lane;

@@ -84,6 +84,20 @@ struct Warp {
   Exchange exchanges[kMaxMasks];
 };
 
+// An asynchronous copy of 16 bytes to shared memory, of which the last 16 - bytes become zero.
+struct Copy {
+  void* target;
+  const void* source;
+  int bytes;
+  unsigned group;
+
+  // Not hidden from ThreadSanitizer: the accesses are the kernel's.
+  __attribute__((noinline)) void perform() const {
+    std::memset(target, 0, 16);
+    std::memcpy(target, source, static_cast<size_t>(bytes));
+  }
+};
+
 struct Block;
 
 struct Thread : Fiber {
@@ -95,6 +109,8 @@ struct Thread : Fiber {
   Exchange* exchange;
   bool fenced, waited;  // waited: for the previous launch
   const void* seen;     // the location of its last atomic
+  Copy* copies;         // that it has not waited for; not a std::vector, whose functions ThreadSanitizer would see
+  unsigned copy_count, copy_groups;  // copy_groups: that it has ended
 };
 
 struct Block {
@@ -310,6 +326,37 @@ CUDAHOST_HIDDEN T& shared(Lambda) {
 }
 
 CUDAHOST_HIDDEN void* dynamic_shared() { return running.current->block->shared; }
+
+// --- asynchronous copies: performed as late as a wait allows, or in descending order of threads at once. Until then
+// the target is NaN.
+
+CUDAHOST_HIDDEN void start_copy(void* target, const void* source, int bytes) {
+  Thread& thread = *running.current;
+  const std::ptrdiff_t offset = static_cast<char*>(target) - thread.block->shared;
+  if (offset < 0 || offset + 16 > static_cast<std::ptrdiff_t>(running.config.shared_bytes) || offset % 16 != 0)
+    fail("a copy to offset %td of %zu bytes of dynamic shared memory", offset, running.config.shared_bytes);
+  if (bytes < 0 || bytes > 16 || reinterpret_cast<uintptr_t>(source) % 16 != 0)
+    fail("a copy of %d bytes from %p", bytes, source);
+  std::memset(target, 0xff, 16);
+  const Copy copy{target, source, bytes, thread.copy_groups};
+  if (order == 1) return copy.perform();
+  if (thread.copies == nullptr)  // freed when the thread exits
+    thread.copies = static_cast<Copy*>(std::malloc(kMaxShared / 16 * sizeof(Copy)));
+  thread.copies[thread.copy_count++] = copy;
+}
+
+CUDAHOST_HIDDEN void end_copies() { ++running.current->copy_groups; }
+
+CUDAHOST_HIDDEN void wait_for_copies(unsigned pending) {
+  Thread& thread = *running.current;
+  unsigned kept = 0;
+  for (unsigned i = 0; i < thread.copy_count; ++i)
+    if (thread.copies[i].group + pending < thread.copy_groups)
+      thread.copies[i].perform();
+    else
+      thread.copies[kept++] = thread.copies[i];
+  thread.copy_count = kept;
+}
 
 // --- atomics and fences: a fence before an atomic is a release, one after it an acquire
 

@@ -22,7 +22,8 @@ def test_kernels_match_their_definition_in_three_orders(
     cache: Path, record_property: Callable[[str, str], None]
 ) -> None:
     program = build(cache, gcc(), PLAIN, EVERYTHING)
-    tasks = [("full", 0), ("samples", 0), ("small", 1), ("samples", 1), ("small", 7), ("samples", 7)]
+    tasks = [("full", 0), *((size, order) for order in (1, 7) for size in ("small", "samples"))]
+    tasks += [("samples", 0), *(("single", order) for order in (0, 1, 7))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = list(pool.map(lambda task: run(program, task[0], order=task[1]), tasks))
     for done in runs:
@@ -33,7 +34,7 @@ def test_kernels_match_their_definition_in_three_orders(
 def test_kernels_stay_in_bounds(cache: Path) -> None:
     program = build(cache, gcc(), ADDRESS, EVERYTHING)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(lambda size: run(program, size), ["small", "samples"]):
+        for done in pool.map(lambda size: run(program, size), ["small", "samples", "single"]):
             assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -104,7 +105,7 @@ WAIT = "  wait_for_previous_launch();\n"
         pytest.param(
             {
                 f"{WAIT}  op.prologue();\n  const unsigned": "  op.prologue();\n  const unsigned",
-                "chunk - sample * chunks, streaming);\n": f"chunk - sample * chunks, streaming);\n{WAIT}",
+                "chunks, NoStage{}, streaming);\n": f"chunks, NoStage{{}}, streaming);\n{WAIT}",
             },
             id="coefficients",
         ),
@@ -148,6 +149,24 @@ def test_the_report_of_a_fault_names_its_place(folder: Path, file: str, change: 
     done = run(build(folder, gcc(), "-O1", [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
     assert done.returncode != 0
     assert re.search(message, done.stdout), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        pytest.param("stage.cuh", {"wait_for_copies<kGroups - 1>": "wait_for_copies<kGroups>"}, id="first group"),
+        pytest.param("stage.cuh", {"wait_for_copies<0>": "wait_for_copies<1>"}, id="last group"),
+        pytest.param("stage.cuh", {"  end_copies();\n": ""}, id="groups never end"),
+        pytest.param("stage.cuh", {"group_vectors_ < vectors)": "group_vectors_ + 1 < vectors)"}, id="one short"),
+        pytest.param("reduce.cuh", {"  stage.wait(first + kVectors);\n": ""}, id="no wait"),
+        pytest.param("reduce.cuh", {"  stage.wait(first + kVectors);\n": "  stage.wait(first);\n"}, id="late wait"),
+    ],
+)
+def test_reading_a_copy_before_it_arrived_is_noticed(folder: Path, file: str, change: dict[str, str]) -> None:
+    csrc = mutate(folder, file, change)
+    done = run(build(folder, gcc(), "-O1", [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
+    assert done.returncode != 0
+    assert re.search("FAILED training|without having waited", done.stdout + done.stderr), done.stdout
 
 
 def test_a_minimal_operation_compiles() -> None:

@@ -23,6 +23,7 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/divider.h"
 #include "kernels/cuda/iterators.cuh"
+#include "kernels/cuda/stage.cuh"
 
 namespace normfused::cuda {
 
@@ -126,17 +127,33 @@ constexpr int vectors_within(int accesses) {
 
 // --- in the launch of a reduction
 
+// How many inputs of an Op are present. The optional ones come last.
+template <class Op>
+NF_DEVICE int inputs_of(const Op& op) {
+  int inputs = 0;
+  while (inputs < Op::kInputs && op.input(inputs) != nullptr) ++inputs;
+  return inputs;
+}
+
+// Loads the staged copies of the thread's vector number v of every input.
+template <class Op, int kValues>
+NF_DEVICE void load_staged_inputs(const Stage<typename Op::T, kValues>& stage, int v, Inputs<Op, kValues>& inputs) {
+#pragma unroll
+  for (int k = 0; k < Op::kInputs; ++k) inputs[k] = stage.load(v, k);
+}
+
 // Applies Op to one channel, channels first. Called by the channel's plan.lanes lanes.
 template <class Op, int kValues, bool kMasked>
-NF_DEVICE void apply_row(const Op& op, const RowsPlan& plan, int64_t channel, int lane) {
+NF_DEVICE void apply_row(const Op& op, const RowsPlan& plan, int64_t channel, int lane,
+                         const Stage<typename Op::T, kValues>& stage) {
   RowIterator<kValues, kMasked> it(plan, channel, 0, lane);
   const Coefficients<Op> coefficients = CoefficientTable<Op>{op.table, plan.view.statistics()}[channel];
-  while (!it.done()) {
+  for (int v = 0; !it.done(); ++v) {
     uint32_t valid;
     const int64_t offset = it.next(valid);
     if (valid == 0) continue;
     Inputs<Op, kValues> inputs;
-    load_inputs_clipped<Op, kValues>(op, offset, plan.view.numel(), inputs);
+    load_staged_inputs<Op, kValues>(stage, v, inputs);
     apply_vector<Op, kValues>(op, inputs, [&](int) { return coefficients; }, offset, valid, false);
   }
 }
@@ -164,12 +181,12 @@ NF_DEVICE void load_coefficients(const CoefficientTable<Op>& table, int64_t firs
   for (int i = 0; i < kValues; ++i) coefficients[i] = table[channels[i] - first];
 }
 
-// Applies Op to one iteration of rows: the next kRows, or with kFull false the remaining ones. All loads come before
-// all stores. Returns the offset of a vector that reaches past the end of the tensor and is left to the caller, or
-// numel.
-template <bool kFull, int kRows, class Op, int kValues, class CoefficientsOf>
-NF_DEVICE int64_t apply_rows(const Op& op, ColumnIterator<kValues>& it, const CoefficientsOf& coefficients_of,
-                             int64_t numel, bool streaming) {
+// Applies Op to one iteration of rows: the next kRows, or with kFull false the remaining ones, of which the first is
+// the thread's row number `index`. All loads come before all stores. Returns the offset of a vector that reaches past
+// the end of the tensor and is left to the caller, or numel.
+template <bool kFull, int kRows, class Op, int kValues, class Staged, class CoefficientsOf>
+NF_DEVICE int64_t apply_rows(const Op& op, ColumnIterator<kValues>& it, const Staged& stage, int& index,
+                             const CoefficientsOf& coefficients_of, int64_t numel, bool streaming) {
   Inputs<Op, kValues> inputs[kRows];
   int64_t offsets[kRows], clipped = numel;
   bool whole[kRows];
@@ -179,8 +196,13 @@ NF_DEVICE int64_t apply_rows(const Op& op, ColumnIterator<kValues>& it, const Co
     offsets[r] = it.next();
     whole[r] = kFull || (in_split && offsets[r] + kValues <= numel);
     if (!kFull && in_split && !whole[r] && offsets[r] < numel) clipped = offsets[r];
-    if (whole[r]) load_inputs<Op, kValues>(op, offsets[r], inputs[r]);
+    if (!whole[r]) continue;
+    if constexpr (std::is_same_v<Staged, NoStage>)
+      load_inputs<Op, kValues>(op, offsets[r], inputs[r]);
+    else
+      load_staged_inputs<Op, kValues>(stage, index + r, inputs[r]);
   }
+  index += kRows;
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
     if (whole[r]) apply_vector<Op, kValues>(op, inputs[r], coefficients_of, offsets[r], kAllValid<kValues>, streaming);
@@ -188,10 +210,10 @@ NF_DEVICE int64_t apply_rows(const Op& op, ColumnIterator<kValues>& it, const Co
 }
 
 // Block-wide: applies Op to one tile and one chunk of rows of a sample's matrix. A thread loads the coefficients of its
-// columns once. All threads of the block must call it.
-template <class Op, int kValues>
+// columns once. `stage`: the Stage that holds the inputs, or a NoStage. All threads of the block must call it.
+template <class Op, int kValues, class Staged>
 NF_DEVICE void apply_tile(const Op& op, const ColumnsPlan& plan, int64_t sample, int64_t tile, int64_t chunk,
-                          bool streaming) {
+                          const Staged& stage, bool streaming) {
   constexpr int kRows = vectors_within<Op, kValues>(4);
   ColumnIterator<kValues> it(plan, sample, tile, chunk);
   const int64_t numel = plan.view.numel();
@@ -204,13 +226,14 @@ NF_DEVICE void apply_tile(const Op& op, const ColumnsPlan& plan, int64_t sample,
   load_coefficients(table, first, plan, it, coefficients);
   const auto coefficients_of = [&](int i) -> const Coefficients<Op>& { return coefficients[i]; };
 
+  int index = 0;
   int64_t clipped = numel;  // offset of the tensor's last vector, if it is this thread's and not whole
   // Only a repeated matrix can end inside a row. The condition is written out here and in accumulate_columns(): as a
   // function it costs 8 registers (nvcc 13.0).
   while (it.has(kRows) && (plan.repeat == 1 || it.ahead(kRows - 1) + kValues <= numel))
-    apply_rows<true, kRows>(op, it, coefficients_of, numel, streaming);
+    apply_rows<true, kRows>(op, it, stage, index, coefficients_of, numel, streaming);
   if constexpr (kRows > 1) {
-    if (!it.done()) clipped = apply_rows<false, kRows>(op, it, coefficients_of, numel, streaming);
+    if (!it.done()) clipped = apply_rows<false, kRows>(op, it, stage, index, coefficients_of, numel, streaming);
   } else if (!it.done()) {  // only a vector that is not whole can be left
     clipped = it.next();
   }
@@ -231,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const auto tiles = static_cast<unsigned>(plan.tiles), samples = static_cast<unsigned>(plan.view.samples);
   const unsigned chunk = block / tiles;  // counted over all samples
   const unsigned chunks = samples == 1 ? 0 : gridDim.x / tiles / samples, sample = samples == 1 ? 0 : chunk / chunks;
-  apply_tile<Op, kValues>(op, plan, sample, block % tiles, chunk - sample * chunks, streaming);
+  apply_tile<Op, kValues>(op, plan, sample, block % tiles, chunk - sample * chunks, NoStage{}, streaming);
 }
 
 // --- flat tensors

@@ -50,6 +50,18 @@ cudaError_t prepare_normalize(const BatchNormForward& args, bool aligned, int64_
   return cudaSuccess;
 }
 
+// What a launch reads that reduces and applies an Op.
+template <class Op>
+Reduced reduced_and_applied(int inputs, bool aligned, bool writes_mask) {
+  return {sizeof(typename Op::T), inputs, aligned, true, writes_mask, values_per_access(planned_itemsize<Op>())};
+}
+
+// Whether there is such a launch.
+template <class Op>
+constexpr bool may_be_single() {
+  return declares_states(values_per_access(planned_itemsize<Op>()), sizeof(typename Op::S));
+}
+
 template <class T>
 cudaError_t BatchNormOf<T>::normalize(const BatchNormForward& args, void* table, Resources& resources) {
   return for_variant(args, [&](auto fused) {
@@ -75,10 +87,14 @@ cudaError_t BatchNormOf<T>::training(const BatchNormForward& args, Resources& re
     if (error != cudaSuccess) return error;
     const FinishTraining<S> finish{args, table};
     // A cumulative average reads the counter that the application increments. In one launch the blocks would race.
-    const bool may_apply = args.momentum == args.momentum && !fused();
-    const ReductionPlan plan = plan_for(moments, finish, 1, aligned, may_apply, resources);
-    if constexpr (!fused())
-      if (plan.single()) return reduce(moments, finish, normalize, plan, resources);
+    if constexpr (may_be_single<Normalize>())
+      if (args.momentum == args.momentum) {
+        const int inputs = args.residual == nullptr ? 1 : 2;
+        const auto reduced = reduced_and_applied<Normalize>(inputs, aligned, args.mask != nullptr);
+        const ReductionPlan plan = plan_for(moments, finish, reduced, resources);
+        if (plan.single()) return reduce(moments, finish, normalize, plan, resources);
+      }
+    const ReductionPlan plan = plan_for(moments, finish, {sizeof(T), 1, aligned}, resources);
     error = reduce(moments, finish, NoApply{}, plan, resources);
     return error != cudaSuccess ? error : apply_next(normalize, args.view, aligned, resources);
   });
@@ -123,11 +139,25 @@ struct BackwardOperands {
     return {grad_output,   input,           grad_input, table,         residual,
             grad_residual, args.activation, args.mask,  args.training, args.from_output};
   }
-  ReductionPlan plan(bool may_apply, const Resources& resources) const {
-    return plan_for(Sums{args}, Finish{args, table}, residual == nullptr ? 2 : 3, aligned, may_apply, resources);
+  const int inputs = residual == nullptr ? 2 : 3;
+
+  ReductionPlan plan(const Reduced& reduced, const Resources& resources) const {
+    return plan_for(Sums{args}, Finish{args, table}, reduced, resources);
   }
-  cudaError_t sum(const ReductionPlan& plan, Resources& resources) const {
-    return reduce(Sums{args}, Finish{args, table}, NoApply{}, plan, resources);
+  // Sums and applies in one launch, if there is a plan for that. Otherwise returns false.
+  bool in_one_launch(Resources& resources, cudaError_t& error) const {
+    if constexpr (may_be_single<GradInput>()) {
+      if (!args.training || grad_input == nullptr) return false;
+      const ReductionPlan single = plan(reduced_and_applied<GradInput>(inputs, aligned, false), resources);
+      if (!single.single()) return false;
+      error = reduce(Sums{args}, Finish{args, table}, through_statistics(), single, resources);
+      return true;
+    }
+    return false;
+  }
+  cudaError_t sum(Resources& resources) const {
+    const ReductionPlan split = plan({sizeof(T), inputs, aligned}, resources);
+    return reduce(Sums{args}, Finish{args, table}, NoApply{}, split, resources);
   }
   cudaError_t apply_last(const Resources& resources) const {
     if (grad_input == nullptr) return cudaSuccess;
@@ -142,7 +172,7 @@ cudaError_t BatchNormOf<T>::grad_sums(const BatchNormBackward& args, void* table
   return for_variant(args, [&](auto fused) {
     using Operands = BackwardOperands<T, fused()>;
     const Operands operands{args, static_cast<typename Operands::S*>(table)};
-    return operands.sum(operands.plan(false, resources), resources);
+    return operands.sum(resources);
   });
 }
 
@@ -164,13 +194,9 @@ cudaError_t BatchNormOf<T>::backward(const BatchNormBackward& args, Resources& r
       const cudaError_t error = for_each_channel(finish, args.view.channels, resources.stream);
       return error != cudaSuccess ? error : operands.apply_last(resources);
     }
-    const bool may_apply = args.training && operands.grad_input != nullptr && !fused();
-    const ReductionPlan plan = operands.plan(may_apply, resources);
-    if constexpr (!fused())
-      if (plan.single())
-        return reduce(typename Operands::Sums{args}, typename Operands::Finish{args, operands.table},
-                      operands.through_statistics(), plan, resources);
-    const cudaError_t error = operands.sum(plan, resources);
+    cudaError_t error = cudaSuccess;
+    if (operands.in_one_launch(resources, error)) return error;
+    error = operands.sum(resources);
     return error != cudaSuccess ? error : operands.apply_last(resources);
   });
 }

@@ -12,7 +12,7 @@ cudaError_t channel_stats(const Args& args, Resources& resources, const F& resul
   const Op op{static_cast<const typename Op::T*>(args.input), args.view};
   WriteResults<typename Op::Sum> write{};
   for (int k = 0; k < Op::kSums; ++k) write.results[k] = result(k);
-  const ReductionPlan plan = plan_for(op, write, 1, all_aligned(args.input), false, resources);
+  const ReductionPlan plan = plan_for(op, write, {sizeof(typename Op::T), 1, all_aligned(args.input)}, resources);
   return reduce(op, write, NoApply{}, plan, resources);
 }
 

@@ -65,13 +65,9 @@ const Residency& residency_of() {
   return residency;
 }
 
-// The plan of a reduction that reads `inputs` tensors; an optional input may be absent. `may_apply`: the results may be
-// applied in the same launch.
 template <class Op, class Finish>
-ReductionPlan plan_for(const Op& op, const Finish&, int inputs, bool aligned, bool may_apply,
-                       const Resources& resources) {
-  return plan_reduction(op.view, sizeof(typename Op::T), inputs, aligned, may_apply, resources.limits,
-                        residency_of<Op, Finish>());
+ReductionPlan plan_for(const Op& op, const Finish&, const Reduced& reduced, const Resources& resources) {
+  return plan_reduction(op.view, reduced, resources.limits, residency_of<Op, Finish>());
 }
 
 // Allocates the partial sums and tickets of a reduction and starts it.

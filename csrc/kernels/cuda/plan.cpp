@@ -17,10 +17,15 @@ constexpr int64_t kEmptyShare = 8;
 constexpr int64_t kBlocksPerMultiprocessor = 4;
 // The minimum a block reads. Below it, starting the block and merging its results cost more than reading.
 constexpr int64_t kBlockBytes = 16 << 10;
-// The maximum size of a channel, or of a tile of columns, that one block reduces and applies in one launch. The second
-// read is served by L1.
+// One launch reduces and applies if the device has at most this many multiprocessors for each of its blocks. Each of
+// them then reads up to three times its share of the memory's bandwidth, about a third of what L2 can give it.
+constexpr int64_t kMultiprocessorsPerBlock = 3;
+// The maximum size of a channel, or of a tile of columns, for which one launch needs no minimum number of blocks: a
+// second launch costs more than a block's time.
 constexpr int64_t kSingleChannelBytes = 8 << 10;
 constexpr int64_t kSingleTileBytes = 32 << 10;
+// The maximum shared memory that a reduction's kernel declares itself, without the states of columns.
+constexpr int64_t kDeclaredBytes = 4 << 10;
 // Vectors per lane of a channel. Four loads are in flight together, so fewer vectors would leave lanes idle.
 constexpr int64_t kVectorsPerLane = 16;
 constexpr int64_t kMaxSplits = 65535;  // gridDim.y
@@ -35,7 +40,7 @@ constexpr int64_t kWholeIterations = 8;
 // is the smallest access to DRAM.
 constexpr int64_t kReductionWidth = 8;
 constexpr int64_t kApplicationWidth = 32;
-constexpr int64_t kSectorVectors = 2;
+constexpr int64_t kSectorBytes = 32;
 // Rows per thread of an application, which loads its coefficients once.
 constexpr int64_t kRowsPerThread = 8;
 
@@ -80,24 +85,37 @@ bool too_few(int64_t tiles, int64_t tile_bytes, const DeviceLimits& limits) {
   return tiles * splits < int64_t{kMinBlocks} * limits.multiprocessors;
 }
 
+// The copies of a single launch whose threads read at most this many vectors of each input.
+Staged staged_of(const Reduced& reduced, int64_t vectors) {
+  return {vectors, vectors * kThreads * reduced.vector_bytes() * reduced.inputs};
+}
+
+// Whether one launch reduces and applies. `declared`: the shared memory that the kernel declares; `is_small`: whatever
+// the number of tiles.
+bool may_be_single(const Reduced& reduced, const Staged& staged, int64_t declared, int64_t tiles, bool is_small,
+                   const DeviceLimits& limits) {
+  return reduced.may_apply && staged.bytes + declared <= limits.shared_bytes &&
+         (is_small || tiles * kMultiprocessorsPerBlock >= limits.multiprocessors);
+}
+
 // The channels of several samples as those of one. Precondition: the outer extent is 1 if there are several.
 ChannelView flattened(const ChannelView& view) {
   return view.samples == 1 ? view : ChannelView{1, view.statistics(), view.inner};
 }
 
-RowsPlan plan_rows(const ChannelView& view, int itemsize, int inputs, bool aligned, bool may_apply,
-                   const DeviceLimits& limits, const Residency& resident) {
+RowsPlan plan_rows(const ChannelView& view, const Reduced& reduced, const DeviceLimits& limits,
+                   const Residency& resident) {
   RowsPlan plan{};
   plan.view = flattened(view);
-  const int values = values_per_access(itemsize);
+  const int values = reduced.values;
   // Sums depend on where in a vector a row begins, which must be the same in every sample.
   const bool alike = !view.alike || view.channels * view.inner % values == 0;
-  plan.values = aligned && alike && view.inner >= values ? values : 1;
+  plan.values = reduced.aligned && alike && view.inner >= values ? values : 1;
   plan.masked = view.inner % plan.values != 0;
   // A row touches the maximum number of vectors if it begins on the last value of one.
   plan.row_vectors = plan.masked ? (view.inner + 2 * plan.values - 2) / plan.values : view.inner / plan.values;
   plan.by_row_vectors = Divider<uint64_t>(static_cast<uint64_t>(plan.row_vectors));
-  const int64_t channel_bytes = view.positions() * itemsize * inputs;
+  const int64_t channel_bytes = view.positions() * reduced.itemsize * reduced.inputs;
   const auto channels = [&] { return int64_t{kThreads} / plan.lanes; };
   const auto sample_tiles = [&] { return ceil_div(view.channels, channels()); };
   const auto few = [&] {
@@ -108,19 +126,22 @@ RowsPlan plan_rows(const ChannelView& view, int itemsize, int inputs, bool align
   plan.outer_step = plan.lanes / plan.row_vectors;
   plan.vector_step = plan.lanes % plan.row_vectors;
   plan.tiles = ceil_div(plan.view.channels, channels());
-  plan.single = may_apply && channel_bytes <= kSingleChannelBytes * inputs;
+  // A byte of a mask belongs to two threads if two channels share a vector.
+  plan.staged = staged_of(reduced, ceil_div(plan.units(), plan.lanes));
+  plan.single = plan.values > 1 && !(plan.masked && reduced.writes_mask) &&
+                may_be_single(reduced, plan.staged, kDeclaredBytes, plan.tiles,
+                              channel_bytes <= kSingleChannelBytes * reduced.inputs, limits);
   const int64_t splits = plan.single ? 1
                                      : splits_for(sample_tiles(), channels() * channel_bytes,
                                                   plan.masked ? resident.masked_rows : resident.rows, limits);
-  plan.chunk = chunk_of(plan.units(), splits, plan.lanes, row_vectors_in_flight(inputs));
+  plan.chunk = chunk_of(plan.units(), splits, plan.lanes, row_vectors_in_flight(reduced.inputs));
   plan.splits = static_cast<int>(ceil_div(plan.units(), plan.chunk));
   return plan;
 }
 
 // Channels first: how many channels together fill whole vectors, the granularity of a folded matrix. 0 if the tensor is
 // not folded: a single channel fills whole vectors, or all channels together do not, or a block is too narrow.
-int64_t folded_channels(const ChannelView& view, int itemsize, bool aligned) {
-  const int values = values_per_access(itemsize);
+int64_t folded_channels(const ChannelView& view, int values, bool aligned) {
   const int64_t channels = values / std::gcd<int64_t>(view.inner, values), columns = view.channels * view.inner;
   const bool fits = channels * view.inner <= int64_t{kThreads} * values && columns < INT32_MAX;
   return view.inner > 1 && channels > 1 && aligned && columns % values == 0 && fits ? channels : 0;
@@ -131,10 +152,9 @@ int64_t width_for(int64_t rows, int64_t min_width) { return std::max(min_width, 
 
 // Common to reductions and applications: the form of the matrix and its tiles. The width of a tile is a multiple of
 // `multiple` vectors, and at most `max_width` if that allows it.
-ColumnsPlan columns_of(const ChannelView& view, int itemsize, bool aligned, int64_t max_width, int64_t multiple = 1) {
+ColumnsPlan columns_of(const ChannelView& view, int values, bool aligned, int64_t max_width, int64_t multiple = 1) {
   ColumnsPlan plan{};
   plan.view = view;
-  const int values = values_per_access(itemsize);
   const int64_t repeat = view.inner > 1 ? 1 : values / std::gcd<int64_t>(view.channels, values);
   // Positions are repeated in a row only if one tile holds the whole row, and so all columns of its channels. The
   // samples, if there are several, must then end with a row.
@@ -154,26 +174,38 @@ ColumnsPlan columns_of(const ChannelView& view, int itemsize, bool aligned, int6
 
 // A plan starts with the width of a cache line. Narrower tiles allow a single launch, or give more blocks to a device
 // that would not be full.
-ColumnsPlan plan_columns(const ChannelView& view, int itemsize, int inputs, bool aligned, bool may_apply,
-                         const DeviceLimits& limits, const Residency& resident) {
-  const int64_t folded = folded_channels(view, itemsize, aligned);
-  const int64_t multiple = folded > 0 ? folded * view.inner / values_per_access(itemsize) : 1;
-  ColumnsPlan plan =
-      columns_of(view, itemsize, aligned, folded > 0 ? width_for(view.outer, multiple) : kReductionWidth, multiple);
-  const auto tile_bytes = [&] { return plan.rows * plan.width * plan.values * itemsize; };
-  const auto narrow = [&](int64_t max_width) {
-    if (max_width >= std::max(kSectorVectors, multiple) && max_width < plan.width && plan.repeat == 1)
-      plan = columns_of(view, itemsize, aligned, max_width, multiple);
-  };
-  if (may_apply && tile_bytes() > kSingleTileBytes) narrow(kSingleTileBytes * plan.width / tile_bytes());
-  while (plan.width > kSectorVectors && too_few(plan.tiles, tile_bytes() * inputs, limits)) {
+ColumnsPlan plan_columns(const ChannelView& view, const Reduced& reduced, const DeviceLimits& limits,
+                         const Residency& resident) {
+  const int values = reduced.values;
+  const int64_t sector = std::max<int64_t>(kSectorBytes / reduced.vector_bytes(), 1);
+  const int64_t folded = folded_channels(view, values, reduced.aligned);
+  const int64_t multiple = folded > 0 ? folded * view.inner / values : 1;
+  ColumnsPlan plan = columns_of(view, values, reduced.aligned,
+                                folded > 0 ? width_for(view.outer, multiple) : kReductionWidth, multiple);
+  const auto tile_bytes = [&] { return plan.rows * plan.width * plan.values * reduced.itemsize * reduced.inputs; };
+  // Halves the width of a tile. Returns whether it has become narrower.
+  const auto narrow = [&] {
     const int width = plan.width;
-    narrow(width / 2);
-    if (plan.width == width) break;
+    if (width / 2 >= std::max(sector, multiple) && plan.repeat == 1)
+      plan = columns_of(view, values, reduced.aligned, width / 2, multiple);
+    return plan.width < width;
+  };
+  const auto is_single = [&] {
+    plan.staged = staged_of(reduced, ceil_div(plan.rows, plan.height));
+    const int64_t states = column_state_bytes(values, reduced.itemsize);
+    return plan.values > 1 && may_be_single(reduced, plan.staged, kDeclaredBytes + states, plan.tiles,
+                                            tile_bytes() <= kSingleTileBytes * reduced.inputs, limits);
+  };
+  const ColumnsPlan widest = plan;
+  while (!(plan.single = is_single()) && reduced.may_apply && narrow()) {
   }
-  plan.single = may_apply && tile_bytes() <= kSingleTileBytes;
-  const int64_t splits = plan.single ? 1 : splits_for(plan.tiles, tile_bytes() * inputs, resident.columns, limits);
-  plan.chunk = chunk_of(plan.rows, splits, plan.height, column_vectors_in_flight(inputs, itemsize == 8));
+  if (!plan.single) plan = widest;
+  while (plan.width > sector && too_few(plan.tiles, tile_bytes(), limits) && narrow()) {
+  }
+  plan.single = is_single();
+  const int64_t splits = plan.single ? 1 : splits_for(plan.tiles, tile_bytes(), resident.columns, limits);
+  plan.chunk =
+      chunk_of(plan.rows, splits, plan.height, column_vectors_in_flight(reduced.inputs, reduced.itemsize == 8));
   plan.splits = static_cast<int>(ceil_div(plan.rows, plan.chunk));
   return plan;
 }
@@ -189,14 +221,20 @@ int merge_group(int splits) {
 
 }  // namespace
 
-ReductionPlan plan_reduction(const ChannelView& view, int itemsize, int inputs, bool aligned, bool may_apply,
-                             const DeviceLimits& limits, const Residency& resident) {
+ReductionPlan plan_reduction(const ChannelView& view, const Reduced& reduced, const DeviceLimits& limits,
+                             const Residency& resident) {
   ReductionPlan plan{};
-  plan.by_rows = view.inner > 1 && folded_channels(view, itemsize, aligned) == 0;
-  if (plan.by_rows)
-    plan.rows = plan_rows(view, itemsize, inputs, aligned, may_apply, limits, resident);
-  else
-    plan.columns = plan_columns(view, itemsize, inputs, aligned, may_apply, limits, resident);
+  plan.by_rows = view.inner > 1 && folded_channels(view, reduced.values, reduced.aligned) == 0;
+  if (!plan.by_rows) {
+    plan.columns = plan_columns(view, reduced, limits, resident);
+    // The tiles of a folded matrix have several channels. One launch may suffice for tiles of fewer.
+    if (reduced.may_apply && view.inner > 1 && !plan.columns.single) {
+      plan.rows = plan_rows(view, reduced, limits, resident);
+      plan.by_rows = plan.rows.single;
+    }
+  } else {
+    plan.rows = plan_rows(view, reduced, limits, resident);
+  }
   plan.group = merge_group(plan.splits());
   return plan;
 }
@@ -204,12 +242,12 @@ ReductionPlan plan_reduction(const ChannelView& view, int itemsize, int inputs, 
 ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize, bool aligned,
                      const DeviceLimits& limits) {
   ApplyPlan plan{};
-  const bool folded = folded_channels(view, itemsize, aligned) > 0;
+  const int values = values_per_access(itemsize);
+  const bool folded = folded_channels(view, values, aligned) > 0;
   plan.by_rows = view.inner > 1 && !folded;
   // An output larger than half of the L2 cache is streamed, so that the inputs still to be read stay cached.
   plan.streaming = view.numel() * output_itemsize > limits.l2_bytes / 2;
   if (plan.by_rows) {
-    const int values = values_per_access(itemsize);
     plan.flat.view = flattened(view);
     plan.flat.values = aligned && view.inner >= values ? values : 1;
     plan.flat.aligned = view.inner % plan.flat.values == 0;
@@ -217,7 +255,7 @@ ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize,
     return plan;
   }
   ColumnsPlan& columns = plan.columns;
-  columns = columns_of(view, itemsize, aligned, folded ? width_for(view.outer, kApplicationWidth) : kApplicationWidth);
+  columns = columns_of(view, values, aligned, folded ? width_for(view.outer, kApplicationWidth) : kApplicationWidth);
   const int64_t chunks = ceil_div(kBlocksPerMultiprocessor * limits.multiprocessors, view.samples * columns.tiles);
   columns.chunk = std::clamp<int64_t>(ceil_div(columns.rows, chunks * columns.height), 1, kRowsPerThread);
   columns.chunk *= columns.height;

@@ -12,7 +12,8 @@ namespace normfused::cuda {
 struct DeviceLimits {
   int multiprocessors;
   int64_t l2_bytes;
-  bool overlap = false;  // an application may start before the reduction that precedes it has ended
+  bool overlap = false;             // an application may start before the reduction that precedes it has ended
+  int64_t shared_bytes = 48 << 10;  // the maximum shared memory of a block
 };
 
 #ifndef NORMFUSED_CUDA_THREADS
@@ -49,6 +50,12 @@ constexpr int column_vectors_in_flight(int inputs, bool doubles) { return 8 / in
 // --- reductions. The units of a channel are cut into `splits` splits of `chunk` units. A block reduces one split of
 // one tile of channels; blockIdx is (tile, split), so that blocks in launch order follow the memory.
 
+// The copies that a block of a single launch keeps in shared memory (see Stage).
+struct Staged {
+  int64_t vectors;  // the maximum that a thread has of one input
+  int64_t bytes;    // of all inputs and threads
+};
+
 // Channels first: `lanes` threads per channel, kThreads / lanes channels per tile. A row is the `inner` consecutive
 // values of a channel; a unit is a vector of a row.
 struct RowsPlan {
@@ -63,6 +70,7 @@ struct RowsPlan {
   int64_t chunk;
   int splits;
   bool single;  // one launch: a block reduces all of a channel and applies the results
+  Staged staged;
 
   constexpr int64_t units() const { return view.outer * row_vectors; }
 };
@@ -85,6 +93,7 @@ struct ColumnsPlan {
   int64_t chunk;
   int splits;
   bool single;  // one launch: a block reduces all of a tile and applies the results
+  Staged staged;
 
   constexpr int64_t chunks() const { return (rows + chunk - 1) / chunk; }
 
@@ -126,16 +135,37 @@ struct ReductionPlan {
   int group;
 
   constexpr bool single() const { return by_rows ? rows.single : columns.single; }
+  constexpr int values() const { return by_rows ? rows.values : columns.values; }  // per vector
+  constexpr const Staged& staged() const { return by_rows ? rows.staged : columns.staged; }
   constexpr int64_t tiles() const { return by_rows ? rows.tiles : columns.view.samples * columns.tiles; }
   constexpr int splits() const { return by_rows ? rows.splits : columns.splits; }
   constexpr int groups() const { return (splits() + group - 1) / group; }
 };
 
-// The plan of a reduction that reads `inputs` tensors of `itemsize` bytes per value. `aligned`: every tensor begins on
-// a multiple of kAccessBytes. `may_apply`: the launch may apply the results. Several samples must be channels last, or
-// have an outer extent of 1; how their values are summed does not depend on the number of samples.
-ReductionPlan plan_reduction(const ChannelView& view, int itemsize, int inputs, bool aligned, bool may_apply,
-                             const DeviceLimits& limits, const Residency& resident = {});
+// What a reduction reads, and whether its launch may apply the results.
+struct Reduced {
+  int itemsize;  // bytes per value
+  int inputs;    // tensors
+  bool aligned;  // every tensor begins on a multiple of kAccessBytes
+  // The launch may apply the results. The tensors are then those that the application reads.
+  bool may_apply = false;
+  bool writes_mask = false;                  // by whole bytes: no two threads may write values of the same vector
+  int values = values_per_access(itemsize);  // per vector, if aligned
+
+  constexpr int vector_bytes() const { return values * itemsize; }
+};
+
+// The states of a block's columns if each is at most five numbers of the arithmetic.
+constexpr int64_t column_state_bytes(int values, int itemsize) {
+  return int64_t{kThreads} * values * 5 * (itemsize > 4 ? itemsize : 4);
+}
+// Whether a kernel can declare them: more than 48 KiB of shared memory must be dynamic.
+constexpr bool declares_states(int values, int itemsize) { return column_state_bytes(values, itemsize) < 48 << 10; }
+
+// The plan of a reduction. Several samples must be channels last, or have an outer extent of 1; how their values are
+// summed does not depend on the number of samples.
+ReductionPlan plan_reduction(const ChannelView& view, const Reduced& reduced, const DeviceLimits& limits,
+                             const Residency& resident = {});
 
 // --- applications. Blocks process the tensor from its end to its beginning: the values that the reduction read last
 // are still in the L2 cache.

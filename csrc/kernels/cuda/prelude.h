@@ -1,9 +1,12 @@
 // The only header through which kernels see their compiler. nvcc compiles them for a GPU. A plain C++ compiler with
 // tests/host_cuda on its include path compiles them for the simulator, which runs every CUDA thread as a fiber on the
-// CPU. Three rules make that possible: shared memory is declared with NF_SHARED, kernels are started with launch(), and
-// kernel files include no CUDA header themselves.
+// CPU. Three rules make that possible: shared memory is declared with NF_SHARED or NF_DYNAMIC_SHARED, kernels are
+// started with launch(), and kernel files include no CUDA header themselves.
 #pragma once
 
+#include <cstdint>
+#include <map>
+#include <mutex>
 #include <utility>
 
 #if defined(__CUDACC__)
@@ -13,6 +16,7 @@
 #include <cuda_runtime.h>
 
 #define NF_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+#define NF_DYNAMIC_SHARED(T, name) extern __shared__ T name[]
 #define NF_DEVICE __device__ __forceinline__
 #define NF_COMPILER_FENCE() asm volatile("" ::: "memory")  // the compiler moves no memory access across it
 
@@ -30,16 +34,38 @@ struct LaunchConfig {
   // Programmatic dependent launch: the kernel may start before the previous launch of the stream has ended, if the
   // device supports it (see may_overlap()). It must call wait_for_previous_launch() before it accesses memory.
   bool overlaps = false;
+  int64_t shared_bytes = 0;  // dynamic shared memory of a block
 };
+
+#if defined(__CUDACC__)
+// Allows a kernel this much dynamic shared memory: without it, static and dynamic memory together are limited to 48
+// KiB. The driver is asked once for each kernel and device, and again for more.
+inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
+  if (bytes == 0) return cudaSuccess;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int64_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& most = allowed[{kernel, device}];
+  if (error != cudaSuccess || bytes <= most) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
+#endif
 
 // Starts a kernel. Returns the error of the launch, not of the kernel.
 template <class... P, class... A>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... args) {
 #if defined(__CUDACC__)
+  const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), config.shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchConfig_t launch{};
   launch.gridDim = config.grid;
   launch.blockDim = config.block;
   launch.stream = config.stream;
+  launch.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -47,8 +73,9 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... args
   launch.numAttrs = config.overlaps ? 1 : 0;
   return cudaLaunchKernelEx(&launch, kernel, std::forward<A>(args)...);
 #else
-  cudahost::launch({config.grid, config.block, 0, config.stream, false, 1, config.overlaps}, kernel,
-                   std::forward<A>(args)...);
+  cudahost::launch(
+      {config.grid, config.block, static_cast<size_t>(config.shared_bytes), config.stream, false, 1, config.overlaps},
+      kernel, std::forward<A>(args)...);
   return cudaSuccess;
 #endif
 }

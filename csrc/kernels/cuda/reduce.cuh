@@ -6,6 +6,9 @@
 //   finish       that block turns the sums into results and hands them to Finish
 //   apply        optional: the block applies the results to its channels (see apply.cuh)
 //
+// A block that applies first copies its vectors of all inputs of the apply Op to shared memory (see stage.cuh), from
+// which both accumulation and application read them. Of these inputs, the first kInputs are those of the reduce Op.
+//
 // A reduce Op provides
 //
 //   T, S, Sum                        types of the inputs, of the arithmetic, and of the sums
@@ -40,6 +43,7 @@
 #include "kernels/cuda/contracts.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/iterators.cuh"
+#include "kernels/cuda/stage.cuh"
 
 namespace normfused::cuda {
 
@@ -128,21 +132,40 @@ NF_DEVICE void load_vectors(const Op& op, const RowVectors<kValues, kVectors>& v
     });
 }
 
+// The same for the thread's vectors from number `first` on, whose copies are staged. With kFull all of them exist.
+template <bool kFull, class Op, int kValues, int kVectors>
+NF_DEVICE void load_staged(Stage<typename Op::T, kValues>& stage, int first,
+                           Vector<typename Op::T, kValues> (&loaded)[Op::kInputs][kVectors]) {
+  stage.wait(first + kVectors);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+    for (int k = 0; k < Op::kInputs; ++k)
+      loaded[k][v] =
+          kFull || first + v < stage.vectors() ? stage.load(first + v, k) : Vector<typename Op::T, kValues>{};
+}
+
 // Accumulates a lane's values of one channel and split. Returns the state, and in `count` the number of values.
-template <class Op, int kValues, bool kMasked>
+// `stage`: the Stage that holds the values, or a NoStage.
+template <class Op, int kValues, bool kMasked, class Staged>
 NF_DEVICE typename Op::State accumulate_row(const Op& op, const RowsPlan& plan, int64_t channel, int64_t split,
-                                            int lane, int64_t& count) {
+                                            int lane, Staged& stage, int64_t& count) {
   using S = typename Op::S;
   constexpr int kVectors = row_vectors_in_flight(Op::kInputs), kCount = kVectors * kValues;
   RowIterator<kValues, kMasked> it(plan, channel, split, lane);
   const int64_t numel = plan.view.numel();
   typename Op::State state = op.start(channel);
+  [[maybe_unused]] int first = 0;
 
   const auto consume = [&](auto full) {
     constexpr bool kFull = decltype(full)::value, kSomeInvalid = kMasked || !kFull;
     const auto vectors = next_vectors<kFull, kVectors>(op, it, numel);
     Vector<typename Op::T, kValues> loaded[Op::kInputs][kVectors];
-    load_vectors(op, vectors, numel, loaded);
+    if constexpr (std::is_same_v<Staged, NoStage>)
+      load_vectors(op, vectors, numel, loaded);
+    else
+      load_staged<kFull, Op>(stage, first, loaded);
+    first += kVectors;
     if (kSomeInvalid && vectors.valid == 0) return;
     S values[Op::kInputs][kCount];
 #pragma unroll
@@ -181,15 +204,17 @@ NF_DEVICE void start_columns(const Op& op, const ColumnIterator<kValues>& it, co
   }
 }
 
-// Accumulates one iteration of a thread's rows: the next kRows, or with kFull false the remaining ones. Returns the
-// offset of a vector that reaches past the end of the tensor and is left to accumulate_clipped(), or numel.
-template <bool kFull, int kRows, class Op, int kValues>
-NF_DEVICE int64_t accumulate_rows(const Op& op, ColumnIterator<kValues>& it, int64_t numel, bool& first,
+// Accumulates one iteration of a thread's rows: the next kRows, or with kFull false the remaining ones, of which the
+// first is the thread's row number `index`. Returns the offset of a vector that reaches past the end of the tensor and
+// is left to accumulate_clipped(), or numel.
+template <bool kFull, int kRows, class Op, int kValues, class Staged>
+NF_DEVICE int64_t accumulate_rows(const Op& op, ColumnIterator<kValues>& it, int64_t numel, Staged& stage, int& index,
                                   typename Op::State (&state)[kValues]) {
   using S = typename Op::S;
   Vector<typename Op::T, kValues> loaded[Op::kInputs][kRows];
   uint32_t mask_bits[kRows], valid = 0;  // valid: a bit per row
   int64_t clipped = numel;
+  if constexpr (!std::is_same_v<Staged, NoStage>) load_staged<kFull, Op>(stage, index, loaded);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const bool in_split = kFull || !it.done();
@@ -198,11 +223,12 @@ NF_DEVICE int64_t accumulate_rows(const Op& op, ColumnIterator<kValues>& it, int
     if (!kFull && in_split && !whole && offset < numel) clipped = offset;
     valid |= static_cast<uint32_t>(whole) << r;
     mask_bits[r] = whole ? op.template mask_bits<kValues>(offset) : 0;
+    if constexpr (std::is_same_v<Staged, NoStage>)
 #pragma unroll
-    for (int k = 0; k < Op::kInputs; ++k)
-      loaded[k][r] = whole && (k < Op::kRequiredInputs || op.input(k) != nullptr)
-                         ? Vector<typename Op::T, kValues>::load(op.input(k) + offset)
-                         : Vector<typename Op::T, kValues>{};
+      for (int k = 0; k < Op::kInputs; ++k)
+        loaded[k][r] = whole && (k < Op::kRequiredInputs || op.input(k) != nullptr)
+                           ? Vector<typename Op::T, kValues>::load(op.input(k) + offset)
+                           : Vector<typename Op::T, kValues>{};
   }
   if (!kFull && valid == 0) return clipped;
 #pragma unroll
@@ -215,9 +241,9 @@ NF_DEVICE int64_t accumulate_rows(const Op& op, ColumnIterator<kValues>& it, int
 #pragma unroll
       for (int k = 0; k < Op::kInputs; ++k) values[k][r] = widen<S>(loaded[k][r].value[i]);
     }
-    op.template accumulate<kRows, !kFull>(state[i], values, valid, column_bits, first);
+    op.template accumulate<kRows, !kFull>(state[i], values, valid, column_bits, index == 0);
   }
-  first = false;
+  index += kRows;
   return clipped;
 }
 
@@ -238,18 +264,19 @@ NF_DEVICE void accumulate_clipped(const Op& op, int64_t offset, int64_t numel, b
   }
 }
 
-// Accumulates a thread's columns in one split, each in its own state.
-template <class Op, int kValues>
-NF_DEVICE void accumulate_columns(const Op& op, const ColumnsPlan& plan, ColumnIterator<kValues>& it,
+// Accumulates a thread's columns in one split, each in its own state. `stage`: the Stage that holds the values, or a
+// NoStage.
+template <class Op, int kValues, class Staged>
+NF_DEVICE void accumulate_columns(const Op& op, const ColumnsPlan& plan, ColumnIterator<kValues>& it, Staged& stage,
                                   typename Op::State (&state)[kValues]) {
   constexpr int kRows = column_vectors_in_flight(Op::kInputs, sizeof(typename Op::S) > sizeof(float));
   const int64_t numel = plan.view.numel();
-  bool first = true;
+  int index = 0;
   int64_t clipped = numel;
   while (it.has(kRows) && (plan.repeat == 1 || it.ahead(kRows - 1) + kValues <= numel))
-    accumulate_rows<true, kRows>(op, it, numel, first, state);
-  if (!it.done()) clipped = accumulate_rows<false, kRows>(op, it, numel, first, state);
-  if (clipped < numel) accumulate_clipped(op, clipped, numel, first, state);
+    accumulate_rows<true, kRows>(op, it, numel, stage, index, state);
+  if (!it.done()) clipped = accumulate_rows<false, kRows>(op, it, numel, stage, index, state);
+  if (clipped < numel) accumulate_clipped(op, clipped, numel, index == 0, state);
 }
 
 // --- fold, matrices
@@ -358,6 +385,40 @@ NF_DEVICE void finish_channels(const Op& op, const Finish& finish, const Partial
 
 // --- kernels
 
+// Starts the copies of a thread's vectors of one channel.
+template <class Apply, int kValues, bool kMasked>
+NF_DEVICE void copy_row(const Apply& apply, const RowsPlan& plan, int64_t channel, int lane,
+                        Stage<typename Apply::T, kValues>& stage) {
+  const int64_t numel = plan.view.numel();
+  for (RowIterator<kValues, kMasked> it(plan, channel, 0, lane); !it.done();) {
+    uint32_t valid;
+    const int64_t offset = it.next(valid);
+    stage.copy([&](int k) { return apply.input(k); }, offset, valid == 0 ? 0 : numel - offset);
+  }
+}
+
+// The same for one tile of a matrix.
+template <class Apply, int kValues>
+NF_DEVICE void copy_tile(const Apply& apply, const ColumnsPlan& plan, int64_t sample, int64_t tile,
+                         Stage<typename Apply::T, kValues>& stage) {
+  const int64_t numel = plan.view.numel();
+  for (ColumnIterator<kValues> it(plan, sample, tile, 0); !it.done();) {
+    const int64_t offset = it.next();
+    stage.copy([&](int k) { return apply.input(k); }, offset, numel - offset);
+  }
+}
+
+// The stage of a kernel that applies, and otherwise a NoStage.
+template <class Apply, int kValues>
+NF_DEVICE auto stage_for([[maybe_unused]] const Apply& apply, [[maybe_unused]] int64_t vectors) {
+  if constexpr (std::is_same_v<Apply, NoApply>) {
+    return NoStage{};
+  } else {
+    NF_DYNAMIC_SHARED(uint4, staged);
+    return Stage<typename Apply::T, kValues>(staged, inputs_of(apply), vectors);
+  }
+}
+
 // Channels first: plan.lanes threads per channel. A block per tile of kThreads / plan.lanes channels (blockIdx.x) and
 // split (blockIdx.y).
 template <class Op, class Finish, class Apply, int kValues, bool kMasked>
@@ -370,12 +431,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const ChannelRange range{first, first + slots < plan.view.channels ? first + slots : plan.view.channels};
 
   if (channel < range.last && lane == 0) finish.prefetch(channel);
+  auto stage = stage_for<Apply, kValues>(apply, plan.staged.vectors);
+  if constexpr (!std::is_same_v<Apply, NoApply>) {
+    if (channel < range.last) copy_row<Apply, kValues, kMasked>(apply, plan, channel, lane, stage);
+    stage.end();
+  }
   typename Op::Sum sums[Op::kSums];
   set_identity<Op>(sums);
   if (channel < range.last) {
     int64_t count = 0;
     const auto state =
-        accumulate_row<Op, kValues, kMasked>(op, plan, channel, static_cast<int64_t>(blockIdx.y), lane, count);
+        accumulate_row<Op, kValues, kMasked>(op, plan, channel, static_cast<int64_t>(blockIdx.y), lane, stage, count);
     if (count > 0) op.fold(state, count, channel, sums);
   }
   merge_lanes<Op>(sums, plan.lanes);
@@ -386,7 +452,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if constexpr (!std::is_same_v<Apply, NoApply>) {
     __syncthreads();  // the coefficients are written
     apply.prologue();
-    if (channel < range.last) apply_row<Apply, kValues, kMasked>(apply, plan, channel, lane);
+    if (channel < range.last) apply_row<Apply, kValues, kMasked>(apply, plan, channel, lane, stage);
   }
 }
 
@@ -406,9 +472,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const ChannelRange range{first, first + channels < end ? first + channels : end};
 
   if (first + threadIdx.x < range.last) finish.prefetch(first + threadIdx.x);
+  auto stage = stage_for<Apply, kValues>(apply, plan.staged.vectors);
+  if constexpr (!std::is_same_v<Apply, NoApply>) {
+    copy_tile<Apply, kValues>(apply, plan, sample, tile, stage);
+    stage.end();
+  }
   typename Op::State state[kValues];
   start_columns(op, it, range, states, state);
-  accumulate_columns(op, plan, it, state);
+  accumulate_columns(op, plan, it, stage, state);
 
   if (it.y < plan.height)
 #pragma unroll
@@ -430,28 +501,43 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if constexpr (!std::is_same_v<Apply, NoApply>) {
     __syncthreads();  // the coefficients are written
     apply.prologue();
-    apply_tile<Apply, kValues>(apply, plan, sample, tile, 0, false);
+    apply_tile<Apply, kValues>(apply, plan, sample, tile, 0, stage, false);
   }
 }
 
 // --- host
 
-// Starts the kernel that the plan chooses.
+// Values per vector of a reduction whose launch applies an Apply, or a NoApply.
+template <class Op, class Apply>
+constexpr int reduced_values() {
+  if constexpr (std::is_same_v<Apply, NoApply>)
+    return values_per_access(sizeof(typename Op::T));
+  else
+    return values_per_access(planned_itemsize<Apply>());
+}
+
+// Starts the kernel that the plan chooses. With an Apply the plan must be single, for the inputs of the Apply.
 template <class Op, class Finish, class Apply>
 cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const ReductionPlan& plan,
                    const Partials<typename Op::Sum>& partials, cudaStream_t stream) {
   static_assert(check_reduce_op<Op, Finish>());
-  if constexpr (!std::is_same_v<Apply, NoApply>) static_assert(check_apply_op<Apply>());
-  constexpr int kValues = values_per_access(sizeof(typename Op::T));
+  constexpr bool kApplies = !std::is_same_v<Apply, NoApply>;
+  if constexpr (kApplies) {
+    static_assert(check_apply_op<Apply>());
+    static_assert(int64_t{sizeof(typename Op::State)} * kThreads <= column_state_bytes(1, sizeof(typename Op::S)));
+  }
+  constexpr int kValues = reduced_values<Op, Apply>();
+  if (plan.values() != kValues && (kApplies || plan.values() != 1)) return cudaErrorInvalidValue;
   const LaunchConfig config{dim3(static_cast<unsigned>(plan.tiles()), static_cast<unsigned>(plan.splits())),
-                            dim3(kThreads), stream};
+                            dim3(kThreads), stream, false, kApplies ? plan.staged().bytes : 0};
   const auto start = [&](auto kernel, const auto& details) {
     return launch(config, kernel, op, finish, apply, details, partials);
   };
-  if (!plan.by_rows)
-    return plan.columns.values == 1 ? start(reduce_columns<Op, Finish, Apply, 1>, plan.columns)
-                                    : start(reduce_columns<Op, Finish, Apply, kValues>, plan.columns);
-  if (plan.rows.values == 1) return start(reduce_rows<Op, Finish, Apply, 1, false>, plan.rows);
+  if constexpr (!kApplies) {  // a plan of single values is not single
+    if (!plan.by_rows && plan.columns.values == 1) return start(reduce_columns<Op, Finish, Apply, 1>, plan.columns);
+    if (plan.by_rows && plan.rows.values == 1) return start(reduce_rows<Op, Finish, Apply, 1, false>, plan.rows);
+  }
+  if (!plan.by_rows) return start(reduce_columns<Op, Finish, Apply, kValues>, plan.columns);
   return plan.rows.masked ? start(reduce_rows<Op, Finish, Apply, kValues, true>, plan.rows)
                           : start(reduce_rows<Op, Finish, Apply, kValues, false>, plan.rows);
 }

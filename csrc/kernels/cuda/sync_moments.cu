@@ -9,7 +9,7 @@ cudaError_t pack_moments(const PackMoments& args, Resources& resources) {
     using T = typename decltype(type)::type;
     const MomentsOp<T, false> moments{static_cast<const T*>(args.input), args.view, args.eps};
     const WriteMoments<compute_t<T>> write{args};
-    const ReductionPlan plan = plan_for(moments, write, 1, all_aligned(args.input), false, resources);
+    const ReductionPlan plan = plan_for(moments, write, {sizeof(T), 1, all_aligned(args.input)}, resources);
     return reduce(moments, write, NoApply{}, plan, resources);
   });
 }

@@ -4,7 +4,7 @@
 
 namespace normfused::cuda {
 
-Traffic traffic(Operation operation, const ChannelView& view, int itemsize, const DeviceLimits& limits,
+Traffic traffic(Operation operation, const ChannelView& view, int itemsize, bool fused, const DeviceLimits& limits,
                 const Residency& resident) {
   const bool reduces = operation != Operation::kInference;
   const bool applies = operation != Operation::kMoments && operation != Operation::kSums;
@@ -17,7 +17,12 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, cons
 
   Traffic result{};
   if (reduces) {
-    result.reduction = plan_reduction(view, itemsize, inputs, true, may_apply, limits, resident);
+    const Reduced split{itemsize, inputs, true};
+    Reduced applied{itemsize, inputs, true, true};
+    if (fused && operation == Operation::kTraining) applied.values = kMaxValues;
+    if (may_apply && declares_states(applied.values, itemsize))
+      result.reduction = plan_reduction(view, applied, limits, resident);
+    if (!result.reduction.single()) result.reduction = plan_reduction(view, split, limits, resident);
     result.single = result.reduction.single();
     const int64_t partials = result.reduction.splits() * sums * view.channels * int64_t{sizeof(double)};
     result.merged = std::max(std::min(result.reduction.group, result.reduction.splits()), result.reduction.groups());
@@ -27,7 +32,7 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, cons
   }
   if (applies) {
     result.apply = plan_apply(view, itemsize, itemsize, true, limits);
-    // A single launch reads the tensor again from L1. Inference can need another launch that prepares coefficients.
+    // A single launch keeps the tensors in shared memory. Inference can need another launch that prepares coefficients.
     if (!result.single) {
       result.launches += reduces || result.apply.may_prepare() ? 1 : 2;
       result.read += applied_inputs * bytes;
@@ -40,7 +45,7 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, cons
 SampleTraffic group_norm_traffic(const GroupView& view, int itemsize, bool is_backward, const DeviceLimits& limits) {
   const ChannelView reduced = is_backward ? view.by_sample() : view.reduced();
   const int inputs = is_backward ? 2 : 1, sums = is_backward ? 2 : 4;
-  const ReductionPlan plan = plan_reduction(reduced, itemsize, inputs, true, false, limits);
+  const ReductionPlan plan = plan_reduction(reduced, {itemsize, inputs, true}, limits);
   const int64_t bytes = view.numel() * itemsize;
   const ResidentRowsPlan rows =
       plan_resident_rows(rows_of(view, itemsize, values_per_access(itemsize), true), false, limits);

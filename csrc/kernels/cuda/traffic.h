@@ -17,7 +17,8 @@ struct Traffic {
 };
 
 // For a tensor of `itemsize` bytes per value, in the usual case: aligned, with a momentum, all gradients requested.
-Traffic traffic(Operation operation, const ChannelView& view, int itemsize, const DeviceLimits& limits,
+// `fused`: with an activation, without a residual and so without a mask.
+Traffic traffic(Operation operation, const ChannelView& view, int itemsize, bool fused, const DeviceLimits& limits,
                 const Residency& resident = {});
 
 // The same for norms whose statistics belong to samples.

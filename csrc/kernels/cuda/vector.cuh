@@ -70,6 +70,52 @@ NF_DEVICE W load_word_streaming(const W* source) {
   return word;
 }
 
+// Starts an asynchronous copy of 16 bytes from global to shared memory. A thread that has waited for its own copies can
+// read them. Before compute capability 8.0 they are synchronous.
+NF_DEVICE void start_copy(uint4* target, const void* source) {
+#if !defined(__CUDACC__)
+  cudahost::start_copy(target, source, 16);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(target))),
+      "l"(source)
+      : "memory");
+#else
+  *target = *static_cast<const uint4*>(source);
+#endif
+}
+// The same for the first `bytes` bytes only, a multiple of 2; the rest become zeros.
+NF_DEVICE void start_clipped_copy(uint4* target, const void* source, int bytes) {
+#if !defined(__CUDACC__)
+  cudahost::start_copy(target, source, bytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(target))),
+      "l"(source), "r"(bytes)
+      : "memory");
+#else
+  *target = {};
+  for (int i = 0; i < bytes / 2; ++i) reinterpret_cast<uint16_t*>(target)[i] = static_cast<const uint16_t*>(source)[i];
+#endif
+}
+// Makes the copies that the thread has started since the last call a group.
+NF_DEVICE void end_copies() {
+#if !defined(__CUDACC__)
+  cudahost::end_copies();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for all of the thread's groups of copies except the last kPending.
+template <int kPending>
+NF_DEVICE void wait_for_copies() {
+#if !defined(__CUDACC__)
+  cudahost::wait_for_copies(kPending);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
 // Starts to fetch an address into the L2 cache.
 NF_DEVICE void prefetch_address([[maybe_unused]] const void* address) {
 #if defined(__CUDACC__)
@@ -98,11 +144,22 @@ struct Vector {
   T value[kValues];
 
   static NF_DEVICE Vector load(const T* source) {
-    return load_with(source, [](const Access* word) { return *word; });
+    return from_words([&](int i) { return reinterpret_cast<const Access*>(source)[i]; });
   }
   // For data that is not read again: the caches evict it first.
   static NF_DEVICE Vector load_streaming(const T* source) {
-    return load_with(source, [](const Access* word) { return load_word_streaming(word); });
+    return from_words([&](int i) { return load_word_streaming(reinterpret_cast<const Access*>(source) + i); });
+  }
+  // The vector that consists of word(0), word(1), ..., of type Access.
+  template <class Word>
+  static NF_DEVICE Vector from_words(const Word& word_of) {
+    Vector vector;
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      const Access word = word_of(i);
+      memcpy(reinterpret_cast<char*>(vector.value) + i * sizeof(Access), &word, sizeof word);
+    }
+    return vector;
   }
 
   // `streaming`: the data is not read soon; the caches evict it first.
@@ -113,18 +170,6 @@ struct Vector {
       memcpy(&word, reinterpret_cast<const char*>(value) + i * sizeof(Access), sizeof word);
       store_word(reinterpret_cast<Access*>(target) + i, word, streaming);
     }
-  }
-
- private:
-  template <class Load>
-  static NF_DEVICE Vector load_with(const T* source, const Load& load) {
-    Vector vector;
-#pragma unroll
-    for (int i = 0; i < kAccesses; ++i) {
-      const Access word = load(reinterpret_cast<const Access*>(source) + i);
-      memcpy(reinterpret_cast<char*>(vector.value) + i * sizeof(Access), &word, sizeof word);
-    }
-    return vector;
   }
 };
 

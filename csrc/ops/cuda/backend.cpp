@@ -33,11 +33,14 @@ const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
   static const std::vector<cuda::DeviceLimits> limits = [] {
     std::vector<cuda::DeviceLimits> all(static_cast<size_t>(c10::cuda::device_count()));
     for (size_t i = 0; i < all.size(); ++i) {
-      int l2_bytes = 0;
+      int l2_bytes = 0, shared_bytes = 0;
       C10_CUDA_CHECK(
           cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, static_cast<int>(i)));
       C10_CUDA_CHECK(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, static_cast<int>(i)));
+      C10_CUDA_CHECK(
+          cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, static_cast<int>(i)));
       all[i].l2_bytes = l2_bytes;
+      all[i].shared_bytes = shared_bytes;
       const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(i));
       all[i].overlap = overlap_requested() && cuda::launches_overlap();
     }
