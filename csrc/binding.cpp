@@ -114,10 +114,12 @@ void bind_cuda_plans(py::module_& m) {
         const auto t = cuda::layer_norm_traffic(v, itemsize, backward, limits);
         py::dict plan("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written);
         if (v.inner == 1) {
-          const auto p = cuda::plan_resident_rows(cuda::rows_of(v, samples, itemsize, true), backward, limits);
+          const auto p =
+              cuda::plan_resident_rows(cuda::rows_of(v, samples, itemsize, true, !backward), backward, limits);
           plan.attr("update")(py::dict("values"_a = p.values, "vectors"_a = p.vectors, "lanes"_a = p.lanes,
-                                       "threads"_a = p.threads, "chunk"_a = p.chunk, "chunks"_a = p.chunks,
-                                       "blocks"_a = p.blocks, "streaming_stores"_a = p.streaming));
+                                       "threads"_a = p.threads, "staged_bytes"_a = p.is_staged ? p.staged.bytes : 0,
+                                       "chunk"_a = p.chunk, "chunks"_a = p.chunks, "blocks"_a = p.blocks,
+                                       "streaming_stores"_a = p.streaming));
         } else {
           const auto p = cuda::plan_layer_columns(v, samples, itemsize, true, limits);
           plan.attr("update")(py::dict("values"_a = p.values, "width"_a = p.width, "height"_a = p.height,

@@ -1,27 +1,30 @@
-// Batch norm in one launch, which keeps a tile in shared memory: with exactly as much shared memory as a plan needs,
-// and with one byte less.
+// Batch norm and norms of rows in one launch, which stages a tile or a row in shared memory: with exactly as much
+// shared memory as a plan needs, and with one byte less.
 #pragma once
 
 #include <map>
 
 #include "definition.h"
+#include "group_norm.h"
+#include "layer_norm.h"
 #include "resources.h"
 
 namespace normfused::testing {
 
-// Runs batch norm and records the fewest launches that each operation took.
+// Runs operations and records the fewest launches that each took.
 struct FewestLaunches {
   cuda::DeviceLimits limits;
-  mutable unsigned training = ~0u, backward = ~0u;
+  mutable unsigned training = ~0u, backward = ~0u, rows = ~0u, other = ~0u;
 
   std::string name() const { return "cuda with " + std::to_string(limits.shared_bytes) + " bytes of shared memory"; }
 
   void batch_norm_training(const BatchNormForward& args) const { run(cuda::batch_norm_training, args, training); }
   void batch_norm_backward(const BatchNormBackward& args) const { run(cuda::batch_norm_backward, args, backward); }
-  void batch_norm_inference(const BatchNormForward& args) const {
-    unsigned any = 0;
-    run(cuda::batch_norm_inference, args, any);
-  }
+  void batch_norm_inference(const BatchNormForward& args) const { run(cuda::batch_norm_inference, args, other); }
+  void group_norm(const GroupNormForward& args) const { run(cuda::group_norm, args, rows); }
+  void group_norm_backward(const GroupNormBackward& args) const { run(cuda::group_norm_backward, args, other); }
+  void layer_norm(const LayerNormForward& args) const { run(cuda::layer_norm, args, rows); }
+  void layer_norm_backward(const LayerNormBackward& args) const { run(cuda::layer_norm_backward, args, other); }
 
  private:
   template <class Args>
@@ -41,13 +44,15 @@ struct FewestLaunches {
 
 inline constexpr int64_t kMostShared = 227 << 10;
 
-// The least shared memory with which a plan is single; more than kMostShared if there is none.
-inline int64_t least_shared(const ChannelView& view, const cuda::Reduced& reduced) {
+inline cuda::DeviceLimits with_shared(int64_t bytes) { return {1, int64_t{1} << 40, false, bytes}; }
+
+// The least shared memory with which is_single(limits) is true; more than kMostShared if there is none.
+template <class IsSingle>
+int64_t least_shared(const IsSingle& is_single) {
   int64_t low = 0, high = kMostShared + 1;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    const cuda::DeviceLimits limits{1, int64_t{1} << 40, false, middle};
-    cuda::plan_reduction(view, reduced, limits).single() ? high = middle : low = middle + 1;
+    is_single(with_shared(middle)) ? high = middle : low = middle + 1;
   }
   return high;
 }
@@ -59,7 +64,7 @@ bool run_at_limit(const char* what, int64_t least, unsigned FewestLaunches::* fe
   const std::string name = current;
   for (const int64_t shared : {std::min(least, kMostShared), least - 1}) {
     current = name + " " + what + " with " + std::to_string(shared) + " of " + std::to_string(least) + " bytes";
-    const FewestLaunches backend{{1, int64_t{1} << 40, false, shared}};
+    const FewestLaunches backend{with_shared(shared)};
     run(backend);
     if ((backend.*fewest == 1) != (shared >= least)) {
       std::printf("FAILED %s: %u launches\n", current.c_str(), backend.*fewest);
@@ -85,7 +90,9 @@ void run_single(const ChannelView& view, int64_t offset, std::mt19937& random, s
   const auto at_limit = [&](const char* what, const cuda::Reduced& reduced, unsigned FewestLaunches::* fewest,
                             const auto& run) {
     current = name;
-    count(what, run_at_limit(what, least_shared(view, reduced), fewest, [&](const FewestLaunches& backend) {
+    const int64_t least = least_shared(
+        [&](const cuda::DeviceLimits& limits) { return cuda::plan_reduction(view, reduced, limits).single(); });
+    count(what, run_at_limit(what, least, fewest, [&](const FewestLaunches& backend) {
             BatchNormCase<T, const FewestLaunches> batch_norm(backend, data, statistics, offset);
             run(backend, batch_norm);
           }));
@@ -113,6 +120,33 @@ void run_single(const ChannelView& view, int64_t offset, std::mt19937& random, s
     }
 }
 
+// Group and layer norm whose rows of `count` values exceed the registers.
+template <class T>
+void run_staged_rows(int64_t channels, int64_t inner, std::mt19937& random, std::map<std::string, int64_t>& counts) {
+  const GroupView view{2, 1, channels, inner, false};
+  const ChannelView rows{2, view.count(), 1};
+  const auto run = [&](const char* what, const cuda::ResidentRows& shape, const auto& norm) {
+    const int64_t least = least_shared(
+        [&](const cuda::DeviceLimits& limits) { return cuda::plan_resident_rows(shape, false, limits).is_staged; });
+    current = std::string(what) + " " + Format<T>::name + " of " + std::to_string(view.count()) + " values";
+    const bool is_single = run_at_limit(what, least, &FewestLaunches::rows, norm);
+    ++counts[std::string(what) + (is_single ? " in one launch" : " in several")];
+  };
+  const int values = cuda::values_per_access(sizeof(T));
+  for (const Fusion& fusion : {Fusion{{}, false, false}, Fusion{{ActivationKind::kSilu, 0}, false, false},
+                               Fusion{{ActivationKind::kRelu, 0}, true, true}})
+    run("group norm",
+        cuda::rows_of(view, sizeof(T),
+                      fusion.mask || fusion.activation.kind != ActivationKind::kIdentity ? cuda::kMaxValues : values,
+                      true),
+        [&](const FewestLaunches& backend) {
+          GroupNormCase<T, const FewestLaunches>(backend, view, fusion, false, 0, random).run();
+        });
+  run("layer norm", cuda::rows_of(rows, 1, sizeof(T), true, true), [&](const FewestLaunches& backend) {
+    LayerNormCase<T, const FewestLaunches>(backend, rows, {1, false, true, false}, 0, random).run();
+  });
+}
+
 // Rows that are whole, masked, of several vectors per thread; columns that are plain, repeated, folded and end inside a
 // row; one channel and many.
 inline void run_single_launches(std::mt19937& random) {
@@ -134,6 +168,13 @@ inline void run_single_launches(std::mt19937& random) {
     run_single<double>(view, 0, random, counts);
     run_single<BFloat16>(view, 0, random, counts);
     run_single<float>(view, 1, random, counts);
+  }
+  for (const auto& [channels, inner] :
+       {std::pair{2, 8400}, {4, 4502}, {6, 2804}}) {  // the second: vectors of two channels
+    run_staged_rows<float>(channels, inner, random, counts);
+    run_staged_rows<double>(channels, inner, random, counts);
+    run_staged_rows<Half>(channels, inner, random, counts);
+    run_staged_rows<BFloat16>(channels, inner, random, counts);
   }
   for (const auto& [what, times] : counts)
     std::printf("  %-34s %5lld cases\n", what.c_str(), static_cast<long long>(times));

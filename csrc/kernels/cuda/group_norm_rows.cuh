@@ -1,4 +1,5 @@
-// Group norm of channels-first tensors whose statistics fit into the registers of a block (see resident_rows.cuh).
+// Group norm of channels-first tensors whose statistics fit into the registers or the shared memory of a block (see
+// resident_rows.cuh).
 #pragma once
 
 #include "kernels/cuda/group_norm.cuh"
@@ -23,6 +24,7 @@ struct GroupRowsOp {
   NF_DEVICE int64_t rows() const { return args.view.statistics(); }
   NF_DEVICE int64_t channels() const { return count; }
   NF_DEVICE double eps() const { return args.eps; }
+  NF_DEVICE const T* input() const { return static_cast<const T*>(args.input); }
   NF_DEVICE double* mean() const { return args.mean; }
   NF_DEVICE double* invstd() const { return args.invstd; }
   NF_DEVICE void prologue() const { normalize.prologue(); }

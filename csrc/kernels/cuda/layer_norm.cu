@@ -8,8 +8,8 @@ namespace {
 
 template <class T>
 cudaError_t rows(const LayerNormForward& args, bool aligned, Resources& resources) {
-  const ResidentRowsPlan plan =
-      plan_resident_rows(rows_of(args.view, args.samples, sizeof(T), aligned), false, resources.limits);
+  const ResidentRows rows = rows_of(args.view, args.samples, sizeof(T), aligned, args.residual == nullptr);
+  const ResidentRowsPlan plan = plan_resident_rows(rows, false, resources.limits);
   return normalize_resident<values_per_access(sizeof(T))>(LayerRowsOp<T>{args}, plan, resources);
 }
 

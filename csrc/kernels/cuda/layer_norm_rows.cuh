@@ -17,6 +17,7 @@ struct LayerRowsOp {
   NF_DEVICE int64_t rows() const { return args.view.outer; }
   NF_DEVICE int64_t channels() const { return args.view.channels; }
   NF_DEVICE double eps() const { return args.eps; }
+  NF_DEVICE const T* input() const { return static_cast<const T*>(args.input); }
   NF_DEVICE double* mean() const { return args.mean; }
   NF_DEVICE double* invstd() const { return args.invstd; }
   NF_DEVICE void prologue() const {}

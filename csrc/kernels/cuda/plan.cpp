@@ -293,6 +293,14 @@ ResidentRowsPlan plan_resident_rows(const ResidentRows& rows, bool is_backward, 
   plan.threads = std::max(plan.lanes, kThreads);
   const int64_t held = int64_t{plan.lanes} * plan.vectors * plan.values;
   plan.chunks = static_cast<int>(ceil_div(length, held));
+  plan.staged.vectors = ceil_div(ceil_div(length, plan.values), kThreads);
+  plan.staged.bytes = plan.staged.vectors * kThreads * plan.values * rows.itemsize;
+  plan.is_staged =
+      rows.may_stage && plan.chunks > 1 && plan.values > 1 && plan.staged.bytes + kDeclaredBytes <= limits.shared_bytes;
+  if (plan.is_staged) {
+    plan.chunks = 1;
+    plan.lanes = plan.threads = kThreads;
+  }
   plan.chunk = ceil_div(ceil_div(length, plan.chunks), plan.values) * plan.values;
   plan.rows = rows.rows / rows.samples;
   const int resident = plan.threads > kThreads ? 1 : kMinBlocks;

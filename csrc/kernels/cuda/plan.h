@@ -207,15 +207,18 @@ ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize,
                      const DeviceLimits& limits);
 
 // --- norms whose statistics are rows of memory. `lanes` neighbouring threads hold a chunk of a row in registers,
-// `vectors` vectors each. A row with several chunks takes two launches, of which the first sums each chunk.
+// `vectors` vectors each. A longer row is staged in shared memory by one block, or takes two launches, of which the
+// first sums each chunk.
 struct ResidentRowsPlan {
-  int values, vectors;  // per vector; per thread
+  int values, vectors;  // per vector; per thread, in registers
   int lanes, threads;   // of a chunk; of a block
   int64_t chunk;        // values of a row, a multiple of `values`
   int chunks;
   int64_t rows;    // of one sample
   int64_t blocks;  // of one chunk; in backward of one sample too, and each processes many rows
   bool streaming;  // outputs are evicted from the caches first
+  bool is_staged;
+  Staged staged;  // if is_staged
 
   constexpr int slots() const { return threads / lanes; }  // rows that a block processes at once
 };
@@ -239,14 +242,16 @@ struct ResidentRows {
   int itemsize;     // of the values in memory
   int values;       // per vector, if the rows are aligned and whole vectors
   bool aligned;
+  bool may_stage = false;
 };
 
 // The positions of a channels-last view, for layer norm, and the statistics of a channels-first view, for group norm.
-constexpr ResidentRows rows_of(const ChannelView& view, int64_t samples, int itemsize, bool aligned) {
-  return {view.outer, view.channels, samples, itemsize, values_per_access(itemsize), aligned};
+constexpr ResidentRows rows_of(const ChannelView& view, int64_t samples, int itemsize, bool aligned,
+                               bool may_stage = false) {
+  return {view.outer, view.channels, samples, itemsize, values_per_access(itemsize), aligned, may_stage};
 }
 constexpr ResidentRows rows_of(const GroupView& view, int itemsize, int values, bool aligned) {
-  return {view.statistics(), view.count(), 1, itemsize, values, aligned};
+  return {view.statistics(), view.count(), 1, itemsize, values, aligned, true};
 }
 
 // How the values of a row are summed depends on the size of a row and on how it is read, not on the number of rows.

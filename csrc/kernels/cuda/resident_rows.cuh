@@ -2,11 +2,13 @@
 // once. They sum it, compute its statistics, and apply them.
 //
 // A row with several chunks takes two launches: one with the phase kSum, which writes the results of every chunk, and
-// one with kApply, which merges them. A row with one chunk takes one, with the phase kBoth.
+// one with kApply, which merges them. A row with one chunk takes one, with the phase kBoth. So does a long row that a
+// block stages in shared memory.
 #pragma once
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/stage.cuh"
 #include "kernels/cuda/vector.cuh"
 #include "kernels/math.h"
 
@@ -32,6 +34,13 @@ struct RowPart {
   NF_DEVICE int place(int v) const { return (v * lanes + lane) * kValues; }
   NF_DEVICE int64_t channel(int v) const { return begin + place(v); }
   NF_DEVICE bool has(int v) const { return place(v) < count; }
+  // What remains from the thread's vector v on.
+  NF_DEVICE RowPart from(int v) const {
+    RowPart rest = *this;
+    rest.begin += int64_t{v} * lanes * kValues;
+    rest.count -= v * lanes * kValues;
+    return rest;
+  }
 };
 
 // Loads a thread's vectors of a row. All loads are independent of each other.
@@ -55,28 +64,27 @@ NF_DEVICE void for_each_value(const RowPart<kValues>& part, const Vector<T, kVal
   }
 }
 
-// Block-wide: the moments of a chunk. The pivot is the mean in S, whose sum cannot overflow, because every value is
+// Block-wide: the moments of `count` values, which neighbouring lanes hold: each_value(s, f) calls f with every value
+// of the thread, as the type of s. The pivot is the mean in S, whose sum cannot overflow, because every value is
 // divided by the count first. If squares overflow or underflow S, they are summed in double. All threads of the block
 // must call it.
-template <class T, int kValues, int kVectors>
-NF_DEVICE Moments moments_of(const RowPart<kValues>& part, const Vector<T, kValues> (&x)[kVectors], double eps) {
-  using S = compute_t<T>;
-  const int64_t count = part.count;
+template <class S, class EachValue>
+NF_DEVICE Moments moments_of(int64_t count, int lanes, double eps, const EachValue& each_value) {
   const S share = 1 / static_cast<S>(count > 0 ? count : 1);
   S mean = 0;
-  for_each_value<S>(part, x, [&](S value) { mean += value * share; });
+  each_value(S{}, [&](S value) { mean += value * share; });
   double total[1] = {static_cast<double>(mean)};
-  sum_lanes(total, part.lanes);
+  sum_lanes(total, lanes);
   const S pivot = is_finite(static_cast<S>(total[0])) ? static_cast<S>(total[0]) : 0;
 
   S sum = 0, square = 0;
-  for_each_value<S>(part, x, [&](S value) {
+  each_value(S{}, [&](S value) {
     const S deviation = value - pivot;
     sum += deviation;
     square += deviation * deviation;
   });
   double sums[2] = {static_cast<double>(sum), static_cast<double>(square)};
-  sum_lanes(sums, part.lanes);
+  sum_lanes(sums, lanes);
   Moments moments{count, 0, 0};
   if (count > 0) moments = moments_about(static_cast<double>(pivot), count, sums[0], sums[1]);
   // A NaN is a valid result.
@@ -85,8 +93,8 @@ NF_DEVICE Moments moments_of(const RowPart<kValues>& part, const Vector<T, kValu
 
   const auto total_of = [&](const auto& f) {
     double exact[1] = {};
-    for_each_value<double>(part, x, [&](double value) { exact[0] += f(value); });
-    sum_lanes(exact, part.lanes);
+    each_value(double{}, [&](double value) { exact[0] += f(value); });
+    sum_lanes(exact, lanes);
     return exact[0];
   };
   const double exact_mean = total_of([&](double value) { return value / static_cast<double>(count); });
@@ -115,7 +123,10 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   Vector<typename Op::T, kValues> x[kVectors];
   op.load(part, phase != RowPhase::kApply, x);
   Moments moments{};
-  if (phase != RowPhase::kApply) moments = moments_of(part, x, op.eps());
+  if (phase != RowPhase::kApply) {
+    const auto each_value = [&](auto s, const auto& f) { for_each_value<decltype(s)>(part, x, f); };
+    moments = moments_of<compute_t<typename Op::T>>(part.count, part.lanes, op.eps(), each_value);
+  }
   if (phase == RowPhase::kSum) {
     if (is_present && part.lane == 0) parts[row * plan.chunks + blockIdx.y] = moments;
     return;
@@ -130,6 +141,44 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     op.invstd()[row] = statistics.invstd;
   }
   op.write(part, statistics, plan.streaming, x);
+}
+
+// Kernel: the same for rows that are staged in shared memory, by a block each. Besides, an Op provides input(), the
+// tensor that is normalized.
+template <class Op, int kValues>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    normalize_staged_rows(const Op op, const ResidentRowsPlan plan) {
+  using T = typename Op::T;
+  constexpr int kVectors = 2;  // that are written together
+  NF_DYNAMIC_SHARED(uint4, staged);
+  Stage<T, kValues> stage(staged, 1, plan.staged.vectors);
+  const RowPart<kValues> part(plan, blockIdx.x, true, op.channels());
+  for (int v = 0; part.has(v); ++v)
+    stage.copy([&](int) { return op.input(); }, part.row * op.channels() + part.channel(v), kValues);
+  stage.end();
+
+  const auto each_value = [&](auto s, const auto& f) {
+    for (int v = 0; v < stage.vectors(); ++v) {
+      stage.wait(v + 1);
+      const Vector<T, kValues> x = stage.load(v, 0);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) f(widen<decltype(s)>(x.value[i]));
+    }
+  };
+  const Moments moments = moments_of<compute_t<T>>(part.count, part.lanes, op.eps(), each_value);
+  const LayerStatistics statistics = op.finish(moments);
+  op.prologue();
+  if (part.lane == 0) {
+    op.mean()[part.row] = statistics.mean;
+    op.invstd()[part.row] = statistics.invstd;
+  }
+  for (int first = 0; first < stage.vectors(); first += kVectors) {
+    Vector<T, kValues> x[kVectors]{};
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+      if (first + v < stage.vectors()) x[v] = stage.load(first + v, 0);
+    op.write(part.from(first), statistics, plan.streaming, x);
+  }
 }
 
 // --- host
@@ -152,6 +201,11 @@ cudaError_t for_resident_vectors(const ResidentRowsPlan& plan, const F& start) {
 template <int kWidest, class Op>
 cudaError_t normalize_resident(const Op& op, const ResidentRowsPlan& plan, Resources& resources) {
   constexpr int kBytes = sizeof(compute_t<typename Op::T>);
+  if (plan.is_staged) {
+    const LaunchConfig config{dim3(static_cast<unsigned>(plan.blocks)), dim3(kThreads), resources.stream, false,
+                              plan.staged.bytes};
+    return launch(config, normalize_staged_rows<Op, kWidest>, op, plan);
+  }
   return for_resident_vectors<kWidest, kBytes, false>(plan, [&](auto values, auto vectors) {
     const LaunchConfig config{dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.chunks)),
                               dim3(static_cast<unsigned>(plan.threads)), resources.stream};

@@ -58,7 +58,8 @@ SampleTraffic group_norm_traffic(const GroupView& view, int itemsize, bool is_ba
 SampleTraffic layer_norm_traffic(const ChannelView& view, int itemsize, bool is_backward, const DeviceLimits& limits) {
   const bool is_rows = view.inner == 1;
   const ResidentRowsPlan rows =
-      is_rows ? plan_resident_rows(rows_of(view, 1, itemsize, true), is_backward, limits) : ResidentRowsPlan{};
+      is_rows ? plan_resident_rows(rows_of(view, 1, itemsize, true, !is_backward), is_backward, limits)
+              : ResidentRowsPlan{};
   const LayerColumnsPlan columns = is_rows ? LayerColumnsPlan{} : plan_layer_columns(view, 1, itemsize, true, limits);
   const int passes = is_rows && rows.chunks > 1 ? 2 : 1;
   const int64_t bytes = view.numel() * itemsize;
