@@ -97,12 +97,11 @@ void bind_cuda_plans(py::module_& m) {
         const GroupView group_view{view[0], view[1], view[2], view[3], channels_last};
         const cuda::DeviceLimits limits{multiprocessors, l2_bytes, false, shared_bytes};
         const auto t = cuda::group_norm_traffic(group_view, itemsize, backward, limits);
-        const auto r = cuda::plan_reduction(backward ? group_view.by_sample() : group_view.reduced(),
-                                            {itemsize, backward ? 2 : 1, true}, limits);
+        const cuda::ReductionPlan& r = t.reduction;
         return py::dict("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written, "by_rows"_a = r.by_rows,
-                        "values"_a = r.by_rows ? r.rows.values : r.columns.values, "lanes"_a = r.rows.lanes,
-                        "width"_a = r.columns.width, "tiles"_a = r.tiles(), "splits"_a = r.splits(),
-                        "chunk"_a = r.by_rows ? r.rows.chunk : r.columns.chunk);
+                        "is_staged"_a = t.rows.is_staged, "values"_a = r.by_rows ? r.rows.values : r.columns.values,
+                        "lanes"_a = r.rows.lanes, "width"_a = r.columns.width, "tiles"_a = r.tiles(),
+                        "splits"_a = r.splits(), "chunk"_a = r.by_rows ? r.rows.chunk : r.columns.chunk);
       },
       "view"_a, "channels_last"_a, "itemsize"_a, "backward"_a, "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a);
   m.def(

@@ -2,7 +2,7 @@
 // or fence is removed from the kernels, a race is reported or a result is wrong. It instantiates few kernels, because
 // the test builds it once per barrier.
 #include "definition.h"
-#include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/group_norm_backward_rows.cuh"
 #include "kernels/cuda/layer_norm_columns.cuh"
 #include "kernels/cuda/layer_norm_rows.cuh"
 #include "kernels/cuda/local_response_norm.cuh"
@@ -122,6 +122,52 @@ void gradients(const ChannelView& view) {
   for (int64_t c = 0; c < view.channels; ++c) {
     expect_near("grad_weight", c, grad_weight[c], 0, 1e-3);
     expect_near("grad_bias", c, grad_bias[c], static_cast<double>(view.positions()), 0);
+  }
+}
+
+// Backward of group norm in one launch: the channels of a group share coefficients.
+void together(const GroupView& view) {
+  current = "groups of " + std::to_string(view.width()) + " channels of " + std::to_string(view.inner);
+  const Data data(view.by_sample(), false);
+  const int64_t count = view.samples * view.channels;
+  std::vector<float> grad(view.numel()), grad_input(view.numel()), weight(view.channels), table(4 * count);
+  std::vector<double> mean(view.statistics()), invstd(view.statistics(), 0.5), grad_weight(count), grad_bias(count);
+  std::vector<double> sum(view.statistics()), product(view.statistics());
+  const auto channel = [&](int64_t i) { return i / view.inner % view.channels; };
+  const auto statistic = [&](int64_t i) { return i / view.count(); };
+  for (int64_t c = 0; c < view.channels; ++c) weight[c] = static_cast<float>(1 + c % 3);
+  for (int64_t i = 0; i < view.numel(); ++i) mean[statistic(i)] += data.x[i] / static_cast<double>(view.count());
+  const auto deviation = [&](int64_t i) { return (data.x[i] - mean[statistic(i)]) * 0.5; };
+  for (int64_t i = 0; i < view.numel(); ++i) {
+    grad[i] = static_cast<float>((i * 29 % 16) / 8.0);
+    sum[statistic(i)] += grad[i] * weight[channel(i)];
+    product[statistic(i)] += grad[i] * weight[channel(i)] * deviation(i);
+  }
+  GroupNormBackward args{};
+  args.view = view;
+  args.grad_output = grad.data();
+  args.input = data.x.data();
+  args.grad_input = grad_input.data();
+  args.weight = {{weight.data(), DType::kFloat32}, false};
+  args.mean = mean.data();
+  args.invstd = invstd.data();
+  const BatchNormBackward by_channel = cuda::by_channel_of(args, grad_weight.data(), grad_bias.data());
+  cuda::Reduced reduced{sizeof(float), 2, true, true};
+  reduced.together = view.width();
+  const cuda::ReductionPlan plan = cuda::plan_reduction(by_channel.view, reduced, kDevice);
+  if (!plan.single()) std::abort();
+  const cuda::GroupNormalization normalization{args};
+  HostResources resources(kDevice);
+  reduce(cuda::GroupGradSumsOp<float, false>{{by_channel}, normalization},
+         cuda::FinishGroupsTogether<float, false>{
+             {by_channel, table.data()}, {args, grad_weight.data(), grad_bias.data(), table.data()}, normalization},
+         cuda::GradInputOp<float, false>{
+             grad.data(), data.x.data(), grad_input.data(), table.data(), nullptr, nullptr, {}, nullptr, true, false},
+         plan, resources);
+  cudahost::synchronize();
+  for (int64_t i = 0; i < view.numel(); ++i) {
+    const double share = (sum[statistic(i)] + deviation(i) * product[statistic(i)]) / static_cast<double>(view.count());
+    expect_near("grad_input", i, grad_input[i], 0.5 * (grad[i] * weight[channel(i)] - share), 1e-4);
   }
 }
 
@@ -282,6 +328,8 @@ int main() {
     training({2200, 8, 1}, 1);
     training({3, 1, 200}, 2);
     training({40, 8, 1}, 2);
+    together({1, 2, 6, 40, false});
+    together({1, 1, 40, 8, false});
     inference({2, 9, 160});
     inference({90, 8, 1});
     layers({3, 1200, 1});  // a block per row

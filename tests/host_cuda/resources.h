@@ -53,6 +53,7 @@ inline cuda::ReductionPlan with_lanes(cuda::ReductionPlan plan, int lanes) {
   cuda::RowsPlan& rows = plan.rows;
   const int64_t channels = cuda::kThreads / lanes;
   rows.lanes = lanes;
+  rows.channels = static_cast<int>(channels);
   rows.tiles = (rows.view.channels + channels - 1) / channels;
   rows.outer_step = lanes / rows.row_vectors;
   rows.vector_step = lanes % rows.row_vectors;

@@ -14,7 +14,7 @@ namespace normfused::testing {
 // Runs operations and records the fewest launches that each took.
 struct FewestLaunches {
   cuda::DeviceLimits limits;
-  mutable unsigned training = ~0u, backward = ~0u, rows = ~0u, other = ~0u;
+  mutable unsigned training = ~0u, backward = ~0u, rows = ~0u, groups = ~0u, other = ~0u;
 
   std::string name() const { return "cuda with " + std::to_string(limits.shared_bytes) + " bytes of shared memory"; }
 
@@ -22,7 +22,7 @@ struct FewestLaunches {
   void batch_norm_backward(const BatchNormBackward& args) const { run(cuda::batch_norm_backward, args, backward); }
   void batch_norm_inference(const BatchNormForward& args) const { run(cuda::batch_norm_inference, args, other); }
   void group_norm(const GroupNormForward& args) const { run(cuda::group_norm, args, rows); }
-  void group_norm_backward(const GroupNormBackward& args) const { run(cuda::group_norm_backward, args, other); }
+  void group_norm_backward(const GroupNormBackward& args) const { run(cuda::group_norm_backward, args, groups); }
   void layer_norm(const LayerNormForward& args) const { run(cuda::layer_norm, args, rows); }
   void layer_norm_backward(const LayerNormBackward& args) const { run(cuda::layer_norm_backward, args, other); }
 
@@ -57,16 +57,17 @@ int64_t least_shared(const IsSingle& is_single) {
   return high;
 }
 
-// Runs an operation at its limit, where it takes one launch, and one byte below it. `fewest`: the operation's counter.
-// Returns whether it can be single at all.
+// Runs an operation at its limit, where it takes at most `launches` launches, and one byte below it, where it takes
+// more. `fewest`: the operation's counter. Returns whether it can be single at all.
 template <class Run>
-bool run_at_limit(const char* what, int64_t least, unsigned FewestLaunches::* fewest, const Run& run) {
+bool run_at_limit(const char* what, int64_t least, unsigned FewestLaunches::* fewest, const Run& run,
+                  unsigned launches = 1) {
   const std::string name = current;
   for (const int64_t shared : {std::min(least, kMostShared), least - 1}) {
     current = name + " " + what + " with " + std::to_string(shared) + " of " + std::to_string(least) + " bytes";
     const FewestLaunches backend{with_shared(shared)};
     run(backend);
-    if ((backend.*fewest == 1) != (shared >= least)) {
+    if ((backend.*fewest <= launches) != (shared >= least)) {
       std::printf("FAILED %s: %u launches\n", current.c_str(), backend.*fewest);
       std::exit(1);
     }
@@ -147,6 +148,26 @@ void run_staged_rows(int64_t channels, int64_t inner, std::mt19937& random, std:
   });
 }
 
+// Backward of group norm, in one launch and two that add up the parameter gradients of the samples.
+template <class T>
+void run_together(const GroupView& view, std::mt19937& random, std::map<std::string, int64_t>& counts) {
+  for (const Fusion& fusion : {Fusion{{}, false, false}, Fusion{{ActivationKind::kSilu, 0}, true, false},
+                               Fusion{{ActivationKind::kRelu, 0}, true, true}}) {
+    cuda::Reduced reduced{sizeof(T), fusion.residual ? 3 : 2, true, true};
+    reduced.together = view.width();
+    const int64_t least = least_shared([&](const cuda::DeviceLimits& limits) {
+      return cuda::plan_reduction(view.by_sample(), reduced, limits).single();
+    });
+    current = std::string("group norm backward ") + Format<T>::name + " channels " + std::to_string(view.channels) +
+              " groups " + std::to_string(view.groups) + " inner " + std::to_string(view.inner);
+    const auto run = [&](const FewestLaunches& backend) {
+      GroupNormCase<T, const FewestLaunches>(backend, view, fusion, false, 0, random).run();
+    };
+    const bool is_single = run_at_limit("backward", least, &FewestLaunches::groups, run, 3);
+    ++counts[std::string("group norm backward") + (is_single ? " in one launch" : " in several")];
+  }
+}
+
 // Rows that are whole, masked, of several vectors per thread; columns that are plain, repeated, folded and end inside a
 // row; one channel and many.
 inline void run_single_launches(std::mt19937& random) {
@@ -175,6 +196,19 @@ inline void run_single_launches(std::mt19937& random) {
     run_staged_rows<double>(channels, inner, random, counts);
     run_staged_rows<Half>(channels, inner, random, counts);
     run_staged_rows<BFloat16>(channels, inner, random, counts);
+  }
+  // Groups of one channel, of as many as a block has warps, of more, of a number that does not divide the threads.
+  for (const GroupView& view : {GroupView{3, 5, 5, 49, false},
+                                {2, 4, 12, 64, false},
+                                {2, 4, 40, 36, false},
+                                {1, 1, 130, 16, false},
+                                {2, 1, 7, 1000, false},
+                                {1, 1, 300, 16, false},
+                                {2, 2, 6, 1, false}}) {
+    run_together<float>(view, random, counts);
+    run_together<double>(view, random, counts);
+    run_together<Half>(view, random, counts);
+    run_together<BFloat16>(view, random, counts);
   }
   for (const auto& [what, times] : counts)
     std::printf("  %-34s %5lld cases\n", what.c_str(), static_cast<long long>(times));

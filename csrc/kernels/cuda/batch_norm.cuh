@@ -253,8 +253,10 @@ struct GradSumsOp {
   static NF_DEVICE double identity(int) { return 0; }
   static NF_DEVICE double merge(int, double a, double b) { return a + b; }
   NF_DEVICE State start(int64_t channel) const {
-    const auto k = forward_coefficients<S>(
-        normalization_of(args, channel, read(args.weight, channel, 1), read(args.bias, channel, 0)));
+    return state_of(normalization_of(args, channel, read(args.weight, channel, 1), read(args.bias, channel, 0)));
+  }
+  static NF_DEVICE State state_of(const Normalization& normalization) {
+    const auto k = forward_coefficients<S>(normalization);
     State state{};
     state.pivot = k.pivot;
     if constexpr (kFused) {

@@ -131,6 +131,7 @@ struct BackwardOperands {
   const T* const grad_output = static_cast<const T*>(args.grad_output);
   const T* const input = args.training || reduces || args.mask == nullptr ? static_cast<const T*>(args.input) : nullptr;
   const T* const residual = static_cast<const T*>(args.residual);
+  const int inputs = residual == nullptr ? 2 : 3;
   T* const grad_input = static_cast<T*>(args.grad_input);
   T* const grad_residual = static_cast<T*>(args.grad_residual);
   const bool aligned = all_aligned(grad_output, input, residual, grad_input, grad_residual);
@@ -139,8 +140,6 @@ struct BackwardOperands {
     return {grad_output,   input,           grad_input, table,         residual,
             grad_residual, args.activation, args.mask,  args.training, args.from_output};
   }
-  const int inputs = residual == nullptr ? 2 : 3;
-
   ReductionPlan plan(const Reduced& reduced, const Resources& resources) const {
     return plan_for(Sums{args}, Finish{args, table}, reduced, resources);
   }

@@ -64,6 +64,8 @@ NF_TRAIT(
     HasPreload,
     std::enable_if_t<std::is_same_v<decltype(std::declval<const T&>().preload(int64_t{})), typename T::Preloaded>>);
 
+NF_TRAIT(FinishesTogether, decltype(std::declval<const T&>().finish_together(int64_t{}, int64_t{})));
+
 template <class Finish, class Op, class = void>
 struct Finishes : std::false_type {};
 template <class Finish, class Op>

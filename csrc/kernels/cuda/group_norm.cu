@@ -26,8 +26,6 @@ cudaError_t in_turn(const F&... calls) {
   return error;
 }
 
-ChannelVector vector_of(double* data) { return {data, DType::kFloat64}; }
-
 // Channels first, the values of a statistic are contiguous, and are reduced together. Channels last, each channel of a
 // sample is reduced.
 template <class T>
@@ -62,35 +60,29 @@ cudaError_t backward(const GroupNormBackward& args, Resources& resources) {
   const GroupView& view = args.view;
   const int64_t count = view.samples * view.channels;
   double* const arrays = doubles(6 * count, resources);
-  double *const weight = arrays + 2 * count, *const grad_weight = arrays + 4 * count;
-  double* const grad_bias = arrays + 5 * count;
-  S* const table = table_of<T>(BatchNormOf<T>::kBackwardRows, view, resources);
-  const ChannelsOfGroups channels{args, arrays, arrays + count, weight, arrays + 3 * count};
-  const FinishGroupsBackward<S> finish{args, weight, grad_weight, grad_bias, table};
-
-  BatchNormBackward by_channel{};
-  by_channel.view = view.by_sample();
-  by_channel.dtype = args.dtype;
-  by_channel.grad_output = args.grad_output;
-  by_channel.input = args.input;
-  by_channel.grad_input = args.grad_input;
-  by_channel.weight = vector_of(weight);
-  by_channel.grad_weight = vector_of(grad_weight);
-  by_channel.grad_bias = vector_of(grad_bias);
-  by_channel.mean = channels.mean;
-  by_channel.invstd = channels.invstd;
-  by_channel.training = true;
-  by_channel.activation = args.activation;
-  by_channel.bias = vector_of(channels.bias);
-  by_channel.residual = args.residual;
-  by_channel.mask = args.mask;
-  by_channel.grad_residual = args.grad_residual;
-
+  double *const grad_weight = arrays + 4 * count, *const grad_bias = arrays + 5 * count;
   const auto sum_over_samples = [&](const SampleParameter& output, const double* gradients) {
     if (!output) return cudaSuccess;
     return for_each_channel(WriteParameterGradient{gradients, view.channels, output, view.samples, view.channels},
                             output.by_sample ? count : view.channels, resources.stream);
   };
+  bool is_done = false;
+  if (!view.channels_last && args.grad_input != nullptr) {
+    const cudaError_t error = group_norm_backward_rows(args, grad_weight, grad_bias, resources, is_done);
+    if (error != cudaSuccess) return error;
+  }
+  if (is_done)
+    return in_turn([&] { return sum_over_samples(args.grad_weight, grad_weight); },
+                   [&] { return sum_over_samples(args.grad_bias, grad_bias); });
+
+  S* const table = table_of<T>(BatchNormOf<T>::kBackwardRows, view, resources);
+  const ChannelsOfGroups channels{args, arrays, arrays + count, arrays + 2 * count, arrays + 3 * count};
+  const FinishGroupsBackward<S> finish{args, grad_weight, grad_bias, table};
+  BatchNormBackward by_channel = by_channel_of(args, grad_weight, grad_bias);
+  by_channel.weight = vector_of(channels.weight);
+  by_channel.bias = vector_of(channels.bias);
+  by_channel.mean = channels.mean;
+  by_channel.invstd = channels.invstd;
   const auto apply = [&] {
     if (args.grad_input == nullptr) return cudaSuccess;
     return in_turn([&] { return for_each_statistic(finish, view.statistics(), view.width(), resources.stream); },

@@ -23,10 +23,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 }
 
 // Lanes for statistics of this many channels each: a power of two, at most a warp.
-template <class F>
-cudaError_t for_each_statistic(const F& function, int64_t statistics, int64_t width, cudaStream_t stream) {
+constexpr int lanes_of_statistic(int64_t width) {
   int lanes = 1;
   while (lanes < kWarp && lanes < width) lanes *= 2;
+  return lanes;
+}
+
+template <class F>
+cudaError_t for_each_statistic(const F& function, int64_t statistics, int64_t width, cudaStream_t stream) {
+  const int lanes = lanes_of_statistic(width);
   const auto blocks = static_cast<unsigned>((statistics * lanes + kThreads - 1) / kThreads);
   return launch(LaunchConfig{dim3(blocks), dim3(kThreads), stream}, each_statistic<F>, function, statistics, lanes);
 }
@@ -75,6 +80,27 @@ struct FinishGroups {
   }
 };
 
+// The view of a double array with an entry for each channel of each sample.
+inline ChannelVector vector_of(double* data) { return {data, DType::kFloat64}; }
+
+// Backward by channels of samples, without what GradSumsOp reads of a channel.
+inline BatchNormBackward by_channel_of(const GroupNormBackward& args, double* grad_weight, double* grad_bias) {
+  BatchNormBackward by_channel{};
+  by_channel.view = args.view.by_sample();
+  by_channel.dtype = args.dtype;
+  by_channel.grad_output = args.grad_output;
+  by_channel.input = args.input;
+  by_channel.grad_input = args.grad_input;
+  by_channel.grad_weight = vector_of(grad_weight);
+  by_channel.grad_bias = vector_of(grad_bias);
+  by_channel.training = true;
+  by_channel.activation = args.activation;
+  by_channel.residual = args.residual;
+  by_channel.mask = args.mask;
+  by_channel.grad_residual = args.grad_residual;
+  return by_channel;
+}
+
 // What GradSumsOp reads of a channel of a sample. Arrays have an entry for each.
 struct ChannelsOfGroups {
   GroupNormBackward args;
@@ -90,11 +116,11 @@ struct ChannelsOfGroups {
 };
 
 // Replaces the coefficients of GradInputOp that depend on sums, which those of the channels of a group share. With
-// gradients of z weighted by `weight`, the statistic is that of a batch norm without parameters.
+// gradients of z weighted by the weight, the statistic is that of a batch norm without parameters.
 template <class S>
 struct FinishGroupsBackward {
   GroupNormBackward args;
-  const double *weight, *grad_weight, *grad_bias;  // of each channel of each sample
+  const double *grad_weight, *grad_bias;  // of each channel of each sample
   S* table;
 
   NF_DEVICE void operator()(int64_t statistic, int lane, int lanes, bool is_present) const {
@@ -102,8 +128,9 @@ struct FinishGroupsBackward {
     const int64_t first = statistic * view.width(), channels = view.samples * view.channels;
     double sums[2] = {};
     for (int64_t j = lane; j < view.width(); j += lanes) {
-      sums[0] += weight[first + j] * grad_weight[first + j];
-      sums[1] += weight[first + j] * grad_bias[first + j];
+      const double weight = read_parameter(args.weight, first + j, view.channels, 1);
+      sums[0] += weight * grad_weight[first + j];
+      sums[1] += weight * grad_bias[first + j];
     }
     sum_lanes(sums, lanes);
     if (!is_present) return;

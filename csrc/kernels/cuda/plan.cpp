@@ -86,8 +86,8 @@ bool too_few(int64_t tiles, int64_t tile_bytes, const DeviceLimits& limits) {
 }
 
 // The copies of a single launch whose threads read at most this many vectors of each input.
-Staged staged_of(const Reduced& reduced, int64_t vectors) {
-  return {vectors, vectors * kThreads * reduced.vector_bytes() * reduced.inputs};
+Staged staged_of(const Reduced& reduced, int64_t vectors, int threads = kThreads) {
+  return {vectors, threads, vectors * threads * reduced.vector_bytes() * reduced.inputs};
 }
 
 // Whether one launch reduces and applies. `declared`: the shared memory that the kernel declares; `is_small`: whatever
@@ -116,21 +116,28 @@ RowsPlan plan_rows(const ChannelView& view, const Reduced& reduced, const Device
   plan.row_vectors = plan.masked ? (view.inner + 2 * plan.values - 2) / plan.values : view.inner / plan.values;
   plan.by_row_vectors = Divider<uint64_t>(static_cast<uint64_t>(plan.row_vectors));
   const int64_t channel_bytes = view.positions() * reduced.itemsize * reduced.inputs;
-  const auto channels = [&] { return int64_t{kThreads} / plan.lanes; };
+  const auto channels = [&] {
+    const int64_t all = kThreads / plan.lanes;
+    return all > reduced.together && reduced.together > 0 ? all / reduced.together * reduced.together : all;
+  };
   const auto sample_tiles = [&] { return ceil_div(view.channels, channels()); };
   const auto few = [&] {
     return plan.units() > plan.lanes && too_few(sample_tiles(), channels() * channel_bytes, limits);
   };
   plan.lanes = kWarp;
   while (plan.lanes < kThreads && (plan.units() > kVectorsPerLane * plan.lanes || few())) plan.lanes *= 2;
+  while (plan.lanes > 1 && plan.lanes * reduced.together > kThreads) plan.lanes /= 2;
+  plan.channels = static_cast<int>(channels());
   plan.outer_step = plan.lanes / plan.row_vectors;
   plan.vector_step = plan.lanes % plan.row_vectors;
-  plan.tiles = ceil_div(plan.view.channels, channels());
+  plan.tiles = ceil_div(plan.view.channels, plan.channels);
   // A byte of a mask belongs to two threads if two channels share a vector.
-  plan.staged = staged_of(reduced, ceil_div(plan.units(), plan.lanes));
-  plan.single = plan.values > 1 && !(plan.masked && reduced.writes_mask) &&
-                may_be_single(reduced, plan.staged, kDeclaredBytes, plan.tiles,
-                              channel_bytes <= kSingleChannelBytes * reduced.inputs, limits);
+  plan.staged = staged_of(reduced, ceil_div(plan.units(), plan.lanes), plan.lanes * plan.channels);
+  // How a sample is summed must not depend on the number of samples, and so of tiles.
+  const bool is_small = view.alike || channel_bytes <= kSingleChannelBytes * reduced.inputs;
+  const bool is_together = reduced.together == 0 || plan.channels % reduced.together == 0;
+  plan.single = plan.values > 1 && is_together && !(plan.masked && reduced.writes_mask) &&
+                may_be_single(reduced, plan.staged, kDeclaredBytes, plan.tiles, is_small, limits);
   const int64_t splits = plan.single ? 1
                                      : splits_for(sample_tiles(), channels() * channel_bytes,
                                                   plan.masked ? resident.masked_rows : resident.rows, limits);
@@ -193,8 +200,9 @@ ColumnsPlan plan_columns(const ChannelView& view, const Reduced& reduced, const 
   const auto is_single = [&] {
     plan.staged = staged_of(reduced, ceil_div(plan.rows, plan.height));
     const int64_t states = column_state_bytes(values, reduced.itemsize);
-    return plan.values > 1 && may_be_single(reduced, plan.staged, kDeclaredBytes + states, plan.tiles,
-                                            tile_bytes() <= kSingleTileBytes * reduced.inputs, limits);
+    return plan.values > 1 && reduced.together == 0 &&
+           may_be_single(reduced, plan.staged, kDeclaredBytes + states, plan.tiles,
+                         tile_bytes() <= kSingleTileBytes * reduced.inputs, limits);
   };
   const ColumnsPlan widest = plan;
   while (!(plan.single = is_single()) && reduced.may_apply && narrow()) {
@@ -224,7 +232,8 @@ int merge_group(int splits) {
 ReductionPlan plan_reduction(const ChannelView& view, const Reduced& reduced, const DeviceLimits& limits,
                              const Residency& resident) {
   ReductionPlan plan{};
-  plan.by_rows = view.inner > 1 && folded_channels(view, reduced.values, reduced.aligned) == 0;
+  plan.by_rows =
+      view.inner > 1 && (reduced.together > 0 || folded_channels(view, reduced.values, reduced.aligned) == 0);
   if (!plan.by_rows) {
     plan.columns = plan_columns(view, reduced, limits, resident);
     // The tiles of a folded matrix have several channels. One launch may suffice for tiles of fewer.
@@ -293,8 +302,8 @@ ResidentRowsPlan plan_resident_rows(const ResidentRows& rows, bool is_backward, 
   plan.threads = std::max(plan.lanes, kThreads);
   const int64_t held = int64_t{plan.lanes} * plan.vectors * plan.values;
   plan.chunks = static_cast<int>(ceil_div(length, held));
-  plan.staged.vectors = ceil_div(ceil_div(length, plan.values), kThreads);
-  plan.staged.bytes = plan.staged.vectors * kThreads * plan.values * rows.itemsize;
+  const Reduced row{rows.itemsize, 1, rows.aligned, true, false, plan.values};
+  plan.staged = staged_of(row, ceil_div(ceil_div(length, plan.values), kThreads));
   plan.is_staged =
       rows.may_stage && plan.chunks > 1 && plan.values > 1 && plan.staged.bytes + kDeclaredBytes <= limits.shared_bytes;
   if (plan.is_staged) {

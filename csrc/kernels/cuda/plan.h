@@ -53,18 +53,19 @@ constexpr int column_vectors_in_flight(int inputs, bool doubles) { return 8 / in
 // The copies that a block of a single launch keeps in shared memory (see Stage).
 struct Staged {
   int64_t vectors;  // the maximum that a thread has of one input
+  int threads;      // that have copies: the first of the block
   int64_t bytes;    // of all inputs and threads
 };
 
-// Channels first: `lanes` threads per channel, kThreads / lanes channels per tile. A row is the `inner` consecutive
-// values of a channel; a unit is a vector of a row.
+// Channels first: `lanes` threads per channel, `channels` channels per tile. A row is the `inner` consecutive values of
+// a channel; a unit is a vector of a row.
 struct RowsPlan {
   ChannelView view;
   int values;           // per vector
   bool masked;          // rows can begin or end inside vectors, which they share with their neighbours
   int64_t row_vectors;  // how many vectors a row can touch
   Divider<uint64_t> by_row_vectors;
-  int lanes;
+  int lanes, channels;
   int64_t outer_step, vector_step;  // the distance of `lanes` vectors, as rows and vectors
   int64_t tiles;
   int64_t chunk;
@@ -151,6 +152,8 @@ struct Reduced {
   bool may_apply = false;
   bool writes_mask = false;                  // by whole bytes: no two threads may write values of the same vector
   int values = values_per_access(itemsize);  // per vector, if aligned
+  // If not 0, a launch that applies finishes this many neighbouring channels together, and its plan is one of rows.
+  int64_t together = 0;
 
   constexpr int vector_bytes() const { return values * itemsize; }
 };

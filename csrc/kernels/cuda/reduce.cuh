@@ -35,6 +35,8 @@
 //   Preloaded, preload(channel)      loads its other inputs, before the results are merged
 //   operator()(channel, results, preloaded)
 //                                    called by one thread, once per channel
+//   finish_together(first, last)     optional, if the launch applies a plan of rows: called by all threads of a block,
+//                                    after its channels [first, last) are finished
 //
 // check_reduce_op() verifies both contracts at compile time.
 #pragma once
@@ -410,28 +412,29 @@ NF_DEVICE void copy_tile(const Apply& apply, const ColumnsPlan& plan, int64_t sa
 
 // The stage of a kernel that applies, and otherwise a NoStage.
 template <class Apply, int kValues>
-NF_DEVICE auto stage_for([[maybe_unused]] const Apply& apply, [[maybe_unused]] int64_t vectors) {
+NF_DEVICE auto stage_for([[maybe_unused]] const Apply& apply, [[maybe_unused]] const Staged& plan) {
   if constexpr (std::is_same_v<Apply, NoApply>) {
     return NoStage{};
   } else {
     NF_DYNAMIC_SHARED(uint4, staged);
-    return Stage<typename Apply::T, kValues>(staged, inputs_of(apply), vectors);
+    return Stage<typename Apply::T, kValues>(staged, inputs_of(apply), plan);
   }
 }
 
-// Channels first: plan.lanes threads per channel. A block per tile of kThreads / plan.lanes channels (blockIdx.x) and
-// split (blockIdx.y).
+// Channels first: plan.lanes threads per channel. A block per tile of plan.channels channels (blockIdx.x) and split
+// (blockIdx.y).
 template <class Op, class Finish, class Apply, int kValues, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_rows(const Op op, const Finish finish, const Apply apply, const RowsPlan plan,
                 const Partials<typename Op::Sum> partials) {
   allow_next_launch();
-  const int lane = threadIdx.x % plan.lanes, slots = kThreads / plan.lanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * slots, channel = first + threadIdx.x / plan.lanes;
-  const ChannelRange range{first, first + slots < plan.view.channels ? first + slots : plan.view.channels};
+  const int lane = threadIdx.x % plan.lanes;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * plan.channels, channel = first + threadIdx.x / plan.lanes;
+  const int64_t end = first + plan.channels;
+  const ChannelRange range{first, end < plan.view.channels ? end : plan.view.channels};
 
   if (channel < range.last && lane == 0) finish.prefetch(channel);
-  auto stage = stage_for<Apply, kValues>(apply, plan.staged.vectors);
+  auto stage = stage_for<Apply, kValues>(apply, plan.staged);
   if constexpr (!std::is_same_v<Apply, NoApply>) {
     if (channel < range.last) copy_row<Apply, kValues, kMasked>(apply, plan, channel, lane, stage);
     stage.end();
@@ -451,6 +454,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
   if constexpr (!std::is_same_v<Apply, NoApply>) {
     __syncthreads();  // the coefficients are written
+    if constexpr (contracts::FinishesTogether<Finish>::value) {
+      finish.finish_together(range.first, range.last);
+      __syncthreads();  // and those that channels share
+    }
     apply.prologue();
     if (channel < range.last) apply_row<Apply, kValues, kMasked>(apply, plan, channel, lane, stage);
   }
@@ -472,7 +479,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const ChannelRange range{first, first + channels < end ? first + channels : end};
 
   if (first + threadIdx.x < range.last) finish.prefetch(first + threadIdx.x);
-  auto stage = stage_for<Apply, kValues>(apply, plan.staged.vectors);
+  auto stage = stage_for<Apply, kValues>(apply, plan.staged);
   if constexpr (!std::is_same_v<Apply, NoApply>) {
     copy_tile<Apply, kValues>(apply, plan, sample, tile, stage);
     stage.end();
@@ -537,7 +544,8 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
     if (!plan.by_rows && plan.columns.values == 1) return start(reduce_columns<Op, Finish, Apply, 1>, plan.columns);
     if (plan.by_rows && plan.rows.values == 1) return start(reduce_rows<Op, Finish, Apply, 1, false>, plan.rows);
   }
-  if (!plan.by_rows) return start(reduce_columns<Op, Finish, Apply, kValues>, plan.columns);
+  if constexpr (!contracts::FinishesTogether<Finish>::value)  // those have a plan of rows
+    if (!plan.by_rows) return start(reduce_columns<Op, Finish, Apply, kValues>, plan.columns);
   return plan.rows.masked ? start(reduce_rows<Op, Finish, Apply, kValues, true>, plan.rows)
                           : start(reduce_rows<Op, Finish, Apply, kValues, false>, plan.rows);
 }

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   using T = typename Op::T;
   constexpr int kVectors = 2;  // that are written together
   NF_DYNAMIC_SHARED(uint4, staged);
-  Stage<T, kValues> stage(staged, 1, plan.staged.vectors);
+  Stage<T, kValues> stage(staged, 1, plan.staged);
   const RowPart<kValues> part(plan, blockIdx.x, true, op.channels());
   for (int v = 0; part.has(v); ++v)
     stage.copy([&](int) { return op.input(); }, part.row * op.channels() + part.channel(v), kValues);

@@ -14,13 +14,13 @@ class Stage {
  public:
   using V = Vector<T, kValues>;
 
-  // `memory`: the block's dynamic shared memory. `inputs`: how many are present; `vectors`: the maximum number of
-  // vectors of one input that a thread of the block processes.
-  NF_DEVICE Stage(uint4* memory, int inputs, int64_t vectors)
+  // `memory`: the block's dynamic shared memory. `inputs`: how many are present.
+  NF_DEVICE Stage(uint4* memory, int inputs, const Staged& plan)
       : words_(memory + threadIdx.x),
         next_(words_),
         inputs_(inputs),
-        group_vectors_(static_cast<int>((vectors + kGroups - 1) / kGroups)),
+        threads_(plan.threads),
+        group_vectors_(static_cast<int>((plan.vectors + kGroups - 1) / kGroups)),
         left_in_group_(group_vectors_) {}
 
   // Starts to copy the thread's next vector of the inputs input(0), input(1), ... at an offset. Only `left` values lie
@@ -40,7 +40,7 @@ class Stage {
                              static_cast<int>(present < kAccessValues ? present : kAccessValues) * int{sizeof(T)});
         else
           start_clipped_copy(next_, source, 0);
-        next_ += kThreads;
+        next_ += threads_;
       }
     }
     ++vectors_;
@@ -66,7 +66,7 @@ class Stage {
   // Input k of the thread's vector v; zeros if the input is absent. Precondition: wait(v + 1).
   NF_DEVICE V load(int v, int k) const {
     if (k >= inputs_) return V{};
-    return V::from_words([&](int i) { return words_[((v * inputs_ + k) * V::kAccesses + i) * kThreads]; });
+    return V::from_words([&](int i) { return words_[((v * inputs_ + k) * V::kAccesses + i) * threads_]; });
   }
 
  private:
@@ -79,9 +79,9 @@ class Stage {
     left_in_group_ = group_vectors_;
   }
 
-  uint4* const words_;  // access i of input k of vector v is number (v * inputs_ + k) * kAccesses + i, kThreads apart
+  uint4* const words_;  // access i of input k of vector v is number (v * inputs_ + k) * kAccesses + i, threads_ apart
   uint4* next_;
-  const int inputs_, group_vectors_;
+  const int inputs_, threads_, group_vectors_;
   int left_in_group_, vectors_ = 0, groups_ = 0, arrived_ = 0;
 };
 

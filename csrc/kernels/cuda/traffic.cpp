@@ -45,14 +45,25 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, bool
 SampleTraffic group_norm_traffic(const GroupView& view, int itemsize, bool is_backward, const DeviceLimits& limits) {
   const ChannelView reduced = is_backward ? view.by_sample() : view.reduced();
   const int inputs = is_backward ? 2 : 1, sums = is_backward ? 2 : 4;
-  const ReductionPlan plan = plan_reduction(reduced, {itemsize, inputs, true}, limits);
   const int64_t bytes = view.numel() * itemsize;
-  const ResidentRowsPlan rows =
-      plan_resident_rows(rows_of(view, itemsize, values_per_access(itemsize), true), false, limits);
-  if (!is_backward && is_resident(rows, view, false)) return {1, bytes, bytes};
-  const int64_t partials = plan.splits() * sums * reduced.statistics() * int64_t{sizeof(double)};
+  SampleTraffic result{};
+  result.rows = plan_resident_rows(rows_of(view, itemsize, values_per_access(itemsize), true), false, limits);
+  if (!is_backward && is_resident(result.rows, view, false)) {
+    result.launches = 1;
+    result.read = result.written = bytes;
+    return result;
+  }
+  Reduced together{itemsize, inputs, true, is_backward && !view.channels_last};
+  together.together = view.width();
+  if (together.may_apply) result.reduction = plan_reduction(reduced, together, limits);
+  const bool single = together.may_apply && result.reduction.single();
+  if (!single) result.reduction = plan_reduction(reduced, {itemsize, inputs, true}, limits);
   // Forward: reduction, finish, application. Backward also prepares the reduction and writes two parameter gradients.
-  return {is_backward ? 6 : 3, 2 * inputs * bytes + partials, bytes + partials};
+  result.launches = single ? 3 : is_backward ? 6 : 3;
+  const int64_t partials = result.reduction.splits() * sums * reduced.statistics() * int64_t{sizeof(double)};
+  result.read = (single ? 1 : 2) * inputs * bytes + partials;
+  result.written = bytes + partials;
+  return result;
 }
 
 SampleTraffic layer_norm_traffic(const ChannelView& view, int itemsize, bool is_backward, const DeviceLimits& limits) {
@@ -63,10 +74,10 @@ SampleTraffic layer_norm_traffic(const ChannelView& view, int itemsize, bool is_
   const LayerColumnsPlan columns = is_rows ? LayerColumnsPlan{} : plan_layer_columns(view, 1, itemsize, true, limits);
   const int passes = is_rows && rows.chunks > 1 ? 2 : 1;
   const int64_t bytes = view.numel() * itemsize;
-  if (!is_backward) return {passes, passes * bytes, bytes};
+  if (!is_backward) return {passes, passes * bytes, bytes, {}, rows};
   // The sums of every block, for the gradients of weight and bias, which three launches add up and write.
   const int64_t sums = (is_rows ? rows.blocks : columns.blocks) * 2 * view.channels * std::max(itemsize, 4);
-  return {passes + 3, passes * 2 * bytes + sums, bytes + sums};
+  return {passes + 3, passes * 2 * bytes + sums, bytes + sums, {}, rows};
 }
 
 }  // namespace normfused::cuda

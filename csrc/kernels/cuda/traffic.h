@@ -25,6 +25,8 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, bool
 struct SampleTraffic {
   int launches;
   int64_t read, written;
+  ReductionPlan reduction;  // of group norm, unless a launch holds whole statistics
+  ResidentRowsPlan rows;    // in that case, forward
 };
 
 SampleTraffic group_norm_traffic(const GroupView& view, int itemsize, bool is_backward, const DeviceLimits& limits);
