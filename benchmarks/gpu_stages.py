@@ -255,7 +255,7 @@ STAGES = {
         Stage(
             "overlap",
             50,
-            "forward and backward of 16 small cases, where an application overlaps with its reduction",
+            "forward and backward of 16 small cases, in one launch or in two that overlap",
             report("overlap", OVERLAP, "--quick", tiny="^eval_forward-2x8.*float32-NCHW"),
         ),
         Stage(
@@ -268,6 +268,18 @@ STAGES = {
                 "--quick",
                 tiny="^eval_forward-2x8.*float32-NCHW",
                 environment={"NORMFUSED_CUDA_OVERLAP": "0"},
+            ),
+        ),
+        Stage(
+            "unstaged",
+            50,
+            "the same with NORMFUSED_CUDA_STAGED=0",
+            report(
+                "unstaged",
+                OVERLAP,
+                "--quick",
+                tiny="^eval_forward-2x8.*float32-NCHW",
+                environment={"NORMFUSED_CUDA_STAGED": "0"},
             ),
         ),
         Stage("n32", 210, "the grid at batch 32", report("n32", "-32x|small_call", tiny="-2x5x7x7-float32-NCHW")),
@@ -297,7 +309,7 @@ STAGES = {
 # Runs of at most 540 s each. The most valuable stages come first, because the last may be cut off.
 RUNS = {
     "run-1": ("build", "operators", "first", "test"),
-    "run-2": ("build", "n256", "public", "norms", "overlap", "serial"),
+    "run-2": ("build", "n256", "public", "norms", "overlap", "serial", "unstaged"),
     "run-3": ("build", "n32", "graphs", "memcheck", "racecheck", "synccheck", "initcheck"),
     "run-4": ("build", "compile", "large", "memory", "activations", "images"),
 }

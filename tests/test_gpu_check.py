@@ -24,6 +24,7 @@ sys.path.append(str(BENCHMARKS))
 
 import gpu_build  # noqa: E402
 import gpu_check  # noqa: E402
+import gpu_render  # noqa: E402
 import gpu_stages  # noqa: E402
 import pytest_record  # noqa: E402
 import stage_runner  # noqa: E402
@@ -408,7 +409,7 @@ def test_a_rehearsal_runs_every_stage(rehearsal: tuple[subprocess.CompletedProce
         names = set(tar.getnames())
     for stage in set(STAGES) - set(skipped):
         assert f"./logs/{stage}.log" in names
-    measured = [f"{name}/results.json" for name in ("first", "n256", "overlap", "serial", "n32", "graphs", "compile")]
+    measured = [f"{name}/results.json" for name in (*gpu_render.ALONE, "n256", "n32")]
     for name in (
         *measured,
         "memory.json",

@@ -22,9 +22,9 @@ namespace normfused::ops {
 
 namespace {
 
-// NORMFUSED_CUDA_OVERLAP=0 makes every launch wait for the previous one, to measure what overlap gains.
-bool overlap_requested() {
-  const char* const text = std::getenv("NORMFUSED_CUDA_OVERLAP");
+// Whether an optimization has not been disabled by an environment variable that is 0, to measure what it gains.
+bool is_enabled(const char* variable) {
+  const char* const text = std::getenv(variable);
   return text == nullptr || std::strcmp(text, "0") != 0;
 }
 
@@ -40,9 +40,9 @@ const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
       C10_CUDA_CHECK(
           cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, static_cast<int>(i)));
       all[i].l2_bytes = l2_bytes;
-      all[i].shared_bytes = shared_bytes;
+      all[i].shared_bytes = is_enabled("NORMFUSED_CUDA_STAGED") ? shared_bytes : 0;
       const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(i));
-      all[i].overlap = overlap_requested() && cuda::launches_overlap();
+      all[i].overlap = is_enabled("NORMFUSED_CUDA_OVERLAP") && cuda::launches_overlap();
     }
     return all;
   }();
