@@ -76,10 +76,10 @@ void bind_cuda_plans(py::module_& m) {
   m.def(
       "cuda_traffic",
       [](cuda::Operation operation, std::array<int64_t, 3> view, int itemsize, bool fused, int multiprocessors,
-         int64_t l2_bytes, int64_t shared_bytes, std::array<int, 3> resident) {
-        const cuda::Traffic t =
-            traffic(operation, {view[0], view[1], view[2]}, itemsize, fused,
-                    {multiprocessors, l2_bytes, false, shared_bytes}, {resident[0], resident[1], resident[2]});
+         int64_t l2_bytes, int64_t shared_bytes, int max_cluster, std::array<int, 3> resident) {
+        const cuda::Traffic t = traffic(operation, {view[0], view[1], view[2]}, itemsize, fused,
+                                        {multiprocessors, l2_bytes, false, shared_bytes, max_cluster},
+                                        {resident[0], resident[1], resident[2]});
         const cuda::ReductionPlan& r = t.reduction;
         return py::dict("single"_a = t.single, "launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written,
                         "by_rows"_a = r.by_rows, "values"_a = r.by_rows ? r.rows.values : r.columns.values,
@@ -89,13 +89,13 @@ void bind_cuda_plans(py::module_& m) {
                         "staged_bytes"_a = r.single() ? r.staged().bytes : 0, "streaming_stores"_a = t.apply.streaming);
       },
       "operation"_a, "view"_a, "itemsize"_a, "fused"_a, "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a,
-      "resident"_a = std::array<int, 3>{cuda::kMinBlocks, cuda::kMinBlocks, cuda::kMinBlocks});
+      "max_cluster"_a, "resident"_a = std::array<int, 3>{cuda::kMinBlocks, cuda::kMinBlocks, cuda::kMinBlocks});
   m.def(
       "cuda_group_norm_plan",
       [](std::array<int64_t, 4> view, bool channels_last, int itemsize, bool backward, int multiprocessors,
-         int64_t l2_bytes, int64_t shared_bytes) {
+         int64_t l2_bytes, int64_t shared_bytes, int max_cluster) {
         const GroupView group_view{view[0], view[1], view[2], view[3], channels_last};
-        const cuda::DeviceLimits limits{multiprocessors, l2_bytes, false, shared_bytes};
+        const cuda::DeviceLimits limits{multiprocessors, l2_bytes, false, shared_bytes, max_cluster};
         const auto t = cuda::group_norm_traffic(group_view, itemsize, backward, limits);
         const cuda::ReductionPlan& r = t.reduction;
         return py::dict("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written, "by_rows"_a = r.by_rows,
@@ -103,13 +103,14 @@ void bind_cuda_plans(py::module_& m) {
                         "lanes"_a = r.rows.lanes, "width"_a = r.columns.width, "tiles"_a = r.tiles(),
                         "splits"_a = r.splits(), "chunk"_a = r.by_rows ? r.rows.chunk : r.columns.chunk);
       },
-      "view"_a, "channels_last"_a, "itemsize"_a, "backward"_a, "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a);
+      "view"_a, "channels_last"_a, "itemsize"_a, "backward"_a, "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a,
+      "max_cluster"_a);
   m.def(
       "cuda_layer_norm_plan",
       [](std::array<int64_t, 3> view, int64_t samples, int itemsize, bool backward, int multiprocessors,
-         int64_t l2_bytes, int64_t shared_bytes) {
+         int64_t l2_bytes, int64_t shared_bytes, int max_cluster) {
         const ChannelView v{view[0], view[1], view[2]};
-        const cuda::DeviceLimits limits{multiprocessors, l2_bytes, false, shared_bytes};
+        const cuda::DeviceLimits limits{multiprocessors, l2_bytes, false, shared_bytes, max_cluster};
         const auto t = cuda::layer_norm_traffic(v, itemsize, backward, limits);
         py::dict plan("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written);
         if (v.inner == 1) {
@@ -126,7 +127,8 @@ void bind_cuda_plans(py::module_& m) {
         }
         return plan;
       },
-      "view"_a, "samples"_a, "itemsize"_a, "backward"_a, "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a);
+      "view"_a, "samples"_a, "itemsize"_a, "backward"_a, "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a,
+      "max_cluster"_a);
 }
 
 }  // namespace

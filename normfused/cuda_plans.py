@@ -30,16 +30,17 @@ class CudaDevice(NamedTuple):
     multiprocessors: int
     l2_bytes: int
     shared_bytes: int  # the maximum shared memory of a block
+    max_cluster: int  # the maximum number of blocks that run together; 1: no clusters
 
 
 _DEVICES = {
     device.name: device
     for device in (
-        CudaDevice("a100", 108, 40 << 20, 163 << 10),
-        CudaDevice("h100", 132, 50 << 20, 227 << 10),
-        CudaDevice("h200", 132, 50 << 20, 227 << 10),
-        CudaDevice("l4", 58, 48 << 20, 99 << 10),
-        CudaDevice("t4", 40, 4 << 20, 64 << 10),
+        CudaDevice("a100", 108, 40 << 20, 163 << 10, 1),
+        CudaDevice("h100", 132, 50 << 20, 227 << 10, 8),
+        CudaDevice("h200", 132, 50 << 20, 227 << 10, 8),
+        CudaDevice("l4", 58, 48 << 20, 99 << 10, 1),
+        CudaDevice("t4", 40, 4 << 20, 64 << 10, 1),
     )
 }
 
@@ -172,6 +173,7 @@ def _device(device: str | torch.device) -> CudaDevice:
         properties.multi_processor_count,
         properties.L2_cache_size,
         getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
+        8 if properties.major >= 9 else 1,
     )
 
 
@@ -209,7 +211,9 @@ def _batch_norm(layer: Any, x: Tensor, device: CudaDevice) -> tuple[CudaPass, Cu
     def steps(name: str, operation: str, tensors: int) -> CudaPass:
         chosen = plan(operation)
         if chosen["single"]:
-            reason = f"a block copies its channels, {_size(chosen['staged_bytes'])}, once"
+            size = _size(chosen["staged_bytes"])
+            cluster = f"the {chosen['splits']} blocks of a cluster copy their channels once, {size} each"
+            reason = f"a block copies its channels once, {size}" if chosen["splits"] == 1 else cluster
             return _pass(name, "held in shared memory", reason, chosen, x, tensors)
         blocks, ranges = _count(chosen["splits"], "block"), _count(chosen["tiles"], "range")
         divided = f"{blocks} for each of {ranges} of channels"
@@ -247,7 +251,8 @@ def _sample_norm(x: Tensor, groups: int, device: CudaDevice) -> tuple[CudaPass, 
             else f"{values} do not fit a block's shared memory"
         )  # fmt: skip
     if backward["launches"] == 3:
-        back = "held in shared memory", f"a block holds {values} of two tensors"
+        who = "a block holds" if backward["splits"] == 1 else f"{backward['splits']} blocks of a cluster hold"
+        back = "held in shared memory", f"{who} {values} of two tensors"
     else:
         back = (
             TWO_PASSES,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import normfused
-from normfused import functional
+from normfused import explain, functional
 
 pytestmark = pytest.mark.parametrize("device", ["cuda"], indirect=True)
 
-SHAPES = [(8, 64, 8, 8), (32, 3, 65, 33), (16, 256, 28, 28), (64, 512, 7, 7)]
+# The last are held by clusters of blocks, where the device has them.
+SHAPES = [(8, 64, 8, 8), (32, 3, 65, 33), (16, 256, 28, 28), (64, 512, 7, 7), (32, 64, 56, 56), (32, 64, 112, 112)]
 DTYPES = [torch.float32, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -104,6 +109,51 @@ def test_no_call_synchronizes_with_the_device(inputs: tuple[normfused.BatchNorm2
         normfused.functional.channel_moments(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+HELD = [
+    (nn.BatchNorm2d(512), (32, 512, 28, 28)),  # by a block for each channel
+    (nn.BatchNorm2d(256), (256, 256, 14, 14)),  # in bfloat16, rows that are not whole vectors
+    (nn.BatchNorm2d(128), (32, 128, 56, 56)),  # by a cluster
+    (nn.BatchNorm2d(64), (32, 64, 112, 112)),
+    (nn.GroupNorm(32, 320), (2, 320, 64, 64)),
+    (nn.GroupNorm(32, 640), (2, 640, 64, 64)),
+    (nn.InstanceNorm2d(64, affine=True), (4, 64, 160, 160)),
+    (nn.LayerNorm(50_000), (16, 50_000)),
+]
+
+
+@pytest.mark.parametrize(("original", "shape"), HELD, ids=lambda value: str(value).replace(" ", ""))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_a_launch_holds(
+    device: torch.device, original: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Output and gradients compared with torch in float64, with values far from zero."""
+    torch.manual_seed(0)
+    exact = copy.deepcopy(original).double().to(device)
+    ours = normfused.convert(copy.deepcopy(original)).to(device)
+    x = (torch.randn(shape, device=device) + 3).to(dtype)
+    grad_output = torch.randn(shape, device=device).to(dtype)
+    assert explain(ours, x).passes[0].launches <= 3
+    expected = step(exact, x.double().requires_grad_(), grad_output.double())
+    got = step(ours, x.requires_grad_(), grad_output)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance * e.abs().max().item())
+
+
+@pytest.mark.parametrize(("original", "shape"), HELD, ids=lambda value: str(value).replace(" ", ""))
+def test_explained_launches_take_place(device: torch.device, original: nn.Module, shape: tuple[int, ...]) -> None:
+    layer, x = normfused.convert(copy.deepcopy(original)).to(device), torch.randn(shape, device=device)
+    layer(x)
+    for _ in range(3):  # a profiler that has just started can miss short kernels
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            layer(x)
+            torch.cuda.synchronize()
+        kernels = [e.name for e in profiler.events() if "normfused" in e.name and e.device_type == DeviceType.CUDA]
+        if kernels:
+            break
+    assert len(kernels) == explain(layer, x).passes[0].launches, kernels
 
 
 def test_runs_on_the_current_stream(device: torch.device) -> None:

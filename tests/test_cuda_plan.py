@@ -8,7 +8,8 @@ import pytest
 
 from normfused import _extension
 
-H200 = (132, 50 << 20, 227 << 10)  # multiprocessors, bytes of L2, bytes of shared memory of a block
+# Multiprocessors, bytes of L2, bytes of shared memory of a block, blocks of a cluster.
+H200 = (132, 50 << 20, 227 << 10, 8)
 BLOCK_BYTES = 16 << 10
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
@@ -18,7 +19,7 @@ def plan(
     operation: str,
     view: tuple[int, int, int],
     itemsize: int,
-    device: tuple[int, int, int] = H200,
+    device: tuple[int, int, int, int] = H200,
     *,
     fused: bool = False,
 ) -> dict[str, Any]:
@@ -32,14 +33,14 @@ def plan(
 # Every batch norm of ResNet-50 in bfloat16 at batch 256: threads of a channel or vectors of a tile, tiles, splits.
 RESNET50 = {
     (64, 112): ((256, 64, 4), (8, 1, 262)),
-    (64, 56): ((256, 64, 4), (8, 1, 262)),
-    (256, 56): ((256, 256, 1), (8, 4, 66)),
+    (64, 56): ((256, 64, 8), (8, 1, 262)),
+    (256, 56): ((256, 256, 8), (8, 4, 66)),
     (128, 28): ((256, 128, 2), (8, 2, 131)),
-    (512, 28): ((256, 512, 1), (8, 8, 33)),
+    (512, 28): ((256, 512, 2), (8, 8, 33)),
     (256, 14): ((256, 256, 1), (8, 4, 66)),
     (1024, 14): ((256, 1024, 1), (8, 16, 16)),
-    (512, 7): ((128, 256, 1), (8, 8, 33)),
-    (2048, 7): ((128, 1024, 1), (8, 32, 8)),
+    (512, 7): ((128, 256, 1), (4, 16, 8)),
+    (2048, 7): ((128, 1024, 1), (4, 64, 8)),
 }
 
 
@@ -51,7 +52,9 @@ def test_resnet50(channels: int, side: int) -> None:
     last = plan("TRAINING", (256 * side * side, channels, 1), 2)
     assert (last["width"], last["tiles"], last["splits"]) == columns
     assert first["values"] == last["values"] == 8
-    assert first["single"] == first["masked"] == (side in (7, 14))
+    assert first["single"] == (side < 112)
+    assert last["single"] == (last["splits"] <= 8)
+    assert first["masked"] == (side in (7, 14))
     assert not first["folded"]
 
 
@@ -125,18 +128,31 @@ def test_channels_that_fit_shared_memory_need_one_launch(view: tuple[int, int, i
     training, backward = plan("TRAINING", view, 4), plan("BACKWARD", view, 4)
     assert (training["single"], training["launches"]) == (True, 1)
     assert (backward["single"], backward["launches"]) == (True, 1)
-    partials = 2 * 8 * view[1]
+    partials = 2 * 8 * view[1] * training["splits"]
     assert (training["read"], training["written"]) == (size + partials, size + partials)
+    partials = 2 * 8 * view[1] * backward["splits"]
     assert (backward["read"], backward["written"]) == (2 * size + partials, size + partials)
+
+
+def test_clusters_hold_what_a_block_does_not() -> None:
+    """A cluster has the fewest blocks that hold a tile, at most eight."""
+    for inner, splits in ((784, 1), (3136, 2), (6272, 4), (12544, 8)):
+        chosen = plan("TRAINING", (32, 64, inner), 4)
+        assert (chosen["single"], chosen["launches"], chosen["splits"]) == (True, 1, splits)
+        assert chosen["staged_bytes"] <= H200[2] - (4 << 10)
+    assert not plan("TRAINING", (32, 64, 14600), 4)["single"]
+    columns = plan("TRAINING", (32 * 784, 128, 1), 4)  # half a cache line of each row
+    assert (columns["width"], columns["splits"]) == (4, 8)
+    assert not plan("TRAINING", (32, 64, 3136), 4, (*H200[:3], 1))["single"]
 
 
 def test_one_launch_needs_shared_memory_and_blocks() -> None:
     """A block holds 100 kB of each channel, and backward twice as much."""
     view, half = (32, 512, 784), 113 << 10
     assert plan("TRAINING", view, 4)["staged_bytes"] == 25 * 256 * 16  # 24.5 vectors of 16 bytes for each thread
-    assert plan("TRAINING", view, 4, (132, 50 << 20, half))["single"]
-    assert not plan("BACKWARD", view, 4, (132, 50 << 20, half))["single"]
-    assert not plan("TRAINING", view, 4, (132, 50 << 20, 100 << 10))["single"]
+    assert plan("TRAINING", view, 4, (132, 50 << 20, half, 1))["single"]
+    assert not plan("BACKWARD", view, 4, (132, 50 << 20, half, 1))["single"]
+    assert not plan("TRAINING", view, 4, (132, 50 << 20, 100 << 10, 1))["single"]
     assert plan("TRAINING", (32, 44, 784), 4)["single"]  # a third of the multiprocessors has a block
     assert not plan("TRAINING", (32, 43, 784), 4)["single"]
     assert plan("TRAINING", (32, 3, 49), 4)["single"]  # small
@@ -164,7 +180,7 @@ def test_traffic_of_a_large_tensor() -> None:
         "SUMS": (1, size + 2 * partials, 2 * partials),
     }
     for operation, (launches, read, written) in expected.items():
-        counted = plan(operation, view, 4)
+        counted = plan(operation, view, 4, (*H200[:3], 1))  # without clusters
         assert not counted["single"]
         assert (counted["launches"], counted["read"], counted["written"]) == (launches, read, written), operation
 
@@ -268,13 +284,15 @@ def test_statistics_that_fit_shared_memory_are_read_once() -> None:
     assert group_plan((4, 32, 32, 56_320))["launches"] == 1
     assert group_plan((4, 32, 32, 56_324))["launches"] == 3
     assert group_plan((4, 32, 320, 4096))["launches"] == 1
-    assert group_plan((4, 32, 320, 4096), itemsize=2, backward=True)["launches"] == 3
-    assert group_plan((4, 32, 320, 4096), backward=True)["launches"] == 6
+    for itemsize, inner, splits in ((2, 4096, 1), (4, 4096, 2), (4, 8192, 4), (4, 16384, 8)):
+        held = group_plan((4, 32, 320, inner), itemsize=itemsize, backward=True)
+        assert (held["launches"], held["splits"]) == (3, splits)
+    assert group_plan((4, 32, 320, 32768), backward=True)["launches"] == 6
 
 
 def test_traffic_of_group_norm() -> None:
-    """Counted by hand: 2 x 320 x 80 x 80 float32 values in 64 statistics. Forward has four sums, backward two."""
-    view, size = (2, 32, 320, 6400), 16_384_000
+    """Counted by hand: 2 x 320 x 160 x 160 float32 values in 64 statistics. Forward has four sums, backward two."""
+    view, size = (2, 32, 320, 25600), 65_536_000
     forward, backward = group_plan(view), group_plan(view, backward=True)
     partials = forward["splits"] * 4 * 64 * 8
     assert (forward["launches"], forward["read"], forward["written"]) == (3, 2 * size + partials, size + partials)

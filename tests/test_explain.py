@@ -34,7 +34,7 @@ HELD = "held in shared memory"
 @pytest.mark.parametrize(
     ("layer", "x", "expected"),
     [
-        (normfused.BatchNorm2d(64), empty(32, 64, 112, 112), [(TWO, 2, 3.0), (TWO, 2, 5.0)]),
+        (normfused.BatchNorm2d(64), empty(32, 64, 112, 112), [(HELD, 1, 2.0), (TWO, 2, 5.0)]),
         (normfused.BatchNorm2d(64), empty(32, 64, 112, 112, channels_last=True), [(TWO, 2, 3.0), (TWO, 2, 5.0)]),
         (normfused.BatchNormAct2d(64), empty(8, 64, 8, 8), [(HELD, 1, 2.02), (HELD, 1, 3.02)]),
         (normfused.BatchNorm2d(64).eval(), empty(32, 64, 112, 112), [("application", 1, 2.0), (TWO, 2, 4.0)]),
@@ -51,12 +51,12 @@ HELD = "held in shared memory"
         (
             normfused.BatchNorm2d(64, track_running_stats=False).eval(),
             empty(32, 64, 112, 112),
-            [(TWO, 2, 3.0), (TWO, 2, 5.0)],
+            [(HELD, 1, 2.0), (TWO, 2, 5.0)],
         ),
         (normfused.BatchNorm1d(512), empty(512, 512), [(HELD, 1, 2.02), (HELD, 1, 3.02)]),
         (normfused.GroupNorm(32, 1280), empty(2, 1280, 16, 16), [("held in registers", 1, 2.0), (HELD, 3, 3.03)]),
-        (normfused.GroupNormAct(32, 320), empty(2, 320, 64, 64), [(HELD, 1, 2.0), (TWO, 6, 5.01)]),
-        (normfused.GroupNormAct(32, 320), empty(2, 320, 80, 80), [(TWO, 3, 3.0), (TWO, 6, 5.0)]),
+        (normfused.GroupNormAct(32, 320), empty(2, 320, 64, 64), [(HELD, 1, 2.0), (HELD, 3, 3.0)]),
+        (normfused.GroupNormAct(32, 320), empty(2, 320, 80, 80), [(TWO, 3, 3.0), (HELD, 3, 3.0)]),
         (nn.LayerNorm(50_000), empty(16, 50_000), [(HELD, 1, 2.0), (TWO, 5, 9.0)]),
         (
             normfused.GroupNorm(32, 1280),
@@ -103,7 +103,7 @@ def test_the_floor_moves_each_tensor_once() -> None:
 
 
 def test_bytes_of_resnet50() -> None:
-    """All 53 batch norms of a step in bfloat16, relative to the floor: those of 14 x 14 and 7 x 7 are held."""
+    """All 53 batch norms of a step in bfloat16, relative to the floor: those of 112 x 112 are not held."""
     counts = {(64, 112): 1, (64, 56): 6, (256, 56): 4, (128, 56): 1, (128, 28): 7, (512, 28): 5, (256, 28): 1,
               (256, 14): 11, (1024, 14): 7, (512, 14): 1, (512, 7): 5, (2048, 7): 4}  # fmt: skip
     assert sum(counts.values()) == 53
@@ -113,12 +113,12 @@ def test_bytes_of_resnet50() -> None:
         for step in explain(nn.BatchNorm2d(channels), x, device="h100").passes:
             moved += count * (step.read_bytes + step.written_bytes)
             floor += count * step.floor_bytes
-    assert moved / floor == pytest.approx(1.46, abs=0.005)
+    assert moved / floor == pytest.approx(1.22, abs=0.005)
 
 
 def test_the_plan_depends_on_the_device() -> None:
     layer, x = normfused.BatchNorm2d(64), empty(32, 64, 112, 112)
-    reasons = [explain(layer, x, device=device).passes[0].reason for device in ("t4", "h100")]
+    reasons = [explain(layer, x, device=device).passes[1].reason for device in ("t4", "h100")]
     assert reasons == ["5 blocks for each of 64 ranges of channels", "4 blocks for each of 64 ranges of channels"]
 
 
@@ -164,9 +164,9 @@ def test_text() -> None:
     assert str(plan).splitlines()[1:] == [
         "(2, 3, 4, 4), torch.float32, contiguous",
         "a100: 108 multiprocessors, 40 MiB of L2",
-        "forward: held in shared memory (a block copies its channels, 4.1 kB, once)",
+        "forward: held in shared memory (a block copies its channels once, 4.1 kB)",
         "    1 launch, 0.9 kB moved, 1.12 times the 0.8 kB of the tensors",
-        "backward: held in shared memory (a block copies its channels, 8.2 kB, once)",
+        "backward: held in shared memory (a block copies its channels once, 8.2 kB)",
         "    1 launch, 1.2 kB moved, 1.08 times the 1.2 kB of the tensors",
     ]
 

@@ -192,8 +192,8 @@ def code(objects: dict[tuple[str, str], tuple[Path, str]]) -> dict[str, Function
 
 
 def is_staged(name: str) -> bool:
-    """Whether a kernel reduces and applies, from copies of its inputs in shared memory."""
-    return name.startswith("reduce_") and "NoApply" not in name
+    """Whether a kernel sums and applies from copies of its inputs in shared memory."""
+    return name.startswith("normalize_staged") or (name.startswith("reduce_") and "NoApply" not in name)
 
 
 def test_vectors_are_read_by_one_instruction(code: dict[str, Function]) -> None:

@@ -17,6 +17,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr cuda::DeviceLimits kDevice{1, 0, true, 96 << 10};
+constexpr cuda::DeviceLimits kClusters{1, 0, true, 44 << 10, 8};
 
 struct Data {
   ChannelView view;
@@ -58,12 +59,12 @@ void statistics(const ChannelView& view, bool extreme, int group) {
 
 // Training in one launch, or in place in two launches that overlap, with a cumulative average. In one launch, a block
 // can read a vector that two rows share while another block writes its part of it.
-void training(const ChannelView& view, int launches) {
+void training(const ChannelView& view, int launches, const cuda::DeviceLimits& device = kDevice) {
   current = "training of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
             std::to_string(view.inner);
   const Data data(view, false);
-  HostResources resources(kDevice);
-  const cuda::ReductionPlan plan = cuda::plan_reduction(view, {sizeof(float), 1, true, launches == 1}, kDevice);
+  HostResources resources(device);
+  const cuda::ReductionPlan plan = cuda::plan_reduction(view, {sizeof(float), 1, true, launches == 1}, device);
   if (plan.single() != (launches == 1)) std::abort();
   std::vector<float> output = data.x, table(3 * view.channels), running_mean(view.channels, 8);
   const float* const input = launches == 1 ? data.x.data() : output.data();
@@ -326,6 +327,8 @@ int main() {
     training({90, 3, 1}, 1);
     training({1, 1, 17000}, 1);  // several vectors in each group of copies
     training({2200, 8, 1}, 1);
+    training({1, 1, 17000}, 1, kClusters);
+    training({2200, 8, 1}, 1, kClusters);
     training({3, 1, 200}, 2);
     training({40, 8, 1}, 2);
     together({1, 2, 6, 40, false});

@@ -4,7 +4,7 @@
 //
 //   main full | small | tiny    the number of shapes
 //   main samples                norms of samples instead
-//   main single                 batch norm in one launch instead, at the limit of shared memory
+//   main single | clusters      one launch instead, at the limit of shared memory
 #include <map>
 
 #include "definition.h"
@@ -78,7 +78,7 @@ struct Cuda {
 };
 
 const Cuda kDevices[] = {
-    {"one multiprocessor", {1, int64_t{1} << 40, false, 160 << 10}},
+    {"one multiprocessor", {1, int64_t{1} << 40, false, 24 << 10, 8}},
     {"a large device", {100000, 0}},  // the maximum number of splits, every store streaming
 };
 
@@ -307,7 +307,8 @@ int main(int argc, char** argv) {
     report();
     return 0;
   }
-  if (size == "single") {
+  if (size == "single" || size == "clusters") {
+    max_cluster = size == "single" ? 1 : 8;
     run_single_launches(random);
     report();
     return 0;

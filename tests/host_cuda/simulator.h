@@ -136,7 +136,8 @@ struct SharedVariable {
   size_t offset;
 };
 
-inline unsigned launches;  // since the program's start
+inline unsigned launches;           // since the program's start
+inline unsigned max_cluster = ~0u;  // a launch of larger clusters is refused
 
 // The state of the running launch; only one runs at a time.
 struct Launch {

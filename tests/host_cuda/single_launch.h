@@ -11,6 +11,9 @@
 
 namespace normfused::testing {
 
+inline int max_cluster = 1;           // of the devices
+inline int64_t cluster_launches = 0;  // that took place
+
 // Runs operations and records the fewest launches that each took.
 struct FewestLaunches {
   cuda::DeviceLimits limits;
@@ -33,6 +36,7 @@ struct FewestLaunches {
     const unsigned before = cudahost::launches;
     try {
       if (kernel(args, resources) != cudaSuccess) throw std::runtime_error("the launch failed");
+      cluster_launches += cudahost::running.config.cluster > 1;
       if (!resources.tickets_are_zero()) throw std::runtime_error("a ticket is not zero after the launch");
     } catch (const std::exception& error) {
       std::printf("FAILED %s: %s\n", current.c_str(), error.what());
@@ -44,7 +48,7 @@ struct FewestLaunches {
 
 inline constexpr int64_t kMostShared = 227 << 10;
 
-inline cuda::DeviceLimits with_shared(int64_t bytes) { return {1, int64_t{1} << 40, false, bytes}; }
+inline cuda::DeviceLimits with_shared(int64_t bytes) { return {1, int64_t{1} << 40, false, bytes, max_cluster}; }
 
 // The least shared memory with which is_single(limits) is true; more than kMostShared if there is none.
 template <class IsSingle>
@@ -168,6 +172,26 @@ void run_together(const GroupView& view, std::mt19937& random, std::map<std::str
   }
 }
 
+// A device that refuses clusters runs the plan for several launches.
+inline void run_refused(std::mt19937& random) {
+  const Case<float> data({8, 3, 640}, 0, random);
+  const Statistics<float> statistics(data);
+  const GroupView view{2, 2, 6, 640, false};
+  cudahost::max_cluster = 1;
+  current = "refused clusters";
+  const FewestLaunches backend{{1, int64_t{1} << 40, false, 16 << 10, 8}};
+  BatchNormCase<float, const FewestLaunches> batch_norm(backend, data, statistics, 0);
+  batch_norm.run_training();
+  batch_norm.run_backward();
+  GroupNormCase<float, const FewestLaunches>(backend, view, {{}, false, false}, false, 0, random).run();
+  if (backend.training != 2 || backend.backward != 2 || backend.groups < 4) {
+    std::printf("FAILED %s: %u, %u, %u launches\n", current.c_str(), backend.training, backend.backward,
+                backend.groups);
+    std::exit(1);
+  }
+  cudahost::max_cluster = ~0u;
+}
+
 // Rows that are whole, masked, of several vectors per thread; columns that are plain, repeated, folded and end inside a
 // row; one channel and many.
 inline void run_single_launches(std::mt19937& random) {
@@ -210,6 +234,9 @@ inline void run_single_launches(std::mt19937& random) {
     run_together<Half>(view, random, counts);
     run_together<BFloat16>(view, random, counts);
   }
+  if (max_cluster > 1) run_refused(random);
+  std::printf("  %lld launches of clusters\n", static_cast<long long>(cluster_launches));
+  if ((cluster_launches > 0) != (max_cluster > 1)) std::exit(1);
   for (const auto& [what, times] : counts)
     std::printf("  %-34s %5lld cases\n", what.c_str(), static_cast<long long>(times));
 }

@@ -142,11 +142,11 @@ NF_DEVICE void load_staged_inputs(const Stage<typename Op::T, kValues>& stage, i
   for (int k = 0; k < Op::kInputs; ++k) inputs[k] = stage.load(v, k);
 }
 
-// Applies Op to one channel, channels first. Called by the channel's plan.lanes lanes.
+// Applies Op to one split of one channel, channels first. Called by the channel's plan.lanes lanes.
 template <class Op, int kValues, bool kMasked>
-NF_DEVICE void apply_row(const Op& op, const RowsPlan& plan, int64_t channel, int lane,
+NF_DEVICE void apply_row(const Op& op, const RowsPlan& plan, int64_t channel, int split, int lane,
                          const Stage<typename Op::T, kValues>& stage) {
-  RowIterator<kValues, kMasked> it(plan, channel, 0, lane);
+  RowIterator<kValues, kMasked> it(plan, channel, split, lane);
   const Coefficients<Op> coefficients = CoefficientTable<Op>{op.table, plan.view.statistics()}[channel];
   for (int v = 0; !it.done(); ++v) {
     uint32_t valid;

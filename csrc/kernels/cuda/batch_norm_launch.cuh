@@ -92,7 +92,8 @@ cudaError_t BatchNormOf<T>::training(const BatchNormForward& args, Resources& re
         const int inputs = args.residual == nullptr ? 1 : 2;
         const auto reduced = reduced_and_applied<Normalize>(inputs, aligned, args.mask != nullptr);
         const ReductionPlan plan = plan_for(moments, finish, reduced, resources);
-        if (plan.single()) return reduce(moments, finish, normalize, plan, resources);
+        if (plan.single()) error = reduce(moments, finish, normalize, plan, resources);
+        if (plan.single() && error != kNoCluster) return error;
       }
     const ReductionPlan plan = plan_for(moments, finish, {sizeof(T), 1, aligned}, resources);
     error = reduce(moments, finish, NoApply{}, plan, resources);
@@ -150,7 +151,7 @@ struct BackwardOperands {
       const ReductionPlan single = plan(reduced_and_applied<GradInput>(inputs, aligned, false), resources);
       if (!single.single()) return false;
       error = reduce(Sums{args}, Finish{args, table}, through_statistics(), single, resources);
-      return true;
+      return error != kNoCluster;
     }
     return false;
   }

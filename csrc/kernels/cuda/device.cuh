@@ -29,6 +29,17 @@ NF_DEVICE void wait_for_previous_launch() {
 #endif
 }
 
+// Cluster-wide, or block-wide if a cluster is one block: a barrier of all threads, after which they see what the others
+// wrote before it.
+NF_DEVICE void sync_blocks(int blocks) {
+  if (blocks == 1) return __syncthreads();
+#if !defined(__CUDACC__)
+  cooperative_groups::this_cluster().sync();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
 // Lanes per channel for a block that processes `channels` channels at once: the largest power of two with
 // channels * lanes <= kThreads, and at least 1.
 NF_DEVICE int lanes_for(int64_t channels) {

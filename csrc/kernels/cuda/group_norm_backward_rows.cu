@@ -25,7 +25,10 @@ cudaError_t rows(const GroupNormBackward& args, double* grad_weight, double* gra
   const GroupNormalization normalization{args};
   const FinishGroupsTogether<S, kFused> finish{
       {by_channel, table}, {args, grad_weight, grad_bias, table}, normalization};
-  return reduce(GroupGradSumsOp<T, kFused>{{by_channel}, normalization}, finish, apply, plan, resources);
+  const cudaError_t error =
+      reduce(GroupGradSumsOp<T, kFused>{{by_channel}, normalization}, finish, apply, plan, resources);
+  supported = error != kNoCluster;
+  return supported ? error : cudaSuccess;
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ class Resources {
   const cudaStream_t stream;
 };
 
-// Whether the current device, and the code compiled for it, support programmatic dependent launch.
+// Whether the current device, and the code compiled for it, support programmatic dependent launch and clusters.
 bool launches_overlap();
 
 #define NF_KERNEL(name, Args) cudaError_t name(const Args& args, Resources& resources);

@@ -82,7 +82,7 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
   partials.splits = plan.splits();
   partials.group = plan.group;
   partials.groups = plan.groups();
-  if (plan.splits() > 1)
+  if (plan.splits() > 1 && std::is_same_v<Apply, NoApply>)
     partials.tickets = resources.tickets(plan.tiles() * Partials<Sum>::tickets_per_tile(plan.groups()));
   return reduce(op, finish, apply, plan, partials, resources.stream);
 }

@@ -90,12 +90,28 @@ Staged staged_of(const Reduced& reduced, int64_t vectors, int threads = kThreads
   return {vectors, threads, vectors * threads * reduced.vector_bytes() * reduced.inputs};
 }
 
-// Whether one launch reduces and applies. `declared`: the shared memory that the kernel declares; `is_small`: whatever
+// Tries to make `plan`, of rows or columns, a single launch whose splits are the smallest cluster of blocks that holds
+// a tile. Returns whether that is possible; otherwise the plan is as before. `units`: of a tile, of which a block reads
+// `step` at once with `threads` threads; `declared`: the shared memory that the kernel declares; `is_small`: whatever
 // the number of tiles.
-bool may_be_single(const Reduced& reduced, const Staged& staged, int64_t declared, int64_t tiles, bool is_small,
-                   const DeviceLimits& limits) {
-  return reduced.may_apply && staged.bytes + declared <= limits.shared_bytes &&
-         (is_small || tiles * kMultiprocessorsPerBlock >= limits.multiprocessors);
+template <class Plan>
+bool make_single(Plan& plan, const Reduced& reduced, int64_t units, int64_t step, int threads, int64_t declared,
+                 bool is_small, const DeviceLimits& limits) {
+  plan.single = false;
+  if (!reduced.may_apply || plan.values == 1) return false;
+  for (int cluster = 1; cluster <= limits.max_cluster; cluster *= 2) {
+    const int64_t chunk = ceil_div(ceil_div(units, cluster), step) * step;
+    const Staged staged = staged_of(reduced, chunk / step, threads);
+    if (staged.bytes + declared > limits.shared_bytes) continue;
+    const bool fills = plan.tiles * cluster * kMultiprocessorsPerBlock >= limits.multiprocessors;
+    if (ceil_div(units, chunk) != cluster || !(is_small || fills)) return false;
+    plan.single = true;
+    plan.staged = staged;
+    plan.chunk = chunk;
+    plan.splits = cluster;
+    return true;
+  }
+  return false;
 }
 
 // The channels of several samples as those of one. Precondition: the outer extent is 1 if there are several.
@@ -131,16 +147,16 @@ RowsPlan plan_rows(const ChannelView& view, const Reduced& reduced, const Device
   plan.outer_step = plan.lanes / plan.row_vectors;
   plan.vector_step = plan.lanes % plan.row_vectors;
   plan.tiles = ceil_div(plan.view.channels, plan.channels);
-  // A byte of a mask belongs to two threads if two channels share a vector.
-  plan.staged = staged_of(reduced, ceil_div(plan.units(), plan.lanes), plan.lanes * plan.channels);
+  const bool is_together = reduced.together == 0 || plan.channels % reduced.together == 0;
   // How a sample is summed must not depend on the number of samples, and so of tiles.
   const bool is_small = view.alike || channel_bytes <= kSingleChannelBytes * reduced.inputs;
-  const bool is_together = reduced.together == 0 || plan.channels % reduced.together == 0;
-  plan.single = plan.values > 1 && is_together && !(plan.masked && reduced.writes_mask) &&
-                may_be_single(reduced, plan.staged, kDeclaredBytes, plan.tiles, is_small, limits);
-  const int64_t splits = plan.single ? 1
-                                     : splits_for(sample_tiles(), channels() * channel_bytes,
-                                                  plan.masked ? resident.masked_rows : resident.rows, limits);
+  // A byte of a mask belongs to two threads if two channels share a vector.
+  if (is_together && !(plan.masked && reduced.writes_mask) &&
+      make_single(plan, reduced, plan.units(), plan.lanes, plan.lanes * plan.channels, kDeclaredBytes, is_small,
+                  limits))
+    return plan;
+  const int64_t splits = splits_for(sample_tiles(), channels() * channel_bytes,
+                                    plan.masked ? resident.masked_rows : resident.rows, limits);
   plan.chunk = chunk_of(plan.units(), splits, plan.lanes, row_vectors_in_flight(reduced.inputs));
   plan.splits = static_cast<int>(ceil_div(plan.units(), plan.chunk));
   return plan;
@@ -197,21 +213,20 @@ ColumnsPlan plan_columns(const ChannelView& view, const Reduced& reduced, const 
       plan = columns_of(view, values, reduced.aligned, width / 2, multiple);
     return plan.width < width;
   };
-  const auto is_single = [&] {
-    plan.staged = staged_of(reduced, ceil_div(plan.rows, plan.height));
-    const int64_t states = column_state_bytes(values, reduced.itemsize);
-    return plan.values > 1 && reduced.together == 0 &&
-           may_be_single(reduced, plan.staged, kDeclaredBytes + states, plan.tiles,
-                         tile_bytes() <= kSingleTileBytes * reduced.inputs, limits);
+  const auto make = [&] {
+    const int64_t declared = kDeclaredBytes + column_state_bytes(values, reduced.itemsize);
+    return reduced.together == 0 && make_single(plan, reduced, plan.rows, plan.height, kThreads, declared,
+                                                tile_bytes() <= kSingleTileBytes * reduced.inputs, limits);
   };
   const ColumnsPlan widest = plan;
-  while (!(plan.single = is_single()) && reduced.may_apply && narrow()) {
+  while (!make() && reduced.may_apply && narrow()) {
   }
   if (!plan.single) plan = widest;
-  while (plan.width > sector && too_few(plan.tiles, tile_bytes(), limits) && narrow()) {
+  while (plan.width > sector && too_few(plan.tiles * (plan.single ? plan.splits : 1), tile_bytes(), limits) &&
+         narrow()) {
   }
-  plan.single = is_single();
-  const int64_t splits = plan.single ? 1 : splits_for(plan.tiles, tile_bytes(), resident.columns, limits);
+  if (make()) return plan;
+  const int64_t splits = splits_for(plan.tiles, tile_bytes(), resident.columns, limits);
   plan.chunk =
       chunk_of(plan.rows, splits, plan.height, column_vectors_in_flight(reduced.inputs, reduced.itemsize == 8));
   plan.splits = static_cast<int>(ceil_div(plan.rows, plan.chunk));
@@ -236,10 +251,10 @@ ReductionPlan plan_reduction(const ChannelView& view, const Reduced& reduced, co
       view.inner > 1 && (reduced.together > 0 || folded_channels(view, reduced.values, reduced.aligned) == 0);
   if (!plan.by_rows) {
     plan.columns = plan_columns(view, reduced, limits, resident);
-    // The tiles of a folded matrix have several channels. One launch may suffice for tiles of fewer.
-    if (reduced.may_apply && view.inner > 1 && !plan.columns.single) {
+    // The tiles of a folded matrix have several channels. A single launch may need fewer blocks for tiles of one.
+    if (reduced.may_apply && view.inner > 1 && !(plan.columns.single && plan.columns.splits == 1)) {
       plan.rows = plan_rows(view, reduced, limits, resident);
-      plan.by_rows = plan.rows.single;
+      plan.by_rows = plan.rows.single && (!plan.columns.single || plan.rows.splits < plan.columns.splits);
     }
   } else {
     plan.rows = plan_rows(view, reduced, limits, resident);

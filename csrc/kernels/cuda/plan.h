@@ -14,6 +14,7 @@ struct DeviceLimits {
   int64_t l2_bytes;
   bool overlap = false;             // an application may start before the reduction that precedes it has ended
   int64_t shared_bytes = 48 << 10;  // the maximum shared memory of a block
+  int max_cluster = 1;              // the maximum number of blocks that run together and can wait for each other
 };
 
 #ifndef NORMFUSED_CUDA_THREADS
@@ -70,7 +71,7 @@ struct RowsPlan {
   int64_t tiles;
   int64_t chunk;
   int splits;
-  bool single;  // one launch: a block reduces all of a channel and applies the results
+  bool single;  // one launch reduces and applies: the splits of a tile are a cluster of blocks
   Staged staged;
 
   constexpr int64_t units() const { return view.outer * row_vectors; }
@@ -93,7 +94,7 @@ struct ColumnsPlan {
   int64_t tiles;  // of one sample
   int64_t chunk;
   int splits;
-  bool single;  // one launch: a block reduces all of a tile and applies the results
+  bool single;  // one launch reduces and applies: the splits of a tile are a cluster of blocks
   Staged staged;
 
   constexpr int64_t chunks() const { return (rows + chunk - 1) / chunk; }

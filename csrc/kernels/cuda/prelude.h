@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <utility>
 
 #if defined(__CUDACC__)
@@ -35,6 +36,7 @@ struct LaunchConfig {
   // device supports it (see may_overlap()). It must call wait_for_previous_launch() before it accesses memory.
   bool overlaps = false;
   int64_t shared_bytes = 0;  // dynamic shared memory of a block
+  int cluster = 1;           // blocks along x that run together
 };
 
 #if defined(__CUDACC__)
@@ -53,29 +55,54 @@ inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
   if (error == cudaSuccess) most = bytes;
   return error;
 }
+
+// Whether the device can hold a cluster of a launch. The driver is asked once for each kernel, device and size.
+inline bool cluster_fits(const void* kernel, const LaunchConfig& config, const cudaLaunchConfig_t& launch) {
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, int64_t>, int> clusters;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [known, is_new] = clusters.try_emplace({kernel, device, config.cluster, config.shared_bytes}, 0);
+  if (is_new && cudaOccupancyMaxActiveClusters(&known->second, kernel, &launch) != cudaSuccess) {
+    known->second = 0;
+    (void)cudaGetLastError();
+  }
+  return known->second > 0;
+}
 #endif
+
+// The error of a launch if the device cannot hold one of its clusters. Another plan must then be used.
+inline constexpr cudaError_t kNoCluster = cudaErrorInvalidConfiguration;
 
 // Starts a kernel. Returns the error of the launch, not of the kernel.
 template <class... P, class... A>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(P...), A&&... args) {
 #if defined(__CUDACC__)
-  const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), config.shared_bytes);
+  cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), config.shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t launch{};
   launch.gridDim = config.grid;
   launch.blockDim = config.block;
   launch.stream = config.stream;
   launch.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  launch.attrs = &overlap;
-  launch.numAttrs = config.overlaps ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  launch.attrs = attributes;
+  if (config.overlaps) {
+    attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[launch.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (config.cluster > 1) {
+    attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[launch.numAttrs++].val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
+    if (!cluster_fits(reinterpret_cast<const void*>(kernel), config, launch)) return kNoCluster;
+  }
   return cudaLaunchKernelEx(&launch, kernel, std::forward<A>(args)...);
 #else
-  cudahost::launch(
-      {config.grid, config.block, static_cast<size_t>(config.shared_bytes), config.stream, false, 1, config.overlaps},
-      kernel, std::forward<A>(args)...);
+  if (static_cast<unsigned>(config.cluster) > cudahost::max_cluster) return kNoCluster;
+  cudahost::launch({config.grid, config.block, static_cast<size_t>(config.shared_bytes), config.stream, false,
+                    static_cast<unsigned>(config.cluster), config.overlaps},
+                   kernel, std::forward<A>(args)...);
   return cudaSuccess;
 #endif
 }
@@ -96,9 +123,9 @@ int resident_blocks(Kernel kernel, int threads, int fallback) {
 }
 
 // Whether launches of this kernel, and of all kernels compiled for the same architectures, may overlap on the current
-// device. The wait instruction needs compute capability 9.0. A newer device can also run code compiled for an older
-// one, which lacks the instruction, so the function checks the code and not the device. Stream capture supports overlap
-// since CUDA 12.3.
+// device and run in clusters. Both need instructions of compute capability 9.0. A newer device can also run code
+// compiled for an older one, which lacks them, so the function checks the code and not the device. Stream capture
+// supports overlap since CUDA 12.3.
 template <class Kernel>
 bool may_overlap(Kernel kernel) {
 #if defined(__CUDACC__)

@@ -6,8 +6,9 @@
 //   finish       that block turns the sums into results and hands them to Finish
 //   apply        optional: the block applies the results to its channels (see apply.cuh)
 //
-// A block that applies first copies its vectors of all inputs of the apply Op to shared memory (see stage.cuh), from
-// which both accumulation and application read them. Of these inputs, the first kInputs are those of the reduce Op.
+// A launch that applies first copies the vectors of all inputs of the apply Op to shared memory (see stage.cuh), from
+// which both accumulation and application read them. Of these inputs, the first kInputs are those of the reduce Op. The
+// splits of a tile are then a cluster of blocks, in which the first one merges and finishes while the others wait.
 //
 // A reduce Op provides
 //
@@ -211,7 +212,7 @@ NF_DEVICE void start_columns(const Op& op, const ColumnIterator<kValues>& it, co
 // is left to accumulate_clipped(), or numel.
 template <bool kFull, int kRows, class Op, int kValues, class Staged>
 NF_DEVICE int64_t accumulate_rows(const Op& op, ColumnIterator<kValues>& it, int64_t numel, Staged& stage, int& index,
-                                  typename Op::State (&state)[kValues]) {
+                                  bool& first, typename Op::State (&state)[kValues]) {
   using S = typename Op::S;
   Vector<typename Op::T, kValues> loaded[Op::kInputs][kRows];
   uint32_t mask_bits[kRows], valid = 0;  // valid: a bit per row
@@ -243,8 +244,9 @@ NF_DEVICE int64_t accumulate_rows(const Op& op, ColumnIterator<kValues>& it, int
 #pragma unroll
       for (int k = 0; k < Op::kInputs; ++k) values[k][r] = widen<S>(loaded[k][r].value[i]);
     }
-    op.template accumulate<kRows, !kFull>(state[i], values, valid, column_bits, index == 0);
+    op.template accumulate<kRows, !kFull>(state[i], values, valid, column_bits, first);
   }
+  first = false;  // not index == 0, which costs a register where nothing is staged
   index += kRows;
   return clipped;
 }
@@ -274,11 +276,12 @@ NF_DEVICE void accumulate_columns(const Op& op, const ColumnsPlan& plan, ColumnI
   constexpr int kRows = column_vectors_in_flight(Op::kInputs, sizeof(typename Op::S) > sizeof(float));
   const int64_t numel = plan.view.numel();
   int index = 0;
+  bool first = true;
   int64_t clipped = numel;
   while (it.has(kRows) && (plan.repeat == 1 || it.ahead(kRows - 1) + kValues <= numel))
-    accumulate_rows<true, kRows>(op, it, numel, stage, index, state);
-  if (!it.done()) clipped = accumulate_rows<false, kRows>(op, it, numel, stage, index, state);
-  if (clipped < numel) accumulate_clipped(op, clipped, numel, index == 0, state);
+    accumulate_rows<true, kRows>(op, it, numel, stage, index, first, state);
+  if (!it.done()) clipped = accumulate_rows<false, kRows>(op, it, numel, stage, index, first, state);
+  if (clipped < numel) accumulate_clipped(op, clipped, numel, first, state);
 }
 
 // --- fold, matrices
@@ -385,14 +388,43 @@ NF_DEVICE void finish_channels(const Op& op, const Finish& finish, const Partial
   }
 }
 
+// Cluster-wide: finishes the channels of a tile in the first of its blocks, which are a cluster. All threads of the
+// cluster must call it, after they stored their partial sums; it begins and ends with a barrier.
+template <class Op, class Finish>
+NF_DEVICE void finish_in_cluster(const Op& op, const Finish& finish, const Partials<typename Op::Sum>& partials,
+                                 const ChannelRange& range, int split) {
+  sync_blocks(partials.splits);
+  if (split == 0) {
+    finish_channels(op, finish, partials, range);
+    if constexpr (contracts::FinishesTogether<Finish>::value) {
+      __syncthreads();  // the channels' results are written
+      finish.finish_together(range.first, range.last);
+    }
+  }
+  sync_blocks(partials.splits);
+}
+
 // --- kernels
+
+// The tile and the split of a block. In a launch that applies, the splits of a tile are neighbours.
+struct BlockPlace {
+  unsigned tile;
+  int split;
+
+  template <class Apply>
+  static NF_DEVICE BlockPlace of(int splits) {
+    if constexpr (std::is_same_v<Apply, NoApply>) return {blockIdx.x, static_cast<int>(blockIdx.y)};
+    const unsigned tile = blockIdx.x / static_cast<unsigned>(splits);
+    return {tile, static_cast<int>(blockIdx.x - tile * static_cast<unsigned>(splits))};
+  }
+};
 
 // Starts the copies of a thread's vectors of one channel.
 template <class Apply, int kValues, bool kMasked>
-NF_DEVICE void copy_row(const Apply& apply, const RowsPlan& plan, int64_t channel, int lane,
+NF_DEVICE void copy_row(const Apply& apply, const RowsPlan& plan, int64_t channel, int split, int lane,
                         Stage<typename Apply::T, kValues>& stage) {
   const int64_t numel = plan.view.numel();
-  for (RowIterator<kValues, kMasked> it(plan, channel, 0, lane); !it.done();) {
+  for (RowIterator<kValues, kMasked> it(plan, channel, split, lane); !it.done();) {
     uint32_t valid;
     const int64_t offset = it.next(valid);
     stage.copy([&](int k) { return apply.input(k); }, offset, valid == 0 ? 0 : numel - offset);
@@ -401,10 +433,10 @@ NF_DEVICE void copy_row(const Apply& apply, const RowsPlan& plan, int64_t channe
 
 // The same for one tile of a matrix.
 template <class Apply, int kValues>
-NF_DEVICE void copy_tile(const Apply& apply, const ColumnsPlan& plan, int64_t sample, int64_t tile,
+NF_DEVICE void copy_tile(const Apply& apply, const ColumnsPlan& plan, int64_t sample, int64_t tile, int split,
                          Stage<typename Apply::T, kValues>& stage) {
   const int64_t numel = plan.view.numel();
-  for (ColumnIterator<kValues> it(plan, sample, tile, 0); !it.done();) {
+  for (ColumnIterator<kValues> it(plan, sample, tile, split); !it.done();) {
     const int64_t offset = it.next();
     stage.copy([&](int k) { return apply.input(k); }, offset, numel - offset);
   }
@@ -428,38 +460,33 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_rows(const Op op, const Finish finish, const Apply apply, const RowsPlan plan,
                 const Partials<typename Op::Sum> partials) {
   allow_next_launch();
+  const BlockPlace place = BlockPlace::of<Apply>(plan.splits);
   const int lane = threadIdx.x % plan.lanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * plan.channels, channel = first + threadIdx.x / plan.lanes;
+  const int64_t first = static_cast<int64_t>(place.tile) * plan.channels, channel = first + threadIdx.x / plan.lanes;
   const int64_t end = first + plan.channels;
   const ChannelRange range{first, end < plan.view.channels ? end : plan.view.channels};
 
   if (channel < range.last && lane == 0) finish.prefetch(channel);
   auto stage = stage_for<Apply, kValues>(apply, plan.staged);
   if constexpr (!std::is_same_v<Apply, NoApply>) {
-    if (channel < range.last) copy_row<Apply, kValues, kMasked>(apply, plan, channel, lane, stage);
+    if (channel < range.last) copy_row<Apply, kValues, kMasked>(apply, plan, channel, place.split, lane, stage);
     stage.end();
   }
   typename Op::Sum sums[Op::kSums];
   set_identity<Op>(sums);
   if (channel < range.last) {
     int64_t count = 0;
-    const auto state =
-        accumulate_row<Op, kValues, kMasked>(op, plan, channel, static_cast<int64_t>(blockIdx.y), lane, stage, count);
+    const auto state = accumulate_row<Op, kValues, kMasked>(op, plan, channel, place.split, lane, stage, count);
     if (count > 0) op.fold(state, count, channel, sums);
   }
   merge_lanes<Op>(sums, plan.lanes);
-  if (channel < range.last && lane == 0) store_partial<Op>(partials, blockIdx.y, channel, sums);
-  if (!arrive<Op>(partials, range)) return;
-  finish_channels(op, finish, partials, range);
-
-  if constexpr (!std::is_same_v<Apply, NoApply>) {
-    __syncthreads();  // the coefficients are written
-    if constexpr (contracts::FinishesTogether<Finish>::value) {
-      finish.finish_together(range.first, range.last);
-      __syncthreads();  // and those that channels share
-    }
+  if (channel < range.last && lane == 0) store_partial<Op>(partials, place.split, channel, sums);
+  if constexpr (std::is_same_v<Apply, NoApply>) {
+    if (arrive<Op>(partials, range)) finish_channels(op, finish, partials, range);
+  } else {
+    finish_in_cluster(op, finish, partials, range, place.split);
     apply.prologue();
-    if (channel < range.last) apply_row<Apply, kValues, kMasked>(apply, plan, channel, lane, stage);
+    if (channel < range.last) apply_row<Apply, kValues, kMasked>(apply, plan, channel, place.split, lane, stage);
   }
 }
 
@@ -471,9 +498,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                    const Partials<typename Op::Sum> partials) {
   allow_next_launch();
   NF_SHARED(typename Op::State, states, [kThreads * kValues]);
-  const auto sample = blockIdx.x / static_cast<unsigned>(plan.tiles);
-  const int64_t tile = blockIdx.x - sample * plan.tiles;
-  ColumnIterator<kValues> it(plan, sample, tile, blockIdx.y);
+  const BlockPlace place = BlockPlace::of<Apply>(plan.splits);
+  const auto sample = place.tile / static_cast<unsigned>(plan.tiles);
+  const int64_t tile = place.tile - sample * plan.tiles;
+  ColumnIterator<kValues> it(plan, sample, tile, place.split);
   const int channels = plan.tile_channels(), tile_columns = plan.width * kValues;
   const int64_t first = it.first_channel + tile * channels, end = it.first_channel + plan.view.channels;
   const ChannelRange range{first, first + channels < end ? first + channels : end};
@@ -481,7 +509,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (first + threadIdx.x < range.last) finish.prefetch(first + threadIdx.x);
   auto stage = stage_for<Apply, kValues>(apply, plan.staged);
   if constexpr (!std::is_same_v<Apply, NoApply>) {
-    copy_tile<Apply, kValues>(apply, plan, sample, tile, stage);
+    copy_tile<Apply, kValues>(apply, plan, sample, tile, place.split, stage);
     stage.end();
   }
   typename Op::State state[kValues];
@@ -500,15 +528,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     set_identity<Op>(sums);
     if (first + c < range.last) column_states.fold(op, first, c, lane, lanes, sums);
     merge_lanes<Op>(sums, lanes);
-    if (lane == 0 && first + c < range.last) store_partial<Op>(partials, blockIdx.y, first + c, sums);
+    if (lane == 0 && first + c < range.last) store_partial<Op>(partials, place.split, first + c, sums);
   }
-  if (!arrive<Op>(partials, range)) return;
-  finish_channels(op, finish, partials, range);
-
-  if constexpr (!std::is_same_v<Apply, NoApply>) {
-    __syncthreads();  // the coefficients are written
+  if constexpr (std::is_same_v<Apply, NoApply>) {
+    if (arrive<Op>(partials, range)) finish_channels(op, finish, partials, range);
+  } else {
+    finish_in_cluster(op, finish, partials, range, place.split);
     apply.prologue();
-    apply_tile<Apply, kValues>(apply, plan, sample, tile, 0, stage, false);
+    apply_tile<Apply, kValues>(apply, plan, sample, tile, place.split, stage, false);
   }
 }
 
@@ -535,8 +562,10 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
   }
   constexpr int kValues = reduced_values<Op, Apply>();
   if (plan.values() != kValues && (kApplies || plan.values() != 1)) return cudaErrorInvalidValue;
-  const LaunchConfig config{dim3(static_cast<unsigned>(plan.tiles()), static_cast<unsigned>(plan.splits())),
-                            dim3(kThreads), stream, false, kApplies ? plan.staged().bytes : 0};
+  const auto tiles = static_cast<unsigned>(plan.tiles()), splits = static_cast<unsigned>(plan.splits());
+  const LaunchConfig config =
+      kApplies ? LaunchConfig{dim3(tiles * splits), dim3(kThreads), stream, false, plan.staged().bytes, plan.splits()}
+               : LaunchConfig{dim3(tiles, splits), dim3(kThreads), stream};
   const auto start = [&](auto kernel, const auto& details) {
     return launch(config, kernel, op, finish, apply, details, partials);
   };

@@ -28,6 +28,9 @@ bool is_enabled(const char* variable) {
   return text == nullptr || std::strcmp(text, "0") != 0;
 }
 
+// Every device with clusters supports this size.
+constexpr int kMaxCluster = 8;
+
 // The limits of a device, queried from the driver once per process.
 const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
   static const std::vector<cuda::DeviceLimits> limits = [] {
@@ -42,7 +45,9 @@ const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
       all[i].l2_bytes = l2_bytes;
       all[i].shared_bytes = is_enabled("NORMFUSED_CUDA_STAGED") ? shared_bytes : 0;
       const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(i));
-      all[i].overlap = is_enabled("NORMFUSED_CUDA_OVERLAP") && cuda::launches_overlap();
+      const bool has_code = cuda::launches_overlap();
+      all[i].overlap = is_enabled("NORMFUSED_CUDA_OVERLAP") && has_code;
+      all[i].max_cluster = is_enabled("NORMFUSED_CUDA_CLUSTERS") && has_code ? kMaxCluster : 1;
     }
     return all;
   }();
