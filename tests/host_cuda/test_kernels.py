@@ -25,7 +25,7 @@ def test_kernels_match_their_definition_in_three_orders(
 ) -> None:
     program = build(cache, gcc(), PLAIN, EVERYTHING)
     tasks = [("full", 0), *((size, order) for order in (1, 7) for size in ("small", "samples"))]
-    tasks += [("samples", 0), *((size, order) for order in (0, 1, 7) for size in ("single", "clusters"))]
+    tasks += [("samples", 0), ("single", 0), *(("clusters", order) for order in (0, 1, 7))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = list(pool.map(lambda task: run(program, task[0], order=task[1]), tasks))
     for done in runs:
@@ -36,7 +36,7 @@ def test_kernels_match_their_definition_in_three_orders(
 def test_kernels_stay_in_bounds(cache: Path) -> None:
     program = build(cache, gcc(), ADDRESS, EVERYTHING)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(lambda size: run(program, size), ["small", "samples", "single", "clusters"]):
+        for done in pool.map(lambda size: run(program, size), ["small", "samples", "clusters"]):
             assert done.returncode == 0, done.stdout + done.stderr
 
 
