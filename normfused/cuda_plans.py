@@ -20,7 +20,7 @@ _BATCH_NORMS = (_BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (_InstanceNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _GROUP_NORMS = (_GroupNorm, nn.GroupNorm)
 _LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
-TWO_PASSES = "reduction, then application"
+_TWO_PASSES = "reduction, then application"
 
 
 class CudaDevice(NamedTuple):
@@ -217,7 +217,7 @@ def _batch_norm(layer: Any, x: Tensor, device: CudaDevice) -> tuple[CudaPass, Cu
             return _pass(name, "held in shared memory", reason, chosen, x, tensors)
         blocks, ranges = _count(chosen["splits"], "block"), _count(chosen["tiles"], "range")
         divided = f"{blocks} for each of {ranges} of channels"
-        return _pass(name, TWO_PASSES, divided, chosen, x, tensors)
+        return _pass(name, _TWO_PASSES, divided, chosen, x, tensors)
 
     if layer.training or layer.running_mean is None:
         return steps("forward", "TRAINING", 2), steps("backward", "BACKWARD", 3)
@@ -241,26 +241,21 @@ def _sample_norm(x: Tensor, groups: int, device: CudaDevice) -> tuple[CudaPass, 
     values = f"the {count} values of a statistic"
     if forward["launches"] == 1:
         where = "shared memory" if forward["is_staged"] else "registers"
-        path, reason = f"held in {where}", f"a block holds {values}"
+        ahead = f"held in {where}", f"a block holds {values}"
+    elif channels_last:
+        ahead = _TWO_PASSES, "the values of a statistic are not contiguous"
     else:
-        path = TWO_PASSES
         fits = C.cuda_layer_norm_plan((1, count, 1), 1, itemsize, False, *device[1:])["chunks"] == 1  # type: ignore
-        reason = (
-            "the values of a statistic are not contiguous" if channels_last
-            else "a vector has values of several channels" if fits
-            else f"{values} do not fit a block's shared memory"
-        )  # fmt: skip
+        large = f"{values} do not fit a block's shared memory"
+        ahead = _TWO_PASSES, "a vector has values of several channels" if fits else large
     if backward["launches"] == 3:
         who = "a block holds" if backward["splits"] == 1 else f"{backward['splits']} blocks of a cluster hold"
         back = "held in shared memory", f"{who} {values} of two tensors"
+    elif channels_last:
+        back = ahead
     else:
-        back = (
-            TWO_PASSES,
-            "the values of a statistic are not contiguous"
-            if channels_last
-            else (f"{values} of two tensors do not fit a block's shared memory"),
-        )
-    return _pass("forward", path, reason, forward, x, 2), _pass("backward", *back, backward, x, 3)
+        back = _TWO_PASSES, f"{values} of two tensors do not fit shared memory, or vectors have several channels"
+    return _pass("forward", *ahead, forward, x, 2), _pass("backward", *back, backward, x, 3)
 
 
 def _layer_norm(layer: Any, x: Tensor, device: CudaDevice) -> tuple[CudaPass, CudaPass]:
@@ -280,7 +275,7 @@ def _layer_norm(layer: Any, x: Tensor, device: CudaDevice) -> tuple[CudaPass, Cu
             where = "shared memory" if plan["staged_bytes"] else "registers"
             return _pass(name, f"held in {where}", f"a block holds the {count} values of a row", plan, x, tensors)
         reason = f"the {count} values of a row are divided among {plan['chunks']} blocks"
-        return _pass(name, TWO_PASSES, reason, plan, x, tensors)
+        return _pass(name, _TWO_PASSES, reason, plan, x, tensors)
 
     return step("forward", False, 2), step("backward", True, 3)
 

@@ -2,8 +2,8 @@
 
 A case is a generator (a kind of test), an operator and a dtype. It runs on every sample that torch has for the
 operator. Torch's function and ours must agree on each sample: both pass, that is, their values are those of the
-definition, or both fail. `suite_differences.py` lists the exceptions with their
-reason. A listed exception that does not occur fails.
+definition, or both fail. `suite_differences.py` lists the exceptions with their reason. A listed exception that does
+not occur fails.
 """
 
 from __future__ import annotations
