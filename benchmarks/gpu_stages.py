@@ -254,13 +254,13 @@ STAGES = {
         Stage("norms", 100, "group, instance, layer and RMS norm, against torch", script("norms.py", tiny=ONE_THREAD)),
         Stage(
             "overlap",
-            50,
+            40,
             "forward and backward of 16 small cases, in one launch or in two that overlap",
             report("overlap", OVERLAP, "--quick", tiny="^eval_forward-2x8.*float32-NCHW"),
         ),
         Stage(
             "serial",
-            50,
+            40,
             "the same with NORMFUSED_CUDA_OVERLAP=0",
             report(
                 "serial",
@@ -272,7 +272,7 @@ STAGES = {
         ),
         Stage(
             "unstaged",
-            50,
+            40,
             "the same with NORMFUSED_CUDA_STAGED=0",
             report(
                 "unstaged",

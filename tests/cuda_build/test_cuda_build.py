@@ -158,7 +158,8 @@ KNOWN_TO_SPILL = {
     "75": re.compile(r"reduce_columns<SumsOp<__half>"),
     "100": re.compile(EXTREMES_OR_ROWS),
     "120": re.compile(
-        r"apply_columns<(Normalize|Inference)Op<double, true>, 8|reduce_columns<SumsOp<short>|" + EXTREMES_OR_ROWS
+        r"apply_columns<(Normalize|Inference)Op<double, true>, 8|reduce_columns<IntegerSumsOp<short>|"
+        + EXTREMES_OR_ROWS
     ),
 }
 
