@@ -27,7 +27,7 @@ class Resources {
 };
 
 // Whether the current device, and the code compiled for it, support programmatic dependent launch and clusters.
-bool launches_overlap();
+bool has_sm90_launches();
 
 #define NF_KERNEL(name, Args) cudaError_t name(const Args& args, Resources& resources);
 #include "kernels/list.h"

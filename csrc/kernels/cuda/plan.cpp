@@ -91,9 +91,9 @@ Staged staged_of(const Reduced& reduced, int64_t vectors, int threads = kThreads
 }
 
 // Tries to make `plan`, of rows or columns, a single launch whose splits are the smallest cluster of blocks that holds
-// a tile. Returns whether that is possible; otherwise the plan is as before. `units`: of a tile, of which a block reads
-// `step` at once with `threads` threads; `declared`: the shared memory that the kernel declares; `is_small`: whatever
-// the number of tiles.
+// a tile. Returns whether that is possible; if not, only `single` changes, to false. `units`: of a tile, of which a
+// block reads `step` at once with `threads` threads; `declared`: the shared memory that the kernel declares;
+// `is_small`: whatever the number of tiles.
 template <class Plan>
 bool make_single(Plan& plan, const Reduced& reduced, int64_t units, int64_t step, int threads, int64_t declared,
                  bool is_small, const DeviceLimits& limits) {

@@ -49,7 +49,8 @@ constexpr int row_vectors_in_flight(int inputs) { return 4 / inputs; }
 constexpr int column_vectors_in_flight(int inputs, bool doubles) { return 8 / inputs / (doubles ? 2 : 1); }
 
 // --- reductions. The units of a channel are cut into `splits` splits of `chunk` units. A block reduces one split of
-// one tile of channels; blockIdx is (tile, split), so that blocks in launch order follow the memory.
+// one tile of channels; blockIdx is (tile, split), so that blocks in launch order follow the memory. In a single launch
+// the splits of a tile are the consecutive blocks of a cluster.
 
 // The copies that a block of a single launch keeps in shared memory (see Stage).
 struct Staged {

@@ -22,6 +22,6 @@ cudaError_t merge_ranks(const MergeRanks& args, Resources& resources) {
   return for_each_channel(CountBatch{args.num_batches_tracked, args.count}, 1, resources.stream);
 }
 
-bool launches_overlap() { return may_overlap(each_channel<CountBatch>); }
+bool has_sm90_launches() { return may_overlap(each_channel<CountBatch>); }
 
 }  // namespace normfused::cuda

@@ -45,9 +45,9 @@ const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
       all[i].l2_bytes = l2_bytes;
       all[i].shared_bytes = is_enabled("NORMFUSED_CUDA_STAGED") ? shared_bytes : 0;
       const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(i));
-      const bool has_code = cuda::launches_overlap();
-      all[i].overlap = is_enabled("NORMFUSED_CUDA_OVERLAP") && has_code;
-      all[i].max_cluster = is_enabled("NORMFUSED_CUDA_CLUSTERS") && has_code ? kMaxCluster : 1;
+      const bool is_sm90 = cuda::has_sm90_launches();
+      all[i].overlap = is_enabled("NORMFUSED_CUDA_OVERLAP") && is_sm90;
+      all[i].max_cluster = is_enabled("NORMFUSED_CUDA_CLUSTERS") && is_sm90 ? kMaxCluster : 1;
     }
     return all;
   }();
