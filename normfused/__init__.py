@@ -1,4 +1,4 @@
-"""Fast normalization for PyTorch: batch, group, instance and local response norm, and channel statistics.
+"""Fast normalization for PyTorch: batch, group, instance, layer, RMS and local response norm, and channel statistics.
 
 Example:
     >>> import torch, normfused

@@ -286,7 +286,7 @@ class _BatchNorm(_Base):
         return self.train(False)
 
     def unfreeze(self) -> Self:
-        """Undo :meth:`freeze`: the layer returns to training mode and follows :meth:`train` again. Returns itself."""
+        """Undo :meth:`freeze`: the layer returns to training mode and follows ``train()`` again. Returns itself."""
         self.frozen = False
         return self.train(True)
 

@@ -306,7 +306,7 @@ def _check_can_be_updated(buffer: Tensor, values: Tensor) -> None:
 
 
 def channel_sums(input: Tensor) -> ChannelSums:
-    """:func:`normfused.functional.channel_sums` in plain torch.
+    """:func:`normfused.channel_sums` in plain torch.
 
     Example:
         >>> import torch
@@ -396,7 +396,7 @@ def _joined(what: str, digits: Tensor) -> Tensor:
 
 
 def channel_moments(input: Tensor) -> ChannelMoments:
-    """:func:`normfused.functional.channel_moments` in plain torch.
+    """:func:`normfused.channel_moments` in plain torch.
 
     Example:
         >>> import torch
@@ -419,7 +419,7 @@ def normalize(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> Tensor:
-    """:func:`normfused.functional.normalize` in plain torch, for shapes ``(N, C, H, W)`` and ``(C, H, W)``.
+    """:func:`normfused.normalize` in plain torch, for shapes ``(N, C, H, W)`` and ``(C, H, W)``.
 
     ``mean`` and ``std`` hold one number per channel.
 

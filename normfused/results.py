@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class ChannelSums(NamedTuple):
-    """Result of :func:`normfused.functional.channel_sums`.
+    """Result of :func:`normfused.channel_sums`.
 
     Attributes:
         count: values per channel, an ``int``.
@@ -32,7 +32,7 @@ class ChannelSums(NamedTuple):
 
 
 class ChannelMoments(NamedTuple):
-    """Result of :func:`normfused.functional.channel_moments`.
+    """Result of :func:`normfused.channel_moments`.
 
     Attributes:
         count: values per channel, an ``int``.

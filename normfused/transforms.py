@@ -127,7 +127,7 @@ class Normalize(_ImageTransform):
     Raises:
         ValueError: ``std`` that is not positive with ``eps=0``; constants that are not finite; different numbers of
             means and stds; ``inplace`` with ``dtype`` or ``memory_format``. A call raises as
-            :func:`normfused.functional.normalize`.
+            :func:`normfused.normalize`.
 
     Example:
         >>> import torch
@@ -267,7 +267,7 @@ class QuantileNormalize(_ImageTransform):
     """Map images linearly from two quantiles of a data set to a range, and clip them to it.
 
     It is :class:`MinMaxNormalize` without the influence of outliers. :meth:`normfused.ChannelStats.quantile` computes
-    the quantiles. Input is that of :meth:`ToNormalizedTensor.forward`.
+    the quantiles. Input is that of :class:`ToNormalizedTensor`.
 
     Args:
         low, high: one number or one per channel, for values after scaling.
@@ -280,7 +280,7 @@ class QuantileNormalize(_ImageTransform):
     Raises:
         ValueError: ``high`` that is not above ``low`` with ``eps=0``; numbers that are not finite; a ``range`` that is
             not in ascending order; different numbers of channels. A call raises as
-            :func:`normfused.functional.normalize`.
+            :func:`normfused.normalize`.
 
     Example:
         >>> import torch, normfused
@@ -369,7 +369,7 @@ class Standardize(_ByOwnStatistics):
     """Subtract the mean of the images and divide by their standard deviation (z-score).
 
     The statistics are the images' own, exclude NaN and infinities, and are constants to autograd. To normalize by given
-    constants use :class:`Normalize`. Input is that of :meth:`ToNormalizedTensor.forward`.
+    constants use :class:`Normalize`. Input is that of :class:`ToNormalizedTensor`.
 
     Args:
         over: ``"image"``: statistics of each image; ``"batch"``: of all images together.
@@ -380,7 +380,7 @@ class Standardize(_ByOwnStatistics):
         dtype: dtype of the output; default that of the input, float32 for integers.
 
     Raises:
-        ValueError: an argument that is not listed. A call raises as :func:`normfused.functional.normalize`.
+        ValueError: an argument that is not listed. A call raises as :func:`normfused.normalize`.
 
     Example:
         >>> import torch
@@ -419,7 +419,7 @@ class MinMaxNormalize(_ByOwnStatistics):
 
     Raises:
         ValueError: ``range`` is not two finite numbers in ascending order. A call raises as
-            :func:`normfused.functional.normalize`.
+            :func:`normfused.normalize`.
 
     Example:
         >>> import torch

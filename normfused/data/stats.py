@@ -271,7 +271,7 @@ class ChannelStats:
         at which the share of the weights up to it reaches ``q``: the method ``"inverted_cdf"`` of ``numpy.quantile``.
 
         Args:
-            q: a number from 0 to 1 or several; default :attr:`quantiles`.
+            q: a number from 0 to 1 or several; default those of the constructor.
 
         Returns:
             Shape (C,) for a number, else (Q, C), float64; NaN without values.
@@ -294,7 +294,7 @@ class ChannelStats:
 
     @property
     def histograms(self) -> tuple[Histogram, ...]:
-        """The histogram of each channel: its values, scaled, and how often each occurs.
+        """The histogram of each channel, of its scaled values.
 
         Raises:
             ValueError: this object was made without ``quantiles``; no images.
