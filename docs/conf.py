@@ -1,4 +1,4 @@
-"""Sphinx configuration. ``python -m sphinx -W -b html docs build/site`` builds the site without network access."""
+"""Sphinx configuration. ``sphinx-build -W docs build/site`` builds the site without network access."""
 
 import sys
 from pathlib import Path
@@ -39,6 +39,7 @@ autodoc_member_order = "bysource"
 html_theme = "furo"
 html_title = f"normfused {version}"
 html_static_path = ["static"]
+html_extra_path = ["llms.txt"]  # the pages for language models, see llmstxt.org
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False

@@ -40,3 +40,9 @@ def test_every_page_is_reachable() -> None:
             entries = [line for line in block.splitlines() if line and not line.startswith(":")]
             listed |= {(page.parent / f"{entry}.md").resolve() for entry in entries}
     assert set(PAGES[1:]) == {page for page in listed if page.exists()}
+
+
+def test_llms_txt_links_to_pages() -> None:
+    links = re.findall(r"\]\(([\w/]+)\.html\)", (ROOT / "docs/llms.txt").read_text())
+    assert len(links) > 15
+    assert [link for link in links if not (ROOT / f"docs/{link}.md").exists()] == []
