@@ -103,6 +103,13 @@ __global__ void skips_grid_barrier(int* out) {
 __global__ void blocks_race(int* out) { out[0] = static_cast<int>(blockIdx.x); }
 __global__ void blocks_add(int* out) { out[0] += 1; }
 __global__ void blocks_add_atomically(int* out) { atomicAdd(out, 1); }
+// Counts the blocks, if they run one after another.
+__global__ void adds_in_turn(int* out) {
+  const int before = *static_cast<volatile int*>(out);
+  __syncthreads();
+  __syncthreads();  // where the first warp to pass the other barrier waits
+  if (threadIdx.x == 0) *out = before + 1;
+}
 __global__ void hands_over(int* flag, int* out) {
   if (blockIdx.x == 0) {
     while (atomicAdd(flag, 0) == 0) __nanosleep(20);
@@ -193,6 +200,18 @@ int main(int argc, char** argv) {
   out[0] = out[1] = 0;
   launch(cooperative(2, 1), hands_over, &out[1], &out[0]);
   expect(out[0] == 7, "hands_over", "");
+  for (max_resident = 1; max_resident <= 4; ++max_resident) {
+    out[0] = 0;
+    const unsigned before = concurrent;
+    launch(config(4, 64), adds_in_turn, y);
+    expect((out[0] == 4) == (concurrent == before), "adds_in_turn",
+           std::to_string(out[0]) + " of 4 with at most " + std::to_string(max_resident) + " at the same time");
+  }
+  max_resident = 1;
+  if (order == 0) {
+    out[0] = out[1] = 0;
+    expect_error("waits for an absent block", "deadlock", [&] { launch(config(2, 1), hands_over, &out[1], &out[0]); });
+  }
   launch(config(1, 64), shuffles_of_halves, floats.get());
   expect(floats[0] == 120 && floats[16] == 33 && floats[31] == 62, "shuffles_of_halves", "");
   return failures;

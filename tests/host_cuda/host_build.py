@@ -98,9 +98,12 @@ def build(
     return program
 
 
-def run(program: Path, *arguments: str, order: int = 0) -> subprocess.CompletedProcess[str]:
-    """Runs a program with threads, warps and blocks in an order: 0 ascending, 1 descending, others shuffled by it."""
-    environment = {**os.environ, "CUDAHOST_ORDER": str(order)}
+def run(program: Path, *arguments: str, order: int = 0, resident: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs a program with threads, warps and blocks in an order: 0 ascending, 1 descending, others shuffled by it.
+
+    `resident` is the maximum number of blocks that run at the same time.
+    """
+    environment = {**os.environ, "CUDAHOST_ORDER": str(order), "CUDAHOST_RESIDENT": str(resident)}
     if (symbolizer := shutil.which("addr2line")) is not None:
         environment.setdefault("TSAN_OPTIONS", f"external_symbolizer_path={symbolizer}")
     return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, timeout=1200)

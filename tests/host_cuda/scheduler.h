@@ -29,15 +29,17 @@ CUDAHOST_HIDDEN void run_thread() {
   go_home(thread, true);
 }
 
+CUDAHOST_HIDDEN uint64_t next_random(uint64_t& seed) {
+  seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+  return seed >> 33;
+}
+
 CUDAHOST_HIDDEN std::vector<unsigned> in_order(size_t count, uint64_t& seed) {
   std::vector<unsigned> indices(count);
   std::iota(indices.begin(), indices.end(), 0u);
   if (order == 1) std::reverse(indices.begin(), indices.end());
   if (order > 1)
-    for (size_t i = count; i > 1; --i) {
-      seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-      std::swap(indices[i - 1], indices[(seed >> 33) % i]);
-    }
+    for (size_t i = count; i > 1; --i) std::swap(indices[i - 1], indices[next_random(seed) % i]);
   return indices;
 }
 
@@ -131,10 +133,10 @@ class Memory {
   }
   char* stack(size_t i) const { return stacks + i * kStackBytes; }
   char* arena(size_t i) const { return arenas + i * kArenaBytes; }
-  // The bytes of an arena to initialize: what earlier waves of the launch can have written, or all of it.
-  CUDAHOST_HIDDEN static size_t used([[maybe_unused]] size_t wave) {
+  // The bytes of a block's arena to initialize: all, or what earlier blocks of the launch can have written to it.
+  CUDAHOST_HIDDEN static size_t used([[maybe_unused]] const Block& block) {
 #if !defined(__SANITIZE_THREAD__)
-    if (wave > 0) return running.shared_top;
+    if (block.shared != nullptr) return running.shared_top;
 #endif
     return kArenaBytes;
   }
@@ -222,7 +224,16 @@ CUDAHOST_HIDDEN void join([[maybe_unused]] const std::vector<void*>& fibers) {
 #endif
 }
 
-// Runs the blocks of a launch in waves: one block or cluster at a time, or all blocks of a cooperative launch.
+// How many blocks run at the same time: all of a cooperative launch, otherwise one cluster or several.
+CUDAHOST_HIDDEN unsigned resident_blocks(const Config& config, uint64_t blocks, uint64_t& seed) {
+  if (config.cooperative) return static_cast<unsigned>(blocks);
+  uint64_t clusters = std::min<uint64_t>(max_resident, blocks / config.cluster);
+  if (order > 1) clusters = 1 + next_random(seed) % clusters;
+  concurrent += clusters > 1;
+  return static_cast<unsigned>(clusters) * config.cluster;
+}
+
+// Runs the blocks of a launch in waves of resident blocks.
 CUDAHOST_HIDDEN void run(const Config& config, void (*call)(void*), void* arguments) {
   const dim3 &grid = config.grid, &block = config.block;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
@@ -238,33 +249,35 @@ CUDAHOST_HIDDEN void run(const Config& config, void (*call)(void*), void* argume
   running.arguments = arguments;
   running.threads = static_cast<unsigned>(threads);
   running.warps = (running.threads + 31) / 32;
-  running.resident = config.cooperative ? static_cast<unsigned>(blocks) : config.cluster;
+  uint64_t seed = order;
+  const unsigned wave_blocks = resident_blocks(config, blocks, seed);
   running.shared_top = (config.shared_bytes + 15) / 16 * 16;
   gridDim = grid;
   blockDim = block;
-  std::vector<Block> resident(running.resident);
-  std::vector<Thread> all_threads(running.resident * threads);
-  std::vector<Warp> all_warps(running.resident * running.warps);
+  std::vector<Block> resident(wave_blocks);
+  std::vector<Thread> all_threads(wave_blocks * threads);
+  std::vector<Warp> all_warps(wave_blocks * running.warps);
   std::vector<void*> fibers;
   running.blocks = resident.data();
-  uint64_t seed = order;
-  const auto waves = in_order(blocks / running.resident, seed), block_order = in_order(running.resident, seed),
+  const auto waves = in_order((blocks + wave_blocks - 1) / wave_blocks, seed),
              warp_order = in_order(running.warps, seed), lane_order = in_order(32, seed);
 
   for (size_t wave = 0; wave < waves.size() && !running.failed; ++wave) {
     const Memory memory(all_threads.size(), resident.size());
-    running.alive = static_cast<unsigned>(all_threads.size());
+    const uint64_t first = uint64_t{waves[wave]} * wave_blocks;
+    running.resident = static_cast<unsigned>(std::min<uint64_t>(wave_blocks, blocks - first));
+    running.alive = running.resident * running.threads;
     for (unsigned b = 0; b < running.resident; ++b) {
       resident[b].threads = &all_threads[b * threads];
       resident[b].warps = &all_warps[b * running.warps];
-      prepare(resident[b], uint64_t{waves[wave]} * running.resident + b, memory.arena(b), Memory::used(wave));
+      prepare(resident[b], first + b, memory.arena(b), Memory::used(resident[b]));
       for (unsigned i = 0; i < running.threads; ++i)
         prepare(resident[b].threads[i], resident[b], i, memory.stack(b * threads + i));
     }
 #if defined(__SANITIZE_THREAD__)
-    for (const Thread& thread : all_threads) fibers.push_back(thread.tsan);
+    for (unsigned i = 0; i < running.alive; ++i) fibers.push_back(all_threads[i].tsan);
 #endif
-    run_resident(block_order, warp_order, lane_order);
+    run_resident(in_order(running.resident, seed), warp_order, lane_order);
   }
   join(fibers);
   if (running.failed) {

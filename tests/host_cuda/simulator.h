@@ -4,8 +4,11 @@
 // AddressSanitizer detects accesses out of the bounds of shared and global memory. ThreadSanitizer detects races: it
 // sees every fiber as a thread, ordered only by barriers, fences and atomics.
 //
-// The environment variable CUDAHOST_ORDER sets the order in which lanes, warps and blocks run: 0 ascending, 1
-// descending, any other number is the seed of a shuffle.
+// Two environment variables choose a schedule:
+//   CUDAHOST_ORDER     of lanes, warps and blocks: 0 ascending, 1 descending, others are the seed of a shuffle
+//   CUDAHOST_RESIDENT  the maximum number of blocks, or clusters, that run at the same time; default 1. In a shuffled
+//                      order the number is random up to it. A resident block runs until all of its threads wait, so
+//                      that the others starve as long as the order allows.
 //
 // This file has the state of a launch and what its threads call; scheduler.h runs them.
 #pragma once
@@ -137,6 +140,7 @@ struct SharedVariable {
 };
 
 inline unsigned launches;           // since the program's start
+inline unsigned concurrent;         // of these, the launches with several resident blocks or clusters
 inline unsigned max_cluster = ~0u;  // a launch of larger clusters is refused
 
 // The state of the running launch; only one runs at a time.
@@ -157,10 +161,12 @@ struct Launch {
 };
 inline Launch running;
 
-inline unsigned order = [] {
-  const char* const text = std::getenv("CUDAHOST_ORDER");
-  return text == nullptr ? 0u : static_cast<unsigned>(std::atoi(text));
-}();
+inline unsigned number_from(const char* variable, unsigned otherwise) {
+  const char* const text = std::getenv(variable);
+  return text == nullptr ? otherwise : static_cast<unsigned>(std::atoi(text));
+}
+inline unsigned order = number_from("CUDAHOST_ORDER", 0);
+inline unsigned max_resident = number_from("CUDAHOST_RESIDENT", 1);
 
 // Stops the launch with a message; the host throws it as an Error.
 [[noreturn]] CUDAHOST_HIDDEN void fail(const char* format, ...) {
