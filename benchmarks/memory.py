@@ -1,6 +1,6 @@
 """Memory of training, by implementation of batch norm and activation: ``python benchmarks/memory.py``.
 
-Writes memory.json, memory.md and memory.png to results/<device>/: the bytes that batch norm and activation save for
+Writes memory.json, memory.md and memory.svg to results/<device>/: the bytes that batch norm and activation save for
 backward, for the nine shapes of ResNet-50, and the saved bytes and peak memory of one training step of ResNet-50.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-import matplotlib
+import plots
 import tables
 import torch
 from cases import RESNET50
@@ -29,9 +29,6 @@ from torch import Tensor, nn
 
 import normfused
 from normfused.conversion import bytes_saved_for_backward
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +194,10 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(folder: Path) -> None:
-    """Writes memory.md and memory.png from memory.json."""
+    """Writes memory.md and memory.svg from memory.json."""
     results = json.loads((folder / "memory.json").read_text())
     (folder / "memory.md").write_text(render(results))
-    draw(results, folder / "memory.png")
+    draw(results, folder / "memory.svg")
 
 
 def render(results: dict[str, Any]) -> str:
@@ -257,27 +254,12 @@ def _range(low: float, high: float) -> str:
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draws saved bytes and peak of ResNet-50 as bars."""
     steps = results["resnet50"]
-    fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
-    for index, step in enumerate(reversed(steps)):
-        ours = step["mode"] in BASES
-        for key, offset, color in (
-            ("peak_bytes", -0.2, "#9cc3e6" if ours else "#d9d9d9"),
-            ("kept_bytes", 0.2, "#1f5a99" if ours else "#7a7a7a"),
-        ):
-            value = step[key] / 2**30
-            ax.barh(index + offset, value, 0.36, color=color)
-            ax.annotate(
-                f"{value:.2f}", (value, index + offset), (3, 0), textcoords="offset points", va="center", fontsize=8
-            )
-    ax.set_yticks(range(len(steps)), [MODES[step["mode"]].title for step in reversed(steps)])
-    ax.set_xlabel("GiB: saved for backward (dark), peak of the step (light)")
-    ax.spines[["top", "right"]].set_visible(False)
-    machine = results["machine"]
-    where = f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}, {machine['date'][:10]}"
-    title = f"Memory of a training step: ResNet-50, float32, batch {steps[0]['batch']}, 224²\n{where}"
-    fig.suptitle(title, x=0.01, ha="left", fontsize=10)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    modes = [
+        plots.Bars(MODES[step["mode"]].title, step["mode"] in BASES, step["kept_bytes"], step["peak_bytes"])
+        for step in steps
+    ]
+    what = f"Memory of a training step: ResNet-50, float32, batch {steps[0]['batch']}, 224²"
+    plots.draw_memory(results["machine"], what, modes, path)
 
 
 if __name__ == "__main__":

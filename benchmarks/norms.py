@@ -1,6 +1,6 @@
 """Norms whose statistics are those of one sample, compared with eager torch and with copies.
 
-``python benchmarks/norms.py`` writes norms.json, norms.md and norms.png to results/<device>/.
+``python benchmarks/norms.py`` writes norms.json, norms.md and norms.svg to results/<device>/.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def render(description: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "the tensor; geometric means over shapes, dtypes and layouts. *Bound*: the speedup if each byte were moved "
         "once, at the speed of the copy.",
         tables.table(("", "speedup over torch", "least", "target", "", "copies", "bound"), means),
-        "![Speed compared with eager torch](norms.png)",
+        "![Speed compared with eager torch](norms.svg)",
         "## All cases",
         tables.table(("", "shape", "dtype", "layout", "speedup over torch", "copies"), details, text_columns=4),
     ]
@@ -240,7 +240,7 @@ def render(description: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def draw(description: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
-    """Writes norms.png, if matplotlib is installed. A GPU machine may lack it."""
+    """Writes norms.svg, if matplotlib is installed. A GPU machine may lack it."""
     if find_spec("matplotlib") is None:
         return print("no plot: matplotlib is not installed")
     import plots

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ import onednn.library  # noqa: E402
 import operators  # noqa: E402
 import peers  # noqa: E402
 import plan_table  # noqa: E402
+import plots  # noqa: E402
 import processes  # noqa: E402
 import proof  # noqa: E402
 import public_rows  # noqa: E402
@@ -40,6 +42,7 @@ import tables  # noqa: E402
 import targets  # noqa: E402
 import timing  # noqa: E402
 import worker  # noqa: E402
+from plot_style import NEUTRAL  # noqa: E402
 
 
 @pytest.mark.usefixtures("needs_extension")
@@ -465,6 +468,40 @@ def test_committed_tables_are_rendered_by_this_code(file: Path) -> None:
     else:
         text, table = import_module(name).render(content["machine"], content[name]), file.with_suffix(".md")
     assert table.read_text() == text, f"python benchmarks/{'report' if name == 'results' else name}.py --render"
+
+
+def luminance(color: str) -> float:
+    """The relative luminance of WCAG 2."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(color: str, page: str) -> float:
+    low, high = sorted((luminance(color), luminance(page)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_plots_read_on_white_and_dark_pages_and_on_a_phone(tmp_path: Path) -> None:
+    """WCAG 2 asks for a contrast of 3 for graphics, and of 4.5 for small text, which no color has on both pages."""
+    described = json.loads(next(file for file in RESULTS if file.name == "results.json").read_text())["machine"]
+    plots.draw(described, results_of("cpu", {"torch": 3.0, "copy": 1.0}), tmp_path)
+    case = {"norm": "GroupNorm", "shape": (2, 32, 3), "dtype": "float32", "layout": "channels first", "speedup": 2.0}
+    plots.draw_norms(described, [case | {"operation": name} for name in ("forward", "forward + backward")], tmp_path)
+    plots.draw_memory(
+        described, "title", [plots.Bars("ours", True, 1, 2), plots.Bars("torch", False, 3, 4)], tmp_path / "m.svg"
+    )
+    drawn = {path: path.read_text() for path in tmp_path.iterdir()}
+    assert sorted(path.name for path in drawn) == ["floor-n32.svg", "m.svg", "norms.svg", "speedup-n32.svg"]
+    for path, text in drawn.items():
+        assert 'width="432pt"' in text, path
+        texts = re.findall(r'<g id="text_\d+">.*?<g style="([^"]*)" transform', text, re.DOTALL)
+        assert len(texts) == text.count('<g id="text_') > 0, path
+        assert all(f"fill: {NEUTRAL}" in style for style in texts), path  # black is not written
+        colors = set(re.findall(r"(?:fill|stroke): (#\w{6})", text))
+        for color in colors:
+            least = 4.2 if color == NEUTRAL else 3
+            assert min(contrast(color, "#ffffff"), contrast(color, "#131416")) >= least, (path, color)
 
 
 @pytest.mark.usefixtures("needs_extension")

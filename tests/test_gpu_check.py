@@ -444,7 +444,7 @@ def test_a_rehearsal_renders_but_not_among_results(
         "norms.md",
     ):
         assert gpu_render.REHEARSAL in (tmp_path / name).read_text().splitlines()[0], name
-    for name in ("speedup-n2.png", "floor-n2.png", "memory.png", "norms.png"):
+    for name in ("speedup-n2.svg", "floor-n2.svg", "memory.svg", "norms.svg"):
         assert (tmp_path / name).stat().st_size > 0, name
 
 
