@@ -15,6 +15,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "benchmark_cells",
     "call_section",
     "mathml",  # formulas as MathML, which browsers render themselves
     "repository_pages",  # README files of other folders as pages
