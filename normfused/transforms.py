@@ -45,14 +45,14 @@ class Preset(NamedTuple):
     std: tuple[float, ...]
 
 
-# The values that torchvision's pretrained models expect, from a random subset of the training images, resized and
-# cropped. The std is the mean of the standard deviations of single images, which is smaller than that of all pixels:
-# https://github.com/pytorch/vision/pull/1965.
+#: The values that torchvision's pretrained models expect, from a random subset of the training images, resized and
+#: cropped. The std is the mean of the standard deviations of single images, which is smaller than that of all pixels:
+#: https://github.com/pytorch/vision/pull/1965.
 IMAGENET = Preset((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# All pixels of the 50,000 training images. The std (0.2023, 0.1994, 0.2010) that is often used is the mean of the
-# standard deviations of single images.
+#: All pixels of the 50,000 training images. The std (0.2023, 0.1994, 0.2010) that is often used is the mean of the
+#: standard deviations of single images.
 CIFAR10 = Preset((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-# All pixels of the 60,000 training images, by normfused stats train-images-idx3-ubyte.gz.
+#: All pixels of the 60,000 training images, by normfused stats train-images-idx3-ubyte.gz.
 FASHION_MNIST = Preset((0.2860,), (0.3530,))
 
 

@@ -17,6 +17,7 @@
   const rows = [...body.rows].map((element, index) => {
     const cells = [...element.cells].map((cell) => cell.textContent);
     const text = Object.fromEntries(columns.map((column, i) => [column, cells[i]]));
+    element.tabIndex = -1;
     return { element, text, ...data.cells[index] };
   });
   const rowOf = new Map(rows.map((row) => [row.element, row]));
