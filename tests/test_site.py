@@ -236,7 +236,10 @@ def test_a_gpu_that_ran_is_named(tmp_path: Path) -> None:
     assert benchmark_cells.gpu_line(after, rest) == (
         f"<strong>NVIDIA GPU</strong>: NVIDIA &lt;H100&gt;; {len(rest)} planned cells not run."
     )
-    assert "| 1; **1 wrong or not measured** |" in benchmark_cells.markdown_of_runs(after)
+    write(tmp_path / "gpu/graphs", "results", gpu, [row])
+    runs = benchmark_cells.markdown_of_runs(benchmark_data.read(tmp_path))
+    assert "| NVIDIA <H100> | 1; **1 wrong or not measured** | [results](results/gpu/table.md) |" in runs
+    assert "| NVIDIA <H100>, graphs | 1 | [results](results/gpu/graphs/table.md) |" in runs
 
 
 def test_files_that_are_not_known_are_refused(tmp_path: Path) -> None:

@@ -143,9 +143,11 @@ def markdown_of_runs(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         machine, page = run.machine, "table" if run.file.stem == "results" else run.file.stem
-        caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items() if not name.startswith("L1"))
+        caches = ", ".join(
+            f"{name.split()[0]} {size}" for name, size in machine["caches"].items() if not name.startswith("L1")
+        )
         onednn = f", oneDNN {run.settings['onednn']}" if run.settings.get("onednn") else ""
-        link = f"[{page}.md](results/{run.file.parent.name}/{page}.md)"
+        link = f"[{run.file.stem}](results/{run.folder.as_posix()}/{page}.md)"
         versions = f"normfused {machine['normfused']} ({machine['revision']}), torch {machine['torch']}{onednn}"
         where = f"{machine['cpu_capability']}, {machine['threads']} threads of {machine['cores']} cores, {caches}"
         count = f"{len(run.cells)}; **{run.failed} wrong or not measured**" if run.failed else str(len(run.cells))

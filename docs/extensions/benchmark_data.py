@@ -46,6 +46,7 @@ class Run:
     """A committed JSON file."""
 
     file: Path
+    folder: Path  # relative to the results: the machine, and where there are several runs of it, which one
     machine: dict[str, Any]
     settings: dict[str, Any]
     cells: list[Cell]
@@ -53,10 +54,9 @@ class Run:
 
     @property
     def device(self) -> str:
-        """A short name: Intel Xeon for Intel(R) Xeon(R) Processor. What was measured follows, as in CUDA graphs."""
+        """A short name, such as Intel Xeon for Intel(R) Xeon(R) Processor, and which run of it."""
         name = self.machine.get("gpu") or re.sub(r"\((R|TM)\)| Processor| CPU", "", self.machine["cpu"])
-        variant = self.file.parent.relative_to(RESULTS).parts[1:] if self.file.is_relative_to(RESULTS) else ()
-        return ", ".join((name, *variant))
+        return ", ".join((name, *self.folder.parts[1:]))
 
     @property
     def date(self) -> str:
@@ -135,7 +135,8 @@ def read(folder: Path = RESULTS) -> list[Run]:
         content = json.loads(file.read_text())
         cells = list(READERS[file.stem](content[file.stem]))
         failed = len(content.get("failures", ()))
-        runs.append(Run(file, content["machine"], content.get("settings", {}), cells, failed))
+        relative = file.parent.relative_to(folder)
+        runs.append(Run(file, relative, content["machine"], content.get("settings", {}), cells, failed))
     if not runs:
         raise ValueError(f"{folder} holds no results")
     return runs
