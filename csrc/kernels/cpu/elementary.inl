@@ -1,7 +1,8 @@
 // Elementary functions of vectors, for the activations and local response normalization (see math.h).
 //
 // float: polynomials. The maximum errors in ulp are measured against the C library in double, over every
-// 211th float of the stated range. double: the C library's functions, lane by lane.
+// 211th float of the stated range; docs/ulp.md has those of the activations. double: the C library's functions, lane by
+// lane.
 #pragma once
 
 #ifndef NF_ISA
@@ -22,6 +23,25 @@ NF_FN Vec<double> map_lanes(const Vec<double>& x, const F& f) {
 NF_FN Vec<float> magnitude(Vec<float> x) {
   const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(x) & 0x7fffffffu;
   return bit_cast<Vec<float>>(bits);
+}
+
+NF_FN Vec<double> magnitude(Vec<double> x) {
+  const Vec<uint64_t> bits = bit_cast<Vec<uint64_t>>(x) & 0x7fffffffffffffffu;
+  return bit_cast<Vec<double>>(bits);
+}
+
+// x * x - square, exact, where `square` is x * x rounded to float.
+NF_FN Vec<float> rest_of_square(Vec<float> x, Vec<float> square) {
+#if NF_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_fmsub_ps((__m512)x, (__m512)x, (__m512)square);
+#elif NF_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_fmsub_ps((__m256)x, (__m256)x, (__m256)square);
+#else
+  // The products of parts of 12 bits are exact.
+  const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(x) & 0xfffff000u;
+  const Vec<float> high = bit_cast<Vec<float>>(bits), low = x - high;
+  return ((high * high - square) + high * low * 2.f) + low * low;
+#endif
 }
 
 // 2^n for integers n in [-126, 127]; any value for a NaN, whose bits may overflow.
@@ -81,10 +101,11 @@ NF_FN Vec<float> approximate_reciprocal(Vec<float> b) {
 #endif
 }
 
-// From e = exp(-|x|), which does not overflow.
-NF_FN Sigmoid<Vec<float>> sigmoid_from(Vec<float> x, Vec<float> e, Vec<float> reciprocal) {
-  const Vec<float> smaller = e * reciprocal;
-  return {x > 0.f ? reciprocal : smaller, x > 0.f ? smaller : reciprocal};
+// From e = exp(-|x|), which does not overflow, and 1 / (1 + e). A complement 1 - sigmoid(x) would cancel.
+template <class V>
+NF_FN Sigmoid<V> sigmoid_from(const V& x, const V& e, const V& reciprocal) {
+  const V smaller = e * reciprocal;
+  return {where_positive(x, reciprocal, smaller), where_positive(x, smaller, reciprocal)};
 }
 
 struct Elementary {
@@ -105,7 +126,7 @@ struct Elementary {
     return multiply_by_exp2(e.expm1 + 1.f, e.n);
   }
 
-  // 2.6 ulp for both, including subnormal results.
+  // 2.7 ulp for both, including subnormal results.
   static NF_INLINE Sigmoid<Vec<float>> sigmoid_with_complement(Vec<float> x) {
     const ReducedExp reduced = reduce_exp_argument(maximum(Vec<float>{} - 104.f, -magnitude(x)));
     const Vec<float> e = multiply_by_exp2(reduced.expm1 + 1.f, reduced.n);
@@ -123,13 +144,16 @@ struct Elementary {
 
   // Standard normal distribution and density. With u = |x|, the probability above u is exp(-u^2 / 2) t P(t), where
   // t = 1 / (1 + 0.35 u) and P is a minimax polynomial up to u = 14.5, with a relative error below 5e-8. Above 14.5
-  // that probability is 0 in float. The error of the distribution grows with u^2, because u * u is rounded: 10 ulp for
-  // x > -5, 64 ulp for x > -13.
-  static NF_INLINE Vec<float> normal_argument(Vec<float> u) {
-    return quotient(Vec<float>{} + 1.f, minimum(Vec<float>{} + 16.f, u) * 0.35f + 1.f);
+  // that probability is 0 in float. Distribution: 7 ulp for x > -13.
+  // Both for 0 <= u <= 16.
+  static NF_INLINE Vec<float> normal_argument(Vec<float> u) { return quotient(Vec<float>{} + 1.f, u * 0.35f + 1.f); }
+  // exp(-u^2 / 2). The rounding of u * u alone would change it by a factor of up to 1 + 4e-6.
+  static NF_INLINE Vec<float> gaussian(Vec<float> u) {
+    const Vec<float> square = u * u, power = exp(square * -0.5f);
+    return power - power * (rest_of_square(u, square) * 0.5f);
   }
   static NF_INLINE Normal<Vec<float>> normal(Vec<float> x) {
-    const Vec<float> u = magnitude(x), t = normal_argument(u);
+    const Vec<float> u = minimum(Vec<float>{} + 16.f, magnitude(x)), t = normal_argument(u);
     Vec<float> p = t * -0.029158112f + 0.14403266f;
     p = p * t - 0.25584397f;
     p = p * t + 0.1593269f;
@@ -138,7 +162,7 @@ struct Elementary {
     p = p * t + 0.11982057f;
     p = p * t + 0.13986361f;
     p = p * t + 0.1396213f;
-    const Vec<float> e = exp(u * u * -0.5f), tail = e * (p * t);
+    const Vec<float> e = gaussian(u), tail = e * (p * t);
     return {x > 0.f ? 1.f - tail : tail, e * 0.39894228f};
   }
 
@@ -197,8 +221,8 @@ struct Elementary {
   static NF_INLINE Vec<double> quotient(Vec<double> a, Vec<double> b) { return a / b; }
   static NF_INLINE Vec<double> sigmoid(Vec<double> x) { return 1 / (1 + exp(-x)); }
   static NF_INLINE Sigmoid<Vec<double>> sigmoid_with_complement(Vec<double> x) {
-    const Vec<double> value = sigmoid(x);
-    return {value, 1 - value};
+    const Vec<double> e = exp(-magnitude(x));
+    return sigmoid_from(x, e, 1 / (e + 1));
   }
   static NF_INLINE Vec<double> exp(Vec<double> x) {
     return map_lanes(x, [](double v) { return std::exp(v); });
@@ -250,7 +274,7 @@ struct Approximate : Elementary {
 
   // As in Elementary, with a polynomial whose relative error is below 2e-6.
   static NF_INLINE Normal<Vec<float>> normal(Vec<float> x) {
-    const Vec<float> u = magnitude(x), t = normal_argument(u);
+    const Vec<float> u = magnitude(x), t = normal_argument(minimum(Vec<float>{} + 16.f, u));
     Vec<float> p = t * 0.04203085f - 0.17598434f;
     p = p * t + 0.20035163f;
     p = p * t + 0.015617011f;
