@@ -1,15 +1,19 @@
 // The list of kernels: name and argument struct of each. The CPU's table and dispatch, the declarations in
 // kernels/cpu/kernels.h and kernels/cuda/kernels.h, and ops::Backend with its three instances are generated from it.
 //
-// Define NF_KERNEL(name, Args), or both of the macros below, and include this file; it undefines them. It has no
+// Define NF_KERNEL(name, Args), or some of the macros below, and include this file; it undefines them. It has no
 // include guard, because it is included once for each thing that is generated.
 //   NF_DTYPE_KERNEL: on the CPU a template over the input's dtype. Dispatch instantiates it and selects by args.dtype.
 //   NF_UNTYPED_KERNEL: on the CPU one function for each instruction set, which distinguishes dtypes itself.
+//   NF_PORTABLE_KERNEL: on the CPU one function, whose results are bitwise identical on all machines.
 #if !defined(NF_DTYPE_KERNEL)
 #define NF_DTYPE_KERNEL NF_KERNEL
 #endif
 #if !defined(NF_UNTYPED_KERNEL)
 #define NF_UNTYPED_KERNEL NF_KERNEL
+#endif
+#if !defined(NF_PORTABLE_KERNEL)
+#define NF_PORTABLE_KERNEL NF_KERNEL
 #endif
 #if !defined(NF_KERNEL)
 #define NF_KERNEL(name, Args)
@@ -38,7 +42,7 @@ NF_UNTYPED_KERNEL(integer_sums, IntegerSums)
 NF_DTYPE_KERNEL(pack_moments, PackMoments)
 
 // The statistics of the whole batch from the moments of all ranks; bitwise identical on all ranks.
-NF_UNTYPED_KERNEL(merge_ranks, MergeRanks)
+NF_PORTABLE_KERNEL(merge_ranks, MergeRanks)
 
 // Mean and std are read from host memory, on CUDA too, with one launch per 128 channels.
 NF_UNTYPED_KERNEL(standardize, Standardize)
@@ -61,4 +65,5 @@ NF_DTYPE_KERNEL(layer_norm_backward, LayerNormBackward)
 
 #undef NF_DTYPE_KERNEL
 #undef NF_UNTYPED_KERNEL
+#undef NF_PORTABLE_KERNEL
 #undef NF_KERNEL

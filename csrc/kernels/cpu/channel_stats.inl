@@ -185,7 +185,7 @@ void reduce_tensor(const Op& op, const ChannelView& view, int64_t itemsize, cons
 }
 
 // Copies row k of the results to args.results[k].
-void write_results(const ChannelStats& args, const ResultTable& results, int64_t c0, int64_t c1) {
+inline void write_results(const ChannelStats& args, const ResultTable& results, int64_t c0, int64_t c1) {
   for (int64_t k = 0; k < 4; ++k)
     for (int64_t c = c0; c < c1; ++c) args.results[k][c] = results(k, c);
 }

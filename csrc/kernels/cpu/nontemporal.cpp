@@ -1,8 +1,10 @@
 #include "kernels/cpu/nontemporal.h"
 
-#include <unistd.h>
-
 #include <algorithm>
+
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
 
 namespace normfused::cpu {
 

@@ -33,6 +33,10 @@ struct KernelTable {
   }
 };
 
+namespace portable {
+#define NF_PORTABLE_KERNEL(name, Args) void name(const Args&, const Parallel&);
+#include "kernels/list.h"
+}  // namespace portable
 namespace baseline {
 const KernelTable& kernels();
 }
