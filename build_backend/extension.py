@@ -14,18 +14,13 @@ from pathlib import Path
 import torch
 from cuda_choice import Decision, Facts, choose_architectures, decide
 from cuda_toolkit import Search, Toolkit, find_toolkit
+from cxx_flags import Flags, family_of, flags_of
 from jobs import default_jobs
 from setuptools import Extension
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
 NAME = "normfused._C"
-# -fopenmp compiles at::parallel_for for the OpenMP runtime that torch has loaded. It is not linked: a second runtime
-# would give the process a second thread pool.
-# -fno-math-errno allows loops with a square root to vectorize.
-# -Wno-stringop-overflow: GCC 12 reports false positives in torch's inlined reference counting.
-CXX_FLAGS = ["-O3", "-fno-math-errno", "-g0", "-fvisibility=hidden", "-fopenmp"]
-CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-stringop-overflow"]
 CXX_SOURCES = ["csrc/*.cpp", "csrc/memory/*.cpp", "csrc/ops/*.cpp", "csrc/kernels/*/*.cpp"]
 CUDA_SOURCES = ["csrc/ops/cuda/*.cpp", "csrc/kernels/cuda/*.cu"]
 # --expt-relaxed-constexpr: kernels call constexpr member functions of structs that the host uses too. Half precision is
@@ -79,6 +74,23 @@ def _torch_knows(architecture: str) -> bool:
             os.environ["TORCH_CUDA_ARCH_LIST"] = before
 
 
+@cache
+def cxx() -> tuple[str, Flags]:
+    """Return what the C++ compiler says about itself, and its flags."""
+    command = shlex.split(cpp_extension.get_cxx_compiler(), posix=os.name == "posix")
+    version = _version_of(command)
+    has_omp_header = any((Path(path) / "omp.h").exists() for path in cpp_extension.include_paths())
+    return version.split("\n")[0], flags_of(sys.platform, family_of(command[-1], version), has_omp_header)
+
+
+def _version_of(command: list[str]) -> str:
+    """Return the output of ``--version``; empty if the compiler is not found, which the build reports."""
+    try:
+        return subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
 def torch_requirement() -> str:
     """Return the requirement on torch's series: another series may have another binary interface."""
     major, minor = torch.__version__.split(".")[:2]
@@ -88,7 +100,9 @@ def torch_requirement() -> str:
 def extension() -> Extension:
     """Describe ``normfused._C``."""
     _, _, toolkit = cuda()
-    werror = ["-Werror"] if os.environ.get("NORMFUSED_WERROR") == "1" else []
+    _, flags = cxx()
+    werror = [flags.werror] if os.environ.get("NORMFUSED_WERROR") == "1" else []
+    system_include = [flags.system_include + path for path in cpp_extension.include_paths()]
     if toolkit:  # torch guesses it from the path of nvcc, which may be a script elsewhere
         cpp_extension.CUDA_HOME = str(toolkit.home)
     make = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
@@ -98,8 +112,7 @@ def extension() -> Extension:
         include_dirs=[str(ROOT / "csrc"), *_cuda_include(toolkit)],
         define_macros=[TORCH_MACRO, *([("NORMFUSED_WITH_CUDA", "1")] if toolkit else [])],
         extra_compile_args={
-            # -isystem suppresses warnings in torch's headers.
-            "cxx": [*CXX_FLAGS, *werror, *(f"-isystem{path}" for path in cpp_extension.include_paths())],
+            "cxx": [*flags.compile, *werror, *system_include],
             "nvcc": NVCC_FLAGS,
         },
         depends=sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh"),
@@ -126,6 +139,9 @@ class BuildExtension(cpp_extension.BuildExtension):
         if decision.warning:
             print(f"normfused: warning: {decision.warning}", flush=True)
         architectures = ";".join(facts.architectures.chosen) if decision.build else ""
+        compiler, flags = cxx()
+        if flags.warning:
+            print(f"normfused: warning: {flags.warning}", flush=True)
         if toolkit:
             print(f"normfused: {toolkit.home}, {toolkit.cudart}, for {architectures}", flush=True)
             os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
@@ -136,8 +152,8 @@ class BuildExtension(cpp_extension.BuildExtension):
             "torch": torch.__version__,
             "torch_cuda": torch.version.cuda,
             "python": sys.version.split()[0],
-            "compiler": self._compiler(),
-            "flags": " ".join(CXX_FLAGS),
+            "compiler": compiler,
+            "flags": " ".join(flags.compile),
             "cuda": decision.build,
             "cuda_reason": decision.reason,
             "cuda_how": decision.how,
@@ -145,7 +161,3 @@ class BuildExtension(cpp_extension.BuildExtension):
         }
         path = Path(self.get_ext_fullpath(NAME)).with_name("_build_info.json")
         path.write_text(json.dumps(record, indent=2) + "\n")
-
-    def _compiler(self) -> str:
-        command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[0]

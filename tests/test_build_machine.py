@@ -1,8 +1,10 @@
-"""What a build detects on its machine: the CUDA toolkit, and the number of compilers that may run at once."""
+"""What a build detects on its machine: CUDA toolkit, number of compilers that may run at once, their flags."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "build_backend"))
 import cuda_toolkit
 import jobs
 from cuda_toolkit import Search, find_toolkit
+from cxx_flags import family_of, flags_of
 
 
 @pytest.fixture(autouse=True)
@@ -217,3 +220,104 @@ def test_jobs_where_the_system_has_neither_cgroups_nor_sysconf(tmp_path: Path, m
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert jobs.default_jobs(tmp_path) == 1
+
+
+# ---- flags of the C++ compiler ---------------------------------------------------------------------------------------
+
+GCC = "c++ (Debian 12.2.0-14) 12.2.0\nCopyright (C) 2022 Free Software Foundation, Inc.\n"
+CLANG = "Debian clang version 16.0.6\nTarget: x86_64-pc-linux-gnu\n"
+APPLE = "Apple clang version 15.0.0 (clang-1500.3.9.4)\nTarget: arm64-apple-darwin23.4.0\n"
+OTHER = "Intel(R) oneAPI DPC++/C++ Compiler 2025.0.0\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "version", "family"),
+    [
+        ("c++", GCC, "gcc"),
+        ("/usr/bin/g++-12", GCC, "gcc"),
+        ("c++", CLANG, "clang"),
+        ("c++", APPLE, "clang"),
+        (r"C:\LLVM\bin\clang-cl.exe", CLANG, "clang-cl"),
+        ("clang-cl-19", CLANG, "clang-cl"),
+        ("cl", "", "cl"),
+        (r"C:\VC\bin\CL.EXE", "", "cl"),
+        ("icpx", OTHER, "unknown"),
+        ("missing", "", "unknown"),
+    ],
+)
+def test_family_of_a_compiler(command: str, version: str, family: str) -> None:
+    assert family_of(command, version) == family
+
+
+OPTIMIZATION = ["-O3", "-fno-math-errno", "-g0", "-fvisibility=hidden"]
+WARNINGS = ["-Wall", "-Wextra"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "family", "has_omp_header", "compile", "werror", "system_include", "warning"),
+    [
+        (
+            *("linux", "gcc", False, [*OPTIMIZATION, "-fopenmp", *WARNINGS, "-Wno-stringop-overflow"]),
+            *("-Werror", "-isystem", ""),
+        ),
+        (
+            *("linux", "clang", True, [*OPTIMIZATION, *WARNINGS], "-Werror", "-isystem"),
+            "the CPU kernels will run on one thread: torch's OpenMP runtime on Linux is GCC's; set CXX=g++",
+        ),
+        (
+            *("darwin", "clang", True, [*OPTIMIZATION, "-Xclang", "-fopenmp", *WARNINGS]),
+            *("-Werror", "-isystem", ""),
+        ),
+        (
+            *("darwin", "clang", False, [*OPTIMIZATION, *WARNINGS], "-Werror", "-isystem"),
+            "the CPU kernels will run on one thread: torch's headers have no omp.h",
+        ),
+        (
+            *("win32", "clang-cl", True, ["/O2", "/clang:-O3", "/clang:-fno-math-errno", "/W4"], "/WX", "-imsvc"),
+            "the CPU kernels will run on one thread: OpenMP of clang-cl would load a second runtime",
+        ),
+    ],
+    ids=["linux-gcc", "linux-clang", "macos", "macos-without-omp.h", "windows"],
+)
+def test_flags_of_a_platform(
+    platform: str,
+    family: str,
+    has_omp_header: bool,
+    compile: list[str],
+    werror: str,
+    system_include: str,
+    warning: str,
+) -> None:
+    assert flags_of(platform, family, has_omp_header) == (compile, werror, system_include, warning)
+
+
+@pytest.mark.parametrize("family", ["cl", "gcc", "clang", "unknown"])
+def test_windows_needs_clang_cl(family: str) -> None:
+    with pytest.raises(RuntimeError, match="install LLVM, set CXX=clang-cl, then reinstall normfused"):
+        flags_of("win32", family, False)
+
+
+@pytest.mark.parametrize(
+    ("platform", "options"),
+    [
+        ("linux", ["--driver-mode=g++", "--target=x86_64-linux-gnu"]),
+        ("darwin", ["--driver-mode=g++", "--target=arm64-apple-macos11"]),
+        ("win32", ["--driver-mode=cl", "--target=x86_64-pc-windows-msvc"]),
+    ],
+)
+def test_clang_understands_the_flags(tmp_path: Path, platform: str, options: list[str]) -> None:
+    """Clang's driver for another system names the flags that it does not know or use; -### compiles nothing."""
+    clang = next(filter(None, map(shutil.which, ["clang++", *(f"clang++-{n}" for n in range(30, 13, -1))])), None)
+    if clang is None:
+        pytest.skip("no clang++")
+    flags = flags_of(platform, "clang-cl" if platform == "win32" else "clang", True)
+    source = tmp_path / "x.cpp"
+    source.touch()
+    command = [clang, *options, *flags.compile, flags.werror, flags.system_include + str(tmp_path), "-c", str(source)]
+    done = subprocess.run([*command, "-###"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning:" not in done.stderr
+    frontend = done.stderr.splitlines()[-1]
+    assert all(f'"{flag}"' in frontend for flag in ("-O3", "-Werror")), frontend
+    assert "-fmath-errno" not in frontend
+    assert str(tmp_path) in frontend
