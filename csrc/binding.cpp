@@ -11,6 +11,7 @@
 #include "ops/layer_norm.h"
 #include "ops/local_response_norm.h"
 #include "ops/output_memory.h"
+#include "ops/parallel.h"
 #include "ops/standardize.h"
 #include "ops/sync_moments.h"
 #include "ops/value_counts.h"
@@ -133,7 +134,15 @@ void bind_cuda_plans(py::module_& m) {
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+// The module runs without the GIL: no function has mutable state of its own, except for the memory pool and the CUDA
+// tickets, which have mutexes, and constants that are computed in the first call.
+#if PYBIND11_VERSION_HEX >= 0x020D0000
+#define NF_MODULE(name, variable) PYBIND11_MODULE(name, variable, py::mod_gil_not_used())
+#else
+#define NF_MODULE(name, variable) PYBIND11_MODULE(name, variable)
+#endif
+
+NF_MODULE(TORCH_EXTENSION_NAME, m) {
   // Otherwise torch's error types would all become RuntimeError.
   py::register_local_exception_translator([](std::exception_ptr e) {
     if (e) torch::translate_exception_to_python(e);
@@ -147,6 +156,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                     "allocations"_a = stats.allocations, "reuses"_a = stats.reuses);
   });
   m.def("empty_cache", &ops::empty_cache);
+  m.def("has_memory_pool", &ops::has_memory_pool);
+  m.def("uses_threads", [] { return ops::kUsesThreads; });
   m.def("cpu_capability", &cpu::capability);
   m.def("has_cuda", [] {
 #if defined(NORMFUSED_WITH_CUDA)

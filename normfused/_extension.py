@@ -66,7 +66,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         Versions; ``extension``, ``"loaded"`` or ``"fallback"``, and ``fallback_reason``; instruction set and number of
-        threads of the CPU kernels; whether there are CUDA kernels; and the record of the build as ``built_...``.
+        threads of the CPU kernels; whether large outputs on the CPU use the memory pool; whether there are CUDA
+        kernels; and the record of the build as ``built_...``.
 
     Example:
         >>> info()["extension"] in ("loaded", "fallback")
@@ -80,7 +81,8 @@ def info() -> dict[str, Any]:
         "extension": "loaded" if C is not None else "fallback",
         "fallback_reason": fallback_reason,
         "cpu_capability": C.cpu_capability() if C is not None else None,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if C is None or C.uses_threads() else 1,
+        "memory_pool": C is not None and bool(C.has_memory_pool()),
         "cuda": C is not None and bool(C.has_cuda()),
         **{f"built_{key}": value for key, value in _build_info.items()},
     }

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy.linalg
 import pytest
 import torch
 
 import normfused
+from normfused import _extension
 
 PACKAGE = Path(normfused.__file__).parent
 BINARY = f"_C{EXTENSION_SUFFIXES[0]}"
@@ -114,6 +116,20 @@ def test_the_extension_matches_torch_and_loads_without_warning() -> None:
     assert info["built_torch"] == torch.__version__
     assert info["built_version"] == normfused.__version__
     assert info["cpu_capability"] in {"avx512", "avx2", "baseline"}
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_info_says_what_the_platform_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory pool exists on Linux only; without OpenMP of torch's kind the kernels have one thread."""
+    show = [sys.executable, "-c", "import normfused; print(normfused.info()['memory_pool'])"]
+    for setting, expected in (("1", sys.platform == "linux"), ("0", False)):
+        environment = {**os.environ, "NORMFUSED_POOL": setting}
+        done = subprocess.run(show, env=environment, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{expected}\n"
+    assert normfused.info()["threads"] == torch.get_num_threads()
+    serial = SimpleNamespace(uses_threads=lambda: False, has_memory_pool=bool, has_cuda=bool, cpu_capability=str)
+    monkeypatch.setattr(_extension, "C", serial)
+    assert normfused.info()["threads"] == 1
 
 
 def test_import_leaves_ddp_unpatched_until_a_synchronized_layer_is_made(tmp_path: Path) -> None:

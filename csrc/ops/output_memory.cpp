@@ -120,6 +120,8 @@ at::Tensor empty_output_like(const at::Tensor& like) {
 
 memory::PoolStats memory_stats() { return allocator() ? allocator()->pool().stats() : memory::PoolStats{}; }
 
+bool has_memory_pool() { return allocator() != nullptr; }
+
 void empty_cache() {
   if (allocator()) allocator()->pool().empty_cache();
 }

@@ -17,6 +17,9 @@ at::Tensor empty_output_like(const at::Tensor& like);
 // NORMFUSED_POOL=0.
 memory::PoolStats memory_stats();
 
+// Whether large outputs use the pool: false on systems that do not support it, and with NORMFUSED_POOL=0.
+bool has_memory_pool();
+
 // Returns the free memory of the pool to the system.
 void empty_cache();
 

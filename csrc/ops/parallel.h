@@ -13,4 +13,11 @@ inline constexpr cpu::Parallel kCpuParallel{
       at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
     }};
 
+// Whether that loop has more than one thread: the compiler must implement OpenMP if torch uses it.
+#if defined(INTRA_OP_PARALLEL)
+inline constexpr bool kUsesThreads = true;
+#else
+inline constexpr bool kUsesThreads = false;
+#endif
+
 }  // namespace normfused::ops
