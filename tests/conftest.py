@@ -28,6 +28,7 @@ _WHY_NO_CUDA = _why_no_cuda()
 # Folders of tests that compile kernels anew, and run them under sanitizers or read their machine code; torch's own test
 # suites; and files whose many cases in Python do not depend on the machine.
 _EXHAUSTIVE = {
+    "compilers",
     "cpu_kernels",
     "cuda_build",
     "host_cuda",
