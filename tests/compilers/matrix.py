@@ -60,7 +60,9 @@ class Compiler(NamedTuple):
     def version(self) -> str:
         """Return the first line of ``--version``."""
         command = [*self.command, "--version"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        with tempfile.TemporaryDirectory() as folder:  # zig writes a file
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()[0]
 
 
 def _compilers() -> list[Compiler]:
