@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from expectations import pytest_addoption, pytest_configure  # noqa: F401
 from ranks import Ranks
 
 import normfused
