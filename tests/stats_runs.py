@@ -1,7 +1,13 @@
-"""Images, and a caller of ``normfused stats``, for the tests of the command."""
+"""Images, and callers of ``normfused stats``, for the tests of the command."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,3 +38,69 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, 
 
 def fails_with(message: str, capsys: pytest.CaptureFixture[str], *arguments: Any) -> bool:
     return run(capsys, *arguments) == (2, "", f"normfused stats: error: {message}\n")
+
+
+# The command on 200 files, each of which takes 50 ms and gives one image. The file N.pid says that process N reads.
+_SLOW = """
+import os, sys, time
+import numpy as np
+from normfused.cli.main import main
+from normfused.data import paths, pictures
+from normfused.data.sources import Files
+from pathlib import Path
+
+folder, thread_bytes, *arguments = sys.argv[1:]
+
+def read(self, index):
+    if index >= 8:
+        Path(folder, f"{os.getpid()}.pid").touch()
+    time.sleep(0.05)
+    yield np.full((4, 4), index, dtype=np.uint8), "HW"
+
+pictures.Pictures.read = read
+pictures.THREAD_BYTES = int(thread_bytes)
+paths.find_files = lambda *_: Files([Path(folder, f"{i:03}.slow") for i in range(200)])
+sys.exit(main(["stats", folder, *arguments]))
+"""
+
+
+def signalled(
+    folder: Path, sent: signal.Signals, *arguments: Any, thread_bytes: int = 0, to_group: bool = True
+) -> tuple[int, str, str]:
+    """Exit code and output of the command on slow files after a signal while it reads.
+
+    The signal goes to the process or, as Ctrl-C in a terminal does, to its workers too.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _SLOW, str(folder), str(thread_bytes), *map(str, arguments)],
+        cwd=folder,  # not the checkout: its normfused/ may have no extension
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Processes in the background of a shell inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        patience = time.monotonic() + 120
+        while not list(folder.glob("*.pid")) and time.monotonic() < patience and process.poll() is None:
+            time.sleep(0.02)
+        (os.killpg if to_group else os.kill)(process.pid, sent)
+        table, error = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, table, error
+
+
+def readers(folder: Path) -> list[str]:
+    """The processes of :func:`signalled` that have not ended."""
+
+    def is_running(number: str) -> bool:
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    return [path.stem for path in folder.glob("*.pid") if is_running(path.stem)]

@@ -6,9 +6,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stats_runs import GRAY, PICTURES, RANDOM, RGB, STACK, expected, fails_with, run
+from stats_runs import GRAY, PICTURES, RANDOM, RGB, STACK, expected, fails_with, readers, run, signalled
 
 import normfused
 from normfused import ChannelStats
@@ -471,55 +468,26 @@ def test_interrupted_while_drawing(
 
 @pytest.mark.parametrize(("workers", "thread_bytes"), [(0, 1 << 60), (0, 0), (2, 0)])
 def test_a_real_interrupt(tmp_path: Path, workers: int, thread_bytes: int) -> None:
-    for i in range(200):
-        (tmp_path / f"{i:03}.slow").touch()
     out = tmp_path / "out.json"
-    slow = f"""
-import sys, time
-import numpy as np
-from normfused.cli.main import main
-from normfused.data import paths, pictures
-from normfused.data.sources import Files
-from pathlib import Path
-
-def read(self, index):
-    if index >= 8:
-        Path({str(tmp_path / "started")!r}).touch()
-    time.sleep(0.05)
-    yield np.full((4, 4), index, dtype=np.uint8), "HW"
-
-pictures.Pictures.read = read
-pictures.THREAD_BYTES = {thread_bytes}
-paths.find_files = lambda folder, *rest: Files(list(folder.glob("*.slow")))
-sys.exit(main(["stats", {str(tmp_path)!r}, "--workers", "{workers}", "--json", {str(out)!r}]))
-"""
-    # In its own process group, because Ctrl-C in a terminal goes to the workers too.
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", slow],
-        cwd=tmp_path,  # not the checkout: its normfused/ may have no extension
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # Processes in the background of a shell inherit an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        patience = time.monotonic() + 120
-        while not (tmp_path / "started").exists() and time.monotonic() < patience and process.poll() is None:
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)
-        table, error = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, error
+    arguments = ("--workers", workers, "--json", out)
+    code, table, error = signalled(tmp_path, signal.SIGINT, *arguments, thread_bytes=thread_bytes)
+    assert code == 130, error
     written = json.loads(out.read_text())
     assert written["complete"] is False
     done = written["images"]
     assert 0 < done < 200
     assert table == f"{expected([np.full((4, 4), i, dtype=np.uint8) for i in range(done)])}\n"
     assert error == f"interrupted: the statistics cover {done} of 200 images\n"
+    assert not readers(tmp_path)
+
+
+@pytest.mark.parametrize("to_group", [False, True])
+def test_a_real_sigterm(tmp_path: Path, to_group: bool) -> None:
+    """No results, no message, and no process that still reads, whether the workers get the signal too or not."""
+    arguments = ("--workers", 2, "--json", tmp_path / "out.json")
+    assert signalled(tmp_path, signal.SIGTERM, *arguments, to_group=to_group) == (143, "", "")
+    assert not readers(tmp_path)
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix not in (".slow", ".pid")]
 
 
 def test_output_is_the_same_from_python(folder: Path) -> None:

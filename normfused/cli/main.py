@@ -6,12 +6,16 @@ import argparse
 import importlib.util
 import json
 import math
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import normfused
+from normfused.cli import INTERRUPTED
 from normfused.data.sources import MAX_PIXELS, Options
 from normfused.errors import CommandError
 
@@ -22,10 +26,10 @@ _LARGEST_SEED = 2**63 - 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code.
+    """Run one subcommand and return its exit code: 130 after Ctrl-C.
 
     Raises:
-        SystemExit: by argparse, after ``--help`` (code 0) and for bad arguments (code 2).
+        SystemExit: by argparse, after ``--help`` (code 0) and for bad arguments (code 2); after SIGTERM (code 143).
 
     Example:
         >>> main(["info", "--json"])  # doctest: +ELLIPSIS
@@ -34,7 +38,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
-    return command(arguments)
+    try:
+        with _exit_on_sigterm():
+            return command(arguments)
+    except KeyboardInterrupt:  # outside of the work that a command can finish with partial results
+        print("normfused: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """A context in which SIGTERM raises SystemExit. By default it ends the process without any cleanup.
+
+    Then worker processes run on for seconds, and files that are being written stay. Only the main thread can set
+    handlers; in another one this does nothing. A handler of the calling program stays.
+    """
+    is_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if threading.current_thread() is not threading.main_thread() or not is_default:
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        if sys.platform != "win32":  # there DataLoader has no handler, which reports workers that the same signal ends
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise SystemExit(128 + number)  # a shell's exit code for the signal
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,7 +96,7 @@ def _add_stats(commands: Any) -> None:
         help="mean and standard deviation of the channels of images",
         description="Mean, standard deviation and range of each channel, over all pixels of all images.",
         epilog="Exit codes: 0, also where unreadable files were skipped; 2 for bad arguments and unreadable input; "
-        "130 after Ctrl-C, with the statistics of the images so far.",
+        "130 after Ctrl-C, with the statistics of the images so far; 143 after SIGTERM, without results.",
     )
     add = stats.add_argument
     add(

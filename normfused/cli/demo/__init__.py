@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from normfused.cli import INTERRUPTED
 from normfused.cli.demo.data import find_dataset
 from normfused.cli.demo.dataset import Standardization
 from normfused.cli.demo.errors import DemoError
@@ -16,8 +17,6 @@ from normfused.cli.demo.report import HEADER, PLOT, RESULTS, Report, compare, ro
 from normfused.cli.demo.training import Curve, Training, train
 
 __all__ = ["DemoError", "Settings", "run_demo"]
-
-INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 
 
 @dataclass(frozen=True)

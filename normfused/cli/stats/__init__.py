@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Subset
 
 from normfused._version import __version__
+from normfused.cli import INTERRUPTED
 from normfused.data import files
 from normfused.data.arrays import Arrays
 from normfused.data.dataset import Part, collect, progress_bar
@@ -24,7 +25,6 @@ from normfused.errors import CommandError
 
 __all__ = ["Settings", "run_stats"]
 
-INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 _NAMES = 5  # that a list of files shows
 
 
