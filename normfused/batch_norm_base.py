@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_stats_update = True
+# One entry for each active no_stats_update(). Threads enter and leave in any order; append() and pop() are atomic.
+_suspensions: list[None] = []
 
 
 @contextmanager
@@ -31,7 +32,8 @@ def no_stats_update() -> Iterator[None]:
     """A context in which no layer updates its running statistics and counters.
 
     Training forwards still normalize with the statistics of the batch. Use it for warm-ups, probes and second passes
-    over a batch. It applies to all layers of the package and to the whole process, not to one thread.
+    over a batch. It applies to all layers of the package and to the whole process, not to one thread: updates resume
+    when no thread is in such a context.
 
     Activation checkpointing needs no such context: each forward makes one update. A recomputation during a backward
     pass updates nothing, in eager and in compiled code, because the first pass has. The exception is a first pass that
@@ -46,12 +48,11 @@ def no_stats_update() -> Iterator[None]:
         >>> int(layer.num_batches_tracked)
         0
     """
-    global _stats_update
-    before, _stats_update = _stats_update, False
+    _suspensions.append(None)
     try:
         yield
     finally:
-        _stats_update = before
+        _suspensions.pop()
 
 
 class _BatchNorm(_Base):
@@ -189,7 +190,7 @@ class _BatchNorm(_Base):
         training = self.training or (running_mean is None and running_var is None)
         if running_mean is None and self.frozen:
             raise ValueError(f"{type(self).__name__}: the layer is frozen, but its running statistics are gone")
-        updates = self.training and self.track_running_stats and _stats_update
+        updates = self.training and self.track_running_stats and not _suspensions
         buffered = updates or not self.training
         counter = self.num_batches_tracked if updates else None
         return (
@@ -223,7 +224,7 @@ class _BatchNorm(_Base):
         to the recomputation. Each such first pass is counted, and allows one recomputation to update.
         """
         if not updates:
-            may_be_first = _stats_update and self.running_mean is not None and not torch.is_grad_enabled()
+            may_be_first = not _suspensions and self.running_mean is not None and not torch.is_grad_enabled()
             if may_be_first and not is_in_backward():
                 self._deferred_updates += 1
             return False
