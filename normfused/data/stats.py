@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +31,11 @@ from normfused.data.records import (
     records_of,
     to_dict,
 )
+
+# Held while an object is read and updated, and while the process forks. Reentrant, because a signal handler may fork.
+_merging = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_merging.acquire, after_in_parent=_merging.release, after_in_child=_merging.release)
 
 NONFINITE = "the images contain NaN or infinity; the statistics exclude them and .nonfinite counts them"
 
@@ -98,7 +105,7 @@ class ChannelStats:
         self._floats: tuple[Moments, ...] = ()  # the same for floating values
 
     def update(self, images: Any, layout: str | None = None, mask: Any = None, weights: Any = None) -> ChannelStats:
-        """Add one image or a batch. Changes this object and returns it.
+        """Add one image or a batch. Changes this object and returns it. Several threads may call it at the same time.
 
         Args:
             images: tensor, NumPy array or PIL image of uint8, int8, int16, uint16, int32, int64, float16, bfloat16,
@@ -149,6 +156,11 @@ class ChannelStats:
             >>> first.merge(second).mean
             tensor([2.], dtype=torch.float64)
         """
+        with _merging:
+            self._merge(other)
+        return self
+
+    def _merge(self, other: ChannelStats) -> None:
         if self.channels and other.channels and self.channels != other.channels:
             raise ChannelMismatchError(f"channels: got {other.channels}, but the images before have {self.channels}")
         for name, mine in self._arguments().items():
@@ -164,7 +176,6 @@ class ChannelStats:
             _sums=merged(self._sums, other._sums),
             _floats=merged(self._floats, other._floats),
         )
-        return self
 
     def weigh(self, weight: Weight) -> ChannelStats:
         """Count each image ``weight`` times, a positive number. Changes this object and returns it."""
