@@ -274,8 +274,12 @@ def dynamo_patcher(**changes: Any) -> Callable[[], Callable[[], None]]:
 
 
 def register_decomposition(operator: torch._ops.OpOverload, table: str) -> Callable[[_Function], _Function]:
-    """A decorator that adds a decomposition to one of torch's tables. No effect if this torch has no such tables."""
+    """A decorator that adds a decomposition to one of torch's tables. No effect if this torch has no such tables.
+
+    It replaces one of this operator, which the table has if the package is imported a second time.
+    """
     register = getattr(torch._decomp, "register_decomposition", None)
+    getattr(torch._decomp, "global_decomposition_table", {}).get(table, {}).pop(operator, None)
     return register(operator, type=table) if register else lambda function: function
 
 
