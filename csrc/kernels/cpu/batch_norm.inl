@@ -320,7 +320,9 @@ void finish_statistics(const BatchStatistics& args, int64_t count, const ResultT
 
 // Counts this batch in num_batches_tracked and returns its weight in the running statistics.
 double next_update_factor(const BatchStatistics& args) {
-  return update_factor(args.momentum, args.num_batches_tracked ? ++*args.num_batches_tracked : 1);
+  if (args.num_batches_tracked == nullptr) return update_factor(args.momentum, 1);
+  // Atomic: several threads may train one layer at the same time.
+  return update_factor(args.momentum, __atomic_add_fetch(args.num_batches_tracked, 1, __ATOMIC_RELAXED));
 }
 
 // The rows of BackwardTable that do not depend on any gradient: scale and, if fused, pivot and forward shift.
