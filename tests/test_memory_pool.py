@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import python, value
 
 import normfused
 import normfused.functional as F
@@ -40,19 +40,6 @@ def output(shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
 
 def in_use() -> int:
     return normfused.memory_stats()["allocated_bytes"]
-
-
-def python(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "NORMFUSED_STRICT": "1", "OMP_NUM_THREADS": "2", **variables}
-    # Not in the checkout: its normfused/ may have no compiled extension.
-    return subprocess.run([sys.executable, "-c", script], cwd=os.sep, env=environment, capture_output=True, text=True)
-
-
-def value(script: str, **variables: str) -> object:
-    """What the script prints, as JSON."""
-    done = python(script, **variables)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
 
 
 def test_a_freed_output_is_reused() -> None:
