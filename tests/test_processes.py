@@ -104,6 +104,8 @@ def exit_code(*arguments: Any) -> object:
         return main(list(map(str, arguments)))
     except SystemExit as ended:
         return ended.code
+    except KeyboardInterrupt as error:  # which would end pytest
+        return error
 
 
 @pytest.fixture
