@@ -1,15 +1,16 @@
 """The private functions and classes of torch that the package uses.
 
-Each has one wrapper here. A wrapper states what it returns if the installed torch lacks the private name.
-``torch._check`` needs none: torch's guides to dynamic shapes and export document it for users.
+Each has one wrapper here. Without a name in :data:`REQUIRED`, on which correct results depend, this module raises an
+``ImportError`` that names it. For every other name the wrapper states what it does if the installed torch lacks it.
+``torch._check`` needs no wrapper: torch's guides to dynamic shapes and export document it for users.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,6 +23,62 @@ from torch.utils.data._utils import worker
 
 _Function = Callable[..., Any]
 
+REQUIRED = (
+    "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",
+    "torch.utils._pytree.tree_flatten",
+    "torch.utils._pytree.tree_map_only",
+    "torch.utils._pytree.tree_unflatten",
+    "torch.utils.data._utils.worker",
+    "torch.nn.modules.batchnorm._BatchNorm",
+    "torch.nn.modules.batchnorm._NormBase",
+    "torch.nn.modules.instancenorm._InstanceNorm",
+    "torch.nn.modules.module._global_backward_hooks",
+    "torch.nn.modules.module._global_backward_pre_hooks",
+    "torch.nn.modules.module._global_forward_hooks",
+    "torch.nn.modules.module._global_forward_pre_hooks",
+    "torch._ops.OpOverload",
+    "torch._ops.OpOverloadPacket",
+    "torch._ops.HigherOrderOperator",
+    "torch._ops.OpOverloadPacket._schemas",
+    "torch.ops.aten.relu.default._schema",
+    "torch._C._current_graph_task_id",
+    "torch._C._functorch.TransformType",
+    "torch._C._functorch.get_interpreter_stack",
+    "torch._C._functorch.get_unwrapped",
+    "torch._C._functorch.is_batchedtensor",
+    "torch._C._functorch.is_functorch_wrapped_tensor",
+    "torch._C._functorch.maybe_current_level",
+    "torch._C._get_tracing_state",
+    "torch._C._len_torch_dispatch_stack",
+    "torch._debug_has_internal_overlap",
+    "torch._functionalize_sync",
+    "torch._is_functional_tensor",
+    "torch.Tensor._base",
+    "torch.Tensor._is_view",
+    "torch.UntypedStorage._cdata",
+    "torch.autograd.forward_ad._current_level",
+    "torch.fx._symbolic_trace._is_fx_tracing_flag",
+    "torch.nn.Module._call_impl",
+)
+
+
+def _missing(names: Iterable[str]) -> list[str]:
+    """Those of the names that this torch lacks."""
+
+    def exists(name: str) -> bool:
+        found: Any = torch
+        for part in name.split(".")[1:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+
+    return [name for name in names if not exists(name)]
+
+
+if _lacking := _missing(REQUIRED):
+    raise ImportError(f"normfused uses {', '.join(_lacking)}, which torch {torch.__version__} does not have")
+
 # Base classes without public names: of BatchNorm1d/2d/3d and SyncBatchNorm; of these and the instance norms.
 BatchNormBase = nn.modules.batchnorm._BatchNorm
 NormBase = nn.modules.batchnorm._NormBase
@@ -31,9 +88,30 @@ OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
 HigherOrderOperator = torch._ops.HigherOrderOperator
 
-suggest_memory_format = torch._prims_common.suggest_memory_format
-assert_async = torch._assert_async  # checks a 0-d tensor without waiting for the device
-is_jit_tracing = torch._C._is_tracing
+# Faster than the public function.
+is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+
+
+def _dense_memory_format(tensor: Tensor) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(tensor.dim())
+    is_last = last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
+    return last if last is not None and is_last else torch.contiguous_format
+
+
+# The memory format that fits a tensor's strides; without torch's function, that of dense tensors.
+suggest_memory_format: Callable[[Tensor], torch.memory_format] = getattr(
+    torch._prims_common, "suggest_memory_format", _dense_memory_format
+)
+
+
+def _assert_sync(condition: Tensor, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+# Checks a 0-d tensor without waiting for the device; without torch's function, waits.
+assert_async: Callable[[Tensor, str], None] = getattr(torch, "_assert_async", _assert_sync)
 
 # ---- transforms and autograd -----------------------------------------------------------------------------------------
 
@@ -106,29 +184,50 @@ def view_base(tensor: Tensor) -> Tensor | None:
     return tensor._base if tensor._is_view() else tensor
 
 
+def saves_its_result(tensor: Tensor) -> bool:
+    """Whether the operator that made ``tensor`` saves it for backward.
+
+    False if this torch does not show it. After such a tensor is overwritten, backward raises torch's own error.
+    """
+    # hasattr finds a property of the node's class. Reading it could unpack a saved tensor.
+    return hasattr(tensor.grad_fn, "_raw_saved_result")
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """``tree``, nested tuples, lists and dicts, with ``function`` applied to each tensor."""
     return _pytree.tree_map_only(Tensor, function, tree)
 
 
+flatten_tree = _pytree.tree_flatten  # nested tuples, lists and dicts to a list of leaves and their structure
+unflatten_tree = _pytree.tree_unflatten
+
+
 def below_autograd() -> Any:
-    """A context in which operators skip autograd."""
-    return torch._C._AutoDispatchBelowAutograd()
+    """A context in which operators skip autograd. It saves time only, and without torch's class does nothing."""
+    skip = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
+    return skip()
 
 
 # ---- process groups --------------------------------------------------------------------------------------------------
 
 
+def _c10d(name: str) -> Any:
+    """The function of that name in ``torch.distributed.distributed_c10d``; a ``RuntimeError`` if torch lacks it."""
+    path = f"torch.distributed.distributed_c10d.{name}"
+    if _missing([path]):
+        raise RuntimeError(f"SyncBatchNorm uses {path}, which torch {torch.__version__} does not have")
+    return getattr(distributed.distributed_c10d, name)
+
+
 def resolve_process_group(name: str) -> Any:
     """The process group of that name."""
-    c10d: Any = distributed.distributed_c10d
-    return c10d._resolve_process_group(name)
+    return _c10d("_resolve_process_group")(name)
 
 
 def prefix_store(prefix: str) -> Any:
     """The key-value store of the default process group, for keys that begin with ``prefix``."""
-    c10d: Any = distributed.distributed_c10d
-    return c10d.PrefixStore(prefix, c10d._get_default_store())
+    store: Any = distributed.PrefixStore(prefix, _c10d("_get_default_store")())  # type: ignore[attr-defined]
+    return store
 
 
 def patch_ddp_check(replace: Callable[[_Function], _Function]) -> None:
@@ -179,7 +278,9 @@ def eager_reason() -> str | None:
 
 def dynamo_unavailable_reason() -> str | None:
     """Why Dynamo cannot capture anything in this process; ``None`` if it can."""
-    if torch._dynamo.config.disable:
+    if not hasattr(nn.Module, "_compiled_call_impl"):
+        return f"torch {torch.__version__} has no torch.nn.Module._compiled_call_impl"
+    if getattr(torch._dynamo.config, "disable", False):
         return "Dynamo is disabled"
     try:
         torch.compile(lambda: None, backend="eager")
@@ -190,14 +291,20 @@ def dynamo_unavailable_reason() -> str | None:
 
 def lookup_backend(name: str) -> Callable[..., Any]:
     """The compiler backend of that name."""
-    lookup: Any = torch._dynamo.lookup_backend
+    lookup: Any = getattr(torch._dynamo, "lookup_backend", None)
+    if lookup is None:
+        raise RuntimeError(f"torch {torch.__version__} cannot look up the backend {name!r}: pass the function instead")
     backend: Callable[..., Any] = lookup(name)
     return backend
 
 
 def skip_frame(message: str) -> Exception:
-    """The exception by which a backend tells Dynamo to run a frame uncompiled."""
-    return torch._dynamo.exc.SkipFrame(message)
+    """The exception by which a backend tells Dynamo to run a frame uncompiled.
+
+    A ``RuntimeError``, which ends the call, if this torch has none.
+    """
+    skip: type[Exception] | None = getattr(torch._dynamo.exc, "SkipFrame", None)
+    return skip(message) if skip else RuntimeError(f"{message}, which torch {torch.__version__} has no exception for")
 
 
 def compiled_call(module: Any) -> Any:
@@ -230,11 +337,11 @@ def compile_apart(function: Callable[..., Any], backend: Callable[..., Any], lim
 def captures_refused() -> int:
     """Number of captures that Dynamo has refused in this process because of its limit.
 
-    Refusals are recognized by their text. The number is 0 if this torch words it differently.
+    Refusals are recognized by their text. The number is 0 if this torch words it differently, or does not count.
     """
-    from torch._dynamo.utils import counters
-
-    return sum(n for text, n in counters["unimplemented"].items() if text.startswith("Dynamo recompile limit"))
+    counters: Any = getattr(torch._dynamo.utils, "counters", {})
+    refusals: dict[str, int] = counters.get("unimplemented", {})
+    return sum(n for text, n in refusals.items() if text.startswith("Dynamo recompile limit"))
 
 
 def dynamo_patcher(**changes: Any) -> Callable[[], Callable[[], None]]:
@@ -286,13 +393,15 @@ def register_decomposition(operator: torch._ops.OpOverload, table: str) -> Calla
 def call_from_inductor(operator: torch._ops.OpOverload) -> None:
     """Let Inductor, if it is imported, call ``operator`` although torch has a decomposition of it.
 
-    Inductor does so by default, but raises if the environment variable ``CI`` is set.
+    Inductor does so by default, but raises if the environment variable ``CI`` is set. No effect if a function of
+    Inductor's is missing.
     """
     lowering: Any = sys.modules.get("torch._inductor.lowering")
-    if lowering is None or operator in lowering.lowerings:
+    if lowering is None or operator in getattr(lowering, "lowerings", ()):
         return
-    tag = torch._library.utils.get_layout_constraint_tag(operator)
-    lowering.make_fallback(operator, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
+    with suppress(AttributeError):
+        tag = torch._library.utils.get_layout_constraint_tag(operator)
+        lowering.make_fallback(operator, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normfused._torch_private import has_tangent
+from normfused._torch_private import has_tangent, saves_its_result
 from normfused.activations import ACTIVATIONS
 from normfused.checks import DTYPES, check_can_be_overwritten, check_device
 from normfused.residuals import check_residual
@@ -217,8 +217,7 @@ def check_inplace(call: BatchNormCall) -> None:
     check_can_be_overwritten(f"{name}: inplace=True", input)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and input.requires_grad):
         return
-    # hasattr finds a property of the node's class. Reading it could unpack a saved tensor.
-    if hasattr(input.grad_fn, "_raw_saved_result"):
+    if saves_its_result(input):
         assert input.grad_fn is not None
         raise RuntimeError(
             f"{name}: inplace=True cannot write over input, which {input.grad_fn.name()} made and saves for backward; "

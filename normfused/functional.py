@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.jit._trace import TracerWarning
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from normfused import _extension, decompositions, reference
@@ -297,7 +296,7 @@ def run_by_reference(call: BatchNormCall, all_sum: Callable[[Tensor], Tensor] | 
 def _no_tracer_warnings() -> Iterator[None]:
     """Without the warnings of ``torch.jit.trace`` about comparisons of sizes, which checks make."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         yield
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from normfused._torch_private import flatten_tree, unflatten_tree
 from normfused.data.images import FEW_CHANNELS, as_array, as_nchw
 from normfused.data.normalization import ImageConstants, as_numbers, check_image
 from normfused.data.stats import ChannelStats, measure
@@ -74,14 +74,14 @@ class _ImageTransform(nn.Module):
         sample = inputs[0] if len(inputs) == 1 else inputs
         if not isinstance(sample, (tuple, list, Mapping)):
             return _of_the_type_of(sample, self._transformed(sample))
-        leaves, structure = pytree.tree_flatten(sample)
+        leaves, structure = flatten_tree(sample)
         chosen = _images_among(leaves)
         if not chosen:
             kinds = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
             raise TypeError(f"{type(self).__name__}: no image among the inputs: {kinds}")
         for index in chosen:
             leaves[index] = _of_the_type_of(leaves[index], self._transformed(leaves[index]))
-        return pytree.tree_unflatten(leaves, structure)
+        return unflatten_tree(leaves, structure)
 
 
 def _images_among(leaves: list[Any]) -> list[int]:
