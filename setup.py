@@ -24,14 +24,14 @@ class NoTorch(build_ext):
 
 
 if find_spec("torch") and "sdist" not in sys.argv:
-    from extension import BuildExtension, extension, torch_requirement
+    from extension import BuildExtension, extension, torch_requirement, version_label
 
-    compiled, build, torch = extension(), BuildExtension, torch_requirement()
+    compiled, build, torch, label = extension(), BuildExtension, torch_requirement(), version_label()
 else:
-    compiled, build, torch = Extension("normfused._C", []), NoTorch, "torch>=2.6"
+    compiled, build, torch, label = Extension("normfused._C", []), NoTorch, "torch>=2.6", ""
 
 setup(
-    version=VERSION,
+    version=VERSION + label,
     install_requires=[torch, "numpy>=1.24"],
     ext_modules=[compiled],
     cmdclass={"build_ext": build},

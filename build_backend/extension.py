@@ -61,11 +61,17 @@ def cuda() -> tuple[Decision, Facts, Toolkit | None]:
 
 
 def _torch_knows(architecture: str) -> bool:
-    """Whether torch's build step supports the architecture: it raises for those that are not in its own list."""
+    """Whether torch's build step supports the architecture: it raises for those that are not in its own list.
+
+    True without torch's private function, so that the build step decides.
+    """
+    flags = getattr(cpp_extension, "_get_cuda_arch_flags", None)
+    if flags is None:
+        return True
     before = os.environ.get("TORCH_CUDA_ARCH_LIST")
     os.environ["TORCH_CUDA_ARCH_LIST"] = architecture
     try:
-        return bool(cpp_extension._get_cuda_arch_flags())
+        return bool(flags())
     except ValueError:
         return False
     finally:
@@ -95,6 +101,22 @@ def torch_requirement() -> str:
     """Return the requirement on torch's series: another series may have another binary interface."""
     major, minor = torch.__version__.split(".")[:2]
     return f"torch=={major}.{minor}.*"
+
+
+def version_label() -> str:
+    """Return the local version of a release, such as ``+torch2.13.cpu`` or ``+torch2.14.cu130``; otherwise nothing.
+
+    The label gives wheels with different requirements different file names. Only releases have one: pip refuses a build
+    whose version differs from that in the file name of the source distribution.
+    """
+    requested = os.environ.get("NORMFUSED_RELEASE") or "0"
+    if requested not in ("0", "1"):
+        raise RuntimeError(f"NORMFUSED_RELEASE must be 0 or 1, got {requested!r}")
+    if requested == "0":
+        return ""
+    major, minor = torch.__version__.split(".")[:2]
+    variant = f"cu{torch.version.cuda.replace('.', '')}" if cuda()[0].build else "cpu"
+    return f"+torch{major}.{minor}.{variant}"
 
 
 def extension() -> Extension:

@@ -114,7 +114,7 @@ def test_the_extension_matches_torch_and_loads_without_warning() -> None:
     info = normfused.info()
     assert info["fallback_reason"] is None
     assert info["built_torch"] == torch.__version__
-    assert info["built_version"] == normfused.__version__
+    assert info["built_version"].split("+")[0] == normfused.__version__  # a release also states torch's series
     assert info["cpu_capability"] in {"avx512", "avx2", "baseline"}
 
 

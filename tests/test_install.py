@@ -187,6 +187,17 @@ def test_unsupported_architectures_are_named() -> None:
     assert decide(none, {})[:2] == (False, "nvcc 13.0 or torch 2.13.0+cu130 cannot compile for 6.1")
 
 
+def test_without_torchs_list_of_architectures_its_build_step_decides() -> None:
+    script = """
+from torch.utils import cpp_extension
+import extension
+known = [extension._torch_knows("9.0"), extension._torch_knows("Pluto")]
+del cpp_extension._get_cuda_arch_flags
+print([*known, extension._torch_knows("Pluto")])
+"""
+    assert call(script, ROOT) == "[True, False, True]"
+
+
 def test_rejected_toolkits_are_named() -> None:
     assert decide(CUDA._replace(problems=("no nvcc in CUDA_HOME=/cuda",)), {}).warning == "no nvcc in CUDA_HOME=/cuda"
 
@@ -249,6 +260,23 @@ def test_a_wheel_requires_the_torch_series_it_was_built_with(checkout: Path) -> 
     assert f"torch=={major}.{minor}.*" in requires
     assert "numpy>=1.24" in requires
     assert metadata["Requires-Python"] == ">=3.10"
+
+
+@pytest.mark.parametrize(("release", "label"), [("1", True), ("", False), ("yes", None)])
+def test_a_release_states_torchs_series_in_its_version(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, release: str, label: bool | None
+) -> None:
+    monkeypatch.setenv("NORMFUSED_RELEASE", release)
+    monkeypatch.setenv("NORMFUSED_CUDA", "0")
+    script = "import backend; print(backend.prepare_metadata_for_build_wheel('.'))"
+    if label is None:
+        with pytest.raises(AssertionError, match=f"NORMFUSED_RELEASE must be 0 or 1, got '{release}'"):
+            call(script, checkout)
+        return
+    metadata = message_from_string((checkout / call(script, checkout) / "METADATA").read_text())
+    major, minor, *_ = torch.__version__.split(".")
+    version = (ROOT / "normfused" / "_version.py").read_text().split('"')[1]
+    assert metadata["Version"] == (f"{version}+torch{major}.{minor}.cpu" if label else version)
 
 
 def test_a_build_without_torch_fails_with_a_message(checkout: Path, isolated: Path) -> None:
