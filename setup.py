@@ -4,8 +4,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
+
+if int(__version__.split(".")[0]) < 77:  # its message about pyproject.toml would not name the reason
+    raise SystemExit(f"normfused: setuptools 77 or newer is needed, this is {__version__}")
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "build_backend"))

@@ -279,6 +279,13 @@ def test_a_release_states_torchs_series_in_its_version(
     assert metadata["Version"] == (f"{version}+torch{major}.{minor}.cpu" if label else version)
 
 
+def test_an_old_setuptools_is_named(checkout: Path) -> None:
+    script = "import setuptools, runpy; setuptools.__version__ = '65.5.0'; runpy.run_path('setup.py')"
+    run = subprocess.run([sys.executable, "-c", script], cwd=checkout, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines() == ["normfused: setuptools 77 or newer is needed, this is 65.5.0"]
+
+
 def test_a_build_without_torch_fails_with_a_message(checkout: Path, isolated: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(isolated)}
     command = [sys.executable, "setup.py", "build_ext"]
