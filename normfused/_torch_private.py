@@ -51,6 +51,7 @@ REQUIRED = (
     "torch._C._get_tracing_state",
     "torch._C._len_torch_dispatch_stack",
     "torch._debug_has_internal_overlap",
+    "torch._prims_common.suggest_memory_format",
     "torch._functionalize_sync",
     "torch._is_functional_tensor",
     "torch.Tensor._base",
@@ -88,21 +89,9 @@ OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
 HigherOrderOperator = torch._ops.HigherOrderOperator
 
+suggest_memory_format = torch._prims_common.suggest_memory_format
 # Faster than the public function.
 is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
-
-
-def _dense_memory_format(tensor: Tensor) -> torch.memory_format:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(tensor.dim())
-    is_last = last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
-    return last if last is not None and is_last else torch.contiguous_format
-
-
-# The memory format that fits a tensor's strides; without torch's function, that of dense tensors.
-suggest_memory_format: Callable[[Tensor], torch.memory_format] = getattr(
-    torch._prims_common, "suggest_memory_format", _dense_memory_format
-)
 
 
 def _assert_sync(condition: Tensor, message: str) -> None:

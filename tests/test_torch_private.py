@@ -78,18 +78,6 @@ def test_without_it_the_public_function_tells_whether_tracing_is_on(
     assert loaded_again().is_jit_tracing() == "the public function"
 
 
-@removes("torch._prims_common.suggest_memory_format")
-def test_without_it_the_memory_format_of_dense_tensors_is_found(lacking: str) -> None:
-    suggest = loaded_again().suggest_memory_format
-    assert suggest is not _torch_private.suggest_memory_format
-    for shape in ((2, 3, 4, 5), (2, 3, 4, 5, 6), (2, 1, 4, 5), (2, 3, 1, 1), (2, 3, 4), (2, 3), (0, 3, 4, 5)):
-        x = torch.empty(shape)
-        assert suggest(x) == _torch_private.suggest_memory_format(x), shape
-    for shape, last in (((2, 3, 4, 5), torch.channels_last), ((2, 3, 4, 5, 6), torch.channels_last_3d)):
-        x = torch.empty(shape, memory_format=last)
-        assert suggest(x) == _torch_private.suggest_memory_format(x) == last
-
-
 @removes("torch._assert_async")
 def test_without_it_conditions_are_checked_at_once(lacking: str) -> None:
     check = loaded_again().assert_async
