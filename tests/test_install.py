@@ -22,6 +22,7 @@ SOURCES = [
     "csrc",
     "build_backend",
     "normfused",
+    "release",
     "tests",
     "setup.py",
     "pyproject.toml",
