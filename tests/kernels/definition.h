@@ -47,7 +47,7 @@ void run(Backend& backend, ChannelView view, int64_t offset, std::mt19937& rando
   const Statistics<T> statistics(data);
   run_statistics(backend, data, statistics);
   const std::string name = current;
-  run_local_response_norm(backend, data, offset);
+  run_local_response_norm(backend, Window::next(view.channels), data, offset);
   current = name;
   // For every third case, which reaches all dtypes: it repeats most of what follows, and sanitizers are slow.
   static int64_t cases = 0;

@@ -5,16 +5,27 @@
 
 namespace normfused::testing {
 
-// Forward and backward. Each call uses the next of a cycle of window sizes and exponents.
+// next() cycles through window sizes and exponents.
+struct Window {
+  int64_t size;
+  double beta;
+
+  static Window next(int64_t channels) {
+    static int turn = 0;
+    const int64_t sizes[] = {5, 1, 2, 9, 4, channels < 20 ? 2 * channels + 3 : 3};
+    const double betas[] = {0.75, 0.6, 0.5, 1, 2.3};
+    const Window window{sizes[turn % 6], betas[turn % 5]};
+    ++turn;
+    return window;
+  }
+};
+
+// Forward and backward.
 template <class T, class Backend>
-void run_local_response_norm(Backend& backend, const Case<T>& data, int64_t offset) {
-  static int turn = 0;
+void run_local_response_norm(Backend& backend, const Window& window, const Case<T>& data, int64_t offset) {
   const ChannelView& view = data.view;
-  const int64_t n = view.numel(), sizes[] = {5, 1, 2, 9, 4, view.channels < 20 ? 2 * view.channels + 3 : 3};
-  const double betas[] = {0.75, 0.6, 0.5, 1, 2.3};
-  const int64_t size = sizes[turn % 6];
-  const double alpha = 1.5, beta = betas[turn % 5], k = 0.5, scale = alpha / static_cast<double>(size);
-  ++turn;
+  const int64_t n = view.numel(), size = window.size;
+  const double alpha = 1.5, beta = window.beta, k = 0.5, scale = alpha / static_cast<double>(size);
   current += " window " + std::to_string(size) + " beta " + std::to_string(beta);
   const auto channel = [&](int64_t i, int64_t by) {
     return i + by * view.inner;
