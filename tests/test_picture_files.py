@@ -264,6 +264,13 @@ def test_premultiplied_colors_are_read_as_stored(
     assert fails_in(run(capsys, path), path, "colors multiplied by the opacity, by which Pillow divides them; tifffile")
 
 
+def test_max_pixels_of_every_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pages.tif"
+    Image.new("L", (9, 6)).save(path, save_all=True, append_images=[Image.new("L", (70, 60))])
+    message = f"{path}: 70 x 60 = 4,200 pixels, more than 4,199: --max-pixels sets the limit"
+    assert fails_with(message, capsys, path, "--frames", "all", "--max-pixels", 4199)
+
+
 @pytest.mark.parametrize("ending", ["tiff", "png", "webp", "gif"])
 def test_several_frames(tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / f"three.{ending}"

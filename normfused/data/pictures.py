@@ -171,7 +171,7 @@ class _PillowFrames:
     """The frames of a picture that Pillow has opened."""
 
     def __init__(self, file: Any, options: Options) -> None:
-        self.file, self.channels = file, options.channels
+        self.file, self.channels, self.max_pixels = file, options.channels, options.max_pixels
 
     def count(self) -> int:
         return getattr(self.file, "n_frames", 1) if self.file.format != "MPO" else 1
@@ -180,6 +180,7 @@ class _PillowFrames:
         image = self.file
         if number > 0:
             image.seek(number)
+            check_size(image.width, image.height, self.max_pixels)  # the pages of a TIFF can differ in size
         if changes := _changes(image):
             others = "" if image.format == "TIFF" else "; OpenCV reads it (cv2.IMREAD_UNCHANGED): save it as .npy"
             raise _ChangedError(f"{changes}{others}")
