@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import warnings
@@ -340,12 +341,62 @@ def test_pickle_and_json_are_bitwise_exact(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["stats.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}", b'{"scale": 1}', b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}", b'{"scale": 1}', b"\xff\xfe", b"null", b"[" * 100_000])
 def test_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "damaged.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged.json: not a saved ChannelStats: "):
         ChannelStats.load(path)
+
+
+CHANNEL = ("moments", 0)
+HISTOGRAM = (*CHANNEL, "histogram")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("images",), "abc"),
+        (("images",), -3),
+        (("complete",), 5),
+        (("integer_scale",), 0.5),
+        (("moments",), []),
+        ((*CHANNEL, "count"), "1/0"),
+        ((*CHANNEL, "count"), "1e99999999"),
+        ((*CHANNEL, "count"), 5),
+        ((*CHANNEL, "mean"), "1/3"),
+        ((*CHANNEL, "mean"), math.nan),
+        ((*CHANNEL, "std"), -1.0),
+        ((*CHANNEL, "min"), 2.0),
+        ((*CHANNEL, "nonfinite"), -1),
+        (HISTOGRAM, None),
+        ((*HISTOGRAM, "counts"), [2**70]),
+        ((*HISTOGRAM, "counts"), [1]),
+        ((*HISTOGRAM, "counts"), [5, -1]),
+        ((*HISTOGRAM, "values"), [1.0, 0.0]),
+        ((*HISTOGRAM, "values"), ["0", "1"]),
+    ],
+)
+def test_figures_that_no_images_have(tmp_path: Path, place: tuple[str | int, ...], value: object) -> None:
+    path = tmp_path / "forged.json"
+    figures = ChannelStats(quantiles=[0.5]).update(torch.tensor([[[0.0, 1.0], [1.0, 1.0]]])).to_dict()
+    part: Any = figures
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    path.write_text(json.dumps(figures))
+    with pytest.raises(ValueError, match=r"forged.json: not a saved ChannelStats: "):
+        ChannelStats.load(path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"sum": 9}, {"sum_of_squares": 1}, {"count": 1}, {"min": 3}, {"sum": 1.5}, {"max": True}]
+)
+def test_sums_that_no_integers_have(change: dict[str, float]) -> None:
+    figures = ChannelStats().update(torch.tensor([[[0, 1], [2, 3]]])).to_dict()
+    figures["sums"][0] |= change
+    with pytest.raises(ValueError, match=r"no values have|^\w+="):
+        ChannelStats.from_dict(figures)
 
 
 def test_truncated_file_is_named(tmp_path: Path) -> None:

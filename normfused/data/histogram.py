@@ -101,11 +101,20 @@ class Histogram:
 
     @classmethod
     def from_dict(cls, lists: Mapping[str, Any]) -> Histogram:
-        """The inverse of :meth:`to_dict`."""
-        counts = np.array(lists["counts"])
-        return cls(
-            np.array(lists["values"], np.float64), counts if counts.dtype.kind == "f" else counts.astype(np.int64)
-        )
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: lists of another kind.
+        """
+        if any(type(number) not in (int, float) for name in ("values", "counts") for number in lists[name]):
+            raise TypeError("a histogram consists of numbers")
+        values, counts = np.array(lists["values"], np.float64), np.array(lists["counts"])
+        if counts.dtype.kind != "f":
+            counts = counts.astype(np.int64)
+        is_ascending = np.isfinite(values).all() and (values[1:] > values[:-1]).all()
+        if len(values) != len(counts) or not is_ascending or not (np.isfinite(counts) & (counts >= 0)).all():
+            raise ValueError("a histogram has ascending values, and for each of them a count")
+        return cls(values, counts)
 
 
 def check_quantiles(q: Any) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeVar
@@ -134,14 +135,49 @@ def to_dict(record: Sums | Moments) -> dict[str, Any]:
 
 
 def from_dict(fields: Mapping[str, Any], empty: Record) -> Record:
-    """The inverse of :func:`to_dict`. ``empty`` is the record of a channel without values."""
+    """The inverse of :func:`to_dict`. ``empty`` is the record of a channel without values.
+
+    Raises:
+        KeyError, TypeError, ValueError, ArithmeticError: fields that no images have.
+    """
     values: dict[str, Any] = dict(fields)
-    values |= {name: Fraction(value) for name, value in fields.items() if isinstance(value, str)}
+    values |= {name: _fraction(value) for name, value in fields.items() if isinstance(value, str)}
     if values["count"] == 0:
         values |= {"min": empty.min, "max": empty.max}
-    if values["histogram"]:
+    if values["histogram"] is not None:
         values["histogram"] = Histogram.from_dict(values["histogram"])
-    return type(empty)(**values)
+    record = type(empty)(**values)
+    _check_record(record)
+    return record
+
+
+def _fraction(text: str) -> Fraction:
+    # Fraction() also accepts exponents, with which a few characters stand for a number that fills the memory.
+    if not re.fullmatch(r"-?[0-9]+(/[0-9]+)?", text):
+        raise ValueError(f"{text!r} is no fraction")
+    return Fraction(text)
+
+
+def _check_record(record: Sums | Moments) -> None:
+    """Raise ``ValueError`` unless there are values with this record."""
+    figures = record._asdict()
+    histogram = figures.pop("histogram")
+    floating = {"mean", "std", "min", "max"} if isinstance(record, Moments) else set()
+    weights = {"count", "sum", "sum_of_squares"}
+    for name, value in figures.items():
+        kinds = (int, float) if name in floating else (int, Fraction) if name in weights else (int,)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}")
+    if isinstance(record, Moments):
+        possible = math.isfinite(record.mean) and 0 <= record.std < math.inf and record.nonfinite >= 0
+        possible = possible and (record.count == 0 or -math.inf < record.min <= record.max < math.inf)
+    else:
+        possible = record.sum**2 <= record.count * record.sum_of_squares
+        possible = possible and record.count * record.min <= record.sum <= record.count * record.max
+    if not possible or record.count < 0:
+        raise ValueError(f"no values have {figures}")
+    if histogram is not None and histogram.counts.dtype.kind == "i" and sum(histogram.counts.tolist()) != record.count:
+        raise ValueError(f"a histogram of other than {record.count} values")
 
 
 def check_weights(weights: Any, count: int) -> list[Weight]:

@@ -340,13 +340,31 @@ class ChannelStats:
 
     @classmethod
     def from_dict(cls, figures: Mapping[str, Any]) -> ChannelStats:
-        """The inverse of :meth:`to_dict`. Raises ``KeyError`` or ``TypeError`` for other dicts."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError, ArithmeticError: other dicts.
+        """
         stats = cls(figures["scale"], figures["nodata"], figures["quantiles"])
         stats.images, stats.complete = figures["images"], figures["complete"]
         stats.integer_scale = figures["integer_scale"]
         stats._sums = tuple(from_dict(channel, NO_SUMS) for channel in figures["sums"])
         stats._floats = tuple(from_dict(channel, NO_VALUES) for channel in figures["moments"])
+        stats._check()
         return stats
+
+    def _check(self) -> None:
+        """Raise ``ValueError`` unless there are images with these figures."""
+        records: tuple[Sums | Moments, ...] = (*self._sums, *self._floats)
+        if type(self.images) is not int or type(self.complete) is not bool or (self.images > 0) != bool(records):
+            raise ValueError(f"images={self.images!r}, complete={self.complete!r}, {len(records)} records")
+        if self._sums and self._floats and len(self._sums) != len(self._floats):
+            raise ValueError(f"{len(self._sums)} channels of integers, {len(self._floats)} of floating values")
+        is_scale = isinstance(self.integer_scale, (int, float)) and 0 < self.integer_scale < math.inf
+        if not is_scale if self._sums else self.integer_scale is not None:
+            raise ValueError(f"integer_scale={self.integer_scale!r}")
+        if any((record.histogram is not None) != bool(self.quantiles) for record in records):
+            raise ValueError("histograms without quantiles, or quantiles without histograms")
 
     def save(self, path: str | Path) -> None:
         """Write all numbers as JSON. An existing file is replaced in one step."""
@@ -372,7 +390,7 @@ class ChannelStats:
         try:
             figures = json.loads(content)
             return cls.from_dict(figures.get("stats", figures))  # the file of the command holds more
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a saved ChannelStats: {error!r}") from error
 
     def __eq__(self, other: object) -> bool:
