@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,23 @@ from stats_runs import RANDOM, STACK, expected, fails_with, run
 from normfused.data import sources
 from normfused.data.paths import open_source
 from normfused.data.sources import Options
+
+
+def npy_bytes(dtype: str, shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def damaged_npz(mark: bytes, distance: int) -> bytes:
+    """An archive compressed by bzip2, with one byte changed, `distance` bytes after a mark."""
+    member, archive = io.BytesIO(), io.BytesIO()
+    np.save(member, STACK)
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_BZIP2) as file:
+        file.writestr("x.npy", member.getvalue())
+    content = bytearray(archive.getvalue())
+    content[content.find(mark) + distance] ^= 0x7F
+    return bytes(content)
 
 
 def idx_bytes(values: np.ndarray) -> bytes:
@@ -176,6 +195,18 @@ def test_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
             lambda path: path.write_bytes(gzip.compress(b"no IDX")),
             "{path}: not an IDX file: starts with 6e 6f 20 49, not 00 00",
         ),
+        (
+            "images-idx",
+            lambda path: path.write_bytes(idx_bytes(np.zeros(1, np.uint8))[:3] + b"\x46" + b"\0\0\0\1" * 70 + b"x"),
+            "{path}: 70 dimensions, more than the 32 of an array",
+        ),
+        (
+            "a.npy",
+            lambda path: path.write_bytes(npy_bytes("|V0", (2**62, 1, 1, 1))),
+            "{path}: values of dtype |V0, which have no bytes",
+        ),
+        ("a.npz", lambda path: path.write_bytes(damaged_npz(b"BZh", 1)), "{path}: Invalid data stream"),
+        ("a.npz", lambda path: path.write_bytes(damaged_npz(b"PK\5\6", 19)), "{path}: [Errno 22] Invalid argument"),
     ],
 )
 def test_array_that_cannot_be_used(

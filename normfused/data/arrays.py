@@ -116,19 +116,30 @@ def read_array(path: Path, key: str | None) -> Any:
     try:
         content: Any = np.load(path, mmap_mode="r")
         if isinstance(content, np.ndarray):
-            return content
+            return _with_values(content)
         with content:
             names = ", ".join(content.files) or "no array"
             if key is not None and key not in content.files:
                 raise ValueError(f"contains {names}, not {key}")
             if key is None and len(content.files) != 1:
                 raise ValueError(f"contains {names}{': --key chooses one' if content.files else ''}")
-            array: np.ndarray = content[content.files[0] if key is None else key]
-            return array
-    except OSError:
-        raise  # its message names the file
+            return _with_values(content[content.files[0] if key is None else key])
     except Exception as error:  # a damaged file can raise almost anything
-        raise CommandError(f"{path}: {error}") from error
+        if _names_a_file(error):
+            raise
+        raise CommandError(f"{path}: {str(error) or repr(error)}") from error
+
+
+def _with_values(array: np.ndarray) -> np.ndarray:
+    # A file of a hundred bytes can hold 2^62 values of no bytes.
+    if array.dtype.itemsize == 0:
+        raise ValueError(f"values of dtype {array.dtype}, which have no bytes")
+    return array
+
+
+def _names_a_file(error: Exception) -> bool:
+    """Whether an error is one of the operating system, whose message names the file. Decoders raise OSError too."""
+    return isinstance(error, OSError) and error.filename is not None
 
 
 def _read_nifti(path: Path) -> Any:
@@ -139,8 +150,8 @@ def _read_nifti(path: Path) -> Any:
 
     try:
         volume: Any = nibabel.load(path)
-    except OSError:
-        raise
     except Exception as error:  # a damaged file can raise almost anything
-        raise CommandError(f"{path}: {error}") from error
+        if _names_a_file(error):
+            raise
+        raise CommandError(f"{path}: {str(error) or repr(error)}") from error
     return volume.dataobj

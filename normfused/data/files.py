@@ -20,6 +20,7 @@ from normfused.errors import CommandError
 
 _UNSIGNED_BYTE = 0x08
 _IDX_DTYPES = {_UNSIGNED_BYTE: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_MAX_DIMS = 32  # of NumPy 1; 64 of NumPy 2
 
 
 def is_idx(path: Path) -> bool:
@@ -62,6 +63,8 @@ def read_idx(path: Path, dims: int | None = None) -> Tensor:
     needed, found = math.prod(sizes) * dtype.itemsize, len(content) - header
     if found != needed or not needed:
         raise CommandError(f"{path}: sizes {sizes} need {needed} bytes, the file has {found}")
+    if dims > _MAX_DIMS:
+        raise CommandError(f"{path}: {dims} dimensions, more than the {_MAX_DIMS} of an array")
     values = np.frombuffer(content, dtype, offset=header).reshape(sizes)
     return torch.from_numpy(values.astype(dtype.newbyteorder("="), copy=False))
 
