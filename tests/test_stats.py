@@ -364,6 +364,8 @@ HISTOGRAM = (*CHANNEL, "histogram")
         ((*CHANNEL, "count"), "1/0"),
         ((*CHANNEL, "count"), "1e99999999"),
         ((*CHANNEL, "count"), 5),
+        ((*CHANNEL, "count"), 2**128),
+        ((*CHANNEL, "other"), 0),
         ((*CHANNEL, "mean"), "1/3"),
         ((*CHANNEL, "mean"), math.nan),
         ((*CHANNEL, "std"), -1.0),
@@ -390,12 +392,19 @@ def test_figures_that_no_images_have(tmp_path: Path, place: tuple[str | int, ...
 
 
 @pytest.mark.parametrize(
-    "change", [{"sum": 9}, {"sum_of_squares": 1}, {"count": 1}, {"min": 3}, {"sum": 1.5}, {"max": True}]
+    "change", [{"sum": 9}, {"sum_of_squares": 1}, {"count": 1}, {"min": 3}, {"sum": 1.5}, {"max": True}, {"max": 2**63}]
 )
 def test_sums_that_no_integers_have(change: dict[str, float]) -> None:
     figures = ChannelStats().update(torch.tensor([[[0, 1], [2, 3]]])).to_dict()
     figures["sums"][0] |= change
     with pytest.raises(ValueError, match=r"no values have|^\w+="):
+        ChannelStats.from_dict(figures)
+
+
+def test_a_figure_that_is_missing() -> None:
+    figures = ChannelStats().update(torch.ones(1, 2, 2)).to_dict()
+    del figures["moments"][0]["nonfinite"]
+    with pytest.raises(ValueError, match="fields count, mean, std, min, max, histogram instead of"):
         ChannelStats.from_dict(figures)
 
 

@@ -20,6 +20,8 @@ from normfused.layout import values_per_channel
 _MAX_VALUES = 2**29  # per channel, in one call of the kernel
 
 Weight = int | Fraction
+_INT64 = 2**63
+_MOST = 2**127  # values of one channel: 2^63 of them, with the largest weight
 _LEAST = 2.0**-64  # of the weights: with others the sums of squares of int64 can exceed float64
 
 
@@ -141,6 +143,8 @@ def from_dict(fields: Mapping[str, Any], empty: Record) -> Record:
         KeyError, TypeError, ValueError, ArithmeticError: fields that no images have.
     """
     values: dict[str, Any] = dict(fields)
+    if values.keys() != set(empty._fields):
+        raise ValueError(f"fields {', '.join(values)} instead of {', '.join(empty._fields)}")
     values |= {name: _fraction(value) for name, value in fields.items() if isinstance(value, str)}
     if values["count"] == 0:
         values |= {"min": empty.min, "max": empty.max}
@@ -169,12 +173,14 @@ def _check_record(record: Sums | Moments) -> None:
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"{name}={value!r}")
     if isinstance(record, Moments):
-        possible = math.isfinite(record.mean) and 0 <= record.std < math.inf and record.nonfinite >= 0
+        possible = math.isfinite(record.mean) and 0 <= record.std < math.inf and 0 <= record.nonfinite < _INT64
         possible = possible and (record.count == 0 or -math.inf < record.min <= record.max < math.inf)
     else:
-        possible = record.sum**2 <= record.count * record.sum_of_squares
+        largest = record.count * max(record.min**2, record.max**2)
+        possible = record.sum**2 <= record.count * record.sum_of_squares <= record.count * largest
         possible = possible and record.count * record.min <= record.sum <= record.count * record.max
-    if not possible or record.count < 0:
+        possible = possible and min(record.min, record.max) >= -_INT64 and max(record.min, record.max) < _INT64
+    if not possible or not 0 <= record.count <= _MOST:
         raise ValueError(f"no values have {figures}")
     if histogram is not None and histogram.counts.dtype.kind == "i" and sum(histogram.counts.tolist()) != record.count:
         raise ValueError(f"a histogram of other than {record.count} values")
