@@ -31,6 +31,7 @@ _WHY_NO_CUDA = _why_no_cuda()
 _EXHAUSTIVE = {
     "compilers",
     "cpu_kernels",
+    "fuzz",
     "cuda_build",
     "host_cuda",
     "memory",
@@ -45,6 +46,7 @@ _EXHAUSTIVE = {
 _LONG = {
     "test_kernels.py",
     "test_cpu_kernels.py",
+    "test_fuzz.py",
     "test_cuda_build.py",
     "test_examples.py",
     "test_convert.py",

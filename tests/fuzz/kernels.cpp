@@ -197,6 +197,9 @@ void run_images(Bytes& bytes) {
 
 }  // namespace
 
+// libFuzzer ends the process without writing what is buffered: the message of expect_near().
+extern "C" int LLVMFuzzerInitialize(int*, char***) { return std::setvbuf(stdout, nullptr, _IONBF, 0); }
+
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
   schedule = {bytes.pick({1, 2, 3, 64}), bytes.flag(), bytes.pick({INT64_MAX, int64_t{0}, int64_t{1} << 10})};
