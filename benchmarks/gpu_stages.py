@@ -114,7 +114,7 @@ def report(
 
 def tests(context: Context, seconds: float) -> list[Command]:
     # A package that few tests need may be missing.
-    more = ["-m", "not large and not exhaustive", "--maxfail=60", "--continue-on-collection-errors"]
+    more = ["-m", "not large and not exhaustive and not nightly", "--maxfail=60", "--continue-on-collection-errors"]
     if context.rehearsal:
         chosen = ["-k", "moments and float32 and contiguous", str(TESTS / "test_channel_stats.py")]
         return [pytest(context, "test", 1, *chosen)]

@@ -67,7 +67,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 @pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {item.path.name, item.path.parent.name} & _EXHAUSTIVE:
+        if {item.path.name, item.path.parent.name} & _EXHAUSTIVE and not item.get_closest_marker("nightly"):
             item.add_marker(pytest.mark.exhaustive)
     items.sort(key=lambda item: item.path.name not in _LONG)
 

@@ -37,7 +37,7 @@ EXPECTATIONS = {
 }
 INSTRUCTION_SETS = {"DEFAULT": "baseline", "AVX2": "avx2", "AVX512": "avx512"}  # by torch's names
 RECORD = Path(__file__).with_name("passed.json")
-_NO_OPERATORS = {"memory_stats", "empty_cache", "cpu_capability", "has_cuda"}
+_NO_OPERATORS = {"memory_stats", "empty_cache", "cpu_capability", "has_cuda", "has_memory_pool", "uses_threads"}
 # Folders of tests that compile kernels, and the skips that remain where all tools are installed.
 _COMPILED = ["cpu_kernels", "host_cuda", "memory", "cuda_build"]
 _ALLOWED_SKIP = "this machine supports"

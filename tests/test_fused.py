@@ -129,6 +129,25 @@ def test_second_derivatives(activation: str | None, with_residual: bool, trainin
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.usefixtures("needs_extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("activation", ["elu", "hardswish", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh"])
+def test_activations_of_huge_values(activation: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Their limits: no intermediate result overflows, for any magnitude that the dtype has."""
+    magnitudes = torch.tensor([1e9, 1e19, 1e30, float(torch.finfo(dtype).max)], dtype=dtype, device=device)
+    x = torch.cat((magnitudes, -magnitudes)).view(-1, 1).requires_grad_()
+    mean, var = torch.zeros(1, dtype=dtype, device=device), torch.ones(1, dtype=dtype, device=device)
+    y = batch_norm(x, mean, var, eps=0.0, activation=activation)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    bounded = {"sigmoid": (1.0, 0.0), "tanh": (1.0, -1.0)}
+    upper, lower = bounded.get(activation, (None, -1.0 if activation == "elu" else 0.0))
+    positive, negative = y.detach()[:4, 0], y.detach()[4:, 0]
+    assert torch.equal(positive, magnitudes if upper is None else torch.full_like(positive, upper))
+    assert torch.equal(negative, torch.full_like(negative, lower))
+    slope = torch.full_like(magnitudes, 0.0 if activation in bounded else 1.0)
+    assert torch.equal(gradient[:, 0], torch.cat((slope, torch.zeros_like(slope))))
+
+
 def saved_bytes(function: Callable[[], Tensor]) -> tuple[int, set[int]]:
     """The number of bytes that autograd saves for backward, and the addresses of their storages."""
     saved: dict[int, int] = {}

@@ -308,7 +308,7 @@ NF_FN V where_positive(const V& z, const V& then, const V& otherwise) {
 }
 
 // The tanh approximation of GELU is z * sigmoid(p), where p = sqrt(8 / pi) * (z + 0.044715 z^3). These are p and its
-// derivative.
+// derivative. For |z| > 64, where sigmoid' is 0, the derivative is that of 64, so that their product is not 0 * inf.
 inline constexpr double kGeluFactor = 1.5957691216057308, kGeluCube = 0.044715;
 
 template <class S, class V>
@@ -317,7 +317,8 @@ NF_FN V gelu_argument(const V& z) {
 }
 template <class S, class V>
 NF_FN V gelu_argument_slope(const V& z) {
-  return S(kGeluFactor) + S(3 * kGeluFactor * kGeluCube) * z * z;
+  const V above = z < V{} - S(64) ? V{} - S(64) : z, bounded = above > V{} + S(64) ? V{} + S(64) : above;
+  return S(kGeluFactor) + S(3 * kGeluFactor * kGeluCube) * bounded * bounded;
 }
 
 template <class S, class V>
@@ -374,7 +375,7 @@ NF_FN V activated(const Activation& activation, const V& z) {
     case ActivationKind::kElu:
       return where_positive(z, z, V(E::expm1(z > V{} ? V{} : z) * parameter));
     case ActivationKind::kHardswish:
-      return z * within_six<S>(V(z + S(3))) * S(1. / 6);
+      return z * (within_six<S>(V(z + S(3))) * S(1. / 6));  // in this order z * 6 cannot overflow
     case ActivationKind::kSigmoid:
       return E::sigmoid(z);
     case ActivationKind::kTanh: {

@@ -289,6 +289,17 @@ void run_layers(std::mt19937& random) {
       }
 }
 
+// A grid of more than 2^32 blocks must not become a small one.
+void check_that_large_grids_are_refused() {
+  try {
+    (void)cuda::for_each_channel([](int64_t) {}, (int64_t{1} << 32 | 1) * cuda::kThreads, nullptr);
+  } catch (const cudahost::Error&) {
+    return;
+  }
+  std::printf("FAILED: a grid of 2^32 + 1 blocks was launched\n");
+  std::exit(1);
+}
+
 // Prints how many values were checked and how many cases of each kernel ran.
 void report() {
   std::printf("order %u: %lld values checked\n", cudahost::order, static_cast<long long>(checks));
@@ -301,6 +312,7 @@ void report() {
 int main(int argc, char** argv) {
   const std::string size = argc > 1 ? argv[1] : "full";
   std::mt19937 random(7);
+  check_that_large_grids_are_refused();
   if (size == "samples") {
     run_groups(random);
     run_layers(random);

@@ -20,17 +20,30 @@ BARRIER = re.compile(
 )
 
 
-def test_kernels_match_their_definition_in_three_orders(
-    cache: Path, record_property: Callable[[str, str], None]
-) -> None:
-    program = build(cache, gcc(), PLAIN, EVERYTHING)
-    tasks = [("full", 0), *((size, order) for order in (1, 7) for size in ("small", "samples"))]
-    tasks += [("samples", 0), ("single", 0), *(("clusters", order) for order in (0, 1, 7))]
+def run_all(program: Path, tasks: list[tuple[str, int, int]]) -> str:
+    """Runs main.cpp for each (size, order, resident blocks); returns what the runs print."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = list(pool.map(lambda task: run(program, task[0], order=task[1]), tasks))
+        runs = list(pool.map(lambda task: run(program, task[0], order=task[1], resident=task[2]), tasks))
     for done in runs:
         assert done.returncode == 0, done.stdout + done.stderr
-    record_property("table", "".join(done.stdout for done in runs))
+    return "".join(done.stdout for done in runs)
+
+
+def test_kernels_match_their_definition(cache: Path, record_property: Callable[[str, str], None]) -> None:
+    program = build(cache, gcc(), PLAIN, EVERYTHING)
+    record_property("table", run_all(program, [("small", 7, 3), ("samples", 1, 1), ("clusters", 7, 2)]))
+
+
+@pytest.mark.nightly
+def test_kernels_match_their_definition_in_every_schedule(
+    cache: Path, record_property: Callable[[str, str], None]
+) -> None:
+    """In three orders, with one block at a time, two, a random number, and as many as a small launch has."""
+    program = build(cache, gcc(), PLAIN, EVERYTHING)
+    tasks = [("full", 0, 1), *(("small", order, resident) for order in (0, 1, 7) for resident in (1, 2, 16))]
+    tasks += [("samples", order, resident) for order, resident in ((0, 1), (1, 2), (7, 16))]
+    tasks += [("single", 0, 1), ("clusters", 0, 1), ("clusters", 1, 2), ("clusters", 7, 2)]
+    record_property("table", run_all(program, tasks))
 
 
 def test_kernels_stay_in_bounds(cache: Path) -> None:
@@ -69,6 +82,7 @@ def barrier_sites() -> list[tuple[str, int]]:
     ]
 
 
+@pytest.mark.nightly
 def test_every_barrier_and_fence_is_needed(folder: Path) -> None:
     """Without any single one, ThreadSanitizer, the simulator or a wrong result reports an error."""
     compiler = clang()

@@ -419,7 +419,7 @@ cudaError_t apply(const Op& op, const ApplyPlan& plan, cudaStream_t stream, bool
   static_assert(check_apply_op<Op>());
   constexpr int kValues = values_per_access(planned_itemsize<Op>());
   const auto config = [&](int64_t blocks) {
-    return LaunchConfig{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, overlaps};
+    return LaunchConfig{dim3(extent(blocks)), dim3(kThreads), stream, overlaps};
   };
   if (!plan.by_rows) {
     const ColumnsPlan& columns = plan.columns;

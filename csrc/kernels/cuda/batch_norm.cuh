@@ -424,8 +424,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) each_channel(const F fun
 
 template <class F>
 cudaError_t for_each_channel(const F& function, int64_t count, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
-  return launch(LaunchConfig{dim3(blocks), dim3(kThreads), stream}, each_channel<F>, function, count);
+  const int64_t blocks = (count + kThreads - 1) / kThreads;
+  return launch(LaunchConfig{dim3(extent(blocks)), dim3(kThreads), stream}, each_channel<F>, function, count);
 }
 
 // The coefficients of inference: from the running statistics, which are then also written to mean and invstd by the

@@ -32,8 +32,9 @@ constexpr int lanes_of_statistic(int64_t width) {
 template <class F>
 cudaError_t for_each_statistic(const F& function, int64_t statistics, int64_t width, cudaStream_t stream) {
   const int lanes = lanes_of_statistic(width);
-  const auto blocks = static_cast<unsigned>((statistics * lanes + kThreads - 1) / kThreads);
-  return launch(LaunchConfig{dim3(blocks), dim3(kThreads), stream}, each_statistic<F>, function, statistics, lanes);
+  const int64_t blocks = (statistics * lanes + kThreads - 1) / kThreads;
+  return launch(LaunchConfig{dim3(extent(blocks)), dim3(kThreads), stream}, each_statistic<F>, function, statistics,
+                lanes);
 }
 
 // The parameters' entry of a channel of a sample.

@@ -16,8 +16,7 @@ cudaError_t rows(const LayerNormForward& args, bool aligned, Resources& resource
 template <class T>
 cudaError_t columns(const LayerNormForward& args, bool aligned, Resources& resources) {
   const LayerColumnsPlan plan = plan_layer_columns(args.view, args.samples, sizeof(T), aligned, resources.limits);
-  const LaunchConfig config{dim3(static_cast<unsigned>(args.view.outer * plan.tiles)), dim3(kThreads),
-                            resources.stream};
+  const LaunchConfig config{dim3(extent(args.view.outer * plan.tiles)), dim3(kThreads), resources.stream};
   return plan.values == 1 ? launch(config, layer_norm_columns<T, 1>, args, plan)
                           : launch(config, layer_norm_columns<T, layer_column_values(sizeof(T))>, args, plan);
 }

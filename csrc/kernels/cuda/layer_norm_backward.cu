@@ -42,7 +42,7 @@ struct ParameterSums {
 
 template <class T, int kValues, int kVectors>
 cudaError_t start_rows(const LayerNormBackward& args, const ResidentRowsPlan& plan, Resources& resources) {
-  const LaunchConfig config{dim3(static_cast<unsigned>(args.samples * plan.blocks), static_cast<unsigned>(plan.chunks)),
+  const LaunchConfig config{dim3(extent(args.samples * plan.blocks), extent(plan.chunks)),
                             dim3(static_cast<unsigned>(plan.threads)), resources.stream};
   const ParameterSums<compute_t<T>> sums(args, plan.blocks, resources);
   const auto start = [&](RowPhase phase, double* chunk_sums) {
@@ -71,7 +71,7 @@ cudaError_t rows(const LayerNormBackward& args, bool aligned, Resources& resourc
 template <class T>
 cudaError_t columns(const LayerNormBackward& args, bool aligned, Resources& resources) {
   const LayerColumnsPlan plan = plan_layer_columns(args.view, args.samples, sizeof(T), aligned, resources.limits);
-  const LaunchConfig config{dim3(static_cast<unsigned>(args.samples * plan.blocks)), dim3(kThreads), resources.stream};
+  const LaunchConfig config{dim3(extent(args.samples * plan.blocks)), dim3(kThreads), resources.stream};
   const ParameterSums<compute_t<T>> sums(args, plan.blocks, resources);
   const auto start = [&](auto kernel) { return launch(config, kernel, args, plan, sums.data); };
   const cudaError_t error = plan.values == 1 ? start(layer_norm_backward_columns<T, 1>)

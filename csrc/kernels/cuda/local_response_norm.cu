@@ -7,7 +7,7 @@ namespace normfused::cuda {
 cudaError_t local_response_norm(const LocalResponseNorm& args, Resources& resources) {
   const WindowPlan plan = plan_windows(args);
   if (plan.chunk == 0) return cudaErrorInvalidValue;
-  const LaunchConfig config{dim3(static_cast<unsigned>(plan.tiles * plan.chunks)), dim3(kThreads), resources.stream};
+  const LaunchConfig config{dim3(extent(plan.tiles * plan.chunks)), dim3(kThreads), resources.stream};
   return for_floating(args.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto start = [&](auto kernel) { return launch(config, kernel, args, plan, response_of<compute_t<T>>(args)); };

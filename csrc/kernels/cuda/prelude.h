@@ -29,6 +29,11 @@
 
 namespace normfused::cuda {
 
+// An extent of a grid. One that exceeds the type stays too large, so that CUDA refuses the launch.
+constexpr unsigned extent(int64_t blocks) {
+  return blocks < INT64_C(0xffffffff) ? static_cast<unsigned>(blocks) : 0xffffffffu;
+}
+
 struct LaunchConfig {
   dim3 grid, block;
   cudaStream_t stream;

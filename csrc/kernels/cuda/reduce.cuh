@@ -562,10 +562,11 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
   }
   constexpr int kValues = reduced_values<Op, Apply>();
   if (plan.values() != kValues && (kApplies || plan.values() != 1)) return cudaErrorInvalidValue;
-  const auto tiles = static_cast<unsigned>(plan.tiles()), splits = static_cast<unsigned>(plan.splits());
+  const dim3 grid =
+      kApplies ? dim3(extent(plan.tiles() * plan.splits())) : dim3(extent(plan.tiles()), extent(plan.splits()));
   const LaunchConfig config =
-      kApplies ? LaunchConfig{dim3(tiles * splits), dim3(kThreads), stream, false, plan.staged().bytes, plan.splits()}
-               : LaunchConfig{dim3(tiles, splits), dim3(kThreads), stream};
+      kApplies ? LaunchConfig{grid, dim3(kThreads), stream, false, plan.staged().bytes, plan.splits()}
+               : LaunchConfig{grid, dim3(kThreads), stream};
   const auto start = [&](auto kernel, const auto& details) {
     return launch(config, kernel, op, finish, apply, details, partials);
   };

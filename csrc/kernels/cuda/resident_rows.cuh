@@ -202,13 +202,12 @@ template <int kWidest, class Op>
 cudaError_t normalize_resident(const Op& op, const ResidentRowsPlan& plan, Resources& resources) {
   constexpr int kBytes = sizeof(compute_t<typename Op::T>);
   if (plan.is_staged) {
-    const LaunchConfig config{dim3(static_cast<unsigned>(plan.blocks)), dim3(kThreads), resources.stream, false,
-                              plan.staged.bytes};
+    const LaunchConfig config{dim3(extent(plan.blocks)), dim3(kThreads), resources.stream, false, plan.staged.bytes};
     return launch(config, normalize_staged_rows<Op, kWidest>, op, plan);
   }
   return for_resident_vectors<kWidest, kBytes, false>(plan, [&](auto values, auto vectors) {
-    const LaunchConfig config{dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.chunks)),
-                              dim3(static_cast<unsigned>(plan.threads)), resources.stream};
+    const LaunchConfig config{dim3(extent(plan.blocks), extent(plan.chunks)), dim3(static_cast<unsigned>(plan.threads)),
+                              resources.stream};
     const auto start = [&](RowPhase phase, Moments* parts) {
       return launch(config, normalize_rows<Op, values(), vectors()>, op, plan, phase, parts);
     };

@@ -18,7 +18,7 @@ cudaError_t run(const Standardize& args, Resources& resources) {
     const Tiles tiles = tiles_of(args, first, last);
     Constants<T> constants;
     for (int64_t c = first; c < last; ++c) prepare(normalization_of(args, c), constants.channel[c - first]);
-    const LaunchConfig config{dim3(static_cast<unsigned>(tiles.blocks(args.images))), dim3(kThreads), resources.stream};
+    const LaunchConfig config{dim3(extent(tiles.blocks(args.images))), dim3(kThreads), resources.stream};
     const auto start = [&](auto kernel) {
       return launch(config, kernel, static_cast<const T*>(args.input), static_cast<Output*>(args.output), tiles,
                     constants);
