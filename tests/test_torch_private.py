@@ -277,7 +277,7 @@ def private_names(tree: ast.AST) -> set[str]:
 
 def own_names(tree: ast.AST) -> set[str]:
     """Names that the code defines itself."""
-    names: set[str] = {"_asdict", "_make", "_replace", "_getframe"}  # of namedtuple and sys
+    names: set[str] = {"_asdict", "_fields", "_make", "_replace", "_getframe"}  # of namedtuple and sys
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
