@@ -58,7 +58,6 @@ REQUIRED = (
     "torch.Tensor._is_view",
     "torch.UntypedStorage._cdata",
     "torch.autograd.forward_ad._current_level",
-    "torch.fx._symbolic_trace._is_fx_tracing_flag",
     "torch.nn.Module._call_impl",
 )
 
@@ -249,6 +248,14 @@ _GLOBAL_HOOKS = [
 ]
 
 
+def _is_fx_tracing() -> bool:
+    """Whether torch.fx.symbolic_trace is active. torch 2.6 has the flag only, torch 2.14 the function only."""
+    module: Any = torch.fx._symbolic_trace
+    if hasattr(module, "is_fx_symbolic_tracing"):
+        return bool(module.is_fx_symbolic_tracing())
+    return bool(module._is_fx_tracing_flag)
+
+
 def eager_reason() -> str | None:
     """Why this call must not be captured, as a phrase that follows "calls"; ``None`` if it can be captured.
 
@@ -258,7 +265,7 @@ def eager_reason() -> str | None:
         return "under torch.jit.trace"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "under a dispatch mode, such as those of make_fx and FakeTensorMode"
-    if torch.fx._symbolic_trace._is_fx_tracing_flag:
+    if _is_fx_tracing():
         return "under torch.fx.symbolic_trace"
     if any(_GLOBAL_HOOKS):
         return "with hooks on all modules"

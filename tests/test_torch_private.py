@@ -80,6 +80,16 @@ def test_without_it_the_public_function_tells_whether_tracing_is_on(
     assert loaded_again().is_jit_tracing() == "the public function"
 
 
+@removes("torch.fx._symbolic_trace.is_fx_symbolic_tracing", "torch.fx._symbolic_trace._is_fx_tracing_flag")
+def test_without_it_the_other_tells_whether_fx_traces(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.fx._symbolic_trace
+    if lacking.endswith("_flag"):
+        monkeypatch.setattr(module, "is_fx_symbolic_tracing", lambda: True)
+    else:
+        monkeypatch.setattr(module, "_is_fx_tracing_flag", True, raising=False)
+    assert _torch_private.eager_reason() == "under torch.fx.symbolic_trace"
+
+
 @removes("torch._assert_async")
 def test_without_it_conditions_are_checked_at_once(lacking: str) -> None:
     check = loaded_again().assert_async

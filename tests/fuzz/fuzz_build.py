@@ -21,7 +21,9 @@ ROOT = HERE.parents[1]
 SOURCES = {
     "plans": [f"csrc/kernels/{name}.cpp" for name in ("cpu/plan", "cuda/plan", "cuda/traffic")],
     # nontemporal.cpp is replaced by the target.
-    "kernels": [f"csrc/kernels/cpu/{name}.cpp" for name in ("baseline", "plan", "value_counts", "workspace")],
+    "kernels": [
+        f"csrc/kernels/cpu/{name}.cpp" for name in ("baseline", "merge_ranks", "plan", "value_counts", "workspace")
+    ],
 }
 COMMON = ["-std=c++17", "-O1", "-g1", "-fno-sanitize-recover=all"]
 # All checks of -fsanitize=undefined make the kernels take four times as long to compile. cpu_kernels/ has them.

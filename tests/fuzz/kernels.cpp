@@ -51,6 +51,8 @@ struct Backend {
   void name(const Args& args) const { kTable.of(args.dtype).name(args, kRanges); }
 #define NF_UNTYPED_KERNEL(name, Args) \
   void name(const Args& args) const { kTable.name(args, kRanges); }
+#define NF_PORTABLE_KERNEL(name, Args) \
+  void name(const Args& args) const { cpu::portable::name(args, kRanges); }
 #include "kernels/list.h"
 };
 
