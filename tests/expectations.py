@@ -8,7 +8,6 @@ processes the evidence of all of them is added up.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 from collections import Counter
@@ -33,10 +32,8 @@ EXPECTATIONS = {
     "cuda": "every process runs the CUDA kernels in the simulator",
     "simulator": "CUDA kernels were launched in the simulator",
     "compiled": "tests that compile kernels passed, and none was skipped for lack of a tool",
-    "recorded": "in each file at least as many tests passed as in passed.json, which --record-passed writes",
 }
 INSTRUCTION_SETS = {"DEFAULT": "baseline", "AVX2": "avx2", "AVX512": "avx512"}  # by torch's names
-RECORD = Path(__file__).with_name("passed.json")
 _NO_OPERATORS = {"memory_stats", "empty_cache", "cpu_capability", "has_cuda", "has_memory_pool", "uses_threads"}
 # Folders of tests that compile kernels, and the skips that remain where all tools are installed.
 _COMPILED = ["cpu_kernels", "host_cuda", "memory", "cuda_build"]
@@ -47,11 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("evidence")
     words = "; ".join(f"{word}: {meaning}" for word, meaning in EXPECTATIONS.items())
     group.addoption("--expect", help=f"fail unless these are true, separated by spaces. {words}")
-    group.addoption("--record-passed", action="store_true", help="write the number of passed tests to passed.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--expect") is not None or config.getoption("--record-passed"):
+    if config.getoption("--expect") is not None:
         config.pluginmanager.register(Expectations(config), "evidence")
 
 
@@ -64,9 +60,8 @@ class Expectations:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.words = (config.getoption("--expect") or "").split()
-        unknown = [word for word in self.words if word not in EXPECTATIONS]
-        if unknown or (not self.words and config.getoption("--expect") is not None):
+        self.words = config.getoption("--expect").split()
+        if not self.words or not set(self.words) <= EXPECTATIONS.keys():
             known = ", ".join(EXPECTATIONS)
             raise pytest.UsageError(f"--expect: expected words of {known}, got {config.getoption('--expect')!r}")
         self.is_worker = hasattr(config, "workerinput")
@@ -141,15 +136,10 @@ class Expectations:
             self.evidence.append(self.own_evidence())
         for word in self.words:
             self.problems += [f"{word}: {problem}" for problem in self.missing(word)]
-        if self.config.getoption("--record-passed") and session.exitstatus == 0 and not self.problems:
-            recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-            RECORD.write_text(json.dumps({**recorded, **self.passed}, indent=1, sort_keys=True) + "\n")
         if self.problems and session.exitstatus == 0:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if not self.words:
-            return
         calls = sum(sum(evidence["calls"].values()) for evidence in self.evidence)
         sets = sorted({str(evidence["capability"]) for evidence in self.evidence})
         terminalreporter.section("expectations")
@@ -187,8 +177,6 @@ class Expectations:
                 yield "no CUDA kernel was launched"
         elif word == "compiled":
             yield from self._not_compiled()
-        elif word == "recorded":
-            yield from self._fewer_than_recorded()
         else:
             for evidence in self.evidence:
                 expected = evidence["best"] if word == "best" else word
@@ -204,11 +192,3 @@ class Expectations:
             for test, reason in self.skipped:
                 if f"/{folder}/" in f"/{test}" and _ALLOWED_SKIP not in reason:
                     yield f"{test} was skipped: {reason}"
-
-    def _fewer_than_recorded(self) -> Iterator[str]:
-        recorded: dict[str, int] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-        if not recorded:
-            yield f"{RECORD.name} is empty or missing"
-        for file, number in recorded.items():
-            if self.passed[file] < number:
-                yield f"{file}: {self.passed[file]} tests passed, recorded are {number}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -26,7 +25,6 @@ OTHER_MACHINE = "import pytest\ndef test_other(): pytest.skip('this machine supp
 
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(expectations, "RECORD", tmp_path / "passed.json")
     monkeypatch.setattr(expectations, "nvcc", lambda: None)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a file that is written twice in a second looks unchanged
@@ -106,22 +104,8 @@ def test_tests_that_compile(suite: Path, capsys: Captured, monkeypatch: pytest.M
     fails(suite, "compiled", "compiled: memory/test_c.py::test_skipped was skipped: Skipped: no compiler", capsys)
 
 
-def test_recorded_numbers(suite: Path, capsys: Captured) -> None:
-    write(suite, test_a=CALLS, test_b=NO_CALLS)
-    fails(suite, "recorded", "recorded: passed.json is empty or missing", capsys)
-    assert run(suite, "extension", "--record-passed") == 0
-    assert json.loads(expectations.RECORD.read_text()) == {"test_a.py": 1, "test_b.py": 1}
-    passes(suite, "recorded", capsys)
-    message = "recorded: test_b.py: 0 tests passed, recorded are 1"
-    fails(suite, "recorded", message, capsys, "-k", "call")
-    write(suite, test_b=SKIPPED)
-    fails(suite, "recorded", message, capsys)
-    assert run(suite, "operators", "--record-passed") != 0  # a run that fails does not replace the record
-    assert json.loads(expectations.RECORD.read_text())["test_b.py"] == 1
-
-
 def test_an_empty_run(suite: Path, capsys: Captured) -> None:
-    for word in ("extension", "operators", "simulator", "compiled", "recorded"):
+    for word in ("extension", "operators", "simulator", "compiled"):
         fails(suite, word, f"{word}: ", capsys)
 
 
