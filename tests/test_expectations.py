@@ -131,6 +131,7 @@ def test_several_processes(suite: Path, files: dict[str, str], result: int, line
     command = [sys.executable, "-m", "pytest", "-p", "expectations", "-p", "no:cacheprovider", "-n", "2"]
     done = subprocess.run(
         [*command, "--max-worker-restart=0", "--dist=loadfile", "--expect=extension best", f"--rootdir={suite}", suite],
+        cwd=suite,  # not the checkout: its normfused/ may have no extension
         env=environment,
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ LEFT_OUT = "not cuda and not ranks and not threads and not modulation and not st
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("capability", SETS)
-def test_narrower_instruction_sets(capability: str) -> None:
+def test_narrower_instruction_sets(capability: str, tmp_path: Path) -> None:
     best = normfused.info()["cpu_capability"]
     if best not in SETS or SETS.index(capability) >= SETS.index(best):
         pytest.skip(f"the tests of this process run with {best}")
@@ -27,6 +27,7 @@ def test_narrower_instruction_sets(capability: str) -> None:
     environment = {**os.environ, "NORMFUSED_CPU_CAPABILITY": capability}
     done = subprocess.run(
         [*command, f"--expect=extension {capability}", str(Path(__file__).parent)],
+        cwd=tmp_path,  # not the checkout: its normfused/ may have no extension
         env=environment,
         capture_output=True,
         text=True,
