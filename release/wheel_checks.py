@@ -1,4 +1,4 @@
-"""What a wheel for distribution must contain, state and link. Each check returns the problems it finds."""
+"""What a release and its wheels must state, contain and link. Each check returns the problems it finds."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def parse_name(name: str) -> Name:
 def series(torch: str) -> str:
     """Return the series of a version of torch: ``"2.13"`` of ``"2.13.0+cpu"``."""
     return ".".join(torch.split("+")[0].split(".")[:2])
+
+
+def check_tag(tag: str, version: str, changelog: str) -> list[str]:
+    """Check that a tag and the newest section of the changelog name this version, and that the section has a date."""
+    problems = [] if tag == f"v{version}" else [f"the tag is {tag}, but normfused/_version.py has {version}"]
+    newest = re.search(r"^## (.*)$", changelog, re.MULTILINE)
+    heading = newest[1] if newest else "missing"
+    if not re.fullmatch(rf"\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d", heading):
+        problems.append(f"the newest section of CHANGELOG.md is {heading}, not [{version}] - YYYY-MM-DD")
+    return problems
 
 
 def _matches(name: str, patterns: Collection[str]) -> bool:
