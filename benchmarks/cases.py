@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import normfused
+from normfused.cuda_plans import cuda_device
 
 Call = Callable[[], Sequence[Any]]
 Layout = Literal["NCHW", "channels_last"]
@@ -110,10 +111,10 @@ def _planned_bytes(case: Case) -> int:
     n, c, *sides = case.shape
     inner = math.prod(sides)
     view = (n * inner, c, 1) if case.layout == "channels_last" else (n, c, inner)
-    properties = torch.cuda.get_device_properties(0)
-    device = (properties.multi_processor_count, properties.L2_cache_size)
+    is_fused = "relu" in case.operation
+    device = cuda_device("cuda:0")
     plans = [
-        extension.cuda_traffic(getattr(extension.Operation, name), view, case.dtype.itemsize, *device)
+        extension.cuda_traffic(getattr(extension.Operation, name), view, case.dtype.itemsize, is_fused, *device[1:])
         for name in operations
     ]
     # The forward pass reads the residual once, and the backward pass writes its gradient once.

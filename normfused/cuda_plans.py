@@ -126,7 +126,7 @@ def explain(layer: nn.Module, x: Tensor, *, device: str | torch.device | None = 
     if C is None:
         raise RuntimeError("explain needs the compiled extension; normfused.info() tells why it is missing")
     _check(layer, x)
-    on = _device(x.device if device is None else device)
+    on = cuda_device(x.device if device is None else device)
     if isinstance(layer, _INSTANCE_NORMS) and x.dim() == layer._get_no_batch_dim():
         x = x[None]
     reads_rows = isinstance(layer, _LAYER_NORMS) and not isinstance(layer, _ChannelNorm)
@@ -155,7 +155,8 @@ def _check(layer: nn.Module, x: Tensor) -> None:
         raise ValueError(f"x must have {features} channels, got shape {tuple(x.shape)}")
 
 
-def _device(device: str | torch.device) -> CudaDevice:
+def cuda_device(device: str | torch.device) -> CudaDevice:
+    """The properties of a GPU by its name in :func:`explain`, or of one of this machine."""
     if isinstance(device, str) and device.lower() in _DEVICES:
         return _DEVICES[device.lower()]
     names = ", ".join(f'"{name}"' for name in _DEVICES)

@@ -44,6 +44,8 @@ import timing  # noqa: E402
 import worker  # noqa: E402
 from plot_style import NEUTRAL  # noqa: E402
 
+from normfused.cuda_plans import cuda_device  # noqa: E402
+
 
 @pytest.mark.usefixtures("needs_extension")
 def test_operators_py_runs_every_operator() -> None:
@@ -131,6 +133,17 @@ def test_a_failing_case_does_not_stop_the_others(
     assert [result["operation"] for result in written.results] == ["channel_moments"]
     assert written.failures[0]["error"] == "RuntimeError: CUDA out of memory"
     assert "| channel_sums-2x8x6x6-float32-NCHW | RuntimeError: CUDA out of memory |" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("needs_extension")
+@pytest.mark.parametrize("operation", cases.OPERATIONS)
+def test_bytes_of_cuda_plans(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that fits shared memory is read once, and a large one with channels last twice."""
+    monkeypatch.setattr(cases, "cuda_device", lambda _: cuda_device("h100"))
+    small = cases.Case(operation, (32, 64, 28, 28), torch.float32, "NCHW")
+    large = cases.Case(operation, (256, 64, 112, 112), torch.bfloat16, "channels_last")
+    for case, traffic in ((small, "resident"), (large, "streaming")):
+        assert 1 <= cases.traffic_bytes(case, "planned") / cases.traffic_bytes(case, traffic) < 1.01
 
 
 CASE = cases.Case("training_forward", (4, 16, 5, 5), torch.float32, "NCHW")
