@@ -39,6 +39,10 @@ template <class L> Traffic traffic_of(Operation operation, const ChannelView& vi
   else
     return traffic(operation, view, itemsize, limits);
 }
+template <class T> bool one_launch(const T& t) {  // reduces and applies
+  if constexpr (requires { t.pipelined; }) return t.single || t.pipelined;
+  return t.single;
+}
 int main() {
   int channels, side, batch, itemsize, last, backward, multiprocessors;
   long long l2;
@@ -51,10 +55,10 @@ int main() {
     const ReductionPlan& r = t.reduction;
     const int64_t chunk = r.by_rows ? r.rows.chunk : r.columns.chunk;
     const int step = r.by_rows ? r.rows.lanes : r.columns.height;
-    std::printf("{\"single\": %d, \"launches\": %d, \"read\": %lld, \"written\": %lld, "
+    std::printf("{\"one_launch\": %d, \"launches\": %d, \"read\": %lld, \"written\": %lld, "
                 "\"by_rows\": %d, \"masked\": %d, \"tiles\": %lld, \"splits\": %d, "
                 "\"group\": %d, \"width\": %d, \"vectors\": %g, \"flat\": %d}\n",
-                t.single, t.launches, static_cast<long long>(t.read), static_cast<long long>(t.written), r.by_rows,
+                one_launch(t), t.launches, static_cast<long long>(t.read), static_cast<long long>(t.written), r.by_rows,
                 r.by_rows && r.rows.masked, static_cast<long long>(r.tiles()), r.splits(), group_of(r),
                 r.by_rows ? 0 : r.columns.width * r.columns.values, static_cast<double>(chunk) / step, t.apply.by_rows);
   }
@@ -141,7 +145,7 @@ def predict(case: Case, plan: dict[str, Any], kernels: Kernels, device: Device) 
     empty = 1 - waves / math.ceil(waves) if waves > 1 else 0.0
     by_bandwidth = inputs * size / device.read * (1 + 0.2 * empty / math.ceil(waves))
     reduction = max(by_bandwidth, iterations * device.latency * math.ceil(waves))
-    if plan["single"]:
+    if plan["one_launch"]:
         return LAUNCH + reduction + kernels.finish + size / device.mixed + 0.8
     between = _merge(case, plan) + kernels.finish + kernels.gap
     return LAUNCH + reduction + between + _application(case, plan, kernels, device)
@@ -194,7 +198,7 @@ def table(cases: Sequence[Case], before: list[dict[str, Any]], now: list[dict[st
 
 
 def _path(plan: dict[str, Any]) -> str:
-    return " one launch" if plan["single"] else " masked" if plan["masked"] else ""
+    return " one launch" if plan["one_launch"] else " masked" if plan["masked"] else ""
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ from report import Report
 RESULTS = Path(__file__).resolve().parent / "results"
 REHEARSAL = "REHEARSAL, figures without meaning"
 GRID = ("n256", "n32", "growth")  # stages that are parts of one table
-ALONE = ("first", "overlap", "serial", "unstaged", "graphs", "compile")  # stages with a table of their own
+# Stages with a table of their own.
+ALONE = ("first", "overlap", "serial", "unstaged", "unpipelined", "graphs", "compile")
 
 
 def main(archives: Sequence[Path], out: Path | None) -> int:

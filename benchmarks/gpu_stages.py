@@ -82,6 +82,8 @@ FIRST = "^(training_forward|training_forward_backward|eval_forward|channel_momen
 GRAPHS = "^(training_forward|training_forward_backward|eval_forward|channel_moments)-32x"
 # Shapes whose launches are so short that the gap between two counts.
 OVERLAP = "^training_forward_backward-32x(64x56|512x28|256x14|2048x7)x"
+# Shapes whose channels do not fit a cluster, and whose tensors exceed the L2 cache.
+PIPELINED = "^training_(forward|backward)-256x(64x112|256x56)x.*-NCHW"
 COMPILED = "^(training|add_relu)_forward_backward-256x(64x56|2048x7)x"  # compiling takes about ten seconds per case
 
 
@@ -282,6 +284,17 @@ STAGES = {
                 environment={"NORMFUSED_CUDA_STAGED": "0"},
             ),
         ),
+        Stage(
+            "unpipelined",
+            30,
+            "eight cases of n256 with NORMFUSED_CUDA_PIPELINE=0",
+            report(
+                "unpipelined",
+                PIPELINED,
+                tiny="^eval_forward-2x8.*float32-NCHW",
+                environment={"NORMFUSED_CUDA_PIPELINE": "0"},
+            ),
+        ),
         Stage("n32", 210, "the grid at batch 32", report("n32", "-32x|small_call", tiny="-2x5x7x7-float32-NCHW")),
         Stage(
             "graphs",
@@ -302,7 +315,7 @@ STAGES = {
         Stage("large", 80, "tensors of 2^31 values", large),
         Stage("memory", 120, "memory saved for backward, by mode; growth over 10,000 steps", memory),
         Stage("activations", 60, "the cost of each activation", script("activations.py", tiny=ONE_THREAD)),
-        Stage("images", 60, "images, statistics of data sets", script("images.py", tiny=ONE_THREAD)),
+        Stage("images", 50, "images, statistics of data sets", script("images.py", tiny=ONE_THREAD)),
     )
 }
 
@@ -311,7 +324,7 @@ RUNS = {
     "run-1": ("build", "operators", "first", "test"),
     "run-2": ("build", "n256", "public", "norms", "overlap", "serial", "unstaged"),
     "run-3": ("build", "n32", "graphs", "memcheck", "racecheck", "synccheck", "initcheck"),
-    "run-4": ("build", "compile", "large", "memory", "activations", "images"),
+    "run-4": ("build", "unpipelined", "compile", "large", "memory", "activations", "images"),
 }
 
 

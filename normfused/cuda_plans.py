@@ -216,6 +216,10 @@ def _batch_norm(layer: Any, x: Tensor, device: CudaDevice) -> tuple[CudaPass, Cu
             cluster = f"the {chosen['splits']} blocks of a cluster copy their channels once, {size} each"
             reason = f"a block copies its channels once, {size}" if chosen["splits"] == 1 else cluster
             return _pass(name, "held in shared memory", reason, chosen, x, tensors)
+        if chosen["pipelined"]:
+            ahead = _count(chosen["window"] - 1, "range")
+            reason = f"a range of channels is applied when the next {ahead} of {chosen['tiles']} are reduced"
+            return _pass(name, "read again from the L2 cache", reason, chosen, x, tensors)
         blocks, ranges = _count(chosen["splits"], "block"), _count(chosen["tiles"], "range")
         divided = f"{blocks} for each of {ranges} of channels"
         return _pass(name, _TWO_PASSES, divided, chosen, x, tensors)

@@ -32,7 +32,7 @@ def plan(
 
 # Every batch norm of ResNet-50 in bfloat16 at batch 256: threads of a channel or vectors of a tile, tiles, splits.
 RESNET50 = {
-    (64, 112): ((256, 64, 4), (8, 1, 262)),
+    (64, 112): ((256, 64, 88), (8, 1, 262)),
     (64, 56): ((256, 64, 8), (8, 1, 262)),
     (256, 56): ((256, 256, 8), (8, 4, 66)),
     (128, 28): ((256, 128, 2), (8, 2, 131)),
@@ -53,6 +53,8 @@ def test_resnet50(channels: int, side: int) -> None:
     assert (last["width"], last["tiles"], last["splits"]) == columns
     assert first["values"] == last["values"] == 8
     assert first["single"] == (side < 112)
+    assert first["pipelined"] == (side == 112)
+    assert not last["pipelined"]
     assert last["single"] == (last["splits"] <= 8)
     assert first["masked"] == (side in (7, 14))
     assert not first["folded"]
@@ -169,7 +171,10 @@ def test_an_activation_has_wider_vectors() -> None:
 
 
 def test_traffic_of_a_large_tensor() -> None:
-    """Counted by hand: 32 x 64 x 112 x 112 float32 values, 64 channels, 4 splits, two sums of 8 bytes per channel."""
+    """Counted by hand: 32 x 64 x 112 x 112 float32 values, 64 channels, 4 splits, two sums of 8 bytes per channel.
+
+    On a device without clusters and with a large L2 cache, so that nothing is single or pipelined.
+    """
     view, size, partials = (32, 64, 12544), 102_760_448, 4 * 64 * 2 * 8
     expected = {
         "TRAINING": (2, 2 * size + partials, size + partials),
@@ -180,9 +185,47 @@ def test_traffic_of_a_large_tensor() -> None:
         "SUMS": (1, size + 2 * partials, 2 * partials),
     }
     for operation, (launches, read, written) in expected.items():
-        counted = plan(operation, view, 4, (*H200[:3], 1))  # without clusters
+        counted = plan(operation, view, 4, (H200[0], 200 << 20, H200[2], 1))
         assert not counted["single"]
+        assert not counted["pipelined"]
         assert (counted["launches"], counted["read"], counted["written"]) == (launches, read, written), operation
+
+
+def test_tensors_that_exceed_the_cache_are_pipelined() -> None:
+    """If the channels do not fit shared memory, but a few of them fit the L2 cache together."""
+    view, size = (256, 64, 12544), 256 * 64 * 12544 * 2
+    for operation, inputs in (("TRAINING", 1), ("BACKWARD", 2)):
+        chosen = plan(operation, view, 2)
+        assert (chosen["pipelined"], chosen["single"], chosen["launches"]) == (True, False, 1), operation
+        partials = 2 * 8 * 64 * chosen["splits"]
+        assert (chosen["read"], chosen["written"]) == (inputs * size + partials, size + partials)
+        tile = inputs * size // 64
+        assert chosen["window"] * tile >= 264 * (48 << 10)  # what a wave of blocks reads
+        assert (chosen["window"] + 1) * tile <= (50 << 20) * 3 // 4
+        assert 0.95 * 264 < chosen["window"] * chosen["splits"] < 1.5 * 264
+        assert plan(operation, view, 2, fused=True)["pipelined"]
+    assert plan("TRAINING", view, 4)["pipelined"]
+    assert not plan("BACKWARD", view, 4)["pipelined"]  # 25 MB of each channel
+    assert not plan("INFERENCE", view, 2)["pipelined"]
+    assert not plan("INFERENCE_BACKWARD", view, 2)["pipelined"]  # of the sums, only parameters' gradients depend
+    assert not plan("TRAINING", (256, 64, 12543), 2)["pipelined"]  # vectors have values of two channels
+    assert not plan("TRAINING", (256 * 12544, 64, 1), 2)["pipelined"]
+    assert not plan("TRAINING", (1000, 2, 1000), 4, (108, 1 << 20, 0, 1))["pipelined"]  # two tiles at most
+
+
+def test_a_pipelined_launch_needs_a_tensor_of_twice_the_cache() -> None:
+    size = 32 * 64 * 12544 * 4
+    for l2_bytes, expected in ((size // 2, True), (size // 2 + 1, False)):
+        assert plan("TRAINING", (32, 64, 12544), 4, (108, l2_bytes, 163 << 10, 1))["pipelined"] == expected
+
+
+@pytest.mark.parametrize("numel", [2**31, 2**36])
+@pytest.mark.parametrize("channels", [64, 2**20])
+def test_steps_of_a_pipelined_launch_have_32_bits(numel: int, channels: int) -> None:
+    for multiprocessors in (1, 132, 2000):
+        chosen = plan("TRAINING", (2, channels, numel // channels // 2), 2, (multiprocessors, 50 << 20, 0, 1))
+        if chosen["pipelined"]:
+            assert 2 * chosen["tiles"] * chosen["splits"] + 4 * multiprocessors < 2**31
 
 
 def test_partial_results_are_a_small_part_of_the_traffic() -> None:
@@ -190,7 +233,7 @@ def test_partial_results_are_a_small_part_of_the_traffic() -> None:
         for view in ((32, channels, side * side), (32 * side * side, channels, 1)):
             size = view[0] * view[1] * view[2] * 2
             counted = plan("TRAINING", view, 2)
-            assert counted["read"] + counted["written"] <= 1.05 * (2 if counted["single"] else 3) * size, view
+            assert counted["read"] + counted["written"] <= 1.05 * (2 if counted["launches"] == 1 else 3) * size, view
 
 
 def test_outputs_that_do_not_fit_the_cache_are_streamed() -> None:

@@ -29,12 +29,13 @@ def described(layer: nn.Module, x: Tensor, device: str = "h100") -> list[tuple[s
 
 TWO = "reduction, then application"
 HELD = "held in shared memory"
+AGAIN = "read again from the L2 cache"
 
 
 @pytest.mark.parametrize(
     ("layer", "x", "expected"),
     [
-        (normfused.BatchNorm2d(64), empty(32, 64, 112, 112), [(HELD, 1, 2.0), (TWO, 2, 5.0)]),
+        (normfused.BatchNorm2d(64), empty(32, 64, 112, 112), [(HELD, 1, 2.0), (AGAIN, 1, 3.0)]),
         (normfused.BatchNorm2d(64), empty(32, 64, 112, 112, channels_last=True), [(TWO, 2, 3.0), (TWO, 2, 5.0)]),
         (normfused.BatchNormAct2d(64), empty(8, 64, 8, 8), [(HELD, 1, 2.02), (HELD, 1, 3.02)]),
         (normfused.BatchNorm2d(64).eval(), empty(32, 64, 112, 112), [("application", 1, 2.0), (TWO, 2, 4.0)]),
@@ -51,7 +52,7 @@ HELD = "held in shared memory"
         (
             normfused.BatchNorm2d(64, track_running_stats=False).eval(),
             empty(32, 64, 112, 112),
-            [(HELD, 1, 2.0), (TWO, 2, 5.0)],
+            [(HELD, 1, 2.0), (AGAIN, 1, 3.0)],
         ),
         (normfused.BatchNorm1d(512), empty(512, 512), [(HELD, 1, 2.02), (HELD, 1, 3.02)]),
         (normfused.GroupNorm(32, 1280), empty(2, 1280, 16, 16), [("held in registers", 1, 2.0), (HELD, 3, 3.03)]),
@@ -103,7 +104,7 @@ def test_the_floor_moves_each_tensor_once() -> None:
 
 
 def test_bytes_of_resnet50() -> None:
-    """All 53 batch norms of a step in bfloat16, relative to the floor: those of 112 x 112 are not held."""
+    """All 53 batch norms of a step in bfloat16, relative to the floor: each tensor is moved once."""
     counts = {(64, 112): 1, (64, 56): 6, (256, 56): 4, (128, 56): 1, (128, 28): 7, (512, 28): 5, (256, 28): 1,
               (256, 14): 11, (1024, 14): 7, (512, 14): 1, (512, 7): 5, (2048, 7): 4}  # fmt: skip
     assert sum(counts.values()) == 53
@@ -113,13 +114,16 @@ def test_bytes_of_resnet50() -> None:
         for step in explain(nn.BatchNorm2d(channels), x, device="h100").passes:
             moved += count * (step.read_bytes + step.written_bytes)
             floor += count * step.floor_bytes
-    assert moved / floor == pytest.approx(1.22, abs=0.005)
+    assert moved / floor == pytest.approx(1, abs=0.001)
 
 
 def test_the_plan_depends_on_the_device() -> None:
     layer, x = normfused.BatchNorm2d(64), empty(32, 64, 112, 112)
     reasons = [explain(layer, x, device=device).passes[1].reason for device in ("t4", "h100")]
-    assert reasons == ["5 blocks for each of 64 ranges of channels", "4 blocks for each of 64 ranges of channels"]
+    assert reasons == [
+        "5 blocks for each of 64 ranges of channels",
+        "a range of channels is applied when the next 4 ranges of 64 are reduced",
+    ]
 
 
 @pytest.mark.parametrize(

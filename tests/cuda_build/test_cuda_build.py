@@ -217,6 +217,10 @@ def test_vectors_are_written_by_one_instruction(code: dict[str, Function]) -> No
     }
     assert len(writing) > 25
     assert split == {}
+    # Pipelined launches only stream.
+    streaming_only = [function for name, function in code.items() if name.startswith("pipeline_")]
+    assert len(streaming_only) == 15  # not fused training of doubles
+    assert all(stores(function.instructions, streaming) >= 2 for function in streaming_only)
 
 
 # Kernel families, the cache hint of their loads, and the minimum number in flight. Kernels of doubles or with three
@@ -226,6 +230,9 @@ MIN_IN_FLIGHT = {
     r"reduce_rows<(SumsOp|GradSumsOp<\w+, true)": ("", 3),
     r"reduce_columns<(Moments|GradSums)Op<(float|__half|__nv_bfloat16|short)": ("", 6),
     r"reduce_columns<(SumsOp|\w+<(double|int|long))": ("", 3),
+    r"pipeline_rows<(MomentsOp|GradSumsOp<\w+, false)": ("", 4),
+    r"pipeline_rows<GradSumsOp<\w+, true": ("", 3),
+    r"pipeline_rows<": (".EF", 4),
     r"apply_columns<GradInputOp<\w+, true": (".EF", 3),
     r"apply_(?!columns<GradInputOp<\w+, true)": (".EF", 4),
     r"normalize_rows<.*, \d+, (4|8)>$": ("", 4),

@@ -57,17 +57,15 @@ void statistics(const ChannelView& view, bool extreme, int group) {
   }
 }
 
-// Training in one launch, or in place in two launches that overlap, with a cumulative average. In one launch, a block
-// can read a vector that two rows share while another block writes its part of it.
-void training(const ChannelView& view, int launches, const cuda::DeviceLimits& device = kDevice) {
+// Training in one launch, or in place in two launches that overlap, with a cumulative average. In a single launch, a
+// block can read a vector that two rows share while another block writes its part of it.
+void training(const ChannelView& view, const cuda::ReductionPlan& plan, const cuda::DeviceLimits& device = kDevice) {
   current = "training of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
             std::to_string(view.inner);
   const Data data(view, false);
   HostResources resources(device);
-  const cuda::ReductionPlan plan = cuda::plan_reduction(view, {sizeof(float), 1, true, launches == 1}, device);
-  if (plan.single() != (launches == 1)) std::abort();
   std::vector<float> output = data.x, table(3 * view.channels), running_mean(view.channels, 8);
-  const float* const input = launches == 1 ? data.x.data() : output.data();
+  const float* const input = plan.single() ? data.x.data() : output.data();
   std::vector<double> mean(view.channels), invstd(view.channels);
   int64_t batches = 3;
   BatchNormForward args{};
@@ -77,17 +75,18 @@ void training(const ChannelView& view, int launches, const cuda::DeviceLimits& d
   args.eps = 1e-5;
   args.running_mean = {running_mean.data(), DType::kFloat32};
   args.num_batches_tracked = &batches;
-  args.momentum = launches == 1 ? 0.25 : std::nan("");
+  args.momentum = plan.one_launch() ? 0.25 : std::nan("");
   const cuda::MomentsOp<float, false> op{input, view};
   const cuda::NormalizeOp<float> normalize{input, output.data(), table.data(), &batches, nullptr, {}, nullptr};
   const cuda::FinishTraining<float> finish{args, table.data()};
-  if (launches == 1) {
+  if (plan.one_launch()) {
     reduce(op, finish, normalize, plan, resources);
   } else {
     reduce(op, finish, cuda::NoApply{}, plan, resources);
     apply(normalize, cuda::plan_apply(view, sizeof(float), sizeof(float), true, kDevice), nullptr, true);
   }
   cudahost::synchronize();
+  if (!resources.tickets_are_zero()) throw std::runtime_error("a ticket is not zero after the launch");
   expect_near("num_batches_tracked", 0, static_cast<double>(batches), 4, 0);
   for (int64_t c = 0; c < view.channels; ++c)
     expect_near("running_mean", c, running_mean[c], 8 + (data.mean[c] - 8) / 4, 1e-5);
@@ -96,6 +95,24 @@ void training(const ChannelView& view, int launches, const cuda::DeviceLimits& d
     const double expected_invstd = 1 / std::sqrt(data.m2[c] / static_cast<double>(view.positions()) + 1e-5);
     expect_near("output", i, output[i], (data.x[i] - data.mean[c]) * expected_invstd, 1e-5);
   }
+}
+
+void training_in_one_launch(const ChannelView& view, const cuda::DeviceLimits& device = kDevice) {
+  const cuda::ReductionPlan plan = cuda::plan_reduction(view, {sizeof(float), 1, true, true}, device);
+  if (!plan.single()) std::abort();
+  training(view, plan, device);
+}
+
+void training_in_two_launches(const ChannelView& view) {
+  training(view, cuda::plan_reduction(view, {sizeof(float), 1, true}, kDevice));
+}
+
+// Three blocks. Tiles of `lanes` lanes per channel, `splits` splits of each, and groups of two splits.
+void training_pipelined(const ChannelView& view, int lanes, int splits, int64_t window) {
+  const cuda::ReductionPlan plan = with_lanes(cuda::plan_reduction(view, {sizeof(float), 1, true}, kDevice), lanes);
+  const cuda::ReductionPlan chosen = pipelined(cut(plan, splits, 0, 2), window, 3);
+  if (chosen.splits() != splits || window > chosen.tiles()) std::abort();
+  training(view, chosen);
 }
 
 // Sums of gradients. Their initial states are loaded by the block together.
@@ -320,17 +337,20 @@ int main() {
       statistics({9, 4, 7}, true, group);   // columns, folded
     }
     gradients({90, 8, 1});
-    training({3, 3, 49}, 1);
-    training({9, 8, 7}, 1);
-    training({1, 1, 200}, 1);  // a whole block per channel
-    training({90, 8, 1}, 1);
-    training({90, 3, 1}, 1);
-    training({1, 1, 17000}, 1);  // several vectors in each group of copies
-    training({2200, 8, 1}, 1);
-    training({1, 1, 17000}, 1, kClusters);
-    training({2200, 8, 1}, 1, kClusters);
-    training({3, 1, 200}, 2);
-    training({40, 8, 1}, 2);
+    training_in_one_launch({3, 3, 49});
+    training_in_one_launch({9, 8, 7});
+    training_in_one_launch({1, 1, 200});  // a whole block per channel
+    training_in_one_launch({90, 8, 1});
+    training_in_one_launch({90, 3, 1});
+    training_in_one_launch({1, 1, 17000});  // several vectors in each group of copies
+    training_in_one_launch({2200, 8, 1});
+    training_in_one_launch({1, 1, 17000}, kClusters);
+    training_in_one_launch({2200, 8, 1}, kClusters);
+    training_in_two_launches({3, 1, 200});
+    training_in_two_launches({40, 8, 1});
+    training_pipelined({2, 7, 64}, cuda::kWarp, 1, 1);  // two channels per tile
+    training_pipelined({6, 7, 64}, cuda::kWarp, 3, 2);
+    training_pipelined({4, 5, 128}, cuda::kThreads, 2, 5);
     together({1, 2, 6, 40, false});
     together({1, 1, 40, 8, false});
     inference({2, 9, 160});

@@ -51,6 +51,11 @@ T atomicAdd(T* location, std::common_type_t<T> value) {
   return cudahost::atomically(location, [=](T before) { return static_cast<T>(before + value); });
 }
 template <class T>
+T atomicSub(T* location, std::common_type_t<T> value) {
+  return cudahost::atomically(location, [=](T before) { return static_cast<T>(before - value); });
+}
+inline unsigned load_relaxed(unsigned* source) { return atomicAdd(source, 0); }
+template <class T>
 T atomicOr(T* location, std::common_type_t<T> value) {
   return cudahost::atomically(location, [=](T before) { return static_cast<T>(before | value); });
 }

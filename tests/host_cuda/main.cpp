@@ -5,6 +5,7 @@
 //   main full | small | tiny    the number of shapes
 //   main samples                norms of samples instead
 //   main single | clusters      one launch instead, at the limit of shared memory
+//   main pipelined              one launch for tensors that exceed the L2 cache
 #include <map>
 
 #include "definition.h"
@@ -322,6 +323,11 @@ int main(int argc, char** argv) {
   if (size == "single" || size == "clusters") {
     max_cluster = size == "single" ? 1 : 8;
     run_single_launches(random);
+    report();
+    return 0;
+  }
+  if (size == "pipelined") {
+    run_pipelined_launches(random);
     report();
     return 0;
   }

@@ -60,4 +60,12 @@ inline cuda::ReductionPlan with_lanes(cuda::ReductionPlan plan, int lanes) {
   return plan;
 }
 
+// The plan as a pipelined launch of this many blocks, with `window` tiles reduced before the first is applied.
+inline cuda::ReductionPlan pipelined(cuda::ReductionPlan plan, int64_t window, int64_t blocks) {
+  plan.rows.single = false;
+  plan.rows.window = window;
+  plan.rows.blocks = blocks;
+  return plan;
+}
+
 }  // namespace normfused::testing

@@ -80,49 +80,66 @@ bool run_at_limit(const char* what, int64_t least, unsigned FewestLaunches::* fe
   return least <= kMostShared;
 }
 
+// Batch norm of one tensor.
+template <class T>
+struct SingleBatchNorm {
+  const std::string name;
+  const Case<T> data;
+  const Statistics<T> statistics;
+  const int64_t offset;
+
+  SingleBatchNorm(const ChannelView& view, int64_t offset, std::mt19937& random)
+      : name(std::string(Format<T>::name) + " outer " + std::to_string(view.outer) + " channels " +
+             std::to_string(view.channels) + " inner " + std::to_string(view.inner) + " offset " +
+             std::to_string(offset)),
+        data(view, offset, random),
+        statistics(data),
+        offset(offset) {}
+
+  // Calls test(what, reduced, counter, run) for each operation, plain and fused, forward and backward: what its launch
+  // reads, the counter of its launches, and a function that runs it on a FewestLaunches.
+  template <class Test>
+  void for_each(std::mt19937& random, const Test& test) const {
+    constexpr int kSize = sizeof(T);
+    const bool aligned = offset == 0;
+    const auto with_case = [&](const auto& run) {
+      return [&, run](const FewestLaunches& backend) {
+        BatchNormCase<T, const FewestLaunches> batch_norm(backend, data, statistics, offset);
+        run(backend, batch_norm);
+      };
+    };
+    test("training", cuda::Reduced{kSize, 1, aligned, true}, &FewestLaunches::training,
+         with_case([](const auto&, auto& batch_norm) { batch_norm.run_training(); }));
+    test("backward", cuda::Reduced{kSize, 2, aligned, true}, &FewestLaunches::backward,
+         with_case([](const auto&, auto& batch_norm) { batch_norm.run_backward(); }));
+    for (const bool residual : {false, true})
+      for (const bool mask : {false, true}) {
+        const Fusion fusion{{mask ? ActivationKind::kRelu : ActivationKind::kSilu, 0}, residual, mask};
+        const auto fused = with_case([&, fusion](const FewestLaunches& backend, auto& batch_norm) {
+          const AffineStatistics channels{batch_norm.mean, batch_norm.invstd, batch_norm.weight(), batch_norm.bias()};
+          const BatchNormForward forward = batch_norm.forward_with_batch_statistics();
+          run_fused(backend, fusion, data, forward, offset, channels, random);
+        });
+        cuda::Reduced forward{kSize, residual ? 2 : 1, aligned, true, mask, cuda::kMaxValues};
+        if (kSize == sizeof(double)) forward.may_apply = false;
+        test("fused training", forward, &FewestLaunches::training, fused);
+        const cuda::Reduced backward{kSize, residual && !mask ? 3 : 2, aligned, true};
+        test("fused backward", backward, &FewestLaunches::backward, fused);
+      }
+  }
+};
+
 // Plain and fused, forward and backward. Adds to `counts` how many operations can be single.
 template <class T>
 void run_single(const ChannelView& view, int64_t offset, std::mt19937& random, std::map<std::string, int64_t>& counts) {
-  const std::string name = std::string(Format<T>::name) + " outer " + std::to_string(view.outer) + " channels " +
-                           std::to_string(view.channels) + " inner " + std::to_string(view.inner) + " offset " +
-                           std::to_string(offset);
-  const Case<T> data(view, offset, random);
-  const Statistics<T> statistics(data);
-  const bool aligned = offset == 0;
-  const auto count = [&](const char* what, bool is_single) {
-    ++counts[std::string(what) + (is_single ? " in one launch" : " in several")];
-  };
-  const auto at_limit = [&](const char* what, const cuda::Reduced& reduced, unsigned FewestLaunches::* fewest,
-                            const auto& run) {
-    current = name;
+  const SingleBatchNorm<T> batch_norm(view, offset, random);
+  batch_norm.for_each(random, [&](const char* what, const cuda::Reduced& reduced, auto fewest, const auto& run) {
+    current = batch_norm.name;
     const int64_t least = least_shared(
         [&](const cuda::DeviceLimits& limits) { return cuda::plan_reduction(view, reduced, limits).single(); });
-    count(what, run_at_limit(what, least, fewest, [&](const FewestLaunches& backend) {
-            BatchNormCase<T, const FewestLaunches> batch_norm(backend, data, statistics, offset);
-            run(backend, batch_norm);
-          }));
-  };
-  constexpr int kSize = sizeof(T);
-  at_limit("training", {kSize, 1, aligned, true}, &FewestLaunches::training,
-           [&](const auto&, auto& batch_norm) { batch_norm.run_training(); });
-  at_limit("backward", {kSize, 2, aligned, true}, &FewestLaunches::backward,
-           [&](const auto&, auto& batch_norm) { batch_norm.run_backward(); });
-
-  for (const bool residual : {false, true})
-    for (const bool mask : {false, true}) {
-      const Fusion fusion{{mask ? ActivationKind::kRelu : ActivationKind::kSilu, 0}, residual, mask};
-      const auto fused = [&](const FewestLaunches& backend, auto& batch_norm) {
-        const AffineStatistics channels{batch_norm.mean, batch_norm.invstd, batch_norm.weight(), batch_norm.bias()};
-        const BatchNormForward forward = batch_norm.forward_with_batch_statistics();
-        run_fused(backend, fusion, data, forward, offset, channels, random);
-      };
-      const int inputs = residual ? 2 : 1;
-      cuda::Reduced forward{kSize, inputs, aligned, true, mask, cuda::kMaxValues};
-      if (kSize == sizeof(double)) forward.may_apply = false;
-      at_limit("fused training", forward, &FewestLaunches::training, fused);
-      const cuda::Reduced backward{kSize, residual && !mask ? 3 : 2, aligned, true};
-      at_limit("fused backward", backward, &FewestLaunches::backward, fused);
-    }
+    const bool is_single = run_at_limit(what, least, fewest, run);
+    ++counts[std::string(what) + (is_single ? " in one launch" : " in several")];
+  });
 }
 
 // Group and layer norm whose rows of `count` values exceed the registers.
@@ -170,6 +187,86 @@ void run_together(const GroupView& view, std::mt19937& random, std::map<std::str
     const bool is_single = run_at_limit("backward", least, &FewestLaunches::groups, run, 3);
     ++counts[std::string("group norm backward") + (is_single ? " in one launch" : " in several")];
   }
+}
+
+// --- pipelined launches
+
+// Every step of an order exists once; a tile is applied after all of its splits are reduced, and `window` or fewer
+// tiles later.
+inline void check_steps() {
+  cuda::RowsPlan plan{};
+  for (plan.tiles = 1; plan.tiles <= 9; ++plan.tiles)
+    for (plan.window = 1; plan.window <= plan.tiles; ++plan.window)
+      for (plan.splits = 1; plan.splits <= 3; ++plan.splits) {
+        std::vector<int> reduced(plan.tiles), applied(plan.tiles);
+        for (int64_t number = 0; number < plan.steps(); ++number) {
+          const cuda::PipelineStep step = plan.step(static_cast<uint32_t>(number));
+          auto& done = step.applies ? applied : reduced;
+          const bool is_next = done.at(static_cast<size_t>(step.tile))++ == step.split && step.split < plan.splits;
+          const auto is_done = [&](int splits) { return splits == plan.splits; };
+          const auto waiting = std::count_if(reduced.begin(), reduced.end(), is_done) -
+                               std::count_if(applied.begin(), applied.end(), is_done);
+          if (!is_next || (step.applies && !is_done(reduced[static_cast<size_t>(step.tile)])) ||
+              waiting > plan.window + 1) {
+            std::printf("FAILED step %d of %d tiles, window %d\n", static_cast<int>(number),
+                        static_cast<int>(plan.tiles), static_cast<int>(plan.window));
+            std::exit(1);
+          }
+        }
+        if (std::min(*std::min_element(applied.begin(), applied.end()),
+                     *std::min_element(reduced.begin(), reduced.end())) != plan.splits) {
+          std::printf("FAILED: a step is missing\n");
+          std::exit(1);
+        }
+      }
+}
+
+// Runs each operation on devices with the least and the most L2 cache for which its launch is pipelined, and with one
+// byte less and more, with which it is not.
+template <class T>
+void run_pipelined(const ChannelView& view, std::mt19937& random, std::map<std::string, int64_t>& counts) {
+  const SingleBatchNorm<T> batch_norm(view, 0, random);
+  batch_norm.for_each(random, [&](const char* what, const cuda::Reduced& reduced, auto fewest, const auto& run) {
+    const auto with_cache = [](int64_t bytes) { return cuda::DeviceLimits{1, bytes, false, 0}; };
+    const auto is_pipelined = [&](int64_t bytes) {
+      return cuda::plan_reduction(view, reduced, with_cache(bytes)).pipelined();
+    };
+    const int64_t most = view.numel() * reduced.itemsize * reduced.inputs / 2;
+    int64_t least = 0, high = most;
+    while (least < high) {
+      const int64_t middle = (least + high) / 2;
+      is_pipelined(middle) ? high = middle : least = middle + 1;
+    }
+    if (reduced.may_apply != is_pipelined(least)) {
+      std::printf("FAILED %s %s: no device pipelines it\n", batch_norm.name.c_str(), what);
+      std::exit(1);
+    }
+    for (const int64_t bytes : {least - 1, least, most, most + 1}) {
+      current = batch_norm.name + " " + what + " with " + std::to_string(bytes) + " bytes of L2 cache";
+      const FewestLaunches backend{with_cache(bytes)};
+      run(backend);
+      const bool expected = reduced.may_apply && bytes >= least && bytes <= most;
+      if (backend.*fewest != (expected ? 1 : 2)) {
+        std::printf("FAILED %s: %u launches\n", current.c_str(), backend.*fewest);
+        std::exit(1);
+      }
+      ++counts[std::string(what) + (expected ? " pipelined" : " in several")];
+    }
+  });
+}
+
+// Tiles of one channel, and of several with a last one that is not full.
+inline void run_pipelined_launches(std::mt19937& random) {
+  check_steps();
+  std::map<std::string, int64_t> counts;
+  for (const ChannelView& view : {ChannelView{1, 24, 8400}, ChannelView{2, 165, 512}}) {
+    run_pipelined<float>(view, random, counts);
+    run_pipelined<double>(view, random, counts);
+    run_pipelined<Half>(view, random, counts);
+    run_pipelined<BFloat16>(view, random, counts);
+  }
+  for (const auto& [what, times] : counts)
+    std::printf("  %-34s %5lld cases\n", what.c_str(), static_cast<long long>(times));
 }
 
 // A device that refuses clusters runs the plan for several launches.

@@ -31,7 +31,8 @@ def run_all(program: Path, tasks: list[tuple[str, int, int]]) -> str:
 
 def test_kernels_match_their_definition(cache: Path, record_property: Callable[[str, str], None]) -> None:
     program = build(cache, gcc(), PLAIN, EVERYTHING)
-    record_property("table", run_all(program, [("small", 7, 3), ("samples", 1, 1), ("clusters", 7, 2)]))
+    tasks = [("small", 7, 3), ("samples", 1, 1), ("clusters", 7, 2), ("pipelined", 7, 2)]
+    record_property("table", run_all(program, tasks))
 
 
 @pytest.mark.nightly
@@ -43,19 +44,20 @@ def test_kernels_match_their_definition_in_every_schedule(
     tasks = [("full", 0, 1), *(("small", order, resident) for order in (0, 1, 7) for resident in (1, 2, 16))]
     tasks += [("samples", order, resident) for order, resident in ((0, 1), (1, 2), (7, 16))]
     tasks += [("single", 0, 1), ("clusters", 0, 1), ("clusters", 1, 2), ("clusters", 7, 2)]
+    tasks += [("pipelined", order, resident) for order, resident in ((0, 1), (1, 2), (7, 2))]
     record_property("table", run_all(program, tasks))
 
 
 def test_kernels_stay_in_bounds(cache: Path) -> None:
     program = build(cache, gcc(), ADDRESS, EVERYTHING)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(lambda size: run(program, size), ["small", "samples", "clusters"]):
+        for done in pool.map(lambda size: run(program, size), ["small", "samples", "clusters", "pipelined"]):
             assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("order", [0, 1, 7])
-def test_kernels_have_no_race(cache: Path, order: int) -> None:
-    done = run(build(cache, clang(), THREAD, BARRIERS), order=order)
+@pytest.mark.parametrize(("order", "resident"), [(0, 3), (1, 2), (7, 1)])
+def test_kernels_have_no_race(cache: Path, order: int, resident: int) -> None:
+    done = run(build(cache, clang(), THREAD, BARRIERS), order=order, resident=resident)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -96,7 +98,7 @@ def test_every_barrier_and_fence_is_needed(folder: Path) -> None:
         lines[number] = BARRIER.sub("(void)0", lines[number])
         path.write_text("\n".join(lines))
         sources = [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"]
-        return run(build(csrc, compiler, THREAD, sources, csrc=csrc)).returncode == 0
+        return run(build(csrc, compiler, THREAD, sources, csrc=csrc), resident=3).returncode == 0
 
     sites = barrier_sites()
     assert len(sites) > 10
@@ -183,6 +185,46 @@ def test_reading_a_copy_before_it_arrived_is_noticed(folder: Path, file: str, ch
     done = run(build(folder, gcc(), "-O1", [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc))
     assert done.returncode != 0
     assert re.search("FAILED training|without having waited", done.stdout + done.stderr), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        pytest.param(
+            "device.cuh",
+            {"    while (load_relaxed(flag) == 0) __nanosleep(kPollNanoseconds);\n": ""},
+            "race",
+            id="no wait",
+        ),
+        pytest.param(
+            "reduce.cuh",
+            {
+                "    finish_channels(op, finish, partials, place.range);\n    release": "    release",
+                "(plan.splits));\n  }": "(plan.splits));\n    finish_channels(op, finish, partials, place.range);\n  }",
+            },
+            "race",
+            id="released early",
+        ),
+        pytest.param("plan.h", {"past % 2 == 0}": "past % 2 != 0}"}, "deadlock|FAILED", id="steps out of order"),
+        pytest.param("device.cuh", {"    atomicSub(flag, 1u);\n": ""}, "a ticket is not zero", id="flag is left"),
+        pytest.param(
+            "device.cuh",
+            {"== end + gridDim.x - 1)": "== end + gridDim.x)"},
+            "a ticket is not zero",
+            id="counter is left",
+        ),
+        pytest.param(
+            "device.cuh", {"atomicExch(flag, blocks);": "atomicExch(flag, blocks > 0);"}, "deadlock", id="one passes"
+        ),
+    ],
+)
+def test_a_fault_in_a_pipelined_launch_is_noticed(
+    folder: Path, file: str, change: dict[str, str], message: str
+) -> None:
+    csrc = mutate(folder, file, change)
+    done = run(build(folder, clang(), THREAD, [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc), resident=3)
+    assert done.returncode != 0
+    assert re.search(message, done.stdout + done.stderr), done.stdout + done.stderr
 
 
 def test_a_minimal_operation_compiles() -> None:

@@ -158,6 +158,31 @@ NF_DEVICE void apply_row(const Op& op, const RowsPlan& plan, int64_t channel, in
   }
 }
 
+// The same for rows that consist of whole vectors, which are read from memory. All loads of an iteration come before
+// all stores.
+template <class Op, int kValues>
+NF_DEVICE void apply_row_in_memory(const Op& op, const RowsPlan& plan, int64_t channel, int split, int lane) {
+  constexpr int kVectors = vectors_within<Op, kValues>(8);
+  RowIterator<kValues, false> it(plan, channel, split, lane);
+  const Coefficients<Op> coefficients = CoefficientTable<Op>{op.table, plan.view.statistics()}[channel];
+  const auto apply_next = [&](auto vectors) {
+    constexpr int kCount = decltype(vectors)::value;
+    Inputs<Op, kValues> inputs[kCount];
+    int64_t offsets[kCount];
+    uint32_t valid;
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+      offsets[v] = it.next(valid);
+      load_inputs<Op, kValues>(op, offsets[v], inputs[v]);
+    }
+#pragma unroll
+    for (int v = 0; v < kCount; ++v)
+      apply_vector<Op, kValues>(op, inputs[v], [&](int) { return coefficients; }, offsets[v], kAllValid<kValues>, true);
+  };
+  while (it.has(kVectors)) apply_next(std::integral_constant<int, kVectors>{});
+  while (!it.done()) apply_next(std::integral_constant<int, 1>{});
+}
+
 // --- matrices
 
 // Loads the coefficients of a thread's columns from a table whose first entry is channel `first`. If the columns are

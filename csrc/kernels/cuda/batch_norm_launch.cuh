@@ -92,8 +92,8 @@ cudaError_t BatchNormOf<T>::training(const BatchNormForward& args, Resources& re
         const int inputs = args.residual == nullptr ? 1 : 2;
         const auto reduced = reduced_and_applied<Normalize>(inputs, aligned, args.mask != nullptr);
         const ReductionPlan plan = plan_for(moments, finish, reduced, resources);
-        if (plan.single()) error = reduce(moments, finish, normalize, plan, resources);
-        if (plan.single() && error != kNoCluster) return error;
+        if (plan.one_launch()) error = reduce(moments, finish, normalize, plan, resources);
+        if (plan.one_launch() && error != kNoCluster) return error;
       }
     const ReductionPlan plan = plan_for(moments, finish, {sizeof(T), 1, aligned}, resources);
     error = reduce(moments, finish, NoApply{}, plan, resources);
@@ -148,9 +148,9 @@ struct BackwardOperands {
   bool in_one_launch(Resources& resources, cudaError_t& error) const {
     if constexpr (may_be_single<GradInput>()) {
       if (!args.training || grad_input == nullptr) return false;
-      const ReductionPlan single = plan(reduced_and_applied<GradInput>(inputs, aligned, false), resources);
-      if (!single.single()) return false;
-      error = reduce(Sums{args}, Finish{args, table}, through_statistics(), single, resources);
+      const ReductionPlan applies = plan(reduced_and_applied<GradInput>(inputs, aligned, false), resources);
+      if (!applies.one_launch()) return false;
+      error = reduce(Sums{args}, Finish{args, table}, through_statistics(), applies, resources);
       return error != kNoCluster;
     }
     return false;

@@ -11,6 +11,8 @@ namespace normfused::cuda {
 inline constexpr int kWarps = kThreads / kWarp;
 inline constexpr int kMaxWarps = kResidentThreads / kWarp;  // of any block
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+// How long a block that waits for another one sleeps before it looks again: less than an access to the L2 cache takes.
+inline constexpr unsigned kPollNanoseconds = 100;
 
 // Programmatic dependent launch, first half: the next launch of the stream may start once every block of this launch
 // has called this function or has ended. Called by every thread.
@@ -106,6 +108,41 @@ NF_DEVICE bool last_to_arrive(unsigned* ticket, unsigned expected) {
   }
   __syncthreads();
   return last;
+}
+
+// Block-wide: the next number of a counter that the blocks of a launch share, from 0 on. A block takes numbers until it
+// gets one that is `end` or larger. The counter must be zero before the launch; the last block to end resets it to
+// zero.
+//
+// All threads of the block must call it; it contains a barrier. Another one must separate two calls.
+NF_DEVICE unsigned next_number(unsigned* counter, unsigned end) {
+  NF_SHARED(unsigned, number);
+  if (threadIdx.x == 0) {
+    number = atomicAdd(counter, 1u);
+    if (number == end + gridDim.x - 1) atomicExch(counter, 0u);
+  }
+  __syncthreads();
+  return number;
+}
+
+// Grid-wide: lets `blocks` other blocks pass wait_for(), which then see everything that this block wrote. Called by all
+// threads of the block; it begins with a barrier. The flag must be zero before.
+NF_DEVICE void release(unsigned* flag, unsigned blocks) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();  // the block's writes become visible before the flag
+  atomicExch(flag, blocks);
+}
+
+// Block-wide: waits for release(). The last of the released blocks leaves the flag zero. Called by all threads of the
+// block; it ends with a barrier.
+NF_DEVICE void wait_for(unsigned* flag) {
+  if (threadIdx.x == 0) {
+    while (load_relaxed(flag) == 0) __nanosleep(kPollNanoseconds);
+    __threadfence();  // the releasing block's writes are visible to all that follows
+    atomicSub(flag, 1u);
+  }
+  __syncthreads();
 }
 
 }  // namespace normfused::cuda

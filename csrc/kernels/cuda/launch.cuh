@@ -82,8 +82,13 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
   partials.splits = plan.splits();
   partials.group = plan.group;
   partials.groups = plan.groups();
-  if (plan.splits() > 1 && std::is_same_v<Apply, NoApply>)
-    partials.tickets = resources.tickets(plan.tiles() * Partials<Sum>::tickets_per_tile(plan.groups()));
+  const int64_t tickets = plan.tiles() * Partials<Sum>::tickets_per_tile(plan.groups());
+  if constexpr (!std::is_same_v<Apply, NoApply> && !contracts::FinishesTogether<Finish>::value)
+    if (plan.pipelined()) {
+      partials.tickets = resources.tickets(tickets + plan.tiles() + 1);
+      return reduce_pipelined(op, finish, apply, plan.rows, partials, partials.tickets + tickets, resources.stream);
+    }
+  if (plan.splits() > 1 && std::is_same_v<Apply, NoApply>) partials.tickets = resources.tickets(tickets);
   return reduce(op, finish, apply, plan, partials, resources.stream);
 }
 

@@ -24,6 +24,15 @@ constexpr int64_t kMultiprocessorsPerBlock = 3;
 // second launch costs more than a block's time.
 constexpr int64_t kSingleChannelBytes = 8 << 10;
 constexpr int64_t kSingleTileBytes = 32 << 10;
+// A launch is pipelined if its inputs are at least this many times as large as the L2 cache. A second launch would find
+// up to the whole cache of them there.
+constexpr int64_t kPipelinedCaches = 2;
+// What a block of a pipelined launch reads in a step, if the tiles are large enough: several times what it reads in the
+// time that it takes to start a step.
+constexpr int64_t kStepBytes = 48 << 10;
+// The share of the L2 cache that the window of a pipelined launch and the tile that is being applied may take, as a
+// fraction. The rest is for outputs and for what the cache evicts too early.
+constexpr int64_t kWindowShare = 3, kWindowShares = 4;
 // The maximum shared memory that a reduction's kernel declares itself, without the states of columns.
 constexpr int64_t kDeclaredBytes = 4 << 10;
 // Vectors per lane of a channel. Four loads are in flight together, so fewer vectors would leave lanes idle.
@@ -114,6 +123,27 @@ bool make_single(Plan& plan, const Reduced& reduced, int64_t units, int64_t step
   return false;
 }
 
+// Tries to make `plan` a pipelined launch. Returns whether that is possible; if not, nothing changes. `tile_bytes`: of
+// all inputs.
+bool make_pipelined(RowsPlan& plan, const Reduced& reduced, int64_t tile_bytes, int resident,
+                    const DeviceLimits& limits) {
+  if (!reduced.may_apply || !limits.pipelines || reduced.together > 0 || plan.masked || plan.values == 1) return false;
+  const int64_t bytes = plan.view.numel() * reduced.itemsize * reduced.inputs;
+  if (bytes < kPipelinedCaches * limits.l2_bytes) return false;
+  const int64_t blocks = int64_t{limits.multiprocessors} * resident;
+  const int64_t window = std::max<int64_t>(ceil_div(blocks * kStepBytes, tile_bytes), 2);
+  if ((window + 1) * tile_bytes > limits.l2_bytes / kWindowShares * kWindowShare || window > plan.tiles) return false;
+  const int64_t splits =
+      std::clamp<int64_t>(ceil_div(blocks, window), 1, std::max<int64_t>(tile_bytes / kBlockBytes, 1));
+  const int64_t chunk = chunk_of(plan.units(), splits, plan.lanes, row_vectors_in_flight(reduced.inputs));
+  if (2 * plan.tiles * ceil_div(plan.units(), chunk) + blocks > INT32_MAX) return false;  // a number has 32 bits
+  plan.window = window;
+  plan.blocks = blocks;
+  plan.chunk = chunk;
+  plan.splits = static_cast<int>(ceil_div(plan.units(), chunk));
+  return true;
+}
+
 // The channels of several samples as those of one. Precondition: the outer extent is 1 if there are several.
 ChannelView flattened(const ChannelView& view) {
   return view.samples == 1 ? view : ChannelView{1, view.statistics(), view.inner};
@@ -155,6 +185,8 @@ RowsPlan plan_rows(const ChannelView& view, const Reduced& reduced, const Device
       make_single(plan, reduced, plan.units(), plan.lanes, plan.lanes * plan.channels, kDeclaredBytes, is_small,
                   limits))
     return plan;
+  // Whether a launch is pipelined depends on the number of samples.
+  if (!view.alike && make_pipelined(plan, reduced, channels() * channel_bytes, resident.rows, limits)) return plan;
   const int64_t splits = splits_for(sample_tiles(), channels() * channel_bytes,
                                     plan.masked ? resident.masked_rows : resident.rows, limits);
   plan.chunk = chunk_of(plan.units(), splits, plan.lanes, row_vectors_in_flight(reduced.inputs));

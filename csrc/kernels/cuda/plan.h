@@ -15,6 +15,7 @@ struct DeviceLimits {
   bool overlap = false;             // an application may start before the reduction that precedes it has ended
   int64_t shared_bytes = 48 << 10;  // the maximum shared memory of a block
   int max_cluster = 1;              // the maximum number of blocks that run together and can wait for each other
+  bool pipelines = true;            // launches may be pipelined (see RowsPlan)
 };
 
 #ifndef NORMFUSED_CUDA_THREADS
@@ -59,8 +60,20 @@ struct Staged {
   int64_t bytes;    // of all inputs and threads
 };
 
+// What a block of a pipelined launch does next: reduces or applies one split of one tile.
+struct PipelineStep {
+  int64_t tile;
+  int split;
+  bool applies;
+};
+
 // Channels first: `lanes` threads per channel, `channels` channels per tile. A row is the `inner` consecutive values of
 // a channel; a unit is a vector of a row.
+//
+// A pipelined launch reduces and applies a tensor that does not fit the L2 cache: it applies a tile soon after it has
+// reduced it, while the tile is still there. Its blocks take numbers, each of which is a step. With a window of 2 tiles
+// the order is: reduce 0, reduce 1, apply 0, reduce 2, apply 1, ... A step waits only for steps with smaller numbers.
+// So the launch ends however few of its blocks run at the same time.
 struct RowsPlan {
   ChannelView view;
   int values;           // per vector
@@ -74,8 +87,20 @@ struct RowsPlan {
   int splits;
   bool single;  // one launch reduces and applies: the splits of a tile are a cluster of blocks
   Staged staged;
+  int64_t window;  // of a pipelined launch: how many tiles are reduced before the first is applied; otherwise 0
+  int64_t blocks;  // of a pipelined launch
 
   constexpr int64_t units() const { return view.outer * row_vectors; }
+
+  constexpr int64_t steps() const { return 2 * tiles * splits; }
+  constexpr PipelineStep step(uint32_t number) const {
+    const uint32_t place = number / static_cast<uint32_t>(splits);  // in the order of tiles
+    const int split = static_cast<int>(number - place * static_cast<uint32_t>(splits));
+    if (place < window) return {place, split, false};
+    if (place >= 2 * tiles - window) return {place - tiles, split, true};
+    const uint32_t past = place - static_cast<uint32_t>(window);
+    return {past / 2 + past % 2 * window, split, past % 2 == 0};
+  }
 };
 
 // The tensor as a matrix, of which a block reads `width` vectors of columns by `height` rows at a time. A unit is a row
@@ -138,6 +163,8 @@ struct ReductionPlan {
   int group;
 
   constexpr bool single() const { return by_rows ? rows.single : columns.single; }
+  constexpr bool pipelined() const { return by_rows && rows.window > 0; }
+  constexpr bool one_launch() const { return single() || pipelined(); }            // reduces and applies
   constexpr int values() const { return by_rows ? rows.values : columns.values; }  // per vector
   constexpr const Staged& staged() const { return by_rows ? rows.staged : columns.staged; }
   constexpr int64_t tiles() const { return by_rows ? rows.tiles : columns.view.samples * columns.tiles; }

@@ -21,6 +21,13 @@
 #define NF_DEVICE __device__ __forceinline__
 #define NF_COMPILER_FENCE() asm volatile("" ::: "memory")  // the compiler moves no memory access across it
 
+// The value that another block may be writing, from memory that all blocks share.
+NF_DEVICE unsigned load_relaxed(const unsigned* source) {
+  unsigned value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
+  return value;
+}
+
 #else
 
 #include "cuda_host.h"

@@ -6,9 +6,11 @@
 //   finish       that block turns the sums into results and hands them to Finish
 //   apply        optional: the block applies the results to its channels (see apply.cuh)
 //
-// A launch that applies first copies the vectors of all inputs of the apply Op to shared memory (see stage.cuh), from
-// which both accumulation and application read them. Of these inputs, the first kInputs are those of the reduce Op. The
-// splits of a tile are then a cluster of blocks, in which the first one merges and finishes while the others wait.
+// A single launch, which applies, first copies the vectors of all inputs of the apply Op to shared memory (see
+// stage.cuh), from which both accumulation and application read them. Of these inputs, the first kInputs are those of
+// the reduce Op. The splits of a tile are then a cluster of blocks, in which the first one merges and finishes while
+// the others wait. In a pipelined launch, which applies too, the blocks take steps (see RowsPlan): a step is all phases
+// of a split but the last, or only the last.
 //
 // A reduce Op provides
 //
@@ -72,6 +74,33 @@ struct Partials {
 // The channels [first, last) that a block reduces.
 struct ChannelRange {
   int64_t first, last;
+};
+
+// The tile and the split of a block. In a launch that applies, the splits of a tile are neighbours.
+struct BlockPlace {
+  unsigned tile;
+  int split;
+
+  template <class Apply>
+  static NF_DEVICE BlockPlace of(int splits) {
+    if constexpr (std::is_same_v<Apply, NoApply>) return {blockIdx.x, static_cast<int>(blockIdx.y)};
+    const unsigned tile = blockIdx.x / static_cast<unsigned>(splits);
+    return {tile, static_cast<int>(blockIdx.x - tile * static_cast<unsigned>(splits))};
+  }
+};
+
+// Channels first: the place of a thread in a tile.
+struct RowPlace {
+  int lane;
+  int64_t channel;
+  ChannelRange range;  // of the tile
+
+  NF_DEVICE RowPlace(const RowsPlan& plan, int64_t tile) : lane(threadIdx.x % plan.lanes) {
+    const int64_t first = tile * plan.channels, end = first + plan.channels;
+    channel = first + threadIdx.x / plan.lanes;
+    range = {first, end < plan.view.channels ? end : plan.view.channels};
+  }
+  NF_DEVICE bool has_channel() const { return channel < range.last; }
 };
 
 template <class Op>
@@ -337,14 +366,14 @@ NF_DEVICE void merge_splits(const Partials<typename Op::Sum>& partials, int64_t 
 // last block of a group of splits first merges that group's partial sums, in place of those of its first split. All
 // threads of the block must call it, after they stored the block's partial sums; it begins with a barrier.
 template <class Op>
-NF_DEVICE bool arrive(const Partials<typename Op::Sum>& partials, const ChannelRange& range) {
+NF_DEVICE bool arrive(const Partials<typename Op::Sum>& partials, const ChannelRange& range, const BlockPlace& place) {
   using Sum = typename Op::Sum;
   if (partials.splits == 1) {
     __syncthreads();
     return true;
   }
-  unsigned* const tickets = partials.tickets + blockIdx.x * Partials<Sum>::tickets_per_tile(partials.groups);
-  const int group = static_cast<int>(blockIdx.y) / partials.group, begin = group * partials.group;
+  unsigned* const tickets = partials.tickets + place.tile * Partials<Sum>::tickets_per_tile(partials.groups);
+  const int group = place.split / partials.group, begin = group * partials.group;
   const int end = begin + partials.group < partials.splits ? begin + partials.group : partials.splits;
   if (!last_to_arrive(tickets + group, end - begin)) return false;
   if (partials.groups == 1) return true;
@@ -406,19 +435,6 @@ NF_DEVICE void finish_in_cluster(const Op& op, const Finish& finish, const Parti
 
 // --- kernels
 
-// The tile and the split of a block. In a launch that applies, the splits of a tile are neighbours.
-struct BlockPlace {
-  unsigned tile;
-  int split;
-
-  template <class Apply>
-  static NF_DEVICE BlockPlace of(int splits) {
-    if constexpr (std::is_same_v<Apply, NoApply>) return {blockIdx.x, static_cast<int>(blockIdx.y)};
-    const unsigned tile = blockIdx.x / static_cast<unsigned>(splits);
-    return {tile, static_cast<int>(blockIdx.x - tile * static_cast<unsigned>(splits))};
-  }
-};
-
 // Starts the copies of a thread's vectors of one channel.
 template <class Apply, int kValues, bool kMasked>
 NF_DEVICE void copy_row(const Apply& apply, const RowsPlan& plan, int64_t channel, int split, int lane,
@@ -453,6 +469,21 @@ NF_DEVICE auto stage_for([[maybe_unused]] const Apply& apply, [[maybe_unused]] c
   }
 }
 
+// Channels first: the partial sums of one split.
+template <int kValues, bool kMasked, class Op, class Staged>
+NF_DEVICE void reduce_split(const Op& op, const RowsPlan& plan, const RowPlace& place, int split, Staged& stage,
+                            const Partials<typename Op::Sum>& partials) {
+  typename Op::Sum sums[Op::kSums];
+  set_identity<Op>(sums);
+  if (place.has_channel()) {
+    int64_t count = 0;
+    const auto state = accumulate_row<Op, kValues, kMasked>(op, plan, place.channel, split, place.lane, stage, count);
+    if (count > 0) op.fold(state, count, place.channel, sums);
+  }
+  merge_lanes<Op>(sums, plan.lanes);
+  if (place.has_channel() && place.lane == 0) store_partial<Op>(partials, split, place.channel, sums);
+}
+
 // Channels first: plan.lanes threads per channel. A block per tile of plan.channels channels (blockIdx.x) and split
 // (blockIdx.y).
 template <class Op, class Finish, class Apply, int kValues, bool kMasked>
@@ -460,33 +491,48 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_rows(const Op op, const Finish finish, const Apply apply, const RowsPlan plan,
                 const Partials<typename Op::Sum> partials) {
   allow_next_launch();
-  const BlockPlace place = BlockPlace::of<Apply>(plan.splits);
-  const int lane = threadIdx.x % plan.lanes;
-  const int64_t first = static_cast<int64_t>(place.tile) * plan.channels, channel = first + threadIdx.x / plan.lanes;
-  const int64_t end = first + plan.channels;
-  const ChannelRange range{first, end < plan.view.channels ? end : plan.view.channels};
-
-  if (channel < range.last && lane == 0) finish.prefetch(channel);
+  const BlockPlace block = BlockPlace::of<Apply>(plan.splits);
+  const RowPlace place(plan, block.tile);
+  if (place.has_channel() && place.lane == 0) finish.prefetch(place.channel);
   auto stage = stage_for<Apply, kValues>(apply, plan.staged);
   if constexpr (!std::is_same_v<Apply, NoApply>) {
-    if (channel < range.last) copy_row<Apply, kValues, kMasked>(apply, plan, channel, place.split, lane, stage);
+    if (place.has_channel())
+      copy_row<Apply, kValues, kMasked>(apply, plan, place.channel, block.split, place.lane, stage);
     stage.end();
   }
-  typename Op::Sum sums[Op::kSums];
-  set_identity<Op>(sums);
-  if (channel < range.last) {
-    int64_t count = 0;
-    const auto state = accumulate_row<Op, kValues, kMasked>(op, plan, channel, place.split, lane, stage, count);
-    if (count > 0) op.fold(state, count, channel, sums);
-  }
-  merge_lanes<Op>(sums, plan.lanes);
-  if (channel < range.last && lane == 0) store_partial<Op>(partials, place.split, channel, sums);
+  reduce_split<kValues, kMasked>(op, plan, place, block.split, stage, partials);
   if constexpr (std::is_same_v<Apply, NoApply>) {
-    if (arrive<Op>(partials, range)) finish_channels(op, finish, partials, range);
+    if (arrive<Op>(partials, place.range, block)) finish_channels(op, finish, partials, place.range);
   } else {
-    finish_in_cluster(op, finish, partials, range, place.split);
+    finish_in_cluster(op, finish, partials, place.range, block.split);
     apply.prologue();
-    if (channel < range.last) apply_row<Apply, kValues, kMasked>(apply, plan, channel, place.split, lane, stage);
+    if (place.has_channel())
+      apply_row<Apply, kValues, kMasked>(apply, plan, place.channel, block.split, place.lane, stage);
+  }
+}
+
+// The same in a pipelined launch: the block takes steps until none is left. A step reads its vectors from memory.
+// `applicable`: a flag for each tile, which is released when the tile is finished; `steps`: the counter of steps.
+template <class Op, class Finish, class Apply, int kValues>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    pipeline_rows(const Op op, const Finish finish, const Apply apply, const RowsPlan plan,
+                  const Partials<typename Op::Sum> partials, unsigned* const applicable, unsigned* const steps) {
+  apply.prologue();
+  const auto end = static_cast<unsigned>(plan.steps());
+  for (unsigned number; (number = next_number(steps, end)) < end;) {
+    const PipelineStep step = plan.step(number);
+    const RowPlace place(plan, step.tile);
+    if (step.applies) {
+      wait_for(applicable + step.tile);
+      if (place.has_channel()) apply_row_in_memory<Apply, kValues>(apply, plan, place.channel, step.split, place.lane);
+      continue;
+    }
+    if (place.has_channel() && place.lane == 0) finish.prefetch(place.channel);
+    NoStage stage;
+    reduce_split<kValues, false>(op, plan, place, step.split, stage, partials);
+    if (!arrive<Op>(partials, place.range, {static_cast<unsigned>(step.tile), step.split})) continue;
+    finish_channels(op, finish, partials, place.range);
+    release(applicable + step.tile, static_cast<unsigned>(plan.splits));
   }
 }
 
@@ -531,7 +577,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     if (lane == 0 && first + c < range.last) store_partial<Op>(partials, place.split, first + c, sums);
   }
   if constexpr (std::is_same_v<Apply, NoApply>) {
-    if (arrive<Op>(partials, range)) finish_channels(op, finish, partials, range);
+    if (arrive<Op>(partials, range, place)) finish_channels(op, finish, partials, range);
   } else {
     finish_in_cluster(op, finish, partials, range, place.split);
     apply.prologue();
@@ -548,6 +594,17 @@ constexpr int reduced_values() {
     return values_per_access(sizeof(typename Op::T));
   else
     return values_per_access(planned_itemsize<Apply>());
+}
+
+// Starts a pipelined launch. `counters`: a flag for each tile and the counter of steps, which are zero.
+template <class Op, class Finish, class Apply>
+cudaError_t reduce_pipelined(const Op& op, const Finish& finish, const Apply& apply, const RowsPlan& plan,
+                             const Partials<typename Op::Sum>& partials, unsigned* counters, cudaStream_t stream) {
+  constexpr int kValues = reduced_values<Op, Apply>();
+  if (plan.values != kValues) return cudaErrorInvalidValue;
+  const int64_t blocks = plan.blocks < plan.steps() ? plan.blocks : plan.steps();
+  return launch(LaunchConfig{dim3(extent(blocks)), dim3(kThreads), stream}, pipeline_rows<Op, Finish, Apply, kValues>,
+                op, finish, apply, plan, partials, counters, counters + plan.tiles);
 }
 
 // Starts the kernel that the plan chooses. With an Apply the plan must be single, for the inputs of the Apply.

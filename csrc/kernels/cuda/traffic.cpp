@@ -22,8 +22,9 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, bool
     if (fused && operation == Operation::kTraining) applied.values = kMaxValues;
     if (may_apply && declares_states(applied.values, itemsize))
       result.reduction = plan_reduction(view, applied, limits, resident);
-    if (!result.reduction.single()) result.reduction = plan_reduction(view, split, limits, resident);
+    if (!result.reduction.one_launch()) result.reduction = plan_reduction(view, split, limits, resident);
     result.single = result.reduction.single();
+    result.pipelined = result.reduction.pipelined();
     const int64_t partials = result.reduction.splits() * sums * view.channels * int64_t{sizeof(double)};
     result.merged = std::max(std::min(result.reduction.group, result.reduction.splits()), result.reduction.groups());
     result.launches += 1;
@@ -32,8 +33,9 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, bool
   }
   if (applies) {
     result.apply = plan_apply(view, itemsize, itemsize, true, limits);
-    // A single launch keeps the tensors in shared memory. Inference can need another launch that prepares coefficients.
-    if (!result.single) {
+    // One launch keeps what it applies in shared memory or in the L2 cache. Inference can need another launch that
+    // prepares coefficients.
+    if (!result.reduction.one_launch()) {
       result.launches += reduces || result.apply.may_prepare() ? 1 : 2;
       result.read += applied_inputs * bytes;
     }

@@ -8,7 +8,8 @@ namespace normfused::cuda {
 enum class Operation { kTraining, kInference, kBackward, kInferenceBackward, kMoments, kSums };
 
 struct Traffic {
-  bool single;  // one launch reduces and applies, with the tensor on chip in between
+  bool single;     // one launch reduces and applies, with the tensor on chip in between
+  bool pipelined;  // one launch reduces and applies, with each tile in the L2 cache in between
   int launches;
   int merged;             // the maximum number of a channel's partial sums that one block merges
   int64_t read, written;  // bytes, without the vectors of one entry per channel

@@ -47,6 +47,7 @@ const cuda::DeviceLimits& limits_of(at::DeviceIndex device) {
       const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(i));
       const bool is_sm90 = cuda::has_sm90_launches();
       all[i].overlap = is_enabled("NORMFUSED_CUDA_OVERLAP") && is_sm90;
+      all[i].pipelines = is_enabled("NORMFUSED_CUDA_PIPELINE");
       all[i].max_cluster = is_enabled("NORMFUSED_CUDA_CLUSTERS") && is_sm90 ? kMaxCluster : 1;
     }
     return all;
