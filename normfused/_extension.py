@@ -31,6 +31,10 @@ def _series(version: str) -> str:
 
 def _load() -> tuple[ModuleType | None, str | None]:
     """Return the extension, or None and the reason."""
+    folder = Path(__file__).parent
+    if not any(folder.glob("_C.*")):
+        # Python started in a checkout imports it instead of the installed package.
+        return None, f"{folder} has no compiled extension. In a checkout, start Python in another folder"
     built_for = str(_build_info.get("torch", "an unknown version"))
     versions = f"built for torch {built_for}, this is torch {torch.__version__}"
     if "torch" in _build_info and _series(built_for) != _series(torch.__version__):

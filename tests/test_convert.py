@@ -168,6 +168,23 @@ def test_report_with_example_inputs() -> None:
     assert str(report).splitlines()[-1].startswith("saved for backward: ")
 
 
+@pytest.mark.parametrize("inputs", [torch.randn(1, 3, 8, 8), {"x": torch.randn(1, 3, 8, 8)}], ids=["tensor", "dict"])
+def test_example_inputs_are_a_tuple(inputs: object) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    kind = type(inputs).__name__
+    with pytest.raises(TypeError, match=rf"example_inputs must be a tuple of the model's arguments, got {kind}: write"):
+        normfused.convert(model, example_inputs=inputs)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_the_report_of_a_single_layer_names_it() -> None:
+    layer = normfused.convert(nn.BatchNorm2d(3), fuse=False)
+    assert str(normfused.conversion_report(layer)).splitlines() == [
+        "1 norm replaced, 0 fused",
+        "  replaced  (model)  torch.nn.BatchNorm2d",
+    ]
+
+
 def test_example_inputs_and_generators_are_unchanged() -> None:
     class Changes(nn.Module):
         def __init__(self) -> None:

@@ -395,6 +395,13 @@ def test_a_dict_of_data_sets_is_refused() -> None:
         dataset_stats({"train": [], "test": []})
 
 
+@pytest.mark.parametrize(("data", "kind"), [(5, "int"), (None, "NoneType")])
+def test_what_holds_no_items_is_refused(data: object, kind: str) -> None:
+    message = f"data must be a path, tensor, array, dataset, loader or iterable, got {kind}"
+    with pytest.raises(TypeError, match=message):
+        dataset_stats(data)
+
+
 def test_a_path_is_read_as_by_the_command(tmp_path: Path, workers: int) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
     for number, picture in enumerate(pictures):

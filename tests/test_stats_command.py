@@ -253,7 +253,9 @@ def test_inapplicable_options(folder: Path, tmp_path: Path, capsys: pytest.Captu
         ([], "the following arguments are required: PATH"),
         (["x", "--scale", "0"], "argument --scale: must be positive, got 0"),
         (["x", "--scale", "nan"], "argument --scale: must be finite, got nan"),
-        (["x", "--scale", "1/255"], "argument --scale: '1/255' is not a number"),
+        (["x", "--scale", "1/x"], "argument --scale: 'x' is not a number"),
+        (["x", "--scale", "1/0"], "argument --scale: must be positive, got 0"),
+        (["x", "--scale", "1/2/3"], "argument --scale: '2/3' is not a number"),
         (["x", "--workers", "-1"], "argument --workers: must be at least 0, got -1"),
     ],
 )
@@ -273,6 +275,12 @@ def test_missing_packages(folder: Path, capsys: pytest.CaptureFixture[str], monk
 
 
 # --- output files ------------------------------------------------------------------------------
+
+
+def test_a_scale_may_be_a_fraction(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, _ = run(capsys, folder, "--json", tmp_path / "out.json", "--scale", "1/255")
+    assert code == 0
+    assert ChannelStats.load(tmp_path / "out.json") == expected(PICTURES, scale=1 / 255)
 
 
 def test_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

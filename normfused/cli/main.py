@@ -113,7 +113,7 @@ def _add_stats(commands: Any) -> None:
         "(default: HW, NHWC; NHW for IDX, XYZT for NIfTI)",
     )
     add("--key", metavar="NAME", help="the array of an .npz file that has several")
-    add("--scale", type=_positive, metavar="S", help="multiply values by S (default: 1/255 for 8 bits, else 1)")
+    add("--scale", type=_scale, metavar="S", help="multiply values by S (default: 1/255 for 8 bits, else 1)")
     add("--nodata", type=_finite, metavar="V", help="leave out the values V, which stand for missing ones")
     add(
         "--quantiles",
@@ -210,6 +210,12 @@ def _positive(text: str) -> float:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
+
+
+def _scale(text: str) -> float:
+    """Return a positive number, which may be written as a fraction such as 1/255."""
+    numerator, slash, denominator = text.partition("/")
+    return _positive(numerator) / _positive(denominator) if slash else _positive(text)
 
 
 def _finite(text: str) -> float:

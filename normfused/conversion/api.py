@@ -64,7 +64,7 @@ def convert(
         ``model`` itself. :func:`conversion_report` returns what was done.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``example_inputs`` not a tuple.
         ValueError: ``inplace`` without ``fuse``.
 
     Example:
@@ -80,6 +80,11 @@ def convert(
     _check_model("convert", model)
     if inplace and not fuse:
         raise ValueError("convert: inplace=True needs fuse=True")
+    if not isinstance(example_inputs, (tuple, list, type(None))):
+        kind = type(example_inputs).__name__
+        raise TypeError(
+            f"convert: example_inputs must be a tuple of the model's arguments, got {kind}: write (x,) for one"
+        )
     report = ConversionReport(fuse, inplace)
     if example_inputs is not None:
         report.bytes_before = _saved_by(copy.deepcopy(model), example_inputs)

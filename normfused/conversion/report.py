@@ -37,7 +37,7 @@ class ConversionReport:
         >>> from torch import nn
         >>> model = normfused.convert(nn.Sequential(nn.BatchNorm2d(8)), fuse=False)
         >>> print(normfused.conversion_report(model))
-        1 norms replaced, 0 fused
+        1 norm replaced, 0 fused
           replaced  0  torch.nn.BatchNorm2d
     """
 
@@ -84,8 +84,8 @@ class ConversionReport:
         return [path for path, _ in self.replaced if path not in self.fused and path not in self.unfused]
 
     def __str__(self) -> str:
-        counts = f"{len(self.replaced)} norms replaced, {len(self.fused)} fused"
-        lines = [f"{counts}, {len(self.skipped)} kinds skipped" if self.skipped else counts]
+        counts = f"{_count(len(self.replaced), 'norm')} replaced, {len(self.fused)} fused"
+        lines = [f"{counts}, {_count(len(self.skipped), 'kind')} skipped" if self.skipped else counts]
         if self.fuse and self.unavailable_reason is not None:
             lines.append(f"nothing is fused: {self.unavailable_reason}")
         elif self.fuse and self.pending and not self.graphs and self.eager_reason is not None:
@@ -105,6 +105,7 @@ class ConversionReport:
                 rows.append(("replaced", path, kind + (f": {self.unfused[path]}" if path in self.unfused else "")))
         rows += [("fused", path, what) for path, what in self.fused.items() if path not in classes]
         rows += [("skipped", path, why) for path, why in self.skipped]
+        rows = [(kind, path or "(model)", what) for kind, path, what in rows]
         width = max((len(path) for _, path, _ in rows), default=0)
         lines += [f"  {kind:8}  {path:{width}}  {what}" for kind, path, what in rows]
         if self.bytes_before is not None and self.bytes_after is not None:
@@ -114,6 +115,10 @@ class ConversionReport:
                 f"{self.bytes_after / 2**20:.1f} MiB after ({abs(share):.0%} {'less' if share > 0 else 'more'})"
             )
         return "\n".join(lines)
+
+
+def _count(n: int, unit: str) -> str:
+    return f"{n} {unit}" if n == 1 else f"{n} {unit}s"
 
 
 _reports: weakref.WeakKeyDictionary[nn.Module, ConversionReport] = weakref.WeakKeyDictionary()

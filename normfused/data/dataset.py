@@ -80,7 +80,7 @@ def dataset_stats(
     Raises:
         ValueError: no images; an item that cannot be used (the message has its number); ``num_workers`` or ``weights``
             for data that cannot be indexed; another number of weights than of items.
-        TypeError: an item of an unsupported type.
+        TypeError: data or an item of an unsupported type.
         RuntimeError: the dataset fails to return an item; an error of another rank of ``process_group``.
 
     Warns:
@@ -99,6 +99,8 @@ def dataset_stats(
         names = ", ".join(map(repr, data))
         raise TypeError(f"data must be one dataset, got a {type(data).__name__} of {names}: pass one of them")
     is_source = isinstance(data, (str, os.PathLike))
+    if not is_source and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise TypeError(f"data must be a path, tensor, array, dataset, loader or iterable, got {type(data).__name__}")
     if is_source:
         data = open_source([Path(data)], Options(layout=layout, key=key))
     is_indexed = not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
