@@ -45,8 +45,8 @@ def check_tag(tag: str, version: str, changelog: str) -> list[str]:
     problems = [] if tag == f"v{version}" else [f"the tag is {tag}, but normfused/_version.py has {version}"]
     newest = re.search(r"^## (.*)$", changelog, re.MULTILINE)
     heading = newest[1] if newest else "missing"
-    if not re.fullmatch(rf"\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d", heading):
-        problems.append(f"the newest section of CHANGELOG.md is {heading}, not [{version}] - YYYY-MM-DD")
+    if not re.fullmatch(rf"{re.escape(version)} - \d{{4}}-\d\d-\d\d", heading):
+        problems.append(f"the newest section of CHANGELOG.md is {heading}, not {version} - YYYY-MM-DD")
     return problems
 
 
