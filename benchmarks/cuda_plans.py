@@ -40,6 +40,7 @@ template <class L> Traffic traffic_of(Operation operation, const ChannelView& vi
     return traffic(operation, view, itemsize, limits);
 }
 template <class T> bool one_launch(const T& t) {  // reduces and applies
+  if constexpr (requires { t.persistent; }) return t.single || t.pipelined || t.persistent;
   if constexpr (requires { t.pipelined; }) return t.single || t.pipelined;
   return t.single;
 }

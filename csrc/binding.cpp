@@ -82,13 +82,14 @@ void bind_cuda_plans(py::module_& m) {
                                         {multiprocessors, l2_bytes, false, shared_bytes, max_cluster},
                                         {resident[0], resident[1], resident[2]});
         const cuda::ReductionPlan& r = t.reduction;
-        return py::dict("single"_a = t.single, "pipelined"_a = t.pipelined, "window"_a = r.rows.window,
-                        "launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written, "by_rows"_a = r.by_rows,
-                        "values"_a = r.by_rows ? r.rows.values : r.columns.values, "masked"_a = r.rows.masked,
-                        "lanes"_a = r.rows.lanes, "repeat"_a = r.columns.repeat,
-                        "folded"_a = !r.by_rows && r.columns.folded(), "width"_a = r.columns.width,
-                        "tiles"_a = r.tiles(), "splits"_a = r.splits(), "merged"_a = t.merged,
-                        "staged_bytes"_a = r.single() ? r.staged().bytes : 0, "streaming_stores"_a = t.apply.streaming);
+        return py::dict(
+            "single"_a = t.single, "pipelined"_a = t.pipelined, "persistent"_a = t.persistent, "kept"_a = t.kept,
+            "blocks"_a = r.by_rows ? r.rows.blocks : r.columns.blocks, "window"_a = r.rows.window,
+            "launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written, "by_rows"_a = r.by_rows,
+            "values"_a = r.by_rows ? r.rows.values : r.columns.values, "masked"_a = r.rows.masked,
+            "lanes"_a = r.rows.lanes, "repeat"_a = r.columns.repeat, "folded"_a = !r.by_rows && r.columns.folded(),
+            "width"_a = r.columns.width, "tiles"_a = r.tiles(), "splits"_a = r.splits(), "merged"_a = t.merged,
+            "staged_bytes"_a = r.single() ? r.staged().bytes : 0, "streaming_stores"_a = t.apply.streaming);
       },
       "operation"_a, "view"_a, "itemsize"_a, "fused"_a, "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a,
       "max_cluster"_a, "resident"_a = std::array<int, 3>{cuda::kMinBlocks, cuda::kMinBlocks, cuda::kMinBlocks});

@@ -220,6 +220,13 @@ def _batch_norm(layer: Any, x: Tensor, device: CudaDevice) -> tuple[CudaPass, Cu
             ahead = _count(chosen["window"] - 1, "range")
             reason = f"a range of channels is applied when the next {ahead} of {chosen['tiles']} are reduced"
             return _pass(name, "read again from the L2 cache", reason, chosen, x, tensors)
+        if chosen["persistent"]:
+            rest = (tensors - 1) * x.numel() * x.element_size() - chosen["kept"]
+            blocks = f"{_count(chosen['blocks'], 'block')} keep"
+            if rest == 0:
+                return _pass(name, "held in shared memory", f"{blocks} the whole tensor", chosen, x, tensors)
+            reason = f"{blocks} {_size(chosen['kept'])} and read the other {_size(rest)} again"
+            return _pass(name, "held in shared memory in part", reason, chosen, x, tensors)
         blocks, ranges = _count(chosen["splits"], "block"), _count(chosen["tiles"], "range")
         divided = f"{blocks} for each of {ranges} of channels"
         return _pass(name, _TWO_PASSES, divided, chosen, x, tensors)

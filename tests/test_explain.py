@@ -64,6 +64,11 @@ AGAIN = "read again from the L2 cache"
             empty(2, 1280, 16, 16, channels_last=True, dtype=torch.bfloat16),
             [(TWO, 3, 3.12), (TWO, 6, 5.06)],
         ),
+        (
+            normfused.BatchNorm2d(64),
+            empty(32, 64, 112, 112, channels_last=True, dtype=torch.bfloat16),
+            [("held in shared memory in part", 1, 2.69), (TWO, 2, 5.01)],
+        ),
         (normfused.InstanceNorm3d(32), empty(2, 32, 20, 20, 20), [("held in registers", 1, 2.0), (HELD, 3, 3.0)]),
         (normfused.InstanceNorm2d(32), empty(32, 128, 128), [("held in registers", 1, 2.0), (HELD, 3, 3.0)]),
         (

@@ -115,6 +115,14 @@ void training_pipelined(const ChannelView& view, int lanes, int splits, int64_t 
   training(view, chosen);
 }
 
+// Three blocks, groups of two splits. A split is one row of threads.
+void training_persistent(const ChannelView& view, int splits) {
+  const cuda::ReductionPlan plan = cuda::plan_reduction(view, {sizeof(float), 1, true}, kDevice);
+  const cuda::ReductionPlan chosen = persistent(cut(plan, splits, 0, 2), 3);
+  if (chosen.splits() != splits) std::abort();
+  training(view, chosen);
+}
+
 // Sums of gradients. Their initial states are loaded by the block together.
 void gradients(const ChannelView& view) {
   current = "gradients of " + std::to_string(view.outer) + " x " + std::to_string(view.channels) + " x " +
@@ -351,6 +359,9 @@ int main() {
     training_pipelined({2, 7, 64}, cuda::kWarp, 1, 1);  // two channels per tile
     training_pipelined({6, 7, 64}, cuda::kWarp, 3, 2);
     training_pipelined({4, 5, 128}, cuda::kThreads, 2, 5);
+    training_persistent({90, 8, 1}, 3);  // every block holds what it applies
+    training_persistent({280, 8, 1}, 9);
+    training_persistent({90, 70, 1}, 6);  // several tiles
     together({1, 2, 6, 40, false});
     together({1, 1, 40, 8, false});
     inference({2, 9, 160});

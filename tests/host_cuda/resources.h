@@ -68,4 +68,14 @@ inline cuda::ReductionPlan pipelined(cuda::ReductionPlan plan, int64_t window, i
   return plan;
 }
 
+// The plan as a persistent launch of this many blocks.
+inline cuda::ReductionPlan persistent(cuda::ReductionPlan plan, int64_t blocks) {
+  cuda::ColumnsPlan& columns = plan.columns;
+  const int64_t vectors = (columns.chunk + columns.height - 1) / columns.height;
+  columns.single = false;
+  columns.staged = {vectors, cuda::kThreads, vectors * cuda::kThreads * cuda::kAccessBytes};
+  columns.blocks = blocks;
+  return plan;
+}
+
 }  // namespace normfused::testing

@@ -269,6 +269,67 @@ inline void run_pipelined_launches(std::mt19937& random) {
     std::printf("  %-34s %5lld cases\n", what.c_str(), static_cast<long long>(times));
 }
 
+// --- persistent launches
+
+// Runs each operation on devices with the least and the most shared memory for which its launch is persistent, and with
+// one byte less; and with the largest L2 cache for which it is, and with one byte more.
+template <class T>
+void run_persistent(const ChannelView& view, int multiprocessors, std::mt19937& random,
+                    std::map<std::string, int64_t>& counts) {
+  const SingleBatchNorm<T> batch_norm(view, 0, random);
+  batch_norm.for_each(random, [&](const char* what, const cuda::Reduced& reduced, auto fewest, const auto& run) {
+    const int64_t cache = view.numel() * reduced.itemsize * reduced.inputs * 2 - 1;
+    const auto device = [&](int64_t shared, int64_t l2_bytes) {
+      return cuda::DeviceLimits{multiprocessors, l2_bytes, false, shared};
+    };
+    const int64_t least = least_shared([&](const cuda::DeviceLimits& limits) {
+      return cuda::plan_reduction(view, reduced, device(limits.shared_bytes, cache)).persistent();
+    });
+    if (reduced.may_apply != (least <= kMostShared)) {
+      std::printf("FAILED %s %s: no device has a persistent launch\n", batch_norm.name.c_str(), what);
+      std::exit(1);
+    }
+    const int64_t enough = std::min(least, kMostShared);
+    for (const auto& [shared, l2_bytes] :
+         {std::pair{enough - 1, cache}, {enough, cache}, {kMostShared, cache}, {kMostShared, cache + 1}}) {
+      current = batch_norm.name + " " + what + " with " + std::to_string(shared) + " bytes of shared memory";
+      const FewestLaunches backend{device(shared, l2_bytes)};
+      run(backend);
+      const bool expected = shared >= least && l2_bytes == cache;
+      if (backend.*fewest != (expected ? 1 : 2)) {
+        std::printf("FAILED %s: %u launches\n", current.c_str(), backend.*fewest);
+        std::exit(1);
+      }
+      ++counts[std::string(what) + (expected ? " persistent" : " in several")];
+    }
+  });
+}
+
+// Columns that are plain, in one tile and several, repeated, end inside a row, and folded. No launch is single: even
+// the narrowest tile, of `tile_bytes` bytes per row, does not fit shared memory, or there are too few for the device.
+inline void run_persistent_launches(std::mt19937& random) {
+  std::map<std::string, int64_t> counts;
+  const auto run = [&](auto value, int64_t channels, int64_t inner, int64_t tile_bytes, int64_t bytes, int for_each) {
+    using T = decltype(value);
+    const int64_t row = channels * inner * static_cast<int64_t>(sizeof(T)), tiles = (row + tile_bytes - 1) / tile_bytes;
+    run_persistent<T>({tiles * bytes / row, channels, inner}, static_cast<int>(tiles) * for_each, random, counts);
+  };
+  const auto run_all = [&](int64_t channels, int64_t inner, int64_t tile_bytes, int64_t bytes, int for_each) {
+    run(float{}, channels, inner, tile_bytes, bytes, for_each);
+    run(double{}, channels, inner, tile_bytes, bytes, for_each);
+    run(Half{}, channels, inner, tile_bytes, bytes, for_each);
+    run(BFloat16{}, channels, inner, tile_bytes, bytes, for_each);
+  };
+  run(float{}, 8, 1, 32, 240000, 2);  // several splits for each block
+  run_all(8, 1, 32, 40000, 4);
+  run_all(24, 1, 32, 40000, 4);
+  run_all(3, 1, 1000, 40000, 4);
+  run_all(65, 1, 1000, 40000, 4);
+  run_all(8, 7, 1000, 140000, 30);
+  for (const auto& [what, times] : counts)
+    std::printf("  %-34s %5lld cases\n", what.c_str(), static_cast<long long>(times));
+}
+
 // A device that refuses clusters runs the plan for several launches.
 inline void run_refused(std::mt19937& random) {
   const Case<float> data({8, 3, 640}, 0, random);
@@ -306,7 +367,7 @@ inline void run_single_launches(std::mt19937& random) {
                                   {2, 2049, 4}}) {
     run_single<float>(view, 0, random, counts);
     run_single<Half>(view, 0, random, counts);
-    if (view.numel() > 8000) continue;  // slow in the simulator
+    if (view.numel() > 8000 || view.channels > 1000) continue;  // slow in the simulator
     run_single<double>(view, 0, random, counts);
     run_single<BFloat16>(view, 0, random, counts);
     run_single<float>(view, 1, random, counts);

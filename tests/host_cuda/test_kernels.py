@@ -31,7 +31,7 @@ def run_all(program: Path, tasks: list[tuple[str, int, int]]) -> str:
 
 def test_kernels_match_their_definition(cache: Path, record_property: Callable[[str, str], None]) -> None:
     program = build(cache, gcc(), PLAIN, EVERYTHING)
-    tasks = [("small", 7, 3), ("samples", 1, 1), ("clusters", 7, 2), ("pipelined", 7, 2)]
+    tasks = [("small", 7, 3), ("samples", 1, 1), ("clusters", 7, 2), ("pipelined", 7, 2), ("persistent", 7, 2)]
     record_property("table", run_all(program, tasks))
 
 
@@ -44,14 +44,17 @@ def test_kernels_match_their_definition_in_every_schedule(
     tasks = [("full", 0, 1), *(("small", order, resident) for order in (0, 1, 7) for resident in (1, 2, 16))]
     tasks += [("samples", order, resident) for order, resident in ((0, 1), (1, 2), (7, 16))]
     tasks += [("single", 0, 1), ("clusters", 0, 1), ("clusters", 1, 2), ("clusters", 7, 2)]
-    tasks += [("pipelined", order, resident) for order, resident in ((0, 1), (1, 2), (7, 2))]
+    for size in ("pipelined", "persistent"):
+        tasks += [(size, order, resident) for order, resident in ((0, 1), (1, 2), (7, 2))]
     record_property("table", run_all(program, tasks))
 
 
 def test_kernels_stay_in_bounds(cache: Path) -> None:
     program = build(cache, gcc(), ADDRESS, EVERYTHING)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(lambda size: run(program, size), ["small", "samples", "clusters", "pipelined"]):
+        for done in pool.map(
+            lambda size: run(program, size), ["small", "samples", "clusters", "pipelined", "persistent"]
+        ):
             assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -199,8 +202,8 @@ def test_reading_a_copy_before_it_arrived_is_noticed(folder: Path, file: str, ch
         pytest.param(
             "reduce.cuh",
             {
-                "    finish_channels(op, finish, partials, place.range);\n    release": "    release",
-                "(plan.splits));\n  }": "(plan.splits));\n    finish_channels(op, finish, partials, place.range);\n  }",
+                "  finish_channels(op, finish, partials, range);\n  release": "  release",
+                "(partials.splits));\n}": "(partials.splits));\n  finish_channels(op, finish, partials, range);\n}",
             },
             "race",
             id="released early",
@@ -216,11 +219,19 @@ def test_reading_a_copy_before_it_arrived_is_noticed(folder: Path, file: str, ch
         pytest.param(
             "device.cuh", {"atomicExch(flag, blocks);": "atomicExch(flag, blocks > 0);"}, "deadlock", id="one passes"
         ),
+        pytest.param(
+            "reduce.cuh",
+            {"    wait_for(applicable + last % tiles);\n": ""},
+            "race|a ticket is not zero",
+            id="columns do not wait",
+        ),
+        pytest.param("reduce.cuh", {"before[number] = last;": "before[number] = end;"}, "FAILED", id="splits are lost"),
+        pytest.param(
+            "reduce.cuh", {"(next = before[last]) != end;": "(next = end) != end;"}, "FAILED", id="one is applied"
+        ),
     ],
 )
-def test_a_fault_in_a_pipelined_launch_is_noticed(
-    folder: Path, file: str, change: dict[str, str], message: str
-) -> None:
+def test_a_fault_in_a_launch_of_steps_is_noticed(folder: Path, file: str, change: dict[str, str], message: str) -> None:
     csrc = mutate(folder, file, change)
     done = run(build(folder, clang(), THREAD, [BARRIERS[0], csrc / "kernels/cuda/plan.cpp"], csrc=csrc), resident=3)
     assert done.returncode != 0

@@ -84,9 +84,13 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
   partials.groups = plan.groups();
   const int64_t tickets = plan.tiles() * Partials<Sum>::tickets_per_tile(plan.groups());
   if constexpr (!std::is_same_v<Apply, NoApply> && !contracts::FinishesTogether<Finish>::value)
-    if (plan.pipelined()) {
+    if (plan.pipelined() || plan.persistent()) {
       partials.tickets = resources.tickets(tickets + plan.tiles() + 1);
-      return reduce_pipelined(op, finish, apply, plan.rows, partials, partials.tickets + tickets, resources.stream);
+      unsigned* const counters = partials.tickets + tickets;
+      if (plan.pipelined()) return reduce_pipelined(op, finish, apply, plan.rows, partials, counters, resources.stream);
+      const int64_t numbers = plan.tiles() * plan.splits() * static_cast<int64_t>(sizeof(unsigned));
+      return reduce_persistent(op, finish, apply, plan.columns, partials, counters,
+                               static_cast<unsigned*>(resources.scratch(numbers)), resources.stream);
     }
   if (plan.splits() > 1 && std::is_same_v<Apply, NoApply>) partials.tickets = resources.tickets(tickets);
   return reduce(op, finish, apply, plan, partials, resources.stream);

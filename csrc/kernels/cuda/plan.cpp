@@ -27,9 +27,15 @@ constexpr int64_t kSingleTileBytes = 32 << 10;
 // A launch is pipelined if its inputs are at least this many times as large as the L2 cache. A second launch would find
 // up to the whole cache of them there.
 constexpr int64_t kPipelinedCaches = 2;
-// What a block of a pipelined launch reads in a step, if the tiles are large enough: several times what it reads in the
-// time that it takes to start a step.
+// What a block of a pipelined launch reads in a step, if the tiles are large enough, and at least what a block of a
+// persistent launch keeps: several times what it reads in the time that it takes to start a step.
 constexpr int64_t kStepBytes = 48 << 10;
+// A launch is persistent if its inputs are larger than this share of the L2 cache, in which a second launch would find
+// most of smaller ones; and if a block takes at most this many splits, of which it keeps one.
+constexpr int64_t kCachedShare = 2;
+constexpr int64_t kSplitsPerBlock = 4;
+// Shared memory that the system reserves for each block.
+constexpr int64_t kReservedBytes = 1 << 10;
 // The share of the L2 cache that the window of a pipelined launch and the tile that is being applied may take, as a
 // fraction. The rest is for outputs and for what the cache evicts too early.
 constexpr int64_t kWindowShare = 3, kWindowShares = 4;
@@ -141,6 +147,28 @@ bool make_pipelined(RowsPlan& plan, const Reduced& reduced, int64_t tile_bytes, 
   plan.blocks = blocks;
   plan.chunk = chunk;
   plan.splits = static_cast<int>(ceil_div(plan.units(), chunk));
+  return true;
+}
+
+// Tries to make `plan` a persistent launch, with as many blocks as share the multiprocessors. Returns whether that is
+// possible; if not, nothing changes.
+bool make_persistent(ColumnsPlan& plan, const Reduced& reduced, const DeviceLimits& limits) {
+  const ChannelView& view = plan.view;
+  if (!reduced.may_apply || !limits.pipelines || reduced.together > 0 || plan.values == 1) return false;
+  if (view.samples > 1 || view.alike) return false;  // a sample would be summed otherwise than alone
+  if (view.numel() * reduced.itemsize * reduced.inputs <= limits.l2_bytes / kCachedShare) return false;
+  const int64_t declared = kDeclaredBytes + column_state_bytes(reduced.values, reduced.itemsize);
+  const int64_t shared = limits.shared_bytes / kMinBlocks - kReservedBytes - declared;
+  const int64_t vectors = shared / staged_of(reduced, 1).bytes;
+  if (shared < kStepBytes) return false;
+  const int64_t blocks = int64_t{limits.multiprocessors} * kMinBlocks, held = vectors * plan.height;
+  const int64_t splits_each = ceil_div(plan.tiles * plan.rows, blocks * held);
+  if (splits_each > kSplitsPerBlock) return false;
+  const int64_t splits = std::max<int64_t>(splits_each * blocks / plan.tiles, 1);
+  plan.chunk = std::min(ceil_div(ceil_div(plan.rows, splits), plan.height) * plan.height, held);
+  plan.staged = staged_of(reduced, plan.chunk / plan.height);
+  plan.splits = static_cast<int>(ceil_div(plan.rows, plan.chunk));
+  plan.blocks = std::min(blocks, plan.tiles * plan.splits);
   return true;
 }
 
@@ -257,7 +285,7 @@ ColumnsPlan plan_columns(const ChannelView& view, const Reduced& reduced, const 
   while (plan.width > sector && too_few(plan.tiles * (plan.single ? plan.splits : 1), tile_bytes(), limits) &&
          narrow()) {
   }
-  if (make()) return plan;
+  if (make() || make_persistent(plan, reduced, limits)) return plan;
   const int64_t splits = splits_for(plan.tiles, tile_bytes(), resident.columns, limits);
   plan.chunk =
       chunk_of(plan.rows, splits, plan.height, column_vectors_in_flight(reduced.inputs, reduced.itemsize == 8));

@@ -15,7 +15,7 @@ struct DeviceLimits {
   bool overlap = false;             // an application may start before the reduction that precedes it has ended
   int64_t shared_bytes = 48 << 10;  // the maximum shared memory of a block
   int max_cluster = 1;              // the maximum number of blocks that run together and can wait for each other
-  bool pipelines = true;            // launches may be pipelined (see RowsPlan)
+  bool pipelines = true;            // launches may be pipelined (see RowsPlan) or persistent (see ColumnsPlan)
 };
 
 #ifndef NORMFUSED_CUDA_THREADS
@@ -111,6 +111,11 @@ struct RowsPlan {
 //   folded    channels first, if the values of one channel do not fill vectors but those of all channels together do:
 //             column c belongs to channel c / inner
 // With several samples, the matrices of all samples are below one another, and each sample has its own tiles.
+//
+// A persistent launch reduces and applies a matrix that shared memory holds a part of. Its blocks take numbers until
+// all splits are reduced; then each block applies the splits that it has reduced, in reverse order. The split that it
+// took first is in shared memory, and the one that it took last is likely to be in the L2 cache. A block waits only for
+// splits that running blocks have taken. So the launch ends however few of its blocks run at the same time.
 struct ColumnsPlan {
   ChannelView view;
   int values;  // per vector
@@ -122,6 +127,7 @@ struct ColumnsPlan {
   int splits;
   bool single;  // one launch reduces and applies: the splits of a tile are a cluster of blocks
   Staged staged;
+  int64_t blocks;  // of a persistent launch; otherwise 0
 
   constexpr int64_t chunks() const { return (rows + chunk - 1) / chunk; }
 
@@ -164,8 +170,9 @@ struct ReductionPlan {
 
   constexpr bool single() const { return by_rows ? rows.single : columns.single; }
   constexpr bool pipelined() const { return by_rows && rows.window > 0; }
-  constexpr bool one_launch() const { return single() || pipelined(); }            // reduces and applies
-  constexpr int values() const { return by_rows ? rows.values : columns.values; }  // per vector
+  constexpr bool persistent() const { return !by_rows && columns.blocks > 0; }
+  constexpr bool one_launch() const { return single() || pipelined() || persistent(); }  // reduces and applies
+  constexpr int values() const { return by_rows ? rows.values : columns.values; }        // per vector
   constexpr const Staged& staged() const { return by_rows ? rows.staged : columns.staged; }
   constexpr int64_t tiles() const { return by_rows ? rows.tiles : columns.view.samples * columns.tiles; }
   constexpr int splits() const { return by_rows ? rows.splits : columns.splits; }

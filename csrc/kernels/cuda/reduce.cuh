@@ -10,7 +10,8 @@
 // stage.cuh), from which both accumulation and application read them. Of these inputs, the first kInputs are those of
 // the reduce Op. The splits of a tile are then a cluster of blocks, in which the first one merges and finishes while
 // the others wait. In a pipelined launch, which applies too, the blocks take steps (see RowsPlan): a step is all phases
-// of a split but the last, or only the last.
+// of a split but the last, or only the last. In a persistent launch (see ColumnsPlan) the blocks take splits, of which
+// they stage the first, and apply them when no split is left.
 //
 // A reduce Op provides
 //
@@ -433,6 +434,14 @@ NF_DEVICE void finish_in_cluster(const Op& op, const Finish& finish, const Parti
   sync_blocks(partials.splits);
 }
 
+// Block-wide: finishes the channels of a tile and lets the blocks pass that will apply its splits.
+template <class Op, class Finish>
+NF_DEVICE void finish_and_release(const Op& op, const Finish& finish, const Partials<typename Op::Sum>& partials,
+                                  const ChannelRange& range, unsigned* applicable) {
+  finish_channels(op, finish, partials, range);
+  release(applicable, static_cast<unsigned>(partials.splits));
+}
+
 // --- kernels
 
 // Starts the copies of a thread's vectors of one channel.
@@ -530,34 +539,29 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     if (place.has_channel() && place.lane == 0) finish.prefetch(place.channel);
     NoStage stage;
     reduce_split<kValues, false>(op, plan, place, step.split, stage, partials);
-    if (!arrive<Op>(partials, place.range, {static_cast<unsigned>(step.tile), step.split})) continue;
-    finish_channels(op, finish, partials, place.range);
-    release(applicable + step.tile, static_cast<unsigned>(plan.splits));
+    if (arrive<Op>(partials, place.range, {static_cast<unsigned>(step.tile), step.split}))
+      finish_and_release(op, finish, partials, place.range, applicable + step.tile);
   }
 }
 
-// Matrices: a thread per vector of columns and row. A block per tile of columns of a sample (blockIdx.x) and split
-// (blockIdx.y).
-template <class Op, class Finish, class Apply, int kValues>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    reduce_columns(const Op op, const Finish finish, const Apply apply, const ColumnsPlan plan,
-                   const Partials<typename Op::Sum> partials) {
-  allow_next_launch();
-  NF_SHARED(typename Op::State, states, [kThreads * kValues]);
-  const BlockPlace place = BlockPlace::of<Apply>(plan.splits);
-  const auto sample = place.tile / static_cast<unsigned>(plan.tiles);
-  const int64_t tile = place.tile - sample * plan.tiles;
-  ColumnIterator<kValues> it(plan, sample, tile, place.split);
-  const int channels = plan.tile_channels(), tile_columns = plan.width * kValues;
-  const int64_t first = it.first_channel + tile * channels, end = it.first_channel + plan.view.channels;
-  const ChannelRange range{first, first + channels < end ? first + channels : end};
-
+// The channels of a tile of a sample's matrix. A thread starts to fetch what Finish will read for one of them.
+template <class Finish>
+NF_DEVICE ChannelRange start_tile(const Finish& finish, const ColumnsPlan& plan, int64_t sample, int64_t tile) {
+  const int64_t first_channel = sample * plan.view.channels, end = first_channel + plan.view.channels;
+  const int64_t first = first_channel + tile * plan.tile_channels(), last = first + plan.tile_channels();
+  const ChannelRange range{first, last < end ? last : end};
   if (first + threadIdx.x < range.last) finish.prefetch(first + threadIdx.x);
-  auto stage = stage_for<Apply, kValues>(apply, plan.staged);
-  if constexpr (!std::is_same_v<Apply, NoApply>) {
-    copy_tile<Apply, kValues>(apply, plan, sample, tile, place.split, stage);
-    stage.end();
-  }
+  return range;
+}
+
+// Matrices: the partial sums of one split of a tile. `states`: shared memory for kThreads * kValues states, which a
+// barrier must separate from their use by another call.
+template <int kValues, class Op, class Staged>
+NF_DEVICE void reduce_tile(const Op& op, const ColumnsPlan& plan, int64_t sample, int64_t tile, int split,
+                           const ChannelRange& range, Staged& stage, typename Op::State* states,
+                           const Partials<typename Op::Sum>& partials) {
+  ColumnIterator<kValues> it(plan, sample, tile, split);
+  const int channels = plan.tile_channels(), tile_columns = plan.width * kValues;
   typename Op::State state[kValues];
   start_columns(op, it, range, states, state);
   accumulate_columns(op, plan, it, stage, state);
@@ -572,10 +576,30 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const int c = c0 + static_cast<int>(threadIdx.x) / lanes;
     typename Op::Sum sums[Op::kSums];
     set_identity<Op>(sums);
-    if (first + c < range.last) column_states.fold(op, first, c, lane, lanes, sums);
+    if (range.first + c < range.last) column_states.fold(op, range.first, c, lane, lanes, sums);
     merge_lanes<Op>(sums, lanes);
-    if (lane == 0 && first + c < range.last) store_partial<Op>(partials, place.split, first + c, sums);
+    if (lane == 0 && range.first + c < range.last) store_partial<Op>(partials, split, range.first + c, sums);
   }
+}
+
+// Matrices: a thread per vector of columns and row. A block per tile of columns of a sample (blockIdx.x) and split
+// (blockIdx.y).
+template <class Op, class Finish, class Apply, int kValues>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    reduce_columns(const Op op, const Finish finish, const Apply apply, const ColumnsPlan plan,
+                   const Partials<typename Op::Sum> partials) {
+  allow_next_launch();
+  NF_SHARED(typename Op::State, states, [kThreads * kValues]);
+  const BlockPlace place = BlockPlace::of<Apply>(plan.splits);
+  const auto sample = place.tile / static_cast<unsigned>(plan.tiles);
+  const int64_t tile = place.tile - sample * plan.tiles;
+  const ChannelRange range = start_tile(finish, plan, sample, tile);
+  auto stage = stage_for<Apply, kValues>(apply, plan.staged);
+  if constexpr (!std::is_same_v<Apply, NoApply>) {
+    copy_tile<Apply, kValues>(apply, plan, sample, tile, place.split, stage);
+    stage.end();
+  }
+  reduce_tile<kValues>(op, plan, sample, tile, place.split, range, stage, states, partials);
   if constexpr (std::is_same_v<Apply, NoApply>) {
     if (arrive<Op>(partials, range, place)) finish_channels(op, finish, partials, range);
   } else {
@@ -583,6 +607,41 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     apply.prologue();
     apply_tile<Apply, kValues>(apply, plan, sample, tile, place.split, stage, false);
   }
+}
+
+// The same in a persistent launch. `applicable`: as above; `numbers`: the counter of splits; `before`: memory for a
+// number per split, the one that the block took before it.
+template <class Op, class Finish, class Apply, int kValues>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    persist_columns(const Op op, const Finish finish, const Apply apply, const ColumnsPlan plan,
+                    const Partials<typename Op::Sum> partials, unsigned* const applicable, unsigned* const numbers,
+                    unsigned* const before) {
+  NF_SHARED(typename Op::State, states, [kThreads * kValues]);
+  apply.prologue();
+  const auto tiles = static_cast<unsigned>(plan.tiles), end = tiles * static_cast<unsigned>(plan.splits);
+  unsigned last = end;  // the number that the block took last; end: none
+  for (unsigned number; (number = next_number(numbers, end)) < end; last = number) {
+    const BlockPlace place{number % tiles, static_cast<int>(number / tiles)};
+    const ChannelRange range = start_tile(finish, plan, 0, place.tile);
+    if (last == end) {
+      auto stage = stage_for<Apply, kValues>(apply, plan.staged);
+      copy_tile<Apply, kValues>(apply, plan, 0, place.tile, place.split, stage);
+      stage.end();
+      reduce_tile<kValues>(op, plan, 0, place.tile, place.split, range, stage, states, partials);
+    } else {
+      NoStage memory;
+      reduce_tile<kValues>(op, plan, 0, place.tile, place.split, range, memory, states, partials);
+    }
+    if (threadIdx.x == 0) before[number] = last;
+    if (arrive<Op>(partials, range, place)) finish_and_release(op, finish, partials, range, applicable + place.tile);
+  }
+  if (last == end) return;
+  const auto apply_last = [&](const auto& stage) {
+    wait_for(applicable + last % tiles);
+    apply_tile<Apply, kValues>(apply, plan, 0, last % tiles, last / tiles, stage, true);
+  };
+  for (unsigned next; (next = before[last]) != end; last = next) apply_last(NoStage{});
+  apply_last(stage_for<Apply, kValues>(apply, plan.staged));
 }
 
 // --- host
@@ -594,6 +653,19 @@ constexpr int reduced_values() {
     return values_per_access(sizeof(typename Op::T));
   else
     return values_per_access(planned_itemsize<Apply>());
+}
+
+// Starts a persistent launch. `counters`: a flag for each tile and the counter of splits, which are zero; `before`: see
+// persist_columns().
+template <class Op, class Finish, class Apply>
+cudaError_t reduce_persistent(const Op& op, const Finish& finish, const Apply& apply, const ColumnsPlan& plan,
+                              const Partials<typename Op::Sum>& partials, unsigned* counters, unsigned* before,
+                              cudaStream_t stream) {
+  constexpr int kValues = reduced_values<Op, Apply>();
+  if (plan.values != kValues) return cudaErrorInvalidValue;
+  return launch(LaunchConfig{dim3(extent(plan.blocks)), dim3(kThreads), stream, false, plan.staged.bytes},
+                persist_columns<Op, Finish, Apply, kValues>, op, finish, apply, plan, partials, counters,
+                counters + plan.tiles, before);
 }
 
 // Starts a pipelined launch. `counters`: a flag for each tile and the counter of steps, which are zero.

@@ -25,6 +25,7 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, bool
     if (!result.reduction.one_launch()) result.reduction = plan_reduction(view, split, limits, resident);
     result.single = result.reduction.single();
     result.pipelined = result.reduction.pipelined();
+    result.persistent = result.reduction.persistent();
     const int64_t partials = result.reduction.splits() * sums * view.channels * int64_t{sizeof(double)};
     result.merged = std::max(std::min(result.reduction.group, result.reduction.splits()), result.reduction.groups());
     result.launches += 1;
@@ -33,11 +34,17 @@ Traffic traffic(Operation operation, const ChannelView& view, int itemsize, bool
   }
   if (applies) {
     result.apply = plan_apply(view, itemsize, itemsize, true, limits);
-    // One launch keeps what it applies in shared memory or in the L2 cache. Inference can need another launch that
-    // prepares coefficients.
+    // A single or pipelined launch keeps what it applies in shared memory or in the L2 cache. Inference can need
+    // another launch that prepares coefficients.
     if (!result.reduction.one_launch()) {
       result.launches += reduces || result.apply.may_prepare() ? 1 : 2;
       result.read += applied_inputs * bytes;
+    }
+    if (result.persistent) {
+      const ColumnsPlan& plan = result.reduction.columns;
+      const int64_t split = plan.chunk * plan.width * plan.values * itemsize;
+      result.kept = inputs * std::min(plan.blocks * split, bytes);
+      result.read += inputs * bytes - result.kept;
     }
     result.written += bytes;
   }

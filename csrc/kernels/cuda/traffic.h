@@ -8,8 +8,10 @@ namespace normfused::cuda {
 enum class Operation { kTraining, kInference, kBackward, kInferenceBackward, kMoments, kSums };
 
 struct Traffic {
-  bool single;     // one launch reduces and applies, with the tensor on chip in between
-  bool pipelined;  // one launch reduces and applies, with each tile in the L2 cache in between
+  bool single;      // one launch reduces and applies, with the tensor on chip in between
+  bool pipelined;   // one launch reduces and applies, with each tile in the L2 cache in between
+  bool persistent;  // one launch reduces and applies, with a part of the tensor on chip in between
+  int64_t kept;     // bytes of that part, of all inputs
   int launches;
   int merged;             // the maximum number of a channel's partial sums that one block merges
   int64_t read, written;  // bytes, without the vectors of one entry per channel
