@@ -34,8 +34,10 @@
 #include <ucontext.h>
 #endif
 
-// ThreadSanitizer must not see the simulator's own accesses.
-#define CUDAHOST_HIDDEN __attribute__((no_sanitize("thread"))) inline
+// ThreadSanitizer must not see the simulator's own accesses, and AddressSanitizer need not.
+#define CUDAHOST_HIDDEN __attribute__((no_sanitize("thread", "address", "undefined"))) inline
+// The same for accesses to a kernel's memory, which AddressSanitizer checks.
+#define CUDAHOST_UNORDERED __attribute__((no_sanitize("thread"))) inline
 
 namespace cudahost {
 
@@ -53,13 +55,14 @@ struct Fiber {
   void* tsan;        // ThreadSanitizer's
 };
 
-// The OS thread's own stack, which resumes the fibers and to which they return.
+// The OS thread's own stack, which resumes a fiber and to which the last one returns.
 struct Home {
   void* position;
   void* fake_stack;
   const void* stack;
   size_t stack_bytes;
   void* tsan;
+  bool left;  // and no fiber has arrived since
 };
 inline Home home;
 
@@ -98,8 +101,9 @@ CUDAHOST_HIDDEN void* first_position(char* stack, void (*function)()) {
 
 #endif
 
-// Switches from home to a fiber. Returns when the fiber switches back.
+// Switches from home to a fiber. Returns when a fiber switches back.
 CUDAHOST_HIDDEN void resume(Fiber& fiber) {
+  home.left = true;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&home.fake_stack, fiber.stack, kStackBytes);
 #elif defined(__SANITIZE_THREAD__)
@@ -111,11 +115,24 @@ CUDAHOST_HIDDEN void resume(Fiber& fiber) {
 #endif
 }
 
-// Must be the first call in a fiber's function.
-CUDAHOST_HIDDEN void arrive() {
+// Must be the first call in a fiber's function, and follows every switch to a fiber.
+CUDAHOST_HIDDEN void arrive([[maybe_unused]] void* fake_stack = nullptr) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &home.stack, &home.stack_bytes);
+  __sanitizer_finish_switch_fiber(fake_stack, home.left ? &home.stack : nullptr,
+                                  home.left ? &home.stack_bytes : nullptr);
 #endif
+  home.left = false;
+}
+
+// Switches from a fiber to another one. Returns when the first one is resumed.
+CUDAHOST_HIDDEN void hand_over(Fiber& from, Fiber& to, [[maybe_unused]] bool for_good = false) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack, to.stack, kStackBytes);
+#elif defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+  switch_stacks(&from.position, to.position);
+  arrive(from.fake_stack);
 }
 
 // Switches from a fiber to home. Returns when the fiber is resumed.
@@ -126,9 +143,7 @@ CUDAHOST_HIDDEN void go_home(Fiber& fiber, [[maybe_unused]] bool for_good = fals
   __tsan_switch_to_fiber(home.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
   switch_stacks(&fiber.position, home.position);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, &home.stack, &home.stack_bytes);
-#endif
+  arrive(fiber.fake_stack);
 }
 
 CUDAHOST_HIDDEN char* map_memory(size_t bytes) {

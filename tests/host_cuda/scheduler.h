@@ -26,7 +26,7 @@ CUDAHOST_HIDDEN void run_thread() {
   }
   if (--block.live == 0)
     ASAN_POISON_MEMORY_REGION(block.shared, kArenaBytes);  // a later read by another block of the cluster is an error
-  go_home(thread, true);
+  leave(thread, true);
 }
 
 CUDAHOST_HIDDEN uint64_t next_random(uint64_t& seed) {
@@ -72,30 +72,20 @@ CUDAHOST_HIDDEN void report_deadlock() {
 }
 
 // Runs the threads of a warp until all of them wait. Returns whether any did more than spin.
-CUDAHOST_HIDDEN bool run_warp(Block& block, unsigned warp, const std::vector<unsigned>& lanes) {
-  bool advanced = false;
-  for (bool again = true; again && !running.restart;) {
-    again = false;
-    for (const unsigned lane : lanes) {
-      const unsigned rank = warp * 32 + lane;
-      if (rank >= running.threads || block.threads[rank].state != State::kReady) continue;
-      Thread& thread = block.threads[rank];
-      running.current = &thread;
-      threadIdx = thread.index;
-      blockIdx = block.index;
-      resume(thread);
-      if (running.failed) return true;
-      again = true;
-      advanced |= thread.state != State::kSpinning;
-      if (running.restart) break;
-    }
-  }
-  return advanced;
+CUDAHOST_HIDDEN bool run_warp(Block& block, unsigned warp) {
+  running.warp = warp;
+  running.place = 31;  // the next is the first
+  running.advanced = false;
+  Thread* const first = next_thread(block);
+  if (first == nullptr) return false;
+  make_current(*first);
+  blockIdx = block.index;
+  resume(*first);
+  return running.advanced;
 }
 
 // Runs the resident blocks until all threads have exited.
-CUDAHOST_HIDDEN void run_resident(const std::vector<unsigned>& blocks, const std::vector<unsigned>& warps,
-                                  const std::vector<unsigned>& lanes) {
+CUDAHOST_HIDDEN void run_resident(const std::vector<unsigned>& blocks, const std::vector<unsigned>& warps) {
   constexpr unsigned kMaxIdleRounds = 100000;  // in which threads only spin
   unsigned idle = 0;
   while (running.alive > 0) {
@@ -103,7 +93,7 @@ CUDAHOST_HIDDEN void run_resident(const std::vector<unsigned>& blocks, const std
     running.restart = false;
     for (const unsigned b : blocks)
       for (const unsigned w : warps)
-        if (!running.restart && !running.failed) advanced |= run_warp(running.blocks[b], w, lanes);
+        if (!running.restart && !running.failed) advanced |= run_warp(running.blocks[b], w);
     for (Block* block = running.blocks; block < running.blocks + running.resident; ++block)
       for (unsigned i = 0; i < running.threads; ++i)
         if (block->threads[i].state == State::kSpinning) {
@@ -261,6 +251,7 @@ CUDAHOST_HIDDEN void run(const Config& config, void (*call)(void*), void* argume
   running.blocks = resident.data();
   const auto waves = in_order((blocks + wave_blocks - 1) / wave_blocks, seed),
              warp_order = in_order(running.warps, seed), lane_order = in_order(32, seed);
+  running.lanes = lane_order.data();
 
   for (size_t wave = 0; wave < waves.size() && !running.failed; ++wave) {
     const Memory memory(all_threads.size(), resident.size());
@@ -277,7 +268,7 @@ CUDAHOST_HIDDEN void run(const Config& config, void (*call)(void*), void* argume
 #if defined(__SANITIZE_THREAD__)
     for (unsigned i = 0; i < running.alive; ++i) fibers.push_back(all_threads[i].tsan);
 #endif
-    run_resident(in_order(running.resident, seed), warp_order, lane_order);
+    run_resident(in_order(running.resident, seed), warp_order);
   }
   join(fibers);
   if (running.failed) {

@@ -165,6 +165,9 @@ struct Launch {
   unsigned alive;
   Block* blocks;
   Thread* current;
+  const unsigned* lanes;  // the order of a warp's lanes
+  unsigned warp, place;   // the warp that runs, and the place in this order of the lane that runs
+  bool advanced;          // a thread of this warp did more than spin
   SharedVariable variables[32];
   unsigned variable_count;
   size_t shared_top, static_bytes;
@@ -194,11 +197,35 @@ inline unsigned max_resident = number_from("CUDAHOST_RESIDENT", 1);
   for (;;) go_home(*running.current);
 }
 
+// The next thread of the running warp that is ready, in the order of lanes; null if there is none.
+CUDAHOST_HIDDEN Thread* next_thread(const Block& block) {
+  for (int i = 0; i < 32; ++i) {
+    running.place = (running.place + 1) % 32;
+    const unsigned rank = running.warp * 32 + running.lanes[running.place];
+    if (rank < running.threads && block.threads[rank].state == State::kReady) return &block.threads[rank];
+  }
+  return nullptr;
+}
+
+CUDAHOST_HIDDEN void make_current(Thread& thread) {
+  running.current = &thread;
+  threadIdx = thread.index;
+}
+
+// Lets the next thread of the warp run, or the scheduler if there is none. Returns when the thread is resumed.
+CUDAHOST_HIDDEN void leave(Thread& thread, bool for_good = false) {
+  running.advanced |= thread.state != State::kSpinning;
+  Thread* const next = running.restart || running.failed ? nullptr : next_thread(*thread.block);
+  if (next == nullptr) return go_home(thread, for_good);
+  make_current(*next);
+  if (next != &thread) hand_over(thread, *next, for_good);
+}
+
 CUDAHOST_HIDDEN void wait_as(State state, Place place) {
   Thread& thread = *running.current;
   thread.state = state;
   thread.place = place;
-  go_home(thread);
+  leave(thread);
 }
 
 CUDAHOST_HIDDEN void* clock_of(const Block& block, unsigned clock) { return block.shared + kClocks + 8 * clock; }
@@ -350,7 +377,7 @@ CUDAHOST_HIDDEN void* dynamic_shared() { return running.current->block->shared; 
 // --- asynchronous copies: performed as late as a wait allows, or in descending order of threads at once. Until then
 // the target is NaN.
 
-CUDAHOST_HIDDEN void start_copy(void* target, const void* source, int bytes) {
+CUDAHOST_UNORDERED void start_copy(void* target, const void* source, int bytes) {
   Thread& thread = *running.current;
   const std::ptrdiff_t offset = static_cast<char*>(target) - thread.block->shared;
   if (offset < 0 || offset + 16 > static_cast<std::ptrdiff_t>(running.config.shared_bytes) || offset % 16 != 0)
@@ -360,9 +387,10 @@ CUDAHOST_HIDDEN void start_copy(void* target, const void* source, int bytes) {
   std::memset(target, 0xff, 16);
   const Copy copy{target, source, bytes, thread.copy_groups};
   if (order == 1) return copy.perform();
-  if (thread.copies == nullptr)  // freed when the thread exits
-    thread.copies = static_cast<Copy*>(std::malloc(kMaxShared / 16 * sizeof(Copy)));
-  thread.copies[thread.copy_count++] = copy;
+  const unsigned count = thread.copy_count++;
+  if ((count & (count - 1)) == 0)  // the memory is full; it is freed when the thread exits
+    thread.copies = static_cast<Copy*>(std::realloc(thread.copies, (count == 0 ? 1 : 2 * count) * sizeof(Copy)));
+  thread.copies[count] = copy;
 }
 
 CUDAHOST_HIDDEN void end_copies() { ++running.current->copy_groups; }
@@ -381,7 +409,7 @@ CUDAHOST_HIDDEN void wait_for_copies(unsigned pending) {
 // --- atomics and fences: a fence before an atomic is a release, one after it an acquire
 
 template <class T, class F>
-CUDAHOST_HIDDEN T atomically(T* location, F f) {
+CUDAHOST_UNORDERED T atomically(T* location, F f) {
   running.current->seen = running.current->block->seen = location;
   T before, after;
   __atomic_load(location, &before, __ATOMIC_RELAXED);
