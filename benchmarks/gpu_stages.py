@@ -82,7 +82,7 @@ FIRST = "^(training_forward|training_forward_backward|eval_forward|channel_momen
 GRAPHS = "^(training_forward|training_forward_backward|eval_forward|channel_moments)-32x"
 # Shapes whose launches are so short that the gap between two counts.
 OVERLAP = "^training_forward_backward-32x(64x56|512x28|256x14|2048x7)x"
-# Shapes whose channels do not fit a cluster: pipelined launches of tensors that exceed the L2 cache, and persistent ones.
+# Shapes whose channels do not fit a cluster: of pipelined launches, and of persistent ones.
 PIPELINED = "^training_(forward|backward)-256x((64x112|256x56)x.*-NCHW|128x28x.*-bfloat16-channels_last)"
 COMPILED = "^(training|add_relu)_forward_backward-256x(64x56|2048x7)x"  # compiling takes about ten seconds per case
 

@@ -92,6 +92,7 @@ __global__ void past_dynamic(int* out) {
   out[0] = s[0];
 }
 __global__ void past_global(const int* in, int* out) { out[threadIdx.x] = in[threadIdx.x + (threadIdx.x == 63)]; }
+__global__ void past_global_atomically(int* out) { atomicAdd(out + 64, 1); }
 __global__ void misaligned(const int* in, int* out) {
   out[0] = static_cast<int>(__ldcs(reinterpret_cast<const uint4*>(in + 1)).x);
 }
@@ -174,6 +175,7 @@ int main(int argc, char** argv) {
         {"past_static", [&] { return run_alone(config(1, 32), past_static, y), 0; }},
         {"past_dynamic", [&] { return run_alone(Config{dim3(1), dim3(32), 31 * sizeof(int)}, past_dynamic, y), 0; }},
         {"past_global", [&] { return run_alone(config(1, 64), past_global, x, y), 0; }},
+        {"past_global_atomically", [&] { return run_alone(config(1, 1), past_global_atomically, y), 0; }},
         {"misaligned", [&] { return run_alone(config(1, 1), misaligned, x, y), 0; }},
         {"blocks_race", [&] { return run_alone(config(2, 1), blocks_race, y), 0; }},
         {"blocks_add", [&] { return run_alone(config(4, 1), blocks_add, y), 0; }},

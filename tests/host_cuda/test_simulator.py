@@ -21,6 +21,7 @@ def test_reports_faults(cache: Path, contexts: str, order: int) -> None:
         ("past_static", "use-after-poison"),
         ("past_dynamic", "use-after-poison"),
         ("past_global", "heap-buffer-overflow"),
+        ("past_global_atomically", "heap-buffer-overflow"),
         ("misaligned", "misaligned address"),
         ("leaves_while_read", "use-after-poison"),
     ],
