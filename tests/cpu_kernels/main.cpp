@@ -122,13 +122,15 @@ int64_t run_counts(std::mt19937& random) {
   for (const ChannelView& view : kViews)
     for (const int64_t offset : {0, 1}) {
       run_value_counts<uint8_t>(kThreads, DType::kUInt8, view, offset, random);
+      ++cases;
+      if (view.channels > 200 && (offset == 1 || view.inner > 2)) continue;  // slow: every channel has its own tables
       run_value_counts<int8_t>(kThreads, DType::kInt8, view, offset, random);
       run_value_counts<int16_t>(kThreads, DType::kInt16, view, offset, random);
       run_value_counts<int32_t>(kThreads, DType::kInt32, view, offset, random);
       run_value_counts<int64_t>(kThreads, DType::kInt64, view, offset, random);
       run_value_counts<float>(kThreads, DType::kFloat32, view, offset, random);
       run_value_counts<double>(kThreads, DType::kFloat64, view, offset, random);
-      cases += 7;
+      cases += 6;
     }
   // Several blocks.
   run_value_counts<uint8_t>(kThreads, DType::kUInt8, {2, 3, 250000}, 0, random);
