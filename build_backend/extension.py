@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -80,10 +81,27 @@ def _torch_knows(architecture: str) -> bool:
             os.environ["TORCH_CUDA_ARCH_LIST"] = before
 
 
+def cxx_command() -> list[str]:
+    """Return the command of the C++ compiler, that of CXX or else torch's choice, with its arguments."""
+    command = shlex.split(cpp_extension.get_cxx_compiler(), posix=os.name == "posix")
+    if not command:
+        raise RuntimeError("normfused: CXX is empty: set it to a C++ compiler, or unset it, then reinstall normfused")
+    return command
+
+
+def check_compiler(command: str) -> None:
+    """Raise RuntimeError if the C++ compiler is not there. torch and ninja would report other things first."""
+    if shutil.which(command) is None:
+        raise RuntimeError(
+            f"normfused: the C++ compiler {command!r} was not found: install one (on Debian and Ubuntu "
+            "`apt-get install g++`), or set CXX to its path, then reinstall normfused"
+        )
+
+
 @cache
 def cxx() -> tuple[str, Flags]:
     """Return what the C++ compiler says about itself, and its flags."""
-    command = shlex.split(cpp_extension.get_cxx_compiler(), posix=os.name == "posix")
+    command = cxx_command()
     version = _version_of(command)
     has_omp_header = any((Path(path) / "omp.h").exists() for path in cpp_extension.include_paths())
     return version.split("\n")[0], flags_of(sys.platform, family_of(command[-1], version), has_omp_header)
@@ -156,6 +174,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def run(self) -> None:
         """Build, and write ``_build_info.json``."""
+        check_compiler(cxx_command()[0])
         decision, facts, toolkit = cuda()
         print(f"normfused: building for {'CUDA' if decision.build else 'CPU only'}: {decision.reason}", flush=True)
         if decision.warning:

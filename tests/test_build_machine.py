@@ -291,6 +291,25 @@ def test_flags_of_a_platform(
     assert flags_of(platform, family, has_omp_header) == (compile, werror, system_include, warning)
 
 
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [("/nowhere/c++ -O1", "the C++ compiler '/nowhere/c++' was not found"), (" ", "CXX is empty")],
+)
+def test_a_build_without_a_compiler_stops_with_the_remedy(tmp_path: Path, compiler: str, message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "CXX": compiler},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert f"normfused: {message}" in done.stderr
+    assert "set CXX" in done.stderr or "set it to" in done.stderr
+    assert "ninja" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("family", ["cl", "gcc", "clang", "unknown"])
 def test_windows_needs_clang_cl(family: str) -> None:
     with pytest.raises(RuntimeError, match="install LLVM, set CXX=clang-cl, then reinstall normfused"):

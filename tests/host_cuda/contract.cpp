@@ -1,5 +1,5 @@
-// A minimal reduction, with only the members that reduce.cuh requires. The test of the contracts removes members and
-// expects the compiler to name them.
+// A minimal reduction, with only the members that reduce_phases.cuh requires. The test of the contracts removes members
+// and expects the compiler to name them.
 #include "kernels/cuda/reduce.cuh"
 
 using namespace normfused;

@@ -149,7 +149,7 @@ def test_waiting_late_for_the_previous_launch_is_a_race(folder: Path, change: di
             id="off by one row",
         ),
         pytest.param(
-            "reduce.cuh",
+            "reduce_phases.cuh",
             {"  if (!it.done()) consume(std::false_type{});\n  return state;\n": "  return state;\n"},
             r"FAILED statistics of \d+ x \d+ x \d+: \w+\[\d+\] is",
             id="lost tail",
@@ -179,8 +179,10 @@ def test_the_report_of_a_fault_names_its_place(folder: Path, file: str, change: 
         pytest.param("stage.cuh", {"wait_for_copies<0>": "wait_for_copies<1>"}, id="last group"),
         pytest.param("stage.cuh", {"  end_copies();\n": ""}, id="groups never end"),
         pytest.param("stage.cuh", {"group_vectors_ < vectors)": "group_vectors_ + 1 < vectors)"}, id="one short"),
-        pytest.param("reduce.cuh", {"  stage.wait(first + kVectors);\n": ""}, id="no wait"),
-        pytest.param("reduce.cuh", {"  stage.wait(first + kVectors);\n": "  stage.wait(first);\n"}, id="late wait"),
+        pytest.param("reduce_phases.cuh", {"  stage.wait(first + kVectors);\n": ""}, id="no wait"),
+        pytest.param(
+            "reduce_phases.cuh", {"  stage.wait(first + kVectors);\n": "  stage.wait(first);\n"}, id="late wait"
+        ),
     ],
 )
 def test_reading_a_copy_before_it_arrived_is_noticed(folder: Path, file: str, change: dict[str, str]) -> None:
@@ -200,7 +202,7 @@ def test_reading_a_copy_before_it_arrived_is_noticed(folder: Path, file: str, ch
             id="no wait",
         ),
         pytest.param(
-            "reduce.cuh",
+            "reduce_phases.cuh",
             {
                 "  finish_channels(op, finish, partials, range);\n  release": "  release",
                 "(partials.splits));\n}": "(partials.splits));\n  finish_channels(op, finish, partials, range);\n}",

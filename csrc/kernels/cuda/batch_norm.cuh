@@ -2,6 +2,7 @@
 // math.h. kFused: a residual, an activation or both follow the normalization.
 #pragma once
 
+#include "kernels/cuda/apply.cuh"
 #include "kernels/cuda/channel_stats.cuh"
 #include "kernels/cuda/elementary.cuh"
 

@@ -1,9 +1,9 @@
-// Reduce operations for the statistics of a channel (see reduce.cuh for their contract), and a Finish that writes their
-// results.
+// Reduce operations for the statistics of a channel (see reduce_phases.cuh for their contract), and a Finish that
+// writes their results.
 #pragma once
 
 #include "kernels/cuda/channel_vector.cuh"
-#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/reduce_phases.cuh"
 #include "kernels/math.h"
 
 namespace normfused::cuda {

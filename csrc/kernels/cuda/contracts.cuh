@@ -96,7 +96,7 @@ constexpr bool check_apply_op() {
   return true;
 }
 
-// The contract in reduce.cuh.
+// The contracts in reduce_phases.cuh.
 template <class Op, class Finish>
 constexpr bool check_reduce_op() {
   using namespace contracts;
