@@ -27,7 +27,7 @@ def _why_no_cuda() -> str | None:
 
 _WHY_NO_CUDA = _why_no_cuda()
 # Folders of tests that compile kernels anew, and run them under sanitizers or read their machine code; torch's own test
-# suites; and files whose many cases in Python do not depend on the machine.
+# suites; files whose many cases in Python do not depend on the machine; tests of the build, of benchmarks and of tests.
 _EXHAUSTIVE = {
     "compilers",
     "cpu_kernels",
@@ -35,12 +35,18 @@ _EXHAUSTIVE = {
     "cuda_build",
     "host_cuda",
     "memory",
+    "test_benchmarks.py",
+    "test_build_machine.py",
     "test_convert_hooks.py",
     "test_convert_python.py",
     "test_convert_tools.py",
+    "test_expectations.py",
     "test_gpu_check.py",
+    "test_install.py",
+    "test_processes.py",
     "test_torch_suites.py",
     "test_torch_tools.py",
+    "test_ulp.py",
 }
 # Files that take longest. They run first: a file that is still running when all others have ended leaves cores idle.
 _LONG = {

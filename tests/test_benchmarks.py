@@ -176,7 +176,6 @@ def test_a_worker_checks_and_times_a_case_in_its_own_environment() -> None:
     assert dict(os.environ) == before
 
 
-@pytest.mark.exhaustive
 @pytest.mark.usefixtures("needs_extension")
 def test_a_worker_that_dies_fails_its_case_and_is_restarted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     process = processes.Process(("kept",), dies_of_moments, lambda: None)

@@ -292,6 +292,7 @@ def evaluated(m: nn.Module) -> nn.Module:
     return m
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("change", [doubled, assigned, buffers_replaced, evaluated])
 def test_revert_keeps_the_current_state(change: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)
@@ -329,6 +330,7 @@ def test_modes_and_sizes_need_a_bounded_number_of_graphs() -> None:
     assert normfused.conversion_report(ours).graphs <= 6 * 3
 
 
+@pytest.mark.exhaustive
 def test_blocks_of_many_widths_are_all_fused() -> None:
     """More blocks than Dynamo's limit of eight, in a plain container, and called one by one."""
 
@@ -397,6 +399,7 @@ def test_timm_models_with_checkpointing_and_methods() -> None:
     assert not ours.stages[0].bn3.weight.any()
 
 
+@pytest.mark.exhaustive
 def test_readme_snippet_with_a_frozen_stem(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     snippet = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "conversion_report" in block)

@@ -140,7 +140,7 @@ def start_method() -> Iterator[Callable[[str], None]]:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize(("method", "workers"), [("fork", 4), ("spawn", 2)])
+@pytest.mark.parametrize(("method", "workers"), [("fork", 4), pytest.param("spawn", 2, marks=pytest.mark.exhaustive)])
 def test_workers(start_method: Callable[[str], None], method: str, workers: int) -> None:
     start_method(method)
     torch.ones(1 << 20).sum()  # starts the threads of this process
@@ -293,6 +293,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
 def test_all_reduce(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "store"), str(tmp_path / "stats")]

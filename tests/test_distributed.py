@@ -75,6 +75,7 @@ def fake_group(request: pytest.FixtureRequest) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("fake_group", [2, 64, 1024], indirect=True, ids=str)
 def test_collectives_of_a_whole_network(needs_extension: None, fake_group: None) -> None:
     model = normfused.convert_sync_batchnorm(resnet50())

@@ -115,7 +115,6 @@ def test_unknown_words(words: str, suite: Path, capsys: Captured) -> None:
     assert "--expect: expected words of extension" in capsys.readouterr().err
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("files", "result", "line"),
     [

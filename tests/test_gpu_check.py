@@ -394,7 +394,6 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
     return subprocess.run(command, env=environment, capture_output=True, text=True), out
 
 
-@pytest.mark.exhaustive
 def test_a_rehearsal_runs_every_stage(rehearsal: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, out = rehearsal
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -422,7 +421,6 @@ def test_a_rehearsal_runs_every_stage(rehearsal: tuple[subprocess.CompletedProce
         assert f"./{name}" in names
 
 
-@pytest.mark.exhaustive
 def test_a_rehearsal_renders_but_not_among_results(
     rehearsal: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
 ) -> None:

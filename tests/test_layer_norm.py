@@ -167,9 +167,9 @@ def test_every_option(device: torch.device, layout: str, options: str, rms: bool
         ((3, 70), 1),
         ((7, 768), 1),
         ((1, 20_000), 1),
-        ((1, 150_000), 1),
+        pytest.param((1, 150_000), 1, marks=pytest.mark.exhaustive),
         ((6, 5, 7), None),
-        ((70, 40, 30), None),
+        pytest.param((70, 40, 30), None, marks=pytest.mark.exhaustive),
     ],
     ids=sample_id,
 )

@@ -277,6 +277,7 @@ def test_exported_is_eager(strict: bool, training: bool) -> None:
         program(SEQUENCES, lengths=torch.tensor([1, 2, 3, 7]))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("compiled", [False, True])
 @modes
 def test_synchronized_layers_with_lengths(ranks: Ranks, needs_extension: None, training: bool, compiled: bool) -> None:

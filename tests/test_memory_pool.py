@@ -101,6 +101,7 @@ def test_small_outputs_do_not_use_the_pool() -> None:
     assert normfused.memory_stats()["allocations"] == allocations
 
 
+@pytest.mark.exhaustive
 def test_results_are_bitwise_the_same_without_the_pool() -> None:
     script = """
 import hashlib, json, torch, normfused
@@ -223,6 +224,7 @@ def test_memory_profiling_counts_the_outputs() -> None:
     assert allocated >= y.nbytes
 
 
+@pytest.mark.exhaustive
 def test_a_forked_child_uses_the_pool() -> None:
     script = """
 import os, threading, torch, normfused
@@ -253,6 +255,7 @@ print(codes)
     assert value(script) == [0] * 20
 
 
+@pytest.mark.exhaustive
 def test_outputs_may_outlive_the_interpreter() -> None:
     script = """
 import atexit, sys, torch, normfused
@@ -265,6 +268,7 @@ print(0)
     assert value(script) == 0
 
 
+@pytest.mark.exhaustive
 def test_an_address_space_limit_is_respected() -> None:
     """Free memory does not count as free there, so the pool keeps none, and leaves the addresses to others."""
     script = """
@@ -310,6 +314,7 @@ def control_group(limit: int) -> Path:
     pytest.skip("no control group with a memory limit can be made here")
 
 
+@pytest.mark.exhaustive
 def test_free_memory_gives_way_in_a_control_group() -> None:
     """700 MiB in use, 300 MiB free, and torch, in a group of 1 GiB: the system takes the pages of the free part."""
     group = control_group(1024 * MIB)
@@ -333,6 +338,7 @@ print(json.dumps([cached, int(other[::4096].sum()), bool(torch.allclose(y[::10],
         group.rmdir()  # which the kernel empties of files
 
 
+@pytest.mark.exhaustive
 def test_limit_of_the_environment() -> None:
     script = """
 import json, torch, normfused

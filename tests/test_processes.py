@@ -224,7 +224,7 @@ print(json.dumps([normfused is not first, normfused.info()["extension"], list(sh
     assert value(script) == [True, "loaded", [2, 6, 4], [True, True, True]]
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("count", [3, 20])
 @pytest.mark.usefixtures("needs_extension")
 def test_exits_with_outputs_of_other_threads(count: int) -> None:
     """Processes end in the usual way, with exit code 0 and without a message, whatever still holds an output."""
@@ -278,7 +278,6 @@ torch.kept = sys.modules["kept"] = held[0]
 # ---- caches -----------------------------------------------------------------------------------
 
 
-@pytest.mark.exhaustive
 @pytest.mark.usefixtures("needs_extension")
 def test_two_processes_compile_with_one_cache(tmp_path: Path) -> None:
     script = """

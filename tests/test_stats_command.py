@@ -474,6 +474,7 @@ def test_interrupted_while_drawing(
     assert error == TEXT + SUBFOLDER + "interrupted: there is no plot\n"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("workers", "thread_bytes"), [(0, 1 << 60), (0, 0), (2, 0)])
 def test_a_real_interrupt(tmp_path: Path, workers: int, thread_bytes: int) -> None:
     out = tmp_path / "out.json"
@@ -489,6 +490,7 @@ def test_a_real_interrupt(tmp_path: Path, workers: int, thread_bytes: int) -> No
     assert not readers(tmp_path)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("to_group", [False, True])
 def test_a_real_sigterm(tmp_path: Path, to_group: bool) -> None:
     """No results, no message, and no process that still reads, whether the workers get the signal too or not."""

@@ -41,7 +41,6 @@ def test_no_error_has_grown(capability: str) -> None:
     assert not errors, "\n".join(errors)
 
 
-@pytest.mark.exhaustive
 def test_no_error_of_the_cuda_formulas_has_grown(cache: Path) -> None:
     errors = grown(ulp.cuda_figures(ulp_activations.SMALL, cache), "cuda")
     assert not errors, "\n".join(errors)

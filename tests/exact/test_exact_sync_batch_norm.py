@@ -39,6 +39,7 @@ CASES = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize(("parts", "dtype"), CASES, ids=dtype_id)
 def test_ranks(ranks: Ranks, parts: str, dtype: torch.dtype, activation: str | None) -> None:
