@@ -1,12 +1,14 @@
 """Builds the fuzz targets, and packs their corpora: one input a line, in hexadecimal.
 
-python tests/fuzz/fuzz_build.py build plans FOLDER      # writes FOLDER/plans; with --memory, under MemorySanitizer
+python tests/fuzz/fuzz_build.py build plans FOLDER      # writes FOLDER/plans; with --memory, under MemorySanitizer;
+                                                        # --capability avx512: the kernels of that instruction set
 python tests/fuzz/fuzz_build.py unpack plans FOLDER     # writes the inputs of corpus/plans.txt into FOLDER
 python tests/fuzz/fuzz_build.py pack plans FOLDER       # writes corpus/plans.txt from the inputs in FOLDER
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -60,6 +62,7 @@ def build(
     folder: Path,
     sanitizer: Sequence[str] = ADDRESS,
     changed: Mapping[str, Path] | None = None,  # files that replace some
+    capability: str = "baseline",
 ) -> Path:
     """The program of a target. Objects that are in the folder already are used again.
 
@@ -68,14 +71,16 @@ def build(
     folder.mkdir(exist_ok=True)
     replaced = changed or {}
     engine = ["tests/fuzz/replay.cpp"] if sanitizer is MEMORY else []
-    sources = [replaced.get(name, ROOT / name) for name in (f"tests/fuzz/{target}.cpp", *SOURCES[target], *engine)]
+    names = [name.replace("baseline", capability) for name in (f"tests/fuzz/{target}.cpp", *SOURCES[target], *engine)]
+    sources = [replaced.get(name, ROOT / name) for name in names]
     include = [f"-I{path}" for path in (ROOT / "csrc", ROOT / "tests/kernels", HERE)]
 
     def compile_one(source: Path) -> Path:
-        digest = hashlib.sha256(str(source).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(f"{source} {capability}".encode()).hexdigest()[:8]
         compiled = folder / f"{source.stem}-{digest}.o"
         if not compiled.exists():
-            flags = [*COMMON, *sanitizer, *([] if engine else ["-fsanitize=fuzzer-no-link"]), "-Wno-array-bounds"]
+            flags = [*COMMON, *sanitizer, f"-DNORMFUSED_FUZZ_CAPABILITY={capability}"]
+            flags += [*([] if engine else ["-fsanitize=fuzzer-no-link"]), "-Wno-array-bounds"]
             subprocess.run([compiler, *flags, *include, "-c", source, "-o", compiled], check=True)
         return compiled
 
@@ -102,9 +107,16 @@ def pack(target: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    action, target, place, *flags = sys.argv[1:]
-    if action == "build":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["build", "unpack", "pack"])
+    parser.add_argument("target", choices=list(SOURCES))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--capability", choices=["baseline", "avx2", "avx512"], default="baseline")
+    args = parser.parse_args()
+    if args.action == "build":
         compiler = clang() or sys.exit("no clang++ with libFuzzer")
-        print(build(compiler, target, Path(place), MEMORY if flags else ADDRESS))
+        sanitizer = MEMORY if args.memory else ADDRESS
+        print(build(compiler, args.target, args.folder, sanitizer, capability=args.capability))
     else:
-        {"pack": pack, "unpack": unpack}[action](target, Path(place))
+        {"pack": pack, "unpack": unpack}[args.action](args.target, args.folder)
