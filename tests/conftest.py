@@ -57,6 +57,12 @@ _LONG = {
     "test_examples.py",
     "test_convert.py",
     "test_masks.py",
+    "test_gpu_check.py",
+    "test_torch_suites.py",
+    "test_notebooks.py",
+    "test_expectations.py",
+    "test_exact_instruction_sets.py",
+    "test_processes.py",
 }
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # which share the cores; two threads are what tests of threads need
