@@ -53,16 +53,26 @@ def samplers(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch) -> di
     return {name: functools.partial(stopwatch, call) for name, call in calls.items()}
 
 
-def host_sampler(call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Sampler:
-    """A sampler of a call on the CPU that first makes the call once, wakes torch's threads and reads the call's inputs.
+# Work after which a processor that was idle has its full speed again. On a Xeon in a virtual machine, after a pause of
+# 20 ms or more, a copy of 6 MB took 2.1 to 2.5 times as long, and still up to twice as long after four copies. After 16
+# copies, 4 ms, it did not.
+WARM_SECONDS = 5e-3
 
-    So the state of threads and caches is the same for every peer, in whatever process and from whatever allocator: the
-    peer itself wrote to the memory of its outputs last, and its inputs were read since.
+
+def host_sampler(call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Sampler:
+    """A sampler of a call on the CPU that first repeats the call, wakes torch's threads and reads the call's inputs.
+
+    So the state of processor, threads and caches is the same for every peer, in whatever process and from whatever
+    allocator, and is that of a training loop, whose calls follow each other: the peer itself wrote to the memory of its
+    outputs last, and its inputs were read since.
     """
     enough = torch.zeros(1 << 17)  # for torch to use several threads
 
     def seconds() -> float:
+        end = time.perf_counter() + WARM_SECONDS
         call()
+        while time.perf_counter() < end:
+            call()
         for tensor in (enough, *inputs):
             tensor.sum()
         return _host_seconds(call)

@@ -14,6 +14,7 @@ from normfused.activations import ACTIVATION_PARAMS
 from normfused.arguments import BatchNormFields, check_activation, check_invertible
 from normfused.checks import INTEGERS
 from normfused.functional import run_batch_norm
+from normfused.layer_tensors import buffer_of, parameter_of
 from normfused.scripting import scriptable
 
 if TYPE_CHECKING:
@@ -147,13 +148,7 @@ class _BatchNorm(_Base):
         self.__dict__["eps"] = value
 
     def __getattr__(self, name: str) -> Any:
-        # Inlined from nn.Module, which saves a call for each parameter and buffer that a forward pass reads.
-        own = self.__dict__
-        if "_buffers" in own and name in (held := own["_buffers"]):
-            return held[name]
-        if "_parameters" in own and name in (held := own["_parameters"]):
-            return held[name]
-        if name == "eps" and "eps" in own:
+        if name == "eps" and "eps" in self.__dict__:
             options = ", ".join(f"{option}={value!r}" for option, value in behavioral_options(self).items())
             raise AttributeError(
                 f"{type(self).__name__}: eps cannot be read, because code that folds or rebuilds the layer by its "
@@ -186,21 +181,21 @@ class _BatchNorm(_Base):
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
         # Which statistics normalize and which buffers are updated follows torch.nn, for all combinations of training
         # mode, track_running_stats and running statistics that are None.
-        running_mean, running_var = self.running_mean, self.running_var  # read once: each read takes 0.7 us
+        running_mean, running_var = buffer_of(self, "running_mean"), buffer_of(self, "running_var")
         training = self.training or (running_mean is None and running_var is None)
         if running_mean is None and self.frozen:
             raise ValueError(f"{type(self).__name__}: the layer is frozen, but its running statistics are gone")
         updates = self.training and self.track_running_stats and not _suspensions
         buffered = updates or not self.training
-        counter = self.num_batches_tracked if updates else None
+        counter = buffer_of(self, "num_batches_tracked") if updates else None
         return (
             type(self).__name__,
             self._input_dims,
             input,
             running_mean if buffered else None,
             running_var if buffered else None,
-            self.weight,
-            self.bias,
+            parameter_of(self, "weight"),
+            parameter_of(self, "bias"),
             training,
             # Without a counter a cumulative average does not change, as in torch.nn.
             0.0 if self.momentum is None and counter is None else self.momentum,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normfused.layer_norms import run_layer_norm
+from normfused.layer_tensors import parameter_of
 from normfused.scripting import scriptable
 
 __all__ = ["LayerNorm", "LayerNorm2d", "RMSNorm", "RMSNorm2d"]
@@ -37,10 +38,11 @@ class _LayerNorm:
         shift: Tensor | None = None,
     ) -> Any:
         """Normalize ``input``; see the class."""
-        bias = self.bias if self._subtract_mean else None
+        weight = parameter_of(self, "weight")
+        bias = parameter_of(self, "bias") if self._subtract_mean else None
         return run_layer_norm(
-            type(self).__name__, input, self._shape_of(input), self.weight, bias, self.eps, residual, scale, shift,
-            0.0 if self.weight is None else self.scale_offset, self._subtract_mean,
+            type(self).__name__, input, self._shape_of(input), weight, bias, self.eps, residual, scale, shift,
+            0.0 if weight is None else self.scale_offset, self._subtract_mean,
         )  # fmt: skip
 
     def _shape_of(self, input: Tensor) -> tuple[int, ...] | None:

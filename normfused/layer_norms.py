@@ -216,47 +216,65 @@ def run_layer_norm(
     subtract_mean: bool = True,
 ) -> Any:
     """The functions and layers of this family, with the fields of a :class:`LayerNormCall`."""
-    fields: tuple[Any, ...] = (
-        *(name, input, normalized_shape, weight, bias, eps),
-        *(residual, scale, shift, scale_offset, subtract_mean),
-    )
     tensors = (input, weight, bias, residual, scale, shift)
     if has_torch_function_variadic(*tensors):
-        return handle_torch_function(run_layer_norm, tensors, *fields)
-    call = LayerNormCall(*fields)
+        return handle_torch_function(
+            run_layer_norm, tensors, name, input, normalized_shape, weight, bias, eps, residual, scale, shift,
+            scale_offset, subtract_mean,
+        )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     plain = isinstance(input, Tensor) and residual is None and scale is None and shift is None and not scale_offset
-    if not plain or compiling or _extension.C is None or needs_torchs_operators(compiling) or not _fits(call):
+    dims, refusal = None, None
+    if plain and not (compiling or _extension.C is None or needs_torchs_operators(compiling) or is_autocast(input)):
+        dims = _dims_of_operator(input, normalized_shape, weight, bias, subtract_mean)
+    if dims is not None:
+        assert _extension.C is not None
+        start, end = dims
+        try:
+            output: Tensor = _extension.C.layer_norm(
+                input, start, end, weight, bias, _default_eps(input) if eps is None else eps, None, subtract_mean
+            )
+            return output
+        except (RuntimeError, TypeError, ValueError) as error:
+            refusal = error
+    # A named tuple takes longer to build than all checks above.
+    call = LayerNormCall(
+        name, input, normalized_shape, weight, bias, eps, residual, scale, shift, scale_offset, subtract_mean
+    )
+    if refusal is None:
         return _run_checked(call)
-    try:
-        if is_autocast(input):
-            return _run_checked(call)
-        eps = _default_eps(input) if eps is None else eps
-        output: Tensor = _extension.C.layer_norm(input, *call.dims, weight, bias, eps, None, subtract_mean)
-        return output
-    except (RuntimeError, TypeError, ValueError) as error:
-        refusal = error
     check_layer_norm(call)
     raise refusal
 
 
-def _fits(call: LayerNormCall) -> bool:
-    """Whether the operator normalizes what the call asks for: it checks parameters, but not ``normalized_shape``."""
-    input, dims = call.input, len(call.shape) if call.normalized_shape is not None else 1
-    parameters = all(p is None or (isinstance(p, Tensor) and p.dim() == dims) for p in (call.weight, call.bias))
-    if call.weight is not None and _promoted(call) is not call.weight:
-        return False
-    if call.normalized_shape is None:
-        return parameters and input.dim() > 2
-    return parameters and 0 < dims <= input.dim() and input.shape[-dims:] == call.normalized_shape
+def _dims_of_operator(
+    input: Tensor,
+    normalized_shape: tuple[int, ...] | None,
+    weight: Any,
+    bias: Any,
+    subtract_mean: bool,
+) -> tuple[int, int] | None:
+    """The first and the last normalized dimension, if the operator accepts these arguments without a change.
+
+    It checks the shapes of parameters, but not ``normalized_shape``, and also accepts parameters of each sample.
+    """
+    if normalized_shape is None:
+        count, start, end = 1, 1, 1
+        fits = input.dim() > 2
+    else:
+        count, end = len(normalized_shape), input.dim() - 1
+        start = end + 1 - count
+        fits = count > 0 and start >= 0 and input.shape[start:] == normalized_shape
+    for parameter in (weight, bias):
+        fits = fits and (parameter is None or (isinstance(parameter, Tensor) and parameter.dim() == count))
+    return (start, end) if fits and _promoted(weight, input.dtype, subtract_mean) is weight else None
 
 
-def _promoted(call: LayerNormCall) -> Any:
+def _promoted(weight: Any, dtype: torch.dtype, subtract_mean: bool) -> Any:
     """The weight. torch's RMS norm accepts one of any floating dtype, and its result has the dtype of ``input``."""
-    weight, dtype = call.weight, call.input.dtype
-    if call.subtract_mean or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype == dtype:
+    if subtract_mean or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype == dtype:
         return weight
-    return weight.to(torch.promote_types(dtype, torch.float32))  # itself if it is float32 beside a 16-bit input
+    return weight.to(torch.promote_types(dtype, torch.float32))  # itself if it is float32 and dtype has 16 bits
 
 
 def _run_checked(call: LayerNormCall) -> Any:
@@ -264,7 +282,7 @@ def _run_checked(call: LayerNormCall) -> Any:
     if isinstance(call.input, Tensor) and call.input.is_floating_point():
         if is_autocast(call.input):
             call = in_float32(call)
-        call = call._replace(weight=_promoted(call))
+        call = call._replace(weight=_promoted(call.weight, call.input.dtype, call.subtract_mean))
     residual = call.residual
     if residual is not None:
         check_residual(call.input, residual, call.name)

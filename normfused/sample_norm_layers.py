@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normfused.activations import ACTIVATION_PARAMS
 from normfused.arguments import check_activation
+from normfused.layer_tensors import buffer_of, parameter_of
 from normfused.sample_norms import run_group_norm, run_instance_norm_layer
 from normfused.scripting import scriptable
 
@@ -62,8 +63,8 @@ class _GroupNorm:
     ) -> Tensor:
         """Normalize ``input`` of shape ``(N, C, ...)``; see the class."""
         return run_group_norm(
-            type(self).__name__, input, self.num_groups, self.weight, self.bias, self.eps, residual, self.activation,
-            self.activation_param, scale, shift,
+            type(self).__name__, input, self.num_groups, parameter_of(self, "weight"), parameter_of(self, "bias"),
+            self.eps, residual, self.activation, self.activation_param, scale, shift,
         )  # fmt: skip
 
 
@@ -215,8 +216,9 @@ class _InstanceNorm:
     ) -> Tensor:
         """Normalize ``input``; see the class."""
         return run_instance_norm_layer(
-            type(self).__name__, self._get_no_batch_dim(), self.num_features, self.affine, input, self.running_mean,
-            self.running_var, self.weight, self.bias, self.training or not self.track_running_stats,
+            type(self).__name__, self._get_no_batch_dim(), self.num_features, self.affine, input,
+            buffer_of(self, "running_mean"), buffer_of(self, "running_var"), parameter_of(self, "weight"),
+            parameter_of(self, "bias"), self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum, self.eps, residual, self.activation,
             self.activation_param, scale, shift,
         )  # fmt: skip

@@ -114,6 +114,17 @@ def test_a_case_without_profiled_kernels_is_measured_and_reported_as_invalid(mon
     assert measure.complaint(case, inexact) == "relative error 2.0e-06 exceeds the tolerance 1.0e-06"
 
 
+def test_a_call_on_the_cpu_is_repeated_before_it_is_timed_until_an_idle_processor_has_its_full_speed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(100))  # each reading is a second later
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing, "WARM_SECONDS", 3)
+    calls: list[int] = []
+    seconds = timing.host_sampler(lambda: calls.append(0), [torch.zeros(1)])()
+    assert (len(calls), seconds) == (1 + 2 + 1, 1)  # once, until 3 seconds have passed, and the timed one
+
+
 @pytest.mark.usefixtures("needs_extension")
 def test_a_failing_case_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
