@@ -14,7 +14,7 @@ from normfused.activations import ACTIVATION_PARAMS
 from normfused.arguments import BatchNormFields, check_activation, check_invertible
 from normfused.checks import INTEGERS
 from normfused.functional import run_batch_norm
-from normfused.layer_tensors import buffer_of, parameter_of
+from normfused.layer_tensors import RegisteredTensors, buffer_of, parameter_of
 from normfused.scripting import scriptable
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def no_stats_update() -> Iterator[None]:
         _suspensions.pop()
 
 
-class _BatchNorm(_Base):
+class _BatchNorm(RegisteredTensors, _Base):
     """The forward pass and the options of the package.
 
     Parameters, buffers and ``state_dict`` come from the torch.nn class that a subclass also inherits from.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normfused.layer_norms import run_layer_norm
-from normfused.layer_tensors import parameter_of
+from normfused.layer_tensors import RegisteredTensors, parameter_of
 from normfused.scripting import scriptable
 
 __all__ = ["LayerNorm", "LayerNorm2d", "RMSNorm", "RMSNorm2d"]
@@ -17,7 +17,7 @@ __all__ = ["LayerNorm", "LayerNorm2d", "RMSNorm", "RMSNorm2d"]
 _Device = torch.device | str | int | None
 
 
-class _LayerNorm:
+class _LayerNorm(RegisteredTensors):
     """The forward pass. Parameters and ``state_dict`` are those of torch.nn's layers."""
 
     if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normfused.activations import ACTIVATION_PARAMS
 from normfused.arguments import check_activation
-from normfused.layer_tensors import buffer_of, parameter_of
+from normfused.layer_tensors import RegisteredTensors, buffer_of, parameter_of
 from normfused.sample_norms import run_group_norm, run_instance_norm_layer
 from normfused.scripting import scriptable
 
@@ -42,7 +42,7 @@ def _activation_repr(layer: Any) -> str:
     return f"activation={layer.activation or 'identity'}{parameter}"
 
 
-class _GroupNorm:
+class _GroupNorm(RegisteredTensors):
     """The forward pass. Parameters and ``state_dict`` are those of :class:`torch.nn.GroupNorm`."""
 
     if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class GroupNormAct(_GroupNorm, nn.Module):
         return scriptable(self, {})
 
 
-class _InstanceNorm:
+class _InstanceNorm(RegisteredTensors):
     """The forward pass. Parameters and ``state_dict`` are those of torch.nn's layers."""
 
     if TYPE_CHECKING:

@@ -183,23 +183,11 @@ def run_instance_norm(
     if (running_mean is None) != (running_var is None):
         given = "running_var" if running_mean is None else "running_mean"
         raise ValueError(f"{name}: running_mean and running_var must be given together, got only {given}")
+    call = GroupNormCall(
+        *(name, input, max(input.size(1), 1), weight, bias, eps, residual, activation, activation_param, scale, shift)
+    )
     if not use_input_stats:
-        if scale is not None or shift is not None:
-            raise ValueError(f"{name}: scale and shift need use_input_stats=True")
-        from normfused.functional import run_batch_norm
-
-        kind = "identity" if activation is None else activation
-        parameter = ACTIVATION_PARAMS.get(kind, 0.0) if activation_param is None else activation_param
-        try:
-            return run_batch_norm((
-                name, None, input, running_mean, running_var, weight, bias, False, 0.0, eps,
-                None, residual, kind, parameter, None, 1, None, False, True,
-            ))  # fmt: skip
-        except (TypeError, ValueError):  # of batch norm: say it of instance norm
-            options = (eps, residual, activation, activation_param, None, None)
-            check_group_norm(GroupNormCall(name, input, max(input.size(1), 1), weight, bias, *options))
-            _check_running(name, running_mean, running_var, input)
-            raise
+        return _by_running_statistics(call, running_mean, running_var)
     count = input.shape[2:].numel()
     if count == 1:
         raise ValueError(
@@ -207,13 +195,11 @@ def run_instance_norm(
         )
     if needs_torchs_operators(torch.compiler.is_compiling()):
         return _instance_norm_by_torch(name, *fields)
-    groups = max(input.size(1), 1)
-    fields = (name, input, groups, weight, bias, eps, residual, activation, activation_param, scale, shift)
     if running_mean is None or running_var is None:
-        return _run(*fields)[0]
+        return _run(*call)[0]
     check_number(name, "momentum", momentum)
     _check_running(name, running_mean, running_var, input)
-    output, statistics = _run(*fields, with_statistics=True)
+    output, statistics = _run(*call, with_statistics=True)
     if input.numel() > 0:
         with torch.no_grad():
             mean, invstd = statistics.detach()
@@ -221,6 +207,25 @@ def run_instance_norm(
             for buffer, values in ((running_mean, mean), (running_var, var)):
                 buffer.copy_((1 - momentum) * buffer.double() + momentum * values.mean(0))
     return output
+
+
+def _by_running_statistics(call: GroupNormCall, running_mean: Tensor | None, running_var: Tensor | None) -> Tensor:
+    """Instance norm in evaluation, which is batch norm."""
+    from normfused.functional import run_batch_norm
+
+    if call.scale is not None or call.shift is not None:
+        raise ValueError(f"{call.name}: scale and shift need use_input_stats=True")
+    kind = "identity" if call.activation is None else call.activation
+    parameter = ACTIVATION_PARAMS.get(kind, 0.0) if call.activation_param is None else call.activation_param
+    try:
+        return run_batch_norm((
+            call.name, None, call.input, running_mean, running_var, call.weight, call.bias, False, 0.0, call.eps,
+            None, call.residual, kind, parameter, None, 1, None, False, True,
+        ))  # fmt: skip
+    except (TypeError, ValueError):  # of batch norm: say it of instance norm
+        check_group_norm(call)
+        _check_running(call.name, running_mean, running_var, call.input)
+        raise
 
 
 def _check_running(name: str, running_mean: Tensor | None, running_var: Tensor | None, input: Tensor) -> None:

@@ -7,6 +7,8 @@ import inspect
 import io
 import itertools
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -152,22 +154,81 @@ def test_fx_traces_into_the_module(device: torch.device) -> None:
     assert_same_bits(graph.running_var, module.running_var)
 
 
-def test_parametrizations(device: torch.device) -> None:
-    class Doubled(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            return 2 * weight
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
 
-    module, theirs = (cls(3, device=device).double() for cls in (normfused.BatchNorm1d, nn.BatchNorm1d))
+
+# A layer of each family, of normfused or torch.nn, for an input of shape (5, 4, 3).
+FAMILIES: dict[str, Callable[[Any], nn.Module]] = {
+    "batch": lambda library: library.BatchNorm1d(4),
+    "group": lambda library: library.GroupNorm(2, 4),
+    "instance": lambda library: library.InstanceNorm1d(4, affine=True, track_running_stats=True),
+    "layer": lambda library: library.LayerNorm(3),
+    "rms": lambda library: library.RMSNorm(3),
+}
+
+
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+def test_parametrizations(make: Callable[[Any], nn.Module], device: torch.device) -> None:
+    module, theirs = (make(library).to(device).double() for library in (normfused, nn))
     for m in (module, theirs):
         parametrize.register_parametrization(m, "weight", Doubled())
-    assert isinstance(module, normfused.BatchNorm1d)
-    x = torch.randn(5, 3, device=device, dtype=torch.float64)
+    assert isinstance(module, type(make(normfused)))
+    x = torch.randn(5, 4, 3, device=device, dtype=torch.float64)
     y, expected = module(x), theirs(x)
     torch.testing.assert_close(y, expected)
     for output in (y, expected):
         (output**3).sum().backward()
     original = [m.parametrizations.weight.original.grad for m in (module, theirs)]
     torch.testing.assert_close(*original)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+def test_a_tensor_that_replaces_a_parameter_or_buffer_as_a_plain_attribute_is_used(
+    make: Callable[[Any], nn.Module], training: bool, device: torch.device
+) -> None:
+    module, theirs = (make(library).to(device).train(training) for library in (normfused, nn))
+    for name, value in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
+        plain = torch.rand_like(value) + 1 if value.is_floating_point() else value.clone()
+        for m in (module, theirs):
+            delattr(m, name)
+            setattr(m, name, plain.clone())
+    x = torch.randn(5, 4, 3, device=device)
+    torch.testing.assert_close(module(x), theirs(x))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(module, name, None), getattr(theirs, name, None))
+
+
+def with_property(base: type[nn.Module]) -> type[nn.Module]:
+    return type("Own", (base,), {"weight": property(lambda self: 2 * self._parameters["weight"])})
+
+
+def with_getattr(base: type[nn.Module]) -> type[nn.Module]:
+    def read(self: nn.Module, name: str) -> Any:
+        value = base.__getattr__(self, name)
+        return 2 * value if name == "weight" else value
+
+    return type("Own", (base,), {"__getattr__": read})
+
+
+@pytest.mark.parametrize("subclass", [with_property, with_getattr])
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+def test_a_subclass_that_computes_its_weight_is_read_as_torch_reads_it(
+    make: Callable[[Any], nn.Module], subclass: Callable[[type[nn.Module]], type[nn.Module]], device: torch.device
+) -> None:
+    x = torch.randn(5, 4, 3, device=device)
+    plain = make(nn).to(device)
+    with torch.no_grad():
+        plain.weight.mul_(2)
+    outputs = []
+    for library in (normfused, nn):
+        module = make(library).to(device)
+        module.__class__ = subclass(type(module))
+        outputs.append(module(x))
+        assert torch.equal(module.weight, plain.weight)
+    torch.testing.assert_close(outputs, [plain(x)] * 2)
 
 
 def test_shared_and_frozen_parameters(device: torch.device) -> None:

@@ -141,13 +141,8 @@ def _add_stats(commands: Any) -> None:
     )
     add("--json", type=Path, metavar="FILE", help="write settings, figures and exact sums")
     add("--plot", type=Path, metavar="FILE", help="draw a histogram (PNG); reads the images a second time")
-    add(
-        "--workers",
-        type=_integer(0),
-        default=0,
-        metavar="N",
-        help="processes that decode files (default: this process)",
-    )
+    workers = "processes that decode files (default: this process)"
+    add("--workers", type=_integer(0), default=0, metavar="N", help=workers)
     add("--on-error", choices=("fail", "skip"), default="fail", help="at an unreadable file (default: fail)")
     add("--recursive", action="store_true", help="search subfolders")
     stats.set_defaults(command=_stats)

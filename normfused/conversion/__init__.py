@@ -1,4 +1,4 @@
-"""Whole models: replace batch norms and back, fuse them with the operations that follow, fold them into layers."""
+"""Whole models: replace norms and back, fuse them with the operations around them, fold batch norms into layers."""
 
 from normfused.conversion.api import convert, convert_sync_batchnorm, revert
 from normfused.conversion.classes import register_conversion

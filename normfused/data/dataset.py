@@ -133,14 +133,19 @@ def dataset_stats(
     if is_source and (left_out := data.left_out()):
         listed = "; ".join(f"{reason}: {', '.join(paths[:5])}" for reason, paths in left_out.items())
         warnings.warn(f"not read: {listed}", RuntimeWarning, stacklevel=2)
+    _warn_about(stats, total)
+    return stats
+
+
+def _warn_about(stats: ChannelStats, total: int | None) -> None:
+    """Warn the caller of :func:`dataset_stats` about what is missing in the statistics; raise if there are none."""
     if stats.images and stats.nonfinite.any():
-        warnings.warn(NONFINITE, RuntimeWarning, stacklevel=2)
+        warnings.warn(NONFINITE, RuntimeWarning, stacklevel=3)
     if not stats.complete:
         done = f"{stats.images:,}" if total is None else f"{stats.images:,} of {total:,}"
-        warnings.warn(f"interrupted: the statistics cover {done} images", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"interrupted: the statistics cover {done} images", RuntimeWarning, stacklevel=3)
     elif not stats.images:
         raise ValueError("data holds no images")
-    return stats
 
 
 def _fail(source: Source, index: int, reason: str) -> None:

@@ -259,7 +259,7 @@ def _extreme_moments(channel: Tensor) -> Moments:
     if count == 0:
         return NO_VALUES._replace(nonfinite=nonfinite)
     low, high = (extreme.item() for extreme in finite.aminmax())
-    # Multiplication by a power of two is exact, or loses what is negligible beside the largest value.
+    # Multiplication by a power of two is exact, or loses what is negligible compared with the largest value.
     unit = 1.0 if _has_squares(low, high) else 2.0 ** (600 if high - low > 1 else -600)
     _, mean, m2, *_ = channel_moments((finite / unit).unsqueeze(1))
     return Moments(count, mean.item() * unit, math.sqrt(m2.item() / count) * unit, low, high, nonfinite)

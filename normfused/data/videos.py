@@ -94,7 +94,7 @@ def _pixels(frame: Any, options: Options) -> Image:
     has_alpha = any(component.is_alpha for component in components)
     stored = "gray" if is_gray else "rgba" if has_alpha else "rgb24"
     # Older versions of PyAV take every frame for one of BT.601 and limited range unless they are told, and only look at
-    # the color space if another one is asked for. RGB has none.
+    # the color space if another one is requested. RGB has none.
     pixels: np.ndarray = frame.to_ndarray(
         format=stored if options.channels is None else _FORMATS[options.channels],
         src_colorspace=frame.colorspace,
