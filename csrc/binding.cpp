@@ -65,7 +65,58 @@ void bind_operators(py::module_& m) {
   define("local_response_norm", &ops::local_response_norm);
 }
 
-// The plans of CUDA operations on a given device, for tests and reports. Needs no GPU.
+// The plans of CUDA operations on a given device, for tests and reports. They need no GPU. Each function ends with the
+// limits of the device.
+
+py::dict channel_plan(cuda::Operation operation, std::array<int64_t, 3> view, int itemsize, bool fused,
+                      int multiprocessors, int64_t l2_bytes, int64_t shared_bytes, int max_cluster,
+                      std::array<int, 3> resident) {
+  const cuda::DeviceLimits limits{multiprocessors, l2_bytes, false, shared_bytes, max_cluster};
+  const cuda::Traffic t = cuda::traffic(operation, {view[0], view[1], view[2]}, itemsize, fused, limits,
+                                        {resident[0], resident[1], resident[2]});
+  const cuda::ReductionPlan& r = t.reduction;
+  return py::dict("single"_a = t.single, "pipelined"_a = t.pipelined, "persistent"_a = t.persistent, "kept"_a = t.kept,
+                  "blocks"_a = r.by_rows ? r.rows.blocks : r.columns.blocks, "window"_a = r.rows.window,
+                  "launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written, "by_rows"_a = r.by_rows,
+                  "values"_a = r.by_rows ? r.rows.values : r.columns.values, "masked"_a = r.rows.masked,
+                  "lanes"_a = r.rows.lanes, "repeat"_a = r.columns.repeat,
+                  "folded"_a = !r.by_rows && r.columns.folded(), "width"_a = r.columns.width, "tiles"_a = r.tiles(),
+                  "splits"_a = r.splits(), "merged"_a = t.merged, "staged_bytes"_a = r.single() ? r.staged().bytes : 0,
+                  "streaming_stores"_a = t.apply.streaming);
+}
+
+py::dict group_norm_plan(std::array<int64_t, 4> view, bool channels_last, int itemsize, bool backward,
+                         int multiprocessors, int64_t l2_bytes, int64_t shared_bytes, int max_cluster) {
+  const GroupView group_view{view[0], view[1], view[2], view[3], channels_last};
+  const cuda::DeviceLimits limits{multiprocessors, l2_bytes, false, shared_bytes, max_cluster};
+  const auto t = cuda::group_norm_traffic(group_view, itemsize, backward, limits);
+  const cuda::ReductionPlan& r = t.reduction;
+  return py::dict("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written, "by_rows"_a = r.by_rows,
+                  "is_staged"_a = t.rows.is_staged, "values"_a = r.by_rows ? r.rows.values : r.columns.values,
+                  "lanes"_a = r.rows.lanes, "width"_a = r.columns.width, "tiles"_a = r.tiles(), "splits"_a = r.splits(),
+                  "chunk"_a = r.by_rows ? r.rows.chunk : r.columns.chunk);
+}
+
+py::dict layer_norm_plan(std::array<int64_t, 3> view, int64_t samples, int itemsize, bool backward, int multiprocessors,
+                         int64_t l2_bytes, int64_t shared_bytes, int max_cluster) {
+  const ChannelView v{view[0], view[1], view[2]};
+  const cuda::DeviceLimits limits{multiprocessors, l2_bytes, false, shared_bytes, max_cluster};
+  const auto t = cuda::layer_norm_traffic(v, itemsize, backward, limits);
+  py::dict plan("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written);
+  if (v.inner == 1) {
+    const auto p = cuda::plan_resident_rows(cuda::rows_of(v, samples, itemsize, true, !backward), backward, limits);
+    plan.attr("update")(py::dict("values"_a = p.values, "vectors"_a = p.vectors, "lanes"_a = p.lanes,
+                                 "threads"_a = p.threads, "staged_bytes"_a = p.is_staged ? p.staged.bytes : 0,
+                                 "chunk"_a = p.chunk, "chunks"_a = p.chunks, "blocks"_a = p.blocks,
+                                 "streaming_stores"_a = p.streaming));
+  } else {
+    const auto p = cuda::plan_layer_columns(v, samples, itemsize, true, limits);
+    plan.attr("update")(py::dict("values"_a = p.values, "width"_a = p.width, "height"_a = p.height, "tiles"_a = p.tiles,
+                                 "blocks"_a = p.blocks, "streaming_stores"_a = p.streaming));
+  }
+  return plan;
+}
+
 void bind_cuda_plans(py::module_& m) {
   py::enum_<cuda::Operation>(m, "Operation")
       .value("TRAINING", cuda::Operation::kTraining)
@@ -74,64 +125,13 @@ void bind_cuda_plans(py::module_& m) {
       .value("INFERENCE_BACKWARD", cuda::Operation::kInferenceBackward)
       .value("MOMENTS", cuda::Operation::kMoments)
       .value("SUMS", cuda::Operation::kSums);
-  m.def(
-      "cuda_traffic",
-      [](cuda::Operation operation, std::array<int64_t, 3> view, int itemsize, bool fused, int multiprocessors,
-         int64_t l2_bytes, int64_t shared_bytes, int max_cluster, std::array<int, 3> resident) {
-        const cuda::Traffic t = traffic(operation, {view[0], view[1], view[2]}, itemsize, fused,
-                                        {multiprocessors, l2_bytes, false, shared_bytes, max_cluster},
-                                        {resident[0], resident[1], resident[2]});
-        const cuda::ReductionPlan& r = t.reduction;
-        return py::dict(
-            "single"_a = t.single, "pipelined"_a = t.pipelined, "persistent"_a = t.persistent, "kept"_a = t.kept,
-            "blocks"_a = r.by_rows ? r.rows.blocks : r.columns.blocks, "window"_a = r.rows.window,
-            "launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written, "by_rows"_a = r.by_rows,
-            "values"_a = r.by_rows ? r.rows.values : r.columns.values, "masked"_a = r.rows.masked,
-            "lanes"_a = r.rows.lanes, "repeat"_a = r.columns.repeat, "folded"_a = !r.by_rows && r.columns.folded(),
-            "width"_a = r.columns.width, "tiles"_a = r.tiles(), "splits"_a = r.splits(), "merged"_a = t.merged,
-            "staged_bytes"_a = r.single() ? r.staged().bytes : 0, "streaming_stores"_a = t.apply.streaming);
-      },
-      "operation"_a, "view"_a, "itemsize"_a, "fused"_a, "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a,
-      "max_cluster"_a, "resident"_a = std::array<int, 3>{cuda::kMinBlocks, cuda::kMinBlocks, cuda::kMinBlocks});
-  m.def(
-      "cuda_group_norm_plan",
-      [](std::array<int64_t, 4> view, bool channels_last, int itemsize, bool backward, int multiprocessors,
-         int64_t l2_bytes, int64_t shared_bytes, int max_cluster) {
-        const GroupView group_view{view[0], view[1], view[2], view[3], channels_last};
-        const cuda::DeviceLimits limits{multiprocessors, l2_bytes, false, shared_bytes, max_cluster};
-        const auto t = cuda::group_norm_traffic(group_view, itemsize, backward, limits);
-        const cuda::ReductionPlan& r = t.reduction;
-        return py::dict("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written, "by_rows"_a = r.by_rows,
-                        "is_staged"_a = t.rows.is_staged, "values"_a = r.by_rows ? r.rows.values : r.columns.values,
-                        "lanes"_a = r.rows.lanes, "width"_a = r.columns.width, "tiles"_a = r.tiles(),
-                        "splits"_a = r.splits(), "chunk"_a = r.by_rows ? r.rows.chunk : r.columns.chunk);
-      },
-      "view"_a, "channels_last"_a, "itemsize"_a, "backward"_a, "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a,
-      "max_cluster"_a);
-  m.def(
-      "cuda_layer_norm_plan",
-      [](std::array<int64_t, 3> view, int64_t samples, int itemsize, bool backward, int multiprocessors,
-         int64_t l2_bytes, int64_t shared_bytes, int max_cluster) {
-        const ChannelView v{view[0], view[1], view[2]};
-        const cuda::DeviceLimits limits{multiprocessors, l2_bytes, false, shared_bytes, max_cluster};
-        const auto t = cuda::layer_norm_traffic(v, itemsize, backward, limits);
-        py::dict plan("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written);
-        if (v.inner == 1) {
-          const auto p =
-              cuda::plan_resident_rows(cuda::rows_of(v, samples, itemsize, true, !backward), backward, limits);
-          plan.attr("update")(py::dict("values"_a = p.values, "vectors"_a = p.vectors, "lanes"_a = p.lanes,
-                                       "threads"_a = p.threads, "staged_bytes"_a = p.is_staged ? p.staged.bytes : 0,
-                                       "chunk"_a = p.chunk, "chunks"_a = p.chunks, "blocks"_a = p.blocks,
-                                       "streaming_stores"_a = p.streaming));
-        } else {
-          const auto p = cuda::plan_layer_columns(v, samples, itemsize, true, limits);
-          plan.attr("update")(py::dict("values"_a = p.values, "width"_a = p.width, "height"_a = p.height,
-                                       "tiles"_a = p.tiles, "blocks"_a = p.blocks, "streaming_stores"_a = p.streaming));
-        }
-        return plan;
-      },
-      "view"_a, "samples"_a, "itemsize"_a, "backward"_a, "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a,
-      "max_cluster"_a);
+  m.def("cuda_traffic", channel_plan, "operation"_a, "view"_a, "itemsize"_a, "fused"_a, "multiprocessors"_a,
+        "l2_bytes"_a, "shared_bytes"_a, "max_cluster"_a,
+        "resident"_a = std::array<int, 3>{cuda::kMinBlocks, cuda::kMinBlocks, cuda::kMinBlocks});
+  m.def("cuda_group_norm_plan", group_norm_plan, "view"_a, "channels_last"_a, "itemsize"_a, "backward"_a,
+        "multiprocessors"_a, "l2_bytes"_a, "shared_bytes"_a, "max_cluster"_a);
+  m.def("cuda_layer_norm_plan", layer_norm_plan, "view"_a, "samples"_a, "itemsize"_a, "backward"_a, "multiprocessors"_a,
+        "l2_bytes"_a, "shared_bytes"_a, "max_cluster"_a);
 }
 
 }  // namespace

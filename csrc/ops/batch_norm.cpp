@@ -22,7 +22,8 @@ OptionalTensor like_input(const char* name, const OptionalTensor& tensor, const 
 }
 
 Tensor empty_statistics(const Tensor& input) {
-  return at::empty({2, input.size(1)}, input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
+  return empty_output({2, input.size(1)},
+                      input.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
 }
 
 enum class Target { kNew, kInput };  // kInput: the output overwrites the input
@@ -146,9 +147,9 @@ BatchNormBackwardCall::Result empty_gradients(const BatchNormBackwardCall& call,
                               : input.scalar_type() == at::kDouble ? at::kDouble
                                                                    : at::kFloat;
   const auto options = input.options().dtype(type).memory_format(at::MemoryFormat::Contiguous);
-  const auto of_parameter = [&](bool requested) { return at::empty({requested ? input.size(1) : 0}, options); };
+  const auto of_parameter = [&](bool requested) { return empty_output({requested ? input.size(1) : 0}, options); };
   const auto of_input = [&](bool requested) {
-    return requested ? empty_output_like(dense) : at::empty({0}, input.options());
+    return requested ? empty_output_like(dense) : empty_output({0}, input.options());
   };
   const auto& requested = call.output_mask;
   return {of_input(requested[0]), of_parameter(requested[1]), of_parameter(requested[2]), of_input(requested[3])};

@@ -8,6 +8,7 @@
 
 #include "ops/backend.h"
 #include "ops/layout.h"
+#include "ops/output_memory.h"
 #include "ops/registration.h"
 
 namespace normfused::ops {
@@ -29,7 +30,7 @@ Result run(const Tensor& input, Kernel kernel) {
   ChannelStats args{*view_of(dense), dtype_of(input.scalar_type()), dense.const_data_ptr(), {}};
   std::array<Tensor, 4> results;
   for (size_t i = 0; i < results.size(); ++i) {
-    results[i] = at::empty({input.size(1)}, options_of(input, at::kDouble));
+    results[i] = empty_output({input.size(1)}, options_of(input, at::kDouble));
     args.results[i] = results[i].mutable_data_ptr<double>();
   }
   const auto& [first, second, min, max] = results;

@@ -47,7 +47,7 @@ GroupNormCall::Result forward_kernels(const GroupNormCall& call) {
   const Activation activation = activation_of(call.activation, call.activation_param);
   const Tensor output = empty_output_like(dense);
   const auto contiguous_options = input.options().memory_format(at::MemoryFormat::Contiguous);
-  const Tensor statistics = at::empty({2, input.size(0), call.num_groups}, contiguous_options.dtype(at::kDouble));
+  const Tensor statistics = empty_output({2, input.size(0), call.num_groups}, contiguous_options.dtype(at::kDouble));
   const Tensor mask =
       empty_output({call.save_mask ? mask_bytes(input.numel()) : 0}, contiguous_options.dtype(at::kByte));
   if (input.numel() == 0) return {output, statistics.zero_(), mask};
@@ -78,11 +78,11 @@ GroupNormBackwardCall::Result empty_gradients(const GroupNormBackwardCall& call,
     const at::ScalarType type = like                                 ? like->scalar_type()
                                 : input.scalar_type() == at::kDouble ? at::kDouble
                                                                      : at::kFloat;
-    if (!requested) return at::empty({0}, options.dtype(type));
-    return like ? at::empty(like->sizes(), options.dtype(type)) : at::empty({input.size(1)}, options.dtype(type));
+    if (!requested) return empty_output({0}, options.dtype(type));
+    return like ? empty_output(like->sizes(), options.dtype(type)) : empty_output({input.size(1)}, options.dtype(type));
   };
   const auto of_input = [&](bool requested) {
-    return requested ? empty_output_like(dense) : at::empty({0}, input.options());
+    return requested ? empty_output_like(dense) : empty_output({0}, input.options());
   };
   const auto& requested = call.output_mask;
   return {of_input(requested[0]), of_parameter(requested[1], call.weight),

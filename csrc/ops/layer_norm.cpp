@@ -69,8 +69,8 @@ LayerNormCall::Result forward_kernels(const LayerNormCall& call) {
   const Tensor &input = call.input, dense = dims.dense(input);
   const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
   const Tensor output = empty_output_like(dense);
-  const Tensor sum = call.residual ? empty_output_like(dense) : at::empty({0}, options);
-  const Tensor statistics = at::empty(dims.statistics_shape(input), options.dtype(at::kDouble));
+  const Tensor sum = call.residual ? empty_output_like(dense) : empty_output({0}, options);
+  const Tensor statistics = empty_output(dims.statistics_shape(input), options.dtype(at::kDouble));
   if (input.numel() == 0) return {output, sum, statistics.zero_()};
   const OptionalTensor weight = contiguous(call.weight), bias = contiguous(call.bias);
   const OptionalTensor residual = laid_out_as(call.residual, dense);
@@ -101,10 +101,10 @@ LayerNormBackwardCall::Result empty_gradients(const LayerNormBackwardCall& call,
     const at::ScalarType type = like                                 ? like->scalar_type()
                                 : input.scalar_type() == at::kDouble ? at::kDouble
                                                                      : at::kFloat;
-    return at::empty(!requested ? at::IntArrayRef({0}) : like ? like->sizes() : shape, options.dtype(type));
+    return empty_output(!requested ? at::IntArrayRef({0}) : like ? like->sizes() : shape, options.dtype(type));
   };
   const auto& requested = call.output_mask;
-  return {requested[0] ? empty_output_like(dense) : at::empty({0}, input.options()),
+  return {requested[0] ? empty_output_like(dense) : empty_output({0}, input.options()),
           of_parameter(requested[1], call.weight), of_parameter(requested[2], call.bias ? call.bias : call.weight)};
 }
 

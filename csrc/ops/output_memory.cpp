@@ -99,23 +99,25 @@ c10::DataPtr OutputAllocator::allocate(size_t bytes) {
 
 constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
 
-// Whether an output of so many bytes uses the pool.
-bool is_pooled(c10::Device device, size_t bytes) {
-  return device.is_cpu() && bytes >= kMinBytes && allocator() != nullptr;
+c10::Allocator* allocator_for(size_t bytes) {
+  return bytes >= kMinBytes && allocator() != nullptr ? allocator() : c10::GetCPUAllocator();
 }
 
 }  // namespace
 
+// On the CPU these do without at::empty's way through the dispatcher: a small call makes up to eight tensors.
+
 at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  if (!options.device().is_cpu()) return at::empty(sizes, options);
   const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
-  if (!is_pooled(options.device(), bytes)) return at::empty(sizes, options);
-  return at::detail::empty_generic(sizes, allocator(), kCpu, c10::typeMetaToScalarType(options.dtype()),
+  return at::detail::empty_generic(sizes, allocator_for(bytes), kCpu, c10::typeMetaToScalarType(options.dtype()),
                                    options.memory_format_opt());
 }
 
 at::Tensor empty_output_like(const at::Tensor& like) {
-  if (!is_pooled(like.device(), like.nbytes())) return at::empty_like(like);
-  return at::detail::empty_strided_generic(like.sizes(), like.strides(), allocator(), kCpu, like.scalar_type());
+  if (!like.device().is_cpu()) return at::empty_like(like);
+  return at::detail::empty_strided_generic(like.sizes(), like.strides(), allocator_for(like.nbytes()), kCpu,
+                                           like.scalar_type());
 }
 
 memory::PoolStats memory_stats() { return allocator() ? allocator()->pool().stats() : memory::PoolStats{}; }

@@ -5,6 +5,7 @@
 #include "ops/backend.h"
 #include "ops/call.h"
 #include "ops/layout.h"
+#include "ops/output_memory.h"
 #include "ops/registration.h"
 
 namespace normfused::ops {
@@ -20,7 +21,7 @@ Tensor pack_moments_kernels(const Tensor& input, double eps) {
   const int64_t words = rank_words(input.size(1), dtype);
   if (input.numel() == 0) return at::zeros({words}, options);
   const Tensor dense = as_dense(input);
-  const Tensor result = at::empty({words}, options);
+  const Tensor result = empty_output({words}, options);
   backend_of(input).pack_moments(
       {*view_of(dense), dtype, dense.const_data_ptr(), result.mutable_data_ptr<int64_t>(), eps}, input.device());
   return result;
@@ -41,8 +42,8 @@ MergeRanksCall::Result merge_ranks_kernels(const MergeRanksCall& call) {
     TORCH_CHECK_VALUE(total != 1, "expected more than 1 value per channel when training, got 1 on all ranks together");
   }
 
-  const Tensor statistics = at::empty({2, channels}, words.options().dtype(at::kDouble));
-  const Tensor count = at::empty({}, words.options());
+  const Tensor statistics = empty_output({2, channels}, words.options().dtype(at::kDouble));
+  const Tensor count = empty_output({}, words.options());
   MergeRanks args{};
   running.begin(args);
   args.mean = statistics.mutable_data_ptr<double>();
