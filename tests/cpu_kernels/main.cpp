@@ -47,16 +47,22 @@ struct Cpu {
   void layer_norm_backward(const LayerNormBackward& args) { cpu::layer_norm_backward(args, kThreads); }
 };
 
-// The load of the busiest of `threads` threads, relative to an even distribution.
-double load_of_the_busiest(const ChannelView& view, const cpu::Plan& plan, int64_t threads) {
-  const int64_t chunk = std::max(cpu::grain(plan), (plan.units() + threads - 1) / threads);
+// The load of the busiest of `threads` threads, relative to an even distribution, in the reduction or if it `applies`
+// the results.
+double load_of_the_busiest(const ChannelView& view, const cpu::Plan& plan, int64_t threads, bool applies) {
+  const int64_t blocks = applies ? plan.apply_blocks() : 1, size = applies ? plan.apply_block : plan.position_block;
+  const int64_t tasks = plan.units() * blocks;
+  const int64_t chunk = std::max(cpu::grain(plan), (tasks + threads - 1) / threads);
   int64_t busiest = 0;
-  for (int64_t begin = 0; begin < plan.units(); begin += chunk) {
+  for (int64_t begin = 0; begin < tasks; begin += chunk) {
     int64_t load = 0;
-    for (int64_t unit = begin; unit < std::min(begin + chunk, plan.units()); ++unit) {
+    for (int64_t task = begin; task < std::min(begin + chunk, tasks); ++task) {
+      const int64_t unit = task / blocks;
       const int64_t c0 = unit % plan.channel_units * plan.channel_block;
       const int64_t m0 = unit / plan.channel_units * plan.position_block;
-      load += std::min(plan.channel_block, view.channels - c0) * std::min(plan.position_block, view.positions() - m0);
+      const int64_t m1 = std::min(m0 + plan.position_block, view.positions());
+      const int64_t length = std::clamp<int64_t>(m1 - m0 - task % blocks * size, 0, size);
+      load += std::min(plan.channel_block, view.channels - c0) * length;
     }
     busiest = std::max(busiest, load);
   }
@@ -72,17 +78,20 @@ void run_shares() {
       for (const int64_t itemsize : {2, 4})
         for (const int64_t operands : {1, 2})
           for (const int64_t threads : {2, 4})
-            expect_near("share", channels,
-                        load_of_the_busiest(view, cpu::plan_reduction(view, itemsize, operands), threads), 1, 0.1);
+            for (const bool applies : {false, true})
+              expect_near("share", channels,
+                          load_of_the_busiest(view, cpu::plan_reduction(view, itemsize, operands), threads, applies), 1,
+                          0.1);
 }
 
 // Channels first: rows shorter and longer than vectors and segments; few and many channels. Channels last: numbers of
 // channels around the size of a vector, of several vectors and of a unit. Short rows in lane layout: too few of them,
 // more than a segment, more channels than lanes, and units that end inside a row.
 const ChannelView kViews[] = {
-    {1, 1, 1},    {1, 1, 2},     {2, 3, 1},    {1, 3, 31},  {4, 3, 49},   {32, 65, 49}, {2, 130, 7},   {3, 2, 4097},
-    {2, 3, 9000}, {5, 2049, 2},  {3, 40, 900}, {7, 16, 64}, {31, 1, 1},   {33, 65, 1},  {700, 96, 1},  {900, 70, 1},
-    {3, 2049, 1}, {60, 1100, 1}, {4000, 3, 1}, {7, 40, 4},  {600, 40, 2}, {9, 65, 16},  {5, 2100, 25}, {13001, 3, 3},
+    {1, 1, 1},    {1, 1, 2},     {2, 3, 1},     {1, 3, 31},     {4, 3, 49},   {32, 65, 49}, {2, 130, 7},
+    {3, 2, 4097}, {2, 3, 9000},  {5, 2049, 2},  {3, 40, 900},   {7, 16, 64},  {31, 1, 1},   {33, 65, 1},
+    {700, 96, 1}, {900, 70, 1},  {3, 2049, 1},  {60, 1100, 1},  {4000, 3, 1}, {7, 40, 4},   {600, 40, 2},
+    {9, 65, 16},  {5, 2100, 25}, {13001, 3, 3}, {1030, 200, 1},
 };
 
 // Each returns the number of cases that it ran.

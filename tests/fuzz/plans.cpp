@@ -38,6 +38,7 @@ ChannelView any_view(fuzz::Bytes& bytes) {
 void check_cpu_units(const ChannelView& view, const cpu::Plan& plan) {
   CHECK(covers(plan.channel_units, plan.channel_block, view.channels));
   CHECK(covers(plan.position_units, plan.position_block, view.positions()));
+  CHECK(covers(plan.apply_blocks(), plan.apply_block, plan.position_block));
   CHECK(plan.unit_bytes > 0 && cpu::grain(plan) >= 1);
 }
 

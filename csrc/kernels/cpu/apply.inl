@@ -170,9 +170,10 @@ void apply_as(const Op& op, const ChannelView& view, const Unit& unit, const typ
 template <class Op>
 void apply(const Op& op, const ChannelView& view, const Unit& unit, const typename Op::V::S* table, bool nontemporal) {
   static_assert(check_apply_op<Op>());
-  if (!nontemporal) return apply_as<false>(op, view, unit, table);
-  apply_as<true>(op, view, unit, table);
-  nontemporal_fence();
+  if (nontemporal)
+    apply_as<true>(op, view, unit, table);
+  else
+    apply_as<false>(op, view, unit, table);
 }
 
 // Applies the op to the whole tensor, without a reduction before.

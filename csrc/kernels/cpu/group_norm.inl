@@ -151,7 +151,7 @@ void reduce_wide(const Op& op, const ChannelView& view, const Unit& unit, const 
 template <class Op>
 void merge_ranges(const Op& op, int64_t positions, const GroupPlan& plan, const ResultTable& results, int64_t c0,
                   int64_t c1) {
-  const Plan by_split{0, 0, plan.position_block, plan.splits, 0};
+  const Plan by_split{0, 0, plan.position_block, plan.splits, 0, 0};
   merge_splits(op, {1, results.channels, positions}, by_split, results, c0, c1);
 }
 
@@ -159,7 +159,7 @@ void merge_ranges(const Op& op, int64_t positions, const GroupPlan& plan, const 
 template <class Op>
 bool use_nontemporal_stores(const Op& op, const GroupView& view, const GroupPlan& plan) {
   const auto aligned = [&](int64_t block) {
-    return use_nontemporal_stores(op, view.by_channel(), Plan{0, 0, block, 0, 0}, kTrainingCachePart);
+    return use_nontemporal_stores(op, view.by_channel(), Plan{0, 0, block, 0, 0, 0}, kTrainingCachePart);
   };
   return aligned(plan.position_block) && aligned(view.inner);
 }

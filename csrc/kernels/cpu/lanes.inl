@@ -24,6 +24,14 @@ NF_FN Unit unit_of(const Plan& plan, const ChannelView& view, int64_t index) {
   return {c0, minimum(c0 + plan.channel_block, view.channels), m0, minimum(m0 + plan.position_block, view.positions())};
 }
 
+// Task `index` of the apply phase. It may be empty at the end of the tensor.
+NF_FN Unit apply_task_of(const Plan& plan, const ChannelView& view, int64_t index) {
+  Unit task = unit_of(plan, view, index / plan.apply_blocks());
+  task.m0 += index % plan.apply_blocks() * plan.apply_block;
+  task.m1 = minimum(task.m0 + plan.apply_block, task.m1);
+  return task;
+}
+
 // Offset of position m of channel c.
 NF_FN int64_t offset_of(const ChannelView& view, int64_t c, int64_t m) {
   return (m / view.inner * view.channels + c) * view.inner + m % view.inner;

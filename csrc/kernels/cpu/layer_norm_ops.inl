@@ -244,9 +244,10 @@ bool rows_are_nontemporal(const void* output, int64_t numel, int64_t row) {
 
 template <bool kStatisticIsRow, class Op>
 void sweep_outputs(const Op& op, const Block& block, const SweepOperands<Op>& operands, bool nontemporal) {
-  if (!nontemporal) return sweep<kStatisticIsRow, false>(op, block, operands);
-  sweep<kStatisticIsRow, true>(op, block, operands);
-  nontemporal_fence();
+  if (nontemporal)
+    sweep<kStatisticIsRow, true>(op, block, operands);
+  else
+    sweep<kStatisticIsRow, false>(op, block, operands);
 }
 
 // Adds the sums of each row of a block. The operands are those of its first column.

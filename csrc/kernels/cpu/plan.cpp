@@ -15,7 +15,9 @@ constexpr int64_t kUnits = 64;
 constexpr int64_t kMinUnitBytes = 16 << 10;
 constexpr int64_t kMinSplitBytes = 64 << 10;
 // Minimum number of channels-last rows in a split: fewer do not amortize the merge of its result.
-constexpr int64_t kMinSplitRows = 128;
+constexpr int64_t kMinSplitRows = 256;
+// Size of a task of the apply phase after such a split.
+constexpr int64_t kApplyBytes = 128 << 10;
 // Size of a part of a group that does not fit the cache, and its minimum number of channels-last rows.
 constexpr int64_t kPartBytes = 128 << 10, kMinPartRows = 32;
 // Channels last, the least contiguous bytes of a range of groups.
@@ -41,8 +43,12 @@ int64_t aligned_rows(int64_t row_bytes) { return std::max<int64_t>(4, kCacheLine
 int64_t grain_of(int64_t task_bytes) { return std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, task_bytes)); }
 
 Plan make_plan(const ChannelView& view, int64_t channel_block, int64_t position_block, int64_t item_bytes) {
-  return {channel_block, ceil_div(view.channels, channel_block), position_block,
-          ceil_div(view.positions(), position_block), channel_block * position_block * item_bytes};
+  return {channel_block,
+          ceil_div(view.channels, channel_block),
+          position_block,
+          ceil_div(view.positions(), position_block),
+          channel_block * position_block * item_bytes,
+          position_block};
 }
 
 }  // namespace
@@ -66,8 +72,11 @@ Plan plan_reduction(const ChannelView& view, int64_t itemsize, int64_t operands)
   if (most > 1) {
     int64_t splits = kUnits;
     while (splits > most) splits /= 2;
-    const int64_t block = round_up(ceil_div(positions, splits), aligned_rows(view.channels * itemsize));
-    return make_plan(view, std::min(view.channels, kMaxLanes), block, item_bytes);
+    const int64_t aligned = aligned_rows(view.channels * itemsize);
+    const int64_t block = round_up(ceil_div(positions, splits), aligned);
+    Plan plan = make_plan(view, std::min(view.channels, kMaxLanes), block, item_bytes);
+    plan.apply_block = round_up(ceil_div(block, ceil_div(plan.unit_bytes, kApplyBytes)), aligned);
+    return plan;
   }
   const int64_t fair = std::max(view.channels / (kUnits / 2), kMinUnitBytes / channel_bytes);
   const int64_t wide = std::min({kCacheBytes / channel_bytes, fair, kMaxLanes});

@@ -23,8 +23,12 @@ struct Plan {
   int64_t position_block;  // positions of a unit
   int64_t position_units;  // ranges of positions: splits
   int64_t unit_bytes;
+  // Positions of a task of the apply phase that follows a reduction with several splits. Tasks are smaller than units
+  // if these exceed the cache, so that each thread can begin with the values that it read last.
+  int64_t apply_block;
 
   int64_t units() const { return channel_units * position_units; }
+  int64_t apply_blocks() const { return (position_block + apply_block - 1) / apply_block; }  // of a unit
 };
 
 // For a reduction followed by an elementwise pass. `operands` is the number of tensors of the view's shape that both

@@ -41,10 +41,12 @@ inline constexpr int64_t kAccumulatorVectors = 4;
 template <class V>
 inline constexpr int64_t kAccumulatorPacks = kAccumulatorVectors / V::kVecs;
 // Lane layout: number of rows that are accumulated in S, in registers, before they are joined to the segment's sums in
-// double. Hardware prefetchers follow about this many sequential streams.
-inline constexpr int64_t kRowsPerStep = 16;
-// Lane layout: length of a segment relative to the pivot sample.
-inline constexpr int64_t kSamplesPerSegment = 64;
+// double. In proportion to the number of sums, because each takes as long to join.
+template <class Op>
+inline constexpr int64_t kRowsPerStep = 8 * Op::kSums;
+// Lane layout: positions of the pivot sample, and of a segment relative to it. The sample is read twice, so that of a
+// short unit of channels last is short.
+inline constexpr int64_t kLaneSample = 16, kShortLaneSample = 4, kSamplesPerSegment = 64;
 // Rows of up to this many bytes are reduced in lanes. Measured for moments in float32: 7 x 7 (196 bytes) takes as long
 // either way, 5 x 5 half as long in lanes, 2 x 2 a tenth.
 inline constexpr int64_t kShortRowBytes = 100;
@@ -413,7 +415,7 @@ void join_lanes(const LaneLayout& layout, int64_t k, double* sums) {
   }
 }
 
-// Sums positions [m, end) of the unit's channels into the segment, kRowsPerStep rows of lanes at a time.
+// Sums positions [m, end) of the unit's channels into the segment, kRowsPerStep<Op> rows of lanes at a time.
 template <class Op>
 void accumulate_unit_lanes(const Op& op, const ChannelView& view, const LaneLayout& layout,
                            Segment<Op, kMaxLanes>& segment, int64_t m, int64_t end) {
@@ -422,7 +424,7 @@ void accumulate_unit_lanes(const Op& op, const ChannelView& view, const LaneLayo
   int64_t offset = offset_of(view, segment.unit.c0, m);
   int64_t left = (end - m) / layout.positions;
   for (int64_t rows; left > 0; left -= rows, offset += rows * stride) {
-    rows = minimum(kRowsPerStep, left);
+    rows = minimum(kRowsPerStep<Op>, left);
     accumulate_lanes(op, layout.channels_last, {offset, rows, stride, 0}, layout.lanes(), segment);
   }
   const int64_t rest = (end - m) % layout.positions;  // only channels last
@@ -436,7 +438,9 @@ void reduce_lanes(const Op& op, const ChannelView& view, const Unit& unit, const
                   const ResultTable& results) {
   Segment<Op, kMaxLanes> segment(op, unit, results);
   segment.begin(offset_of(view, unit.c0, unit.m0), view.inner);
-  const int64_t sample = (kRowsPerStep + layout.positions - 1) / layout.positions * layout.positions;
+  const bool is_short = layout.channels_last && unit.m1 - unit.m0 <= kShortLaneSample * kSamplesPerSegment;
+  const int64_t least = is_short ? kShortLaneSample : kLaneSample;
+  const int64_t sample = (least + layout.positions - 1) / layout.positions * layout.positions;
   reduce_segments(segment, sample, kSamplesPerSegment * sample,
                   [&](int64_t m, int64_t end) { accumulate_unit_lanes(op, view, layout, segment, m, end); });
 }
@@ -494,7 +498,10 @@ void reduce_finalize_apply(const Op& op, const ChannelView& view, const Plan& pl
     merge_splits(op, view, plan, results, c0, c1);
     finalize(c0, c1);
   });
-  parallel.backwards(plan.units(), grain(plan), [&](int64_t index) { apply(unit_of(plan, view, index)); });
+  parallel.backwards(plan.units() * plan.apply_blocks(), grain(plan), [&](int64_t index) {
+    const Unit task = apply_task_of(plan, view, index);
+    if (task.m0 < task.m1) apply(task);
+  });
 }
 
 }  // namespace

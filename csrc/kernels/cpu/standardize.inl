@@ -78,7 +78,6 @@ struct StandardizeTiles {
     } else if (args.output_is_last) {
       planar_to_nhwc(planes_out, channels, count, n, output);
     }
-    if (kNonTemporal) nontemporal_fence();
   }
 };
 

@@ -314,7 +314,7 @@ NF_FN void store_double_as(S* p, Vec<double> value, Width width) {
   }
 }
 
-// Non-temporal store. Precondition: p is aligned to sizeof(V).
+// Non-temporal store: Parallel orders it before what follows the loop. Precondition: p is aligned to sizeof(V).
 template <class V>
 NF_FN void store_nontemporal(void* p, V raw) {
 #if NF_VECTOR_BYTES == 64
@@ -330,13 +330,6 @@ NF_FN void store_nontemporal(void* p, V raw) {
 // Distance from p to the next multiple of `alignment`.
 NF_FN int64_t bytes_to_alignment(const void* p, int64_t alignment) {
   return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(alignment));
-}
-
-// Orders non-temporal stores before later stores. Call it before the task ends.
-NF_FN void nontemporal_fence() {
-#if NF_VECTOR_BYTES > 16
-  _mm_sfence();
-#endif
 }
 
 // Prefetches a row of up to 2048 bytes. Rows of one channel are far apart in memory, and hardware prefetchers do not
