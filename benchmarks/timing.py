@@ -27,7 +27,7 @@ class Budget:
     min_rounds: int
 
 
-FULL = Budget(seconds=0.3, min_rounds=15)
+FULL = Budget(seconds=0.3, min_rounds=11)
 QUICK = Budget(seconds=0.1, min_rounds=5)
 TINY = Budget(seconds=0.0, min_rounds=2)
 
@@ -54,9 +54,9 @@ def samplers(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch) -> di
 
 
 # Work after which a processor that was idle has its full speed again. On a Xeon in a virtual machine, after a pause of
-# 20 ms or more, a copy of 6 MB took 2.1 to 2.5 times as long, and still up to twice as long after four copies. After 16
-# copies, 4 ms, it did not.
-WARM_SECONDS = 5e-3
+# 30 ms, a copy of 26 MB took 1.9 times as long, after 5 ms of copies still 1.9 times, after 10 ms 1.03 times, and batch
+# norm 1.5, 1.7 and 1.1 times. It had its full speed after 20 to 40 ms.
+WARM_SECONDS = 20e-3
 
 
 def host_sampler(call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Sampler:

@@ -37,6 +37,7 @@ SUITES = [
     "test_group_norm.py",
     "test_inplace.py",
     "test_layer_norm.py",
+    "test_layer_norm_layers.py",
     "test_local_response_norm.py",
     "test_modules.py",
     "test_numerics.py",
