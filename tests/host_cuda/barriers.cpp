@@ -332,6 +332,34 @@ void layers(const ChannelView& view) {
   run_layer_norm<float>(backend, view, {1, false, true, false}, 0, random);
 }
 
+// Layer norm of rows that a cluster of blocks stages.
+struct StagedLayers {
+  cuda::DeviceLimits device;
+
+  std::string name() const { return "staged layers"; }
+
+  void layer_norm(const LayerNormForward& args) const {
+    const cuda::ResidentRowsPlan plan =
+        cuda::plan_resident_rows(cuda::rows_of(args.view, 1, sizeof(float), true, true), false, device);
+    if (!plan.is_staged || plan.chunks != device.max_cluster) std::abort();
+    std::vector<Moments> parts(static_cast<size_t>(plan.rows * plan.chunks));
+    launch({dim3(static_cast<unsigned>(plan.rows * plan.chunks)), dim3(cuda::kThreads), nullptr, false,
+            plan.staged.bytes, plan.chunks},
+           cuda::normalize_staged_rows<cuda::LayerRowsOp<float>, 4>, cuda::LayerRowsOp<float>{args}, plan,
+           parts.data());
+    cudahost::synchronize();
+  }
+  void layer_norm_backward(const LayerNormBackward&) const {}
+};
+
+void staged_layers(int64_t rows, int64_t columns, const cuda::DeviceLimits& device) {
+  current = "staged layers of " + std::to_string(columns);
+  std::mt19937 random(4);
+  const ChannelView view{rows, columns, 1};
+  const StagedLayers backend{device};
+  LayerNormCase<float, const StagedLayers>(backend, view, {1, false, true, false}, 0, random).run_only_forward();
+}
+
 }  // namespace
 
 int main() {
@@ -368,6 +396,8 @@ int main() {
     inference({90, 8, 1});
     layers({3, 1200, 1});  // a block per row
     layers({3, 40, 8});    // columns, two tiles per block
+    staged_layers(2, 5000, {1, 0, true, 24 << 10, 1});
+    staged_layers(1, 5000, {1, 0, true, 15 << 10, 2});
     windows({2, 9, 5});
     windows({7, 130, 1});
     images(true);

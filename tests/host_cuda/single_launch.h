@@ -330,6 +330,18 @@ inline void run_persistent_launches(std::mt19937& random) {
     std::printf("  %-34s %5lld cases\n", what.c_str(), static_cast<long long>(times));
 }
 
+// The same for rows that only the shared memory of a cluster holds.
+inline void run_refused_rows(const cuda::DeviceLimits& limits, std::mt19937& random) {
+  const FewestLaunches groups{limits}, layers{limits};
+  GroupNormCase<float, const FewestLaunches>(groups, {2, 1, 2, 8400, false}, {{}, false, false}, false, 0, random)
+      .run();
+  LayerNormCase<float, const FewestLaunches>(layers, {2, 16800, 1}, {1, false, true, false}, 0, random).run();
+  if (groups.rows != 3 || layers.rows != 2) {
+    std::printf("FAILED %s: %u and %u launches for rows\n", current.c_str(), groups.rows, layers.rows);
+    std::exit(1);
+  }
+}
+
 // A device that refuses clusters runs the plan for several launches.
 inline void run_refused(std::mt19937& random) {
   const Case<float> data({8, 3, 640}, 0, random);
@@ -347,6 +359,7 @@ inline void run_refused(std::mt19937& random) {
                 backend.groups);
     std::exit(1);
   }
+  run_refused_rows(backend.limits, random);
   cudahost::max_cluster = ~0u;
 }
 

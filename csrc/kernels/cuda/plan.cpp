@@ -361,6 +361,21 @@ int power_of_two(int64_t at_least, int most) {
   return power;
 }
 
+// Tries to make the plan one of rows that the smallest possible cluster of blocks stages. Returns whether that is
+// possible; if not, nothing changes.
+bool make_staged(ResidentRowsPlan& plan, const ResidentRows& rows, const DeviceLimits& limits) {
+  const Reduced row{rows.itemsize, 1, rows.aligned, true, false, plan.values};
+  for (int cluster = 1; cluster <= limits.max_cluster; cluster *= 2) {
+    const Staged staged = staged_of(row, ceil_div(ceil_div(rows.row_values / plan.values, cluster), kThreads));
+    if (staged.bytes + kDeclaredBytes > limits.shared_bytes) continue;
+    plan.staged = staged;
+    plan.chunks = cluster;
+    plan.lanes = plan.threads = kThreads;
+    return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 ResidentRowsPlan plan_resident_rows(const ResidentRows& rows, bool is_backward, const DeviceLimits& limits) {
@@ -377,14 +392,7 @@ ResidentRowsPlan plan_resident_rows(const ResidentRows& rows, bool is_backward, 
   plan.threads = std::max(plan.lanes, kThreads);
   const int64_t held = int64_t{plan.lanes} * plan.vectors * plan.values;
   plan.chunks = static_cast<int>(ceil_div(length, held));
-  const Reduced row{rows.itemsize, 1, rows.aligned, true, false, plan.values};
-  plan.staged = staged_of(row, ceil_div(ceil_div(length, plan.values), kThreads));
-  plan.is_staged =
-      rows.may_stage && plan.chunks > 1 && plan.values > 1 && plan.staged.bytes + kDeclaredBytes <= limits.shared_bytes;
-  if (plan.is_staged) {
-    plan.chunks = 1;
-    plan.lanes = plan.threads = kThreads;
-  }
+  plan.is_staged = rows.may_stage && plan.chunks > 1 && plan.values > 1 && make_staged(plan, rows, limits);
   plan.chunk = ceil_div(ceil_div(length, plan.chunks), plan.values) * plan.values;
   plan.rows = rows.rows / rows.samples;
   const int resident = plan.threads > kThreads ? 1 : kMinBlocks;
