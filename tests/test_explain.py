@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import normfused
-from normfused import explain
+from normfused import cuda_plans, explain
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
@@ -99,6 +99,16 @@ AGAIN = "read again from the L2 cache"
 )
 def test_paths_launches_and_bytes(layer: nn.Module, x: Tensor, expected: list[tuple[str, int, float]]) -> None:
     assert described(layer, x) == expected
+
+
+def test_a_device_whose_shared_memory_holds_more_than_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = cuda_plans.CudaDevice("large", 132, 8 << 20, 227 << 10, 8)
+    monkeypatch.setitem(cuda_plans._DEVICES, device.name, device)
+    x = empty(64, 64, 32, 32, channels_last=True)
+    forward, backward = explain(normfused.BatchNorm2d(64), x, device=device.name).passes
+    assert (forward.path, forward.reason) == (HELD, "256 blocks keep the whole tensor")
+    assert forward.read_bytes - x.numel() * 4 < 0.02 * x.numel() * 4  # besides the partial sums
+    assert (backward.path, "read the other" in backward.reason) == (HELD + " in part", True)
 
 
 def test_the_floor_moves_each_tensor_once() -> None:
