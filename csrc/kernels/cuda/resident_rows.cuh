@@ -159,7 +159,7 @@ template <class Op, int kValues>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     normalize_staged_rows(const Op op, const ResidentRowsPlan plan, Moments* const parts) {
   using T = typename Op::T;
-  constexpr int kVectors = 2;  // that are written together
+  constexpr int kVectors = sizeof(T) * kValues > 2 * kAccessBytes ? 1 : 2;  // that are written together
   NF_DYNAMIC_SHARED(uint4, staged);
   Stage<T, kValues> stage(staged, 1, plan.staged);
   const unsigned row = blockIdx.x / static_cast<unsigned>(plan.chunks);
