@@ -258,9 +258,10 @@ def _sample_norm(x: Tensor, groups: int, device: CudaDevice) -> tuple[CudaPass, 
     forward, backward = (C.cuda_group_norm_plan(view, channels_last, itemsize, b, *device[1:]) for b in (False, True))  # type: ignore
     values = f"the {count} values of a statistic"
     if forward["launches"] == 1:
-        ahead = _held(forward["is_staged"], forward["chunks"], values)
+        blocks = forward["splits" if channels_last else "chunks"]
+        ahead = _held(channels_last or forward["is_staged"], blocks, values)
     elif channels_last:
-        ahead = _TWO_PASSES, "the values of a statistic are not contiguous"
+        ahead = _TWO_PASSES, f"{values} do not fit shared memory, or channels do not fill vectors"
     else:
         fits = C.cuda_layer_norm_plan((1, count, 1), 1, itemsize, False, *device[1:])["launches"] == 1  # type: ignore
         large = f"{values} do not fit shared memory"
@@ -268,7 +269,7 @@ def _sample_norm(x: Tensor, groups: int, device: CudaDevice) -> tuple[CudaPass, 
     if backward["launches"] == 3:
         back = _held(True, backward["splits"], f"{values} of two tensors")
     elif channels_last:
-        back = ahead
+        back = _TWO_PASSES, f"{values} of two tensors do not fit shared memory, or channels do not fill vectors"
     else:
         back = _TWO_PASSES, f"{values} of two tensors do not fit shared memory, or vectors have several channels"
     return _pass("forward", *ahead, forward, x, 2), _pass("backward", *back, backward, x, 3)

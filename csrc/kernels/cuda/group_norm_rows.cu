@@ -1,6 +1,6 @@
-#include "kernels/cuda/group_norm_rows.h"
-
 #include "kernels/cuda/group_norm_rows.cuh"
+
+#include "kernels/cuda/group_norm_single.h"
 #include "kernels/cuda/launch.cuh"
 
 namespace normfused::cuda {

@@ -188,7 +188,7 @@ struct Reduced {
   bool may_apply = false;
   bool writes_mask = false;                  // by whole bytes: no two threads may write values of the same vector
   int values = values_per_access(itemsize);  // per vector, if aligned
-  // If not 0, a launch that applies finishes this many neighbouring channels together, and its plan is one of rows.
+  // If not 0, a launch that applies finishes this many neighbouring channels together: a tile has a multiple of them.
   int64_t together = 0;
 
   constexpr int vector_bytes() const { return values * itemsize; }

@@ -67,14 +67,15 @@ SampleTraffic group_norm_traffic(const GroupView& view, int itemsize, bool is_ba
     result.written = bytes + partials;
     return result;
   }
-  Reduced together{itemsize, inputs, true, is_backward && !view.channels_last};
+  Reduced together{itemsize, inputs, true, is_backward || view.channels_last};
   together.together = view.width();
   if (together.may_apply) result.reduction = plan_reduction(reduced, together, limits);
   const bool single = together.may_apply && result.reduction.single();
   if (!single) result.reduction = plan_reduction(reduced, {itemsize, inputs, true}, limits);
   // Forward: reduction, finish, application. Backward also prepares the reduction and writes two parameter gradients.
-  result.launches = single ? 3 : is_backward ? 6 : 3;
-  const int64_t partials = result.reduction.splits() * sums * reduced.statistics() * int64_t{sizeof(double)};
+  result.launches = single ? (is_backward ? 3 : 1) : (is_backward ? 6 : 3);
+  const int64_t partials =
+      result.reduction.splits() * (single ? 2 : sums) * reduced.statistics() * int64_t{sizeof(double)};
   result.read = (single ? 1 : 2) * inputs * bytes + partials;
   result.written = bytes + partials;
   return result;
