@@ -46,12 +46,9 @@ class LayerNormCase {
   }
 
   void run() {
-    run_only_forward();
-    run_backward();
-  }
-  void run_only_forward() {
     define();
     run_forward();
+    run_backward();
   }
 
  private:
