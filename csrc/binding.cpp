@@ -92,8 +92,9 @@ py::dict group_norm_plan(std::array<int64_t, 4> view, bool channels_last, int it
   const auto t = cuda::group_norm_traffic(group_view, itemsize, backward, limits);
   const cuda::ReductionPlan& r = t.reduction;
   return py::dict("launches"_a = t.launches, "read"_a = t.read, "written"_a = t.written, "by_rows"_a = r.by_rows,
-                  "is_staged"_a = t.rows.is_staged, "values"_a = r.by_rows ? r.rows.values : r.columns.values,
-                  "lanes"_a = r.rows.lanes, "width"_a = r.columns.width, "tiles"_a = r.tiles(), "splits"_a = r.splits(),
+                  "is_staged"_a = t.rows.is_staged, "chunks"_a = t.rows.chunks,
+                  "values"_a = r.by_rows ? r.rows.values : r.columns.values, "lanes"_a = r.rows.lanes,
+                  "width"_a = r.columns.width, "tiles"_a = r.tiles(), "splits"_a = r.splits(),
                   "chunk"_a = r.by_rows ? r.rows.chunk : r.columns.chunk);
 }
 

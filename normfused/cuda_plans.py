@@ -244,6 +244,12 @@ def _batch_norm(layer: Any, x: Tensor, device: CudaDevice) -> tuple[CudaPass, Cu
     return forward, _pass("backward", "application", constants, backward, x, 2 + reads_input)
 
 
+def _held(is_staged: bool, blocks: int, values: str) -> tuple[str, str]:
+    """Path and reason of a launch that reads its values once."""
+    who = "a block holds" if blocks == 1 else f"{blocks} blocks of a cluster hold"
+    return "held in shared memory" if is_staged else "held in registers", f"{who} {values}"
+
+
 def _sample_norm(x: Tensor, groups: int, device: CudaDevice) -> tuple[CudaPass, CudaPass]:
     """Group norm, and instance norm with one channel per group."""
     channels_last, itemsize = _is_channels_last(x), x.element_size()
@@ -252,19 +258,18 @@ def _sample_norm(x: Tensor, groups: int, device: CudaDevice) -> tuple[CudaPass, 
     forward, backward = (C.cuda_group_norm_plan(view, channels_last, itemsize, b, *device[1:]) for b in (False, True))  # type: ignore
     values = f"the {count} values of a statistic"
     if forward["launches"] == 1:
-        where = "shared memory" if forward["is_staged"] else "registers"
-        ahead = f"held in {where}", f"a block holds {values}"
+        blocks = forward["splits" if channels_last else "chunks"]
+        ahead = _held(channels_last or forward["is_staged"], blocks, values)
     elif channels_last:
-        ahead = _TWO_PASSES, "the values of a statistic are not contiguous"
+        ahead = _TWO_PASSES, f"{values} do not fit shared memory, or channels do not fill vectors"
     else:
-        fits = C.cuda_layer_norm_plan((1, count, 1), 1, itemsize, False, *device[1:])["chunks"] == 1  # type: ignore
-        large = f"{values} do not fit a block's shared memory"
+        fits = C.cuda_layer_norm_plan((1, count, 1), 1, itemsize, False, *device[1:])["launches"] == 1  # type: ignore
+        large = f"{values} do not fit shared memory"
         ahead = _TWO_PASSES, "a vector has values of several channels" if fits else large
     if backward["launches"] == 3:
-        who = "a block holds" if backward["splits"] == 1 else f"{backward['splits']} blocks of a cluster hold"
-        back = "held in shared memory", f"{who} {values} of two tensors"
+        back = _held(True, backward["splits"], f"{values} of two tensors")
     elif channels_last:
-        back = ahead
+        back = _TWO_PASSES, f"{values} of two tensors do not fit shared memory, or channels do not fill vectors"
     else:
         back = _TWO_PASSES, f"{values} of two tensors do not fit shared memory, or vectors have several channels"
     return _pass("forward", *ahead, forward, x, 2), _pass("backward", *back, backward, x, 3)
@@ -283,9 +288,9 @@ def _layer_norm(layer: Any, x: Tensor, device: CudaDevice) -> tuple[CudaPass, Cu
             return _pass(
                 name, "read again from the caches", "a block has all values of its positions", plan, x, tensors
             )
-        if plan["chunks"] == 1:
-            where = "shared memory" if plan["staged_bytes"] else "registers"
-            return _pass(name, f"held in {where}", f"a block holds the {count} values of a row", plan, x, tensors)
+        if plan["chunks"] == 1 or plan["staged_bytes"]:
+            held = _held(plan["staged_bytes"] > 0, plan["chunks"], f"the {count} values of a row")
+            return _pass(name, *held, plan, x, tensors)
         reason = f"the {count} values of a row are divided among {plan['chunks']} blocks"
         return _pass(name, _TWO_PASSES, reason, plan, x, tensors)
 

@@ -305,11 +305,11 @@ def layer_plan(
 
 
 # Group norms of diffusion models in bfloat16, published ones among them: lanes or width, tiles, splits; channels first,
-# unless a block holds a statistic, and channels last.
+# unless a block or a cluster holds a statistic, and channels last.
 GROUP_NORMS = {
-    (2, 32, 320, 64 * 64): (None, (2, 40, 8)),
-    (2, 32, 1280, 16 * 16): (None, (2, 160, 1)),
-    (1, 32, 128, 256 * 256): ((256, 32, 8), (8, 2, 128)),
+    (2, 32, 320, 64 * 64): (None, (5, 16, 2)),
+    (2, 32, 1280, 16 * 16): (None, (5, 64, 1)),
+    (1, 32, 128, 256 * 256): (None, (8, 2, 128)),
     (1, 32, 128, 20 * 256 * 256): ((256, 32, 8), (8, 2, 132)),
     (1, 32, 512, 16 * 180 * 320): ((256, 32, 8), (8, 8, 33)),
 }
@@ -354,14 +354,19 @@ def test_statistics_that_fit_into_registers_are_read_once() -> None:
     assert group_plan((4, 32, 32, 128 * 128))["launches"] == 1  # instance norm: 16,384 values
     assert not group_plan((4, 32, 32, 128 * 128))["is_staged"]
     assert group_plan((4, 32, 32, 128 * 130))["is_staged"]
-    assert group_plan((2, 32, 1280, 256), channels_last=True)["launches"] == 3
+    assert group_plan((2, 32, 1280, 256), channels_last=True)["launches"] == 1
+    assert group_plan((2, 32, 1280, 256), channels_last=True, backward=True)["launches"] == 3
+    assert group_plan((2, 3, 6, 256), channels_last=True)["launches"] == 3  # a position has one vector and a half
+    assert group_plan((2, 1, 4096, 4), channels_last=True)["launches"] == 3  # more vectors than a block has threads
     assert group_plan((2, 4, 64, 3))["launches"] == 3  # a vector can have values of three channels
 
 
 def test_statistics_that_fit_shared_memory_are_read_once() -> None:
-    """55 vectors of four values for each of 256 threads."""
-    assert group_plan((4, 32, 32, 56_320))["launches"] == 1
-    assert group_plan((4, 32, 32, 56_324))["launches"] == 3
+    """55 vectors of four values for each of 256 threads, in up to 8 blocks of a cluster."""
+    for inner, chunks in ((56_320, 1), (56_324, 2), (112_640, 2), (112_648, 4), (450_560, 8)):
+        chosen = group_plan((4, 32, 32, inner))
+        assert (chosen["launches"], chosen["is_staged"], chosen["chunks"]) == (1, True, chunks)
+    assert group_plan((4, 32, 32, 450_564))["launches"] == 3
     assert group_plan((4, 32, 320, 4096))["launches"] == 1
     for itemsize, inner, splits in ((2, 4096, 1), (4, 4096, 2), (4, 8192, 4), (4, 16384, 8)):
         held = group_plan((4, 32, 320, inner), itemsize=itemsize, backward=True)
@@ -370,14 +375,18 @@ def test_statistics_that_fit_shared_memory_are_read_once() -> None:
 
 
 def test_traffic_of_group_norm() -> None:
-    """Counted by hand: 2 x 320 x 160 x 160 float32 values in 64 statistics. Forward has four sums, backward two."""
-    view, size = (2, 32, 320, 25600), 65_536_000
+    """Counted by hand: 2 x 320 x 320 x 320 float32 values in 64 statistics. Forward has four sums, backward two."""
+    view, size = (2, 32, 320, 102400), 262_144_000
     forward, backward = group_plan(view), group_plan(view, backward=True)
     partials = forward["splits"] * 4 * 64 * 8
     assert (forward["launches"], forward["read"], forward["written"]) == (3, 2 * size + partials, size + partials)
     partials = backward["splits"] * 2 * 640 * 8
     assert (backward["launches"], backward["read"], backward["written"]) == (6, 4 * size + partials, size + partials)
     assert partials < 0.01 * size
+    # In one launch each block of a cluster writes three numbers, and reads those of its cluster.
+    held, size = group_plan((2, 32, 320, 25600)), 65_536_000
+    partials = held["chunks"] * 64 * 24
+    assert (held["chunks"], held["read"], held["written"]) == (8, size + 8 * partials, size + partials)
     view, size = (2, 32, 1280, 256), 2_621_440
     held, sums = group_plan(view, backward=True), 2 * 2560 * 8
     assert (held["launches"], held["read"], held["written"]) == (3, 2 * size + sums, size + sums)
@@ -441,8 +450,9 @@ def test_traffic_of_layer_norm() -> None:
     sums = 264 * 2 * 768 * 4
     assert (forward["launches"], forward["read"], forward["written"]) == (1, size, size)
     assert (backward["launches"], backward["read"], backward["written"]) == (4, 2 * size + sums, size + sums)
-    long, size = layer_plan((16, 100_000, 1)), 16 * 100_000 * 4
-    assert (long["launches"], long["read"], long["written"]) == (2, 2 * size, size)
+    for values, launches in ((100_000, 1), (500_000, 2)):  # a cluster holds the first
+        long, size = layer_plan((16, values, 1)), 16 * values * 4
+        assert (long["launches"], long["read"], long["written"]) == (launches, launches * size, size)
     columns, size = layer_plan((32, 96, 3136), backward=True), 32 * 96 * 3136 * 4
     sums = columns["blocks"] * 2 * 96 * 4
     assert (columns["launches"], columns["read"], columns["written"]) == (4, 2 * size + sums, size + sums)

@@ -57,12 +57,18 @@ AGAIN = "read again from the L2 cache"
         (normfused.BatchNorm1d(512), empty(512, 512), [(HELD, 1, 2.02), (HELD, 1, 3.02)]),
         (normfused.GroupNorm(32, 1280), empty(2, 1280, 16, 16), [("held in registers", 1, 2.0), (HELD, 3, 3.03)]),
         (normfused.GroupNormAct(32, 320), empty(2, 320, 64, 64), [(HELD, 1, 2.0), (HELD, 3, 3.0)]),
-        (normfused.GroupNormAct(32, 320), empty(2, 320, 80, 80), [(TWO, 3, 3.0), (HELD, 3, 3.0)]),
+        (normfused.GroupNormAct(32, 320), empty(2, 320, 80, 80), [(HELD, 1, 2.0), (HELD, 3, 3.0)]),
+        (normfused.GroupNormAct(32, 320), empty(2, 320, 256, 256), [(TWO, 3, 3.0), (TWO, 6, 5.0)]),
         (nn.LayerNorm(50_000), empty(16, 50_000), [(HELD, 1, 2.0), (TWO, 5, 9.0)]),
         (
             normfused.GroupNorm(32, 1280),
             empty(2, 1280, 16, 16, channels_last=True, dtype=torch.bfloat16),
-            [(TWO, 3, 3.12), (TWO, 6, 5.06)],
+            [(HELD, 1, 2.06), (HELD, 3, 3.06)],
+        ),
+        (
+            normfused.GroupNorm(32, 320),
+            empty(2, 320, 256, 256, channels_last=True, dtype=torch.bfloat16),
+            [(TWO, 3, 3.03), (TWO, 6, 5.01)],
         ),
         (
             normfused.BatchNorm2d(64),
@@ -81,7 +87,8 @@ AGAIN = "read again from the L2 cache"
             empty(4096, 768),
             [("held in registers", 1, 2.0), ("held in registers", 4, 3.26)],
         ),
-        (nn.RMSNorm(100_000), empty(16, 100_000), [(TWO, 2, 3.0), (TWO, 5, 7.5)]),
+        (nn.RMSNorm(100_000), empty(16, 100_000), [(HELD, 1, 2.0), (TWO, 5, 7.5)]),
+        (nn.RMSNorm(500_000), empty(16, 500_000), [(TWO, 2, 3.0), (TWO, 5, 5.5)]),
         (
             normfused.LayerNorm2d(96),
             empty(32, 96, 56, 56),
@@ -144,12 +151,31 @@ def test_the_plan_depends_on_the_device() -> None:
 @pytest.mark.parametrize(
     ("layer", "x", "reason"),
     [
-        (normfused.GroupNorm(32, 320), empty(2, 320, 80, 80), "the 64000 values of a statistic do not fit a block's"),
+        (normfused.GroupNorm(32, 320), empty(2, 320, 80, 80), "2 blocks of a cluster hold the 64000 values of a stat"),
+        (normfused.GroupNorm(32, 320), empty(2, 320, 256, 256), "the 655360 values of a statistic do not fit shared"),
         (normfused.GroupNorm(4, 64), empty(2, 64, 3), "a vector has values of several channels"),
-        (normfused.GroupNorm(4, 64), empty(2, 64, 5, 5, channels_last=True), "the values of a statistic are not conti"),
-        (normfused.RMSNorm(100_000), empty(16, 100_000), "the 100000 values of a row are divided among 7 blocks"),
+        (
+            normfused.GroupNorm(4, 64),
+            empty(2, 64, 5, 5, channels_last=True),
+            "a block holds the 400 values of a statistic",
+        ),
+        (
+            normfused.GroupNorm(3, 6),
+            empty(2, 6, 5, 5, channels_last=True),
+            "the 50 values of a statistic do not fit sha",
+        ),
+        (normfused.RMSNorm(100_000), empty(16, 100_000), "2 blocks of a cluster hold the 100000 values of a row"),
+        (normfused.RMSNorm(500_000), empty(16, 500_000), "the 500000 values of a row are divided among 31 blocks"),
     ],
-    ids=["large", "short rows", "channels last", "long rows"],
+    ids=[
+        "cluster",
+        "large",
+        "short rows",
+        "channels last",
+        "vectors of several positions",
+        "row of a cluster",
+        "long rows",
+    ],
 )
 def test_reasons(layer: nn.Module, x: Tensor, reason: str) -> None:
     assert explain(layer, x, device="h100").passes[0].reason.startswith(reason)

@@ -318,7 +318,8 @@ def test_launches_overlap(code: dict[str, Function]) -> None:
 
 def test_recomputing_keeps_loads_in_flight(code: dict[str, Function]) -> None:
     """The loops that recompute a channel in double contain no call of a division."""
-    pattern = re.compile(r"reduce_\w+<MomentsOp<(float|__half|__nv_bfloat16),")  # their other loops sum in float
+    # Their other loops sum in float, unless they merge channels by group.
+    pattern = re.compile(r"reduce_\w+<MomentsOp<(float|__half|__nv_bfloat16), \w+>, (?!FinishGroup)")
     recomputing = {name: function for name, function in code.items() if pattern.match(name)}
     assert len(recomputing) >= 15
     for name, function in recomputing.items():

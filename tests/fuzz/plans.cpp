@@ -197,8 +197,8 @@ void run_resident(fuzz::Bytes& bytes) {
   CHECK(covers(plan.chunks, plan.chunk, length) && plan.chunk % plan.values == 0);
   CHECK(is_power_of_two(plan.lanes) && plan.threads % plan.lanes == 0 && plan.threads <= cuda::kResidentThreads);
   if (plan.is_staged)
-    CHECK(plan.staged.vectors * plan.staged.threads * plan.values >= length &&
-          plan.staged.bytes <= limits.shared_bytes);
+    CHECK(plan.staged.vectors * plan.staged.threads * plan.values >= plan.chunk &&
+          plan.staged.bytes <= limits.shared_bytes && plan.chunks <= limits.max_cluster);
   else
     CHECK(int64_t{plan.lanes} * plan.vectors * plan.values >= plan.chunk);
   if (is_backward)

@@ -2,7 +2,7 @@
 // or fence is removed from the kernels, a race is reported or a result is wrong. It instantiates few kernels, because
 // the test builds it once per barrier.
 #include "definition.h"
-#include "kernels/cuda/group_norm_backward_rows.cuh"
+#include "kernels/cuda/group_norm_backward_single.cuh"
 #include "kernels/cuda/layer_norm_columns.cuh"
 #include "kernels/cuda/layer_norm_rows.cuh"
 #include "kernels/cuda/local_response_norm.cuh"
@@ -152,15 +152,17 @@ void gradients(const ChannelView& view) {
 }
 
 // Backward of group norm in one launch: the channels of a group share coefficients.
-void together(const GroupView& view) {
+void together(const GroupView& view, const cuda::DeviceLimits& device = kDevice) {
   current = "groups of " + std::to_string(view.width()) + " channels of " + std::to_string(view.inner);
   const Data data(view.by_sample(), false);
   const int64_t count = view.samples * view.channels;
   std::vector<float> grad(view.numel()), grad_input(view.numel()), weight(view.channels), table(4 * count);
   std::vector<double> mean(view.statistics()), invstd(view.statistics(), 0.5), grad_weight(count), grad_bias(count);
   std::vector<double> sum(view.statistics()), product(view.statistics());
-  const auto channel = [&](int64_t i) { return i / view.inner % view.channels; };
-  const auto statistic = [&](int64_t i) { return i / view.count(); };
+  const auto channel = [&](int64_t i) { return (view.channels_last ? i : i / view.inner) % view.channels; };
+  const auto statistic = [&](int64_t i) {
+    return i / (view.channels * view.inner) * view.groups + channel(i) / view.width();
+  };
   for (int64_t c = 0; c < view.channels; ++c) weight[c] = static_cast<float>(1 + c % 3);
   for (int64_t i = 0; i < view.numel(); ++i) mean[statistic(i)] += data.x[i] / static_cast<double>(view.count());
   const auto deviation = [&](int64_t i) { return (data.x[i] - mean[statistic(i)]) * 0.5; };
@@ -180,10 +182,10 @@ void together(const GroupView& view) {
   const BatchNormBackward by_channel = cuda::by_channel_of(args, grad_weight.data(), grad_bias.data());
   cuda::Reduced reduced{sizeof(float), 2, true, true};
   reduced.together = view.width();
-  const cuda::ReductionPlan plan = cuda::plan_reduction(by_channel.view, reduced, kDevice);
+  const cuda::ReductionPlan plan = cuda::plan_reduction(by_channel.view, reduced, device);
   if (!plan.single()) std::abort();
   const cuda::GroupNormalization normalization{args};
-  HostResources resources(kDevice);
+  HostResources resources(device);
   reduce(cuda::GroupGradSumsOp<float, false>{{by_channel}, normalization},
          cuda::FinishGroupsTogether<float, false>{
              {by_channel, table.data()}, {args, grad_weight.data(), grad_bias.data(), table.data()}, normalization},
@@ -332,6 +334,34 @@ void layers(const ChannelView& view) {
   run_layer_norm<float>(backend, view, {1, false, true, false}, 0, random);
 }
 
+// Layer norm of rows that a cluster of blocks stages.
+struct StagedLayers {
+  cuda::DeviceLimits device;
+
+  std::string name() const { return "staged layers"; }
+
+  void layer_norm(const LayerNormForward& args) const {
+    const cuda::ResidentRowsPlan plan =
+        cuda::plan_resident_rows(cuda::rows_of(args.view, 1, sizeof(float), true, true), false, device);
+    if (!plan.is_staged || plan.chunks != device.max_cluster) std::abort();
+    std::vector<Moments> parts(static_cast<size_t>(plan.rows * plan.chunks));
+    launch({dim3(static_cast<unsigned>(plan.rows * plan.chunks)), dim3(cuda::kThreads), nullptr, false,
+            plan.staged.bytes, plan.chunks},
+           cuda::normalize_staged_rows<cuda::LayerRowsOp<float>, 4>, cuda::LayerRowsOp<float>{args}, plan,
+           parts.data());
+    cudahost::synchronize();
+  }
+  void layer_norm_backward(const LayerNormBackward&) const {}
+};
+
+void staged_layers(int64_t rows, int64_t columns, const cuda::DeviceLimits& device) {
+  current = "staged layers of " + std::to_string(columns);
+  std::mt19937 random(4);
+  const ChannelView view{rows, columns, 1};
+  const StagedLayers backend{device};
+  LayerNormCase<float, const StagedLayers>(backend, view, {1, false, true, false}, 0, random).run_only_forward();
+}
+
 }  // namespace
 
 int main() {
@@ -364,10 +394,14 @@ int main() {
     training_persistent({90, 70, 1}, 6);  // several tiles
     together({1, 2, 6, 40, false});
     together({1, 1, 40, 8, false});
+    together({2, 2, 8, 40, true});
+    together({1, 2, 12, 800, true}, {1, 0, true, 50 << 10, 2});
     inference({2, 9, 160});
     inference({90, 8, 1});
     layers({3, 1200, 1});  // a block per row
     layers({3, 40, 8});    // columns, two tiles per block
+    staged_layers(2, 5000, {1, 0, true, 24 << 10, 1});
+    staged_layers(1, 5000, {1, 0, true, 15 << 10, 2});
     windows({2, 9, 5});
     windows({7, 130, 1});
     images(true);

@@ -169,23 +169,33 @@ void run_staged_rows(int64_t channels, int64_t inner, std::mt19937& random, std:
   });
 }
 
-// Backward of group norm, in one launch and two that add up the parameter gradients of the samples.
+// Backward of group norm, in one launch and two that add up the parameter gradients of the samples; and forward, if it
+// is channels last.
 template <class T>
 void run_together(const GroupView& view, std::mt19937& random, std::map<std::string, int64_t>& counts) {
+  const std::string layout = view.channels_last ? "group norm of columns" : "group norm";
   for (const Fusion& fusion : {Fusion{{}, false, false}, Fusion{{ActivationKind::kSilu, 0}, true, false},
                                Fusion{{ActivationKind::kRelu, 0}, true, true}}) {
-    cuda::Reduced reduced{sizeof(T), fusion.residual ? 3 : 2, true, true};
-    reduced.together = view.width();
-    const int64_t least = least_shared([&](const cuda::DeviceLimits& limits) {
-      return cuda::plan_reduction(view.by_sample(), reduced, limits).single();
-    });
-    current = std::string("group norm backward ") + Format<T>::name + " channels " + std::to_string(view.channels) +
-              " groups " + std::to_string(view.groups) + " inner " + std::to_string(view.inner);
-    const auto run = [&](const FewestLaunches& backend) {
-      GroupNormCase<T, const FewestLaunches>(backend, view, fusion, false, 0, random).run();
+    const auto test = [&](const char* what, cuda::Reduced reduced, auto fewest, unsigned launches) {
+      reduced.together = view.width();
+      const int64_t least = least_shared([&](const cuda::DeviceLimits& limits) {
+        return cuda::plan_reduction(view.by_sample(), reduced, limits).single();
+      });
+      current = layout + " " + Format<T>::name + " channels " + std::to_string(view.channels) + " groups " +
+                std::to_string(view.groups) + " inner " + std::to_string(view.inner);
+      const auto run = [&](const FewestLaunches& backend) {
+        GroupNormCase<T, const FewestLaunches>(backend, view, fusion, false, 0, random).run();
+      };
+      const bool is_single = run_at_limit(what, least, fewest, run, launches);
+      ++counts[layout + " " + what + (is_single ? " in one launch" : " in several")];
     };
-    const bool is_single = run_at_limit("backward", least, &FewestLaunches::groups, run, 3);
-    ++counts[std::string("group norm backward") + (is_single ? " in one launch" : " in several")];
+    test("backward", {sizeof(T), fusion.residual ? 3 : 2, true, true}, &FewestLaunches::groups, 3);
+    if (!view.channels_last) continue;
+    cuda::Reduced forward{sizeof(T), fusion.residual ? 2 : 1, true, true, fusion.mask};
+    const bool is_fused = fusion.residual || fusion.activation.kind != ActivationKind::kIdentity;
+    if (is_fused) forward.values = cuda::kMaxValues;
+    if (is_fused && sizeof(T) == sizeof(double)) forward.may_apply = false;
+    test("forward", forward, &FewestLaunches::rows, 1);
   }
 }
 
@@ -330,6 +340,18 @@ inline void run_persistent_launches(std::mt19937& random) {
     std::printf("  %-34s %5lld cases\n", what.c_str(), static_cast<long long>(times));
 }
 
+// The same for rows that only the shared memory of a cluster holds.
+inline void run_refused_rows(const cuda::DeviceLimits& limits, std::mt19937& random) {
+  const FewestLaunches groups{limits}, layers{limits};
+  GroupNormCase<float, const FewestLaunches>(groups, {2, 1, 2, 8400, false}, {{}, false, false}, false, 0, random)
+      .run();
+  LayerNormCase<float, const FewestLaunches>(layers, {2, 16800, 1}, {1, false, true, false}, 0, random).run();
+  if (groups.rows != 3 || layers.rows != 2) {
+    std::printf("FAILED %s: %u and %u launches for rows\n", current.c_str(), groups.rows, layers.rows);
+    std::exit(1);
+  }
+}
+
 // A device that refuses clusters runs the plan for several launches.
 inline void run_refused(std::mt19937& random) {
   const Case<float> data({8, 3, 640}, 0, random);
@@ -347,6 +369,7 @@ inline void run_refused(std::mt19937& random) {
                 backend.groups);
     std::exit(1);
   }
+  run_refused_rows(backend.limits, random);
   cudahost::max_cluster = ~0u;
 }
 
@@ -380,13 +403,21 @@ inline void run_single_launches(std::mt19937& random) {
     run_staged_rows<BFloat16>(channels, inner, random, counts);
   }
   // Groups of one channel, of as many as a block has warps, of more, of a number that does not divide the threads.
+  // Channels last: groups that are parts of vectors, or whole ones, and some that end inside a vector.
   for (const GroupView& view : {GroupView{3, 5, 5, 49, false},
                                 {2, 4, 12, 64, false},
                                 {2, 4, 40, 36, false},
                                 {1, 1, 130, 16, false},
                                 {2, 1, 7, 1000, false},
                                 {1, 1, 300, 16, false},
-                                {2, 2, 6, 1, false}}) {
+                                {2, 2, 6, 1, false},
+                                {2, 4, 16, 49, true},
+                                {2, 4, 40, 36, true},
+                                {3, 8, 8, 64, true},
+                                {1, 1, 130, 16, true},
+                                {2, 2, 64, 300, true},
+                                {1, 1, 2048, 4, true},
+                                {2, 3, 24, 1, true}}) {
     run_together<float>(view, random, counts);
     run_together<double>(view, random, counts);
     run_together<Half>(view, random, counts);

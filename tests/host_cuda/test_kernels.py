@@ -16,7 +16,7 @@ from host_build import ADDRESS, HERE, KERNELS, LAUNCHERS, PLAIN, ROOT, THREAD, b
 EVERYTHING = [HERE / "main.cpp", *LAUNCHERS]
 BARRIERS = [HERE / "barriers.cpp", KERNELS / "plan.cpp"]
 BARRIER = re.compile(
-    r"(__syncthreads|__threadfence|(?<!void )wait_for_previous_launch)\(\)|sync_blocks\(partials\.splits\)"
+    r"(__syncthreads|__threadfence|(?<!void )wait_for_previous_launch)\(\)|sync_blocks\((partials\.splits|chunks)\)"
 )
 
 

@@ -1,7 +1,7 @@
 #include "kernels/cuda/group_norm.cuh"
 
 #include "kernels/cuda/batch_norm_dtype.h"
-#include "kernels/cuda/group_norm_rows.h"
+#include "kernels/cuda/group_norm_single.h"
 #include "kernels/cuda/launch.cuh"
 
 namespace normfused::cuda {
@@ -32,7 +32,6 @@ template <class T>
 cudaError_t forward(const GroupNormForward& args, Resources& resources) {
   using S = compute_t<T>;
   const GroupView& view = args.view;
-  const ChannelView channels = view.by_sample();
   const ChannelView reduced = view.reduced();
   const int64_t count = reduced.statistics();
   double* const results = doubles(4 * count, resources);
@@ -41,14 +40,7 @@ cudaError_t forward(const GroupNormForward& args, Resources& resources) {
       reduced, args.dtype, args.input, {results, results + count, results + 2 * count, results + 3 * count}};
   const FinishGroups<S> finish{args, results, results + count, count / view.statistics(), reduced.positions(), table};
 
-  BatchNormForward normalize{};
-  normalize.view = channels;
-  normalize.dtype = args.dtype;
-  normalize.input = args.input;
-  normalize.output = args.output;
-  normalize.activation = args.activation;
-  normalize.residual = args.residual;
-  normalize.mask = args.mask;
+  const BatchNormForward normalize = by_channel_of(args);
   return in_turn([&] { return channel_moments(stats, resources); },
                  [&] { return for_each_statistic(finish, view.statistics(), view.width(), resources.stream); },
                  [&] { return BatchNormOf<T>::normalize(normalize, table, resources); });
@@ -67,8 +59,8 @@ cudaError_t backward(const GroupNormBackward& args, Resources& resources) {
                             output.by_sample ? count : view.channels, resources.stream);
   };
   bool is_done = false;
-  if (!view.channels_last && args.grad_input != nullptr) {
-    const cudaError_t error = group_norm_backward_rows(args, grad_weight, grad_bias, resources, is_done);
+  if (args.grad_input != nullptr) {
+    const cudaError_t error = group_norm_backward_single(args, grad_weight, grad_bias, resources, is_done);
     if (error != cudaSuccess) return error;
   }
   if (is_done)
@@ -98,7 +90,8 @@ cudaError_t backward(const GroupNormBackward& args, Resources& resources) {
 
 cudaError_t group_norm(const GroupNormForward& args, Resources& resources) {
   bool is_done = false;
-  const cudaError_t error = group_norm_rows(args, resources, is_done);
+  const cudaError_t error = args.view.channels_last ? group_norm_columns(args, resources, is_done)
+                                                    : group_norm_rows(args, resources, is_done);
   if (is_done || error != cudaSuccess) return error;
   return for_floating(args.dtype, [&](auto type) { return forward<typename decltype(type)::type>(args, resources); });
 }

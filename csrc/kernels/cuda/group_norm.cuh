@@ -81,6 +81,33 @@ struct FinishGroups {
   }
 };
 
+// Block-wide: calls function(statistic, lane, lanes, is_present) for the statistics of channels [first, last) of
+// samples, as each_statistic() does. All threads of the block must call it.
+template <class F>
+NF_DEVICE void for_statistics_of(const F& function, const Divider<uint64_t>& by_width, int64_t width, int64_t first,
+                                 int64_t last) {
+  const int lanes = lanes_of_statistic(width);
+  const auto end = static_cast<int64_t>(by_width(static_cast<uint64_t>(last)));
+  auto statistic = static_cast<int64_t>(by_width(static_cast<uint64_t>(first)));
+  for (; statistic < end; statistic += kThreads / lanes) {
+    const int64_t i = statistic + threadIdx.x / lanes;
+    function(i < end ? i : end - 1, static_cast<int>(threadIdx.x) % lanes, lanes, i < end);
+  }
+}
+
+// The normalization of each channel of a sample, without statistics and parameters.
+inline BatchNormForward by_channel_of(const GroupNormForward& args) {
+  BatchNormForward by_channel{};
+  by_channel.view = args.view.by_sample();
+  by_channel.dtype = args.dtype;
+  by_channel.input = args.input;
+  by_channel.output = args.output;
+  by_channel.activation = args.activation;
+  by_channel.residual = args.residual;
+  by_channel.mask = args.mask;
+  return by_channel;
+}
+
 // The view of a double array with an entry for each channel of each sample.
 inline ChannelVector vector_of(double* data) { return {data, DType::kFloat64}; }
 

@@ -1,6 +1,6 @@
-#include "kernels/cuda/group_norm_rows.h"
-
 #include "kernels/cuda/group_norm_rows.cuh"
+
+#include "kernels/cuda/group_norm_single.h"
 #include "kernels/cuda/launch.cuh"
 
 namespace normfused::cuda {
@@ -25,7 +25,9 @@ cudaError_t rows(const GroupNormForward& args, Resources& resources, bool& suppo
                   args.activation,
                   args.mask};
   if (args.mask != nullptr) op.normalize.mask_padding = args.mask + mask_bytes(args.view.numel()) - kMaskPadding;
-  return normalize_resident<kValues>(op, plan, resources);
+  const cudaError_t error = normalize_resident<kValues>(op, plan, resources);
+  supported = error != kNoCluster;
+  return supported ? error : cudaSuccess;
 }
 
 }  // namespace

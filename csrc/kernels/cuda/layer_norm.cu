@@ -9,8 +9,15 @@ namespace {
 template <class T>
 cudaError_t rows(const LayerNormForward& args, bool aligned, Resources& resources) {
   const ResidentRows rows = rows_of(args.view, args.samples, sizeof(T), aligned, args.residual == nullptr);
-  const ResidentRowsPlan plan = plan_resident_rows(rows, false, resources.limits);
-  return normalize_resident<values_per_access(sizeof(T))>(LayerRowsOp<T>{args}, plan, resources);
+  const auto start = [&](const DeviceLimits& limits) {
+    const ResidentRowsPlan plan = plan_resident_rows(rows, false, limits);
+    return normalize_resident<values_per_access(sizeof(T))>(LayerRowsOp<T>{args}, plan, resources);
+  };
+  const cudaError_t error = start(resources.limits);
+  if (error != kNoCluster) return error;
+  DeviceLimits without_clusters = resources.limits;
+  without_clusters.max_cluster = 1;
+  return start(without_clusters);
 }
 
 template <class T>

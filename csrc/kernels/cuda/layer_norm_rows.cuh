@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   const int64_t end = (sample + 1) * plan.rows;
   for (int64_t row = sample * plan.rows + block * slots + slot; row - slot < end; row += blocks * slots) {
     const bool is_present = row < end;
-    const RowPart<kValues> part(plan, row, is_present, channels);
+    const RowPart<kValues> part(plan, row, blockIdx.y, is_present, channels);
     Vector<T, kValues> x[kVectors], grad[kVectors];
     load_row(args.input, channels, part, x);
     load_row(args.grad_output, channels, part, grad);
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
                        sums);
   }
   if (phase == RowPhase::kSum || parameter_sums == nullptr) return;
-  const RowPart<kValues> part(plan, 0, true, channels);
+  const RowPart<kValues> part(plan, 0, blockIdx.y, true, channels);
   write_row_sums<S, kValues, kVectors>(sums, part, channels, slots, parameter_sums + blockIdx.x * 2 * channels);
 }
 

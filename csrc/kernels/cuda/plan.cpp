@@ -255,6 +255,14 @@ ColumnsPlan columns_of(const ChannelView& view, int values, bool aligned, int64_
   return plan;
 }
 
+// Channels last: how many vectors hold `together` neighbouring channels, or a multiple of them. 1 if that does not
+// matter, or if no tile can be a multiple of these channels.
+int64_t vectors_together(const ChannelView& view, int values, int64_t together) {
+  if (view.inner > 1 || together == 0 || view.channels % values != 0) return 1;
+  const int64_t vectors = together / std::gcd<int64_t>(together, values);
+  return vectors <= kThreads ? vectors : 1;
+}
+
 // A plan starts with the width of a cache line. Narrower tiles allow a single launch, or give more blocks to a device
 // that would not be full.
 ColumnsPlan plan_columns(const ChannelView& view, const Reduced& reduced, const DeviceLimits& limits,
@@ -262,7 +270,7 @@ ColumnsPlan plan_columns(const ChannelView& view, const Reduced& reduced, const 
   const int values = reduced.values;
   const int64_t sector = std::max<int64_t>(kSectorBytes / reduced.vector_bytes(), 1);
   const int64_t folded = folded_channels(view, values, reduced.aligned);
-  const int64_t multiple = folded > 0 ? folded * view.inner / values : 1;
+  const int64_t multiple = folded > 0 ? folded * view.inner / values : vectors_together(view, values, reduced.together);
   ColumnsPlan plan = columns_of(view, values, reduced.aligned,
                                 folded > 0 ? width_for(view.outer, multiple) : kReductionWidth, multiple);
   const auto tile_bytes = [&] { return plan.rows * plan.width * plan.values * reduced.itemsize * reduced.inputs; };
@@ -273,10 +281,13 @@ ColumnsPlan plan_columns(const ChannelView& view, const Reduced& reduced, const 
       plan = columns_of(view, values, reduced.aligned, width / 2, multiple);
     return plan.width < width;
   };
+  // How a sample is summed must not depend on the number of samples, and so of tiles.
+  const auto is_small = [&] { return view.alike || tile_bytes() <= kSingleTileBytes * reduced.inputs; };
   const auto make = [&] {
     const int64_t declared = kDeclaredBytes + column_state_bytes(values, reduced.itemsize);
-    return reduced.together == 0 && make_single(plan, reduced, plan.rows, plan.height, kThreads, declared,
-                                                tile_bytes() <= kSingleTileBytes * reduced.inputs, limits);
+    const bool is_together = reduced.together == 0 || (plan.plain() && plan.tile_channels() % reduced.together == 0);
+    plan.single = false;
+    return is_together && make_single(plan, reduced, plan.rows, plan.height, kThreads, declared, is_small(), limits);
   };
   const ColumnsPlan widest = plan;
   while (!make() && reduced.may_apply && narrow()) {
@@ -361,6 +372,21 @@ int power_of_two(int64_t at_least, int most) {
   return power;
 }
 
+// Tries to make the plan one of rows that the smallest possible cluster of blocks stages. Returns whether that is
+// possible; if not, nothing changes.
+bool make_staged(ResidentRowsPlan& plan, const ResidentRows& rows, const DeviceLimits& limits) {
+  const Reduced row{rows.itemsize, 1, rows.aligned, true, false, plan.values};
+  for (int cluster = 1; cluster <= limits.max_cluster; cluster *= 2) {
+    const Staged staged = staged_of(row, ceil_div(ceil_div(rows.row_values / plan.values, cluster), kThreads));
+    if (staged.bytes + kDeclaredBytes > limits.shared_bytes) continue;
+    plan.staged = staged;
+    plan.chunks = cluster;
+    plan.lanes = plan.threads = kThreads;
+    return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 ResidentRowsPlan plan_resident_rows(const ResidentRows& rows, bool is_backward, const DeviceLimits& limits) {
@@ -377,14 +403,7 @@ ResidentRowsPlan plan_resident_rows(const ResidentRows& rows, bool is_backward, 
   plan.threads = std::max(plan.lanes, kThreads);
   const int64_t held = int64_t{plan.lanes} * plan.vectors * plan.values;
   plan.chunks = static_cast<int>(ceil_div(length, held));
-  const Reduced row{rows.itemsize, 1, rows.aligned, true, false, plan.values};
-  plan.staged = staged_of(row, ceil_div(ceil_div(length, plan.values), kThreads));
-  plan.is_staged =
-      rows.may_stage && plan.chunks > 1 && plan.values > 1 && plan.staged.bytes + kDeclaredBytes <= limits.shared_bytes;
-  if (plan.is_staged) {
-    plan.chunks = 1;
-    plan.lanes = plan.threads = kThreads;
-  }
+  plan.is_staged = rows.may_stage && plan.chunks > 1 && plan.values > 1 && make_staged(plan, rows, limits);
   plan.chunk = ceil_div(ceil_div(length, plan.chunks), plan.values) * plan.values;
   plan.rows = rows.rows / rows.samples;
   const int resident = plan.threads > kThreads ? 1 : kMinBlocks;

@@ -188,7 +188,7 @@ struct Reduced {
   bool may_apply = false;
   bool writes_mask = false;                  // by whole bytes: no two threads may write values of the same vector
   int values = values_per_access(itemsize);  // per vector, if aligned
-  // If not 0, a launch that applies finishes this many neighbouring channels together, and its plan is one of rows.
+  // If not 0, a launch that applies finishes this many neighbouring channels together: a tile has a multiple of them.
   int64_t together = 0;
 
   constexpr int vector_bytes() const { return values * itemsize; }
@@ -246,15 +246,15 @@ ApplyPlan plan_apply(const ChannelView& view, int itemsize, int output_itemsize,
                      const DeviceLimits& limits);
 
 // --- norms whose statistics are rows of memory. `lanes` neighbouring threads hold a chunk of a row in registers,
-// `vectors` vectors each. A longer row is staged in shared memory by one block, or takes two launches, of which the
-// first sums each chunk.
+// `vectors` vectors each. A longer row is staged in shared memory by one block or by a cluster, a chunk each, or takes
+// two launches, of which the first sums each chunk.
 struct ResidentRowsPlan {
   int values, vectors;  // per vector; per thread, in registers
   int lanes, threads;   // of a chunk; of a block
   int64_t chunk;        // values of a row, a multiple of `values`
   int chunks;
   int64_t rows;    // of one sample
-  int64_t blocks;  // of one chunk; in backward of one sample too, and each processes many rows
+  int64_t blocks;  // for each chunk; in backward for each sample too, and each processes many rows
   bool streaming;  // outputs are evicted from the caches first
   bool is_staged;
   Staged staged;  // if is_staged
@@ -299,7 +299,8 @@ ResidentRowsPlan plan_resident_rows(const ResidentRows& rows, bool is_backward, 
 // Whether group norm uses this plan: the statistics are rows, one launch reads them once, and the values of a vector
 // belong to at most two channels. A mask is then written by whole bytes.
 constexpr bool is_resident(const ResidentRowsPlan& plan, const GroupView& view, bool has_mask) {
-  return !view.channels_last && plan.chunks == 1 && (plan.values == 1 ? !has_mask : view.inner >= plan.values);
+  return !view.channels_last && (plan.chunks == 1 || plan.is_staged) &&
+         (plan.values == 1 ? !has_mask : view.inner >= plan.values);
 }
 
 // --- layer norm

@@ -288,7 +288,7 @@ cudaError_t reduce(const Op& op, const Finish& finish, const Apply& apply, const
     if (!plan.by_rows && plan.columns.values == 1) return start(reduce_columns<Op, Finish, Apply, 1>, plan.columns);
     if (plan.by_rows && plan.rows.values == 1) return start(reduce_rows<Op, Finish, Apply, 1, false>, plan.rows);
   }
-  if constexpr (!contracts::FinishesTogether<Finish>::value)  // those have a plan of rows
+  if constexpr (!kApplies || declares_states(kValues, sizeof(typename Op::S)))
     if (!plan.by_rows) return start(reduce_columns<Op, Finish, Apply, kValues>, plan.columns);
   return plan.rows.masked ? start(reduce_rows<Op, Finish, Apply, kValues, true>, plan.rows)
                           : start(reduce_rows<Op, Finish, Apply, kValues, false>, plan.rows);

@@ -25,8 +25,8 @@
 //   Preloaded, preload(channel)      loads its other inputs, before the results are merged
 //   operator()(channel, results, preloaded)
 //                                    called by one thread, once per channel
-//   finish_together(first, last)     optional, if the launch applies a plan of rows: called by all threads of a block,
-//                                    after its channels [first, last) are finished
+//   finish_together(first, last)     optional, if the launch applies: called by all threads of a block, after the
+//                                    channels [first, last) of its tile are finished
 //
 // check_reduce_op() verifies both contracts at compile time.
 #pragma once

@@ -2,8 +2,8 @@
 // once. They sum it, compute its statistics, and apply them.
 //
 // A row with several chunks takes two launches: one with the phase kSum, which writes the results of every chunk, and
-// one with kApply, which merges them. A row with one chunk takes one, with the phase kBoth. So does a long row that a
-// block stages in shared memory.
+// one with kApply, which merges them. A row with one chunk takes one, with the phase kBoth. So does a long row that
+// shared memory holds: that of one block, or of a cluster, each of whose blocks stages a chunk.
 #pragma once
 
 #include "kernels/cuda/device.cuh"
@@ -24,9 +24,9 @@ struct RowPart {
   int count;      // the channels of the chunk; none for a slot without a row
   int lane, lanes;
 
-  NF_DEVICE RowPart(const ResidentRowsPlan& plan, int64_t row, bool is_present, int64_t channels)
+  NF_DEVICE RowPart(const ResidentRowsPlan& plan, int64_t row, unsigned chunk, bool is_present, int64_t channels)
       : row(row), lane(static_cast<int>(threadIdx.x) % plan.lanes), lanes(plan.lanes) {
-    begin = blockIdx.y * plan.chunk;
+    begin = chunk * plan.chunk;
     const int64_t left = channels - begin;
     count = !is_present ? 0 : static_cast<int>(plan.chunk < left ? plan.chunk : left);
   }
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     normalize_rows(const Op op, const ResidentRowsPlan plan, const RowPhase phase, Moments* const parts) {
   const int64_t row = blockIdx.x * static_cast<int64_t>(plan.slots()) + threadIdx.x / plan.lanes;
   const bool is_present = row < op.rows();
-  const RowPart<kValues> part(plan, row, is_present, op.channels());
+  const RowPart<kValues> part(plan, row, blockIdx.y, is_present, op.channels());
 
   Vector<typename Op::T, kValues> x[kVectors];
   op.load(part, phase != RowPhase::kApply, x);
@@ -143,16 +143,28 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   op.write(part, statistics, plan.streaming, x);
 }
 
-// Kernel: the same for rows that are staged in shared memory, by a block each. Besides, an Op provides input(), the
-// tensor that is normalized.
+// Cluster-wide: the moments of a row from those of its chunks, which `of_row` has room for. All threads of the cluster
+// must call it.
+NF_DEVICE Moments merge_in_cluster(const Moments& of_chunk, unsigned chunk, int chunks, Moments* of_row) {
+  if (threadIdx.x == 0) of_row[chunk] = of_chunk;
+  sync_blocks(chunks);
+  Moments moments = of_row[0];
+  for (int i = 1; i < chunks; ++i) moments = merge(moments, of_row[i]);
+  return moments;
+}
+
+// Kernel: the same for rows that are staged in shared memory. The chunks of a row are the blocks of a cluster. Besides,
+// an Op provides input(), the tensor that is normalized.
 template <class Op, int kValues>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    normalize_staged_rows(const Op op, const ResidentRowsPlan plan) {
+    normalize_staged_rows(const Op op, const ResidentRowsPlan plan, Moments* const parts) {
   using T = typename Op::T;
-  constexpr int kVectors = 2;  // that are written together
+  constexpr int kVectors = sizeof(T) * kValues > 2 * kAccessBytes ? 1 : 2;  // that are written together
   NF_DYNAMIC_SHARED(uint4, staged);
   Stage<T, kValues> stage(staged, 1, plan.staged);
-  const RowPart<kValues> part(plan, blockIdx.x, true, op.channels());
+  const unsigned row = blockIdx.x / static_cast<unsigned>(plan.chunks);
+  const unsigned chunk = blockIdx.x - row * static_cast<unsigned>(plan.chunks);
+  const RowPart<kValues> part(plan, row, chunk, true, op.channels());
   for (int v = 0; part.has(v); ++v)
     stage.copy([&](int) { return op.input(); }, part.row * op.channels() + part.channel(v), kValues);
   stage.end();
@@ -165,10 +177,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       for (int i = 0; i < kValues; ++i) f(widen<decltype(s)>(x.value[i]));
     }
   };
-  const Moments moments = moments_of<compute_t<T>>(part.count, part.lanes, op.eps(), each_value);
+  Moments moments = moments_of<compute_t<T>>(part.count, part.lanes, op.eps(), each_value);
+  if (plan.chunks > 1) moments = merge_in_cluster(moments, chunk, plan.chunks, parts + part.row * plan.chunks);
   const LayerStatistics statistics = op.finish(moments);
   op.prologue();
-  if (part.lane == 0) {
+  if (part.lane == 0 && chunk == 0) {
     op.mean()[part.row] = statistics.mean;
     op.invstd()[part.row] = statistics.invstd;
   }
@@ -197,13 +210,22 @@ cudaError_t for_resident_vectors(const ResidentRowsPlan& plan, const F& start) {
                           : with_values(std::integral_constant<int, kWidest>{});
 }
 
-// Allocates what the plan needs and starts normalize_rows().
+// Allocates what the plan needs and starts the kernel. Returns kNoCluster if the device cannot hold the plan's cluster.
 template <int kWidest, class Op>
 cudaError_t normalize_resident(const Op& op, const ResidentRowsPlan& plan, Resources& resources) {
   constexpr int kBytes = sizeof(compute_t<typename Op::T>);
+  const auto parts_of_rows = [&] {
+    const int64_t bytes = op.rows() * plan.chunks * static_cast<int64_t>(sizeof(Moments));
+    return plan.chunks == 1 ? nullptr : static_cast<Moments*>(resources.scratch(bytes));
+  };
   if (plan.is_staged) {
-    const LaunchConfig config{dim3(extent(plan.blocks)), dim3(kThreads), resources.stream, false, plan.staged.bytes};
-    return launch(config, normalize_staged_rows<Op, kWidest>, op, plan);
+    const LaunchConfig config{dim3(extent(plan.blocks * plan.chunks)),
+                              dim3(kThreads),
+                              resources.stream,
+                              false,
+                              plan.staged.bytes,
+                              plan.chunks};
+    return launch(config, normalize_staged_rows<Op, kWidest>, op, plan, parts_of_rows());
   }
   return for_resident_vectors<kWidest, kBytes, false>(plan, [&](auto values, auto vectors) {
     const LaunchConfig config{dim3(extent(plan.blocks), extent(plan.chunks)), dim3(static_cast<unsigned>(plan.threads)),
@@ -211,9 +233,8 @@ cudaError_t normalize_resident(const Op& op, const ResidentRowsPlan& plan, Resou
     const auto start = [&](RowPhase phase, Moments* parts) {
       return launch(config, normalize_rows<Op, values(), vectors()>, op, plan, phase, parts);
     };
-    if (plan.chunks == 1) return start(RowPhase::kBoth, nullptr);
-    auto* const parts =
-        static_cast<Moments*>(resources.scratch(op.rows() * plan.chunks * static_cast<int64_t>(sizeof(Moments))));
+    Moments* const parts = parts_of_rows();
+    if (plan.chunks == 1) return start(RowPhase::kBoth, parts);
     const cudaError_t error = start(RowPhase::kSum, parts);
     return error != cudaSuccess ? error : start(RowPhase::kApply, parts);
   });

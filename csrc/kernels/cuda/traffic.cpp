@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/math.h"
+
 namespace normfused::cuda {
 
 Traffic traffic(Operation operation, const ChannelView& view, int itemsize, bool fused, const DeviceLimits& limits,
@@ -58,18 +60,22 @@ SampleTraffic group_norm_traffic(const GroupView& view, int itemsize, bool is_ba
   SampleTraffic result{};
   result.rows = plan_resident_rows(rows_of(view, itemsize, values_per_access(itemsize), true), false, limits);
   if (!is_backward && is_resident(result.rows, view, false)) {
+    const int64_t chunks = result.rows.chunks;
+    const int64_t partials = chunks == 1 ? 0 : chunks * view.statistics() * int64_t{sizeof(Moments)};
     result.launches = 1;
-    result.read = result.written = bytes;
+    result.read = bytes + partials * chunks;  // each block of a cluster reads those of all its blocks
+    result.written = bytes + partials;
     return result;
   }
-  Reduced together{itemsize, inputs, true, is_backward && !view.channels_last};
+  Reduced together{itemsize, inputs, true, is_backward || view.channels_last};
   together.together = view.width();
   if (together.may_apply) result.reduction = plan_reduction(reduced, together, limits);
   const bool single = together.may_apply && result.reduction.single();
   if (!single) result.reduction = plan_reduction(reduced, {itemsize, inputs, true}, limits);
   // Forward: reduction, finish, application. Backward also prepares the reduction and writes two parameter gradients.
-  result.launches = single ? 3 : is_backward ? 6 : 3;
-  const int64_t partials = result.reduction.splits() * sums * reduced.statistics() * int64_t{sizeof(double)};
+  result.launches = single ? (is_backward ? 3 : 1) : (is_backward ? 6 : 3);
+  const int64_t partials =
+      result.reduction.splits() * (single ? 2 : sums) * reduced.statistics() * int64_t{sizeof(double)};
   result.read = (single ? 1 : 2) * inputs * bytes + partials;
   result.written = bytes + partials;
   return result;
@@ -81,7 +87,7 @@ SampleTraffic layer_norm_traffic(const ChannelView& view, int itemsize, bool is_
       is_rows ? plan_resident_rows(rows_of(view, 1, itemsize, true, !is_backward), is_backward, limits)
               : ResidentRowsPlan{};
   const LayerColumnsPlan columns = is_rows ? LayerColumnsPlan{} : plan_layer_columns(view, 1, itemsize, true, limits);
-  const int passes = is_rows && rows.chunks > 1 ? 2 : 1;
+  const int passes = is_rows && rows.chunks > 1 && !rows.is_staged ? 2 : 1;
   const int64_t bytes = view.numel() * itemsize;
   if (!is_backward) return {passes, passes * bytes, bytes, {}, rows};
   // The sums of every block, for the gradients of weight and bias, which three launches add up and write.

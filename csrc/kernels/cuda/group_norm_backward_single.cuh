@@ -1,5 +1,5 @@
-// Backward of group norm of channels-first tensors in one launch: a block stages whole groups in shared memory, sums
-// their channels, combines these sums by group, and applies.
+// Backward of group norm in one launch: a block, or a cluster, stages whole groups in shared memory, sums their
+// channels, combines these sums by group, and applies.
 #pragma once
 
 #include "kernels/cuda/group_norm.cuh"
@@ -31,7 +31,7 @@ struct GroupGradSumsOp : GradSumsOp<T, kFused> {
   NF_DEVICE State start(int64_t channel) const { return this->state_of(normalization(channel)); }
 };
 
-// Finish of a block with whole groups.
+// Finish of a tile with whole groups.
 template <class S, bool kFused>
 struct FinishGroupsTogether {
   FinishBackward<S, kFused> channels;
@@ -43,13 +43,7 @@ struct FinishGroupsTogether {
   NF_DEVICE void prefetch(int64_t) const {}  // GroupGradSumsOp::start() has loaded it
   NF_DEVICE void operator()(int64_t c, const double (&sums)[2], const Normalization& n) const { channels(c, sums, n); }
   NF_DEVICE void finish_together(int64_t first, int64_t last) const {
-    const int lanes = lanes_of_statistic(normalization.args.view.width());
-    const auto end = static_cast<int64_t>(normalization.by_width(static_cast<uint64_t>(last)));
-    auto statistic = static_cast<int64_t>(normalization.by_width(static_cast<uint64_t>(first)));
-    for (; statistic < end; statistic += kThreads / lanes) {
-      const int64_t i = statistic + threadIdx.x / lanes;
-      groups(i < end ? i : end - 1, static_cast<int>(threadIdx.x) % lanes, lanes, i < end);
-    }
+    for_statistics_of(groups, normalization.by_width, normalization.args.view.width(), first, last);
   }
 };
 
