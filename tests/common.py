@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,19 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
         base = values.new_full((values.numel() + 3,), unused)
         return base[3:].view(values.shape).copy_(values)
     raise ValueError(layout)
+
+
+def recording_subclass() -> tuple[type[Tensor], list[str]]:
+    """A subclass of Tensor, and the names of the functions that its tensors were passed to."""
+    calls: list[str] = []
+
+    class Recording(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(getattr(function, "__name__", ""))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    return Recording, calls
 
 
 @dataclass

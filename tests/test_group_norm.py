@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import DTYPES, LAYOUTS, assert_same_bits, dtype_id, lay_out, sample_id
+from common import DTYPES, LAYOUTS, assert_same_bits, dtype_id, lay_out, recording_subclass, sample_id
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -412,16 +412,10 @@ def test_empty_inputs(device: torch.device, shape: tuple[int, ...]) -> None:
 
 
 def test_subclasses_of_tensors_see_the_call() -> None:
-    class Seen(Tensor):
-        @classmethod
-        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            calls.append(getattr(function, "__name__", ""))
-            return super().__torch_function__(function, types, args, kwargs or {})
-
-    calls: list[str] = []
-    assert isinstance(group_norm(values_of((2, 4, 3)).as_subclass(Seen), 2), Seen)
+    subclass, calls = recording_subclass()
+    assert isinstance(group_norm(values_of((2, 4, 3)).as_subclass(subclass), 2), subclass)
     assert "_run" in calls
-    instance_norm(values_of((2, 4, 3)).as_subclass(Seen))
+    instance_norm(values_of((2, 4, 3)).as_subclass(subclass))
     assert "run_instance_norm" in calls
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import dtype_id, lay_out
+from common import dtype_id, lay_out, recording_subclass
 from layer_norm_calls import assert_close, by_torch, ours, values_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -212,14 +212,8 @@ def test_empty_inputs(device: torch.device, shape: tuple[int, ...]) -> None:
 
 
 def test_subclasses_of_tensors_see_the_call() -> None:
-    class Seen(Tensor):
-        @classmethod
-        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            calls.append(getattr(function, "__name__", ""))
-            return super().__torch_function__(function, types, args, kwargs or {})
-
-    calls: list[str] = []
-    assert isinstance(normfused.LayerNorm(3).double()(values_of((2, 3)).as_subclass(Seen)), Seen)
+    subclass, calls = recording_subclass()
+    assert isinstance(normfused.LayerNorm(3).double()(values_of((2, 3)).as_subclass(subclass)), subclass)
     assert "run_layer_norm" in calls
 
 

@@ -45,7 +45,8 @@ inline constexpr int64_t kAccumulatorPacks = kAccumulatorVectors / V::kVecs;
 template <class Op>
 inline constexpr int64_t kRowsPerStep = 8 * Op::kSums;
 // Lane layout: positions of the pivot sample, and of a segment relative to it. The sample is read twice, so that of a
-// short unit of channels last is short.
+// short unit of channels last is short. Not of channels first: there it would be one row, often of an odd length, whose
+// mean is rounded, so that sums relative to it would not be exact where those relative to more rows are.
 inline constexpr int64_t kLaneSample = 16, kShortLaneSample = 4, kSamplesPerSegment = 64;
 // Rows of up to this many bytes are reduced in lanes. Measured for moments in float32: 7 x 7 (196 bytes) takes as long
 // either way, 5 x 5 half as long in lanes, 2 x 2 a tenth.
