@@ -26,6 +26,20 @@ RESULT = Path(__file__).parent / "results/plans.md"
 DEVICES = ("h100", "h200", "a100", "l4", "t4")
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = ("channels first", "channels last")
+# The words of the tables for the paths of `explain`.
+WORDS = {
+    "held in registers": "registers",
+    "held in shared memory": "shared",
+    "held in shared memory in part": "part shared",
+    "read again from the L2 cache": "L2",
+    "read again from the caches": "caches",
+    "reduction, then application": "memory",
+}
+CELL = (
+    "Forward; backward: the launches, the path and the bytes. The paths are "
+    + ", ".join(f"`{word}` ({path})" for path, word in WORDS.items())
+    + "."
+)
 Shape = tuple[int, ...]
 
 
@@ -73,16 +87,29 @@ def sums_over_resnet50(shapes: Counter[Shape]) -> str:
     return table(("batch", "dtype", "layout", *DEVICES), rows, text_columns=3)
 
 
-def layers_of_resnet50(shapes: Counter[Shape]) -> str:
+def cell(steps: Iterable[CudaPass]) -> str:
+    """Launches, path and bytes of each pass."""
+    return "; ".join(f"{step.launches} {WORDS[step.path]} {relative([step])}" for step in steps)
+
+
+def layers_of_resnet50(shapes: Counter[Shape], batch: int, dtype: torch.dtype) -> str:
     rows = []
     for shape, count in shapes.items():
         for layout in LAYOUTS:
+            layer, x = nn.BatchNorm2d(shape[0]), empty((batch, *shape), dtype, layout)
+            cells = [cell(passes(layer, x, device)) for device in DEVICES]
+            rows.append((str(count), "×".join(map(str, shape)), layout, *cells))
+    return table(("layers", "shape", "layout", *DEVICES), rows, text_columns=3)
+
+
+def reasons_for_resnet50(shapes: Counter[Shape]) -> str:
+    rows = []
+    for shape in shapes:
+        for layout in LAYOUTS:
             steps = passes(nn.BatchNorm2d(shape[0]), empty((256, *shape), torch.bfloat16, layout), "h100")
-            cells = [f"{step.path} ({step.reason})" for step in steps]
-            rows.append(
-                (str(count), "×".join(map(str, shape)), layout, cells[0], relative(steps[:1]), relative(steps[1:]))
-            )
-    return table(("layers", "shape", "layout", "forward", "bytes, forward", "bytes, backward"), rows, text_columns=4)
+            reasons = [f"{step.path} ({step.reason})" for step in steps]
+            rows.append(("×".join(map(str, shape)), layout, *reasons))
+    return table(("shape", "layout", "forward", "backward"), rows, text_columns=4)
 
 
 def norms_of_samples() -> str:
@@ -91,21 +118,17 @@ def norms_of_samples() -> str:
     cases = [
         (name, NORMS[name], shape, dtype) for name in chosen for shape in NORMS[name].shapes for dtype in DTYPES
     ] + [
-        (row.what.split(",")[0], row.case.norm, row.case.shape, row.case.dtype)
+        (row.what.rsplit(" [", 1)[0].rsplit(",", 1)[0], row.case.norm, row.case.shape, row.case.dtype)
         for row in ROWS
         if isinstance(row.case, NormCase)
     ]
     rows = []
     for name, norm, shape, dtype in cases:
         for layout in norm.layouts():
-            layer = norm.ours(norm.channels(shape))
-            steps = passes(layer, empty(shape, dtype, layout), "h100")
-            launches = ", ".join(str(step.launches) for step in steps)
-            what = "×".join(map(str, shape))
-            bytes_moved = ", ".join(relative([step]) for step in steps)
-            rows.append((name, what, dtype_name(dtype), layout, steps[0].path, steps[1].path, launches, bytes_moved))
-    header = ("norm", "shape", "dtype", "layout", "forward", "backward", "launches", "bytes")
-    return table(header, rows, text_columns=6)
+            layer, x = norm.ours(norm.channels(shape)), empty(shape, dtype, layout)
+            cells = [cell(passes(layer, x, device)) for device in DEVICES]
+            rows.append((name, "×".join(map(str, shape)), dtype_name(dtype), layout, *cells))
+    return table(("norm", "shape", "dtype", "layout", *DEVICES), rows, text_columns=4)
 
 
 def render() -> str:
@@ -118,10 +141,18 @@ def render() -> str:
             "## ResNet-50: all 53 batch norms, forward and backward",
             "Launches and bytes for each device.",
             sums_over_resnet50(shapes),
-            "## ResNet-50: batch 256, bfloat16, H100",
-            layers_of_resnet50(shapes),
-            "## Norms of one sample, H100",
-            "Forward, then backward.",
+            "## Each batch norm of ResNet-50",
+            f"{CELL} `layers` is how many batch norms have the shape of an image.",
+            *(
+                text
+                for batch in (32, 256)
+                for dtype in DTYPES
+                for text in (f"### Batch {batch}, {dtype_name(dtype)}", layers_of_resnet50(shapes, batch, dtype))
+            ),
+            "## Reasons: ResNet-50, batch 256, bfloat16, H100",
+            reasons_for_resnet50(shapes),
+            "## Norms of one sample",
+            CELL,
             norms_of_samples(),
         )
     ) + "\n"  # fmt: skip
