@@ -21,6 +21,7 @@ import norms
 import public_rows
 import tables
 from report import Report
+from timing import FULL
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REHEARSAL = "REHEARSAL, figures without meaning"
@@ -120,7 +121,7 @@ def merge(found: Sequence[Report], target: Path) -> None:
     whole.memory = next((part.memory for part in reversed(found) if part.memory), [])
     # A subset of the grid is a full result; one with few rounds is marked as partial.
     rounds = [part.settings["least_rounds"] for part in found]
-    whole.settings |= {"partial": min(rounds) < 15, "least_rounds": min(rounds)}
+    whole.settings |= {"partial": min(rounds) < FULL.min_rounds, "least_rounds": min(rounds)}
     target.mkdir(parents=True, exist_ok=True)
     whole.save(target)
     whole.render(target)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
@@ -164,3 +166,24 @@ def summarize(case: Case, measurement: Measurement, device: str) -> Result:
         "fits": machine.fits(2 * case.tensor_bytes) if device == "cpu" else None,
         "uncovered": measurement.uncovered,
     }
+
+
+def median_result(results: Sequence[Result]) -> Result:
+    """A case in several runs: the median of each figure over the runs that have it, and the largest error."""
+    merged = copy.deepcopy(results[0])
+    merged["rounds"] = min(result["rounds"] for result in results)
+    for field in ("seconds", "speedup", "floor_distance"):
+        figures = [result[field] for result in results]  # type: ignore[literal-required]
+        merged[field] = {  # type: ignore[literal-required]
+            key: {
+                quartile: statistics.median(run[key][quartile] for run in figures if key in run)
+                for quartile in ("q1", "median", "q3")
+            }
+            for key in dict.fromkeys(key for run in figures for key in run)
+        }
+    if errors := [result["error"] for result in results if "error" in result]:
+        merged["error"] = {
+            peer: max(run[peer] for run in errors if peer in run)
+            for peer in dict.fromkeys(peer for run in errors for peer in run)
+        }
+    return merged

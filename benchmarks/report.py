@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import json
@@ -22,7 +23,7 @@ import tables
 import torch
 from cases import Case, grid
 from growth import Growth, Level, measure_growth, measure_levels
-from measure import Result, complaint, measure, summarize
+from measure import Result, complaint, measure, median_result, summarize
 from peers import DEFAULT, LOCAL, PEERS, REMOTE, REQUIRED, not_measured
 from timing import FULL, QUICK, Budget
 from timing import TINY as TINY_BUDGET
@@ -47,6 +48,32 @@ class Report:
     @classmethod
     def load(cls, folder: Path) -> Report:
         return cls(**json.loads((folder / "results.json").read_text()))
+
+    @classmethod
+    def median_of(cls, runs: Sequence[Report]) -> Report:
+        """The medians of several runs of one build on one machine.
+
+        A peer may be missing in some runs. What is not measured in each case, such as memory, is that of the first run.
+
+        Raises:
+            ValueError: If the runs differ in the machine, the software or the cases.
+        """
+        first = runs[0]
+        for name in ("cpu", "gpu", "caches", "threads", "torch", "python", "compiler", "revision"):
+            if len({str(run.machine.get(name)) for run in runs}) > 1:
+                raise ValueError(f"the runs differ in {name}: {', '.join(str(run.machine.get(name)) for run in runs)}")
+        if any(run.settings["partial"] != first.settings["partial"] for run in runs):
+            raise ValueError("some runs have few rounds or a part of the cases")
+        cases = [{result["name"]: result for result in run.results} for run in runs]
+        for case in cases[1:]:
+            if different := case.keys() ^ cases[0].keys():
+                raise ValueError(f"only some runs have {min(different)}")
+        whole = copy.deepcopy(first)
+        whole.machine["load_average"] = max(run.machine["load_average"] for run in runs)
+        whole.settings["runs"] = [run.machine["date"] for run in runs]
+        whole.results = [median_result([case[name] for case in cases]) for name in cases[0]]
+        whole.failures = [failure for run in runs for failure in run.failures]
+        return whole
 
     def save(self, folder: Path) -> None:
         """Replaces results.json atomically: an interruption leaves the previous file."""
@@ -92,6 +119,16 @@ def main() -> int:
     if arguments.render:
         Report.load(arguments.render).render(arguments.render)
         return 0
+    if arguments.median:
+        try:
+            report = Report.median_of([Report.load(folder) for folder in arguments.median])
+        except ValueError as error:
+            _parser().error(f"--median: {error}")
+        folder = arguments.out or _folder(report)
+        folder.mkdir(parents=True, exist_ok=True)
+        report.save(folder)
+        report.render(folder)
+        return 0
 
     if arguments.graphs and arguments.device == "cpu" and not arguments.tiny:
         _parser().error("--graphs needs CUDA")
@@ -118,8 +155,7 @@ def main() -> int:
         "tiny": arguments.tiny,
     }
     report = Report(machine.describe(arguments.device), settings)
-    default = Path(__file__).parent / "results" / (machine.slug(report.machine) + ("-partial" if partial else ""))
-    folder: Path = arguments.out or default
+    folder: Path = arguments.out or _folder(report)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return _measure(report, budget, arguments, folder, workers)
@@ -157,6 +193,11 @@ def _measure(
     return INCOMPLETE if report.failures else 0
 
 
+def _folder(report: Report) -> Path:
+    partial = "-partial" if report.settings["partial"] else ""
+    return Path(__file__).parent / "results" / (machine.slug(report.machine) + partial)
+
+
 def _peers(arguments: argparse.Namespace) -> list[str]:
     """The names of the peers to measure, in the order of `PEERS`."""
     default = LOCAL if arguments.tiny else DEFAULT[arguments.device]
@@ -190,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default="cuda" if on_cuda else "cpu", help="device to measure on")
     add("--threads", type=int, default=2, help="CPU threads")
     add("--out", type=Path, metavar="DIR", help="folder of the results; if not given, results/<device>")
+    add("--median", type=Path, nargs="+", metavar="DIR", help="measure nothing: write the medians of these runs")
     add("--render", type=Path, metavar="DIR", help="measure nothing: write table and plots from DIR/results.json")
     return parser
 

@@ -66,6 +66,8 @@ def _describe(machine: dict[str, Any], settings: dict[str, Any], results: list[R
         f"Python {machine['python']}, {machine['compiler'] or 'compiler not recorded'}",
         f"{machine['date']}; {settings['seconds_per_case']} s and at least {settings['least_rounds']} rounds per case",
     ]
+    if runs := settings.get("runs"):
+        lines[2] = f"Medians of {len(runs)} runs, {', '.join(runs)}; in each {lines[2].partition('; ')[2]}"
     if version := settings.get("onednn"):
         lines[1] += f", oneDNN {version}"
     lines += not_measured(settings.get("missing_peers", {}))

@@ -393,6 +393,38 @@ def test_tables_list_each_peer_each_cache_and_slow_cases() -> None:
     assert "| BN training, forward | 32×64×112², float32, NCHW | 0.50 | 0.40–0.60 |" in text
 
 
+def run_with(speedup: float, peers: tuple[str, ...] = ("torch",), **machine: object) -> report.Report:
+    """A run of report.py in which each case has these speedups."""
+    described: dict[str, object] = {"device": "cpu", "cpu": "a CPU", "revision": "abc", "load_average": speedup}
+    settings = {"partial": False, "seconds_per_case": 1, "least_rounds": 2}
+    results = results_of("cpu", {peer: speedup * (index + 1) for index, peer in enumerate(peers)})
+    return report.Report(described | {"date": f"day {speedup}"} | machine, settings, results)
+
+
+def test_the_median_of_several_runs() -> None:
+    runs = [run_with(3), run_with(1, ("torch", "kept")), run_with(2, ("torch", "kept"))]
+    runs[0].results[0]["speedup"]["torch"]["median"] = 0.5
+    merged = report.Report.median_of(runs)
+    assert [result["speedup"]["torch"]["median"] for result in merged.results[:2]] == [1, 2]
+    assert merged.results[1]["speedup"]["kept"] == {"q1": 3, "median": 3, "q3": 3}  # of two runs
+    assert merged.settings["runs"] == ["day 3", "day 1", "day 2"]
+    assert merged.machine["load_average"] == 3
+    assert runs[0].results[0]["speedup"]["torch"]["median"] == 0.5
+    assert len(merged.results) == len(runs[0].results)
+
+
+def test_only_runs_of_the_same_build_and_cases_have_a_median() -> None:
+    with pytest.raises(ValueError, match="differ in revision: abc, def"):
+        report.Report.median_of([run_with(1), run_with(2, revision="def")])
+    fewer, partial = run_with(1), run_with(1)
+    name = fewer.results.pop()["name"]
+    with pytest.raises(ValueError, match=f"only some runs have {name}"):
+        report.Report.median_of([run_with(1), fewer])
+    partial.settings["partial"] = True
+    with pytest.raises(ValueError, match="few rounds or a part of the cases"):
+        report.Report.median_of([run_with(1), partial])
+
+
 class Device:
     """A simulated CUDA device with one stream, and the clock of its host."""
 

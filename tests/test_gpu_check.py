@@ -450,10 +450,11 @@ def test_archives_of_a_device_are_merged(tmp_path: Path, monkeypatch: pytest.Mon
     """The later result of a case counts. A case that failed first and then passed is not a failure."""
     import gpu_render
     import report
+    import timing
 
     result = {"name": "a", "rounds": 1}
     described = {"revision": None, "device": "cuda"}
-    settings = {"least_rounds": 15, "partial": True}
+    settings = {"least_rounds": timing.FULL.min_rounds, "partial": True}
     first = report.Report(described, settings, [result], [], [{"name": "b", "error": "x"}, {"name": "c", "error": "x"}])
     second = report.Report(described, settings, [{**result, "rounds": 2}, {"name": "b"}])  # type: ignore[list-item, typeddict-item]
     monkeypatch.setattr(report.Report, "render", lambda self, folder: None)
