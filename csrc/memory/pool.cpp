@@ -50,8 +50,9 @@ char* Pool::reuse(std::size_t bytes) {
   if (best == free_.end()) return nullptr;
   auto node = free_.extract(best);  // a node that moves allocates nothing
   char* const data = node.key();
-  shrink(node.mapped(), bytes);
-  if (node.mapped().bytes > 0) {
+  Free& rest = node.mapped();
+  resize(rest, rest.bytes - bytes, rest.warm_bytes - std::min(rest.warm_bytes, bytes));
+  if (rest.bytes > 0) {
     node.key() += bytes;
     free_.insert(std::move(node));
   }
@@ -80,17 +81,19 @@ void Pool::release(void* data) noexcept {
     system_.unmap(data, bytes);
   }
   trim(max_cached_bytes());
-  make_reclaimable(kMaxWarmBytes);
+  make_reclaimable(max_warm_bytes());
 }
 
-// Adds a range, merged with its neighbours.
+// Adds a warm range, merged with its neighbours. Reclaimable memory before warm memory counts as warm.
 void Pool::insert_free(char* data, std::size_t bytes) {
   auto range = free_.emplace(data, Free{bytes, bytes, ++releases_}).first;
   free_bytes_ += bytes;
   warm_bytes_ += bytes;
   poison(data, bytes);
-  const auto extend = [](Free& range, const Free& next) {
-    range = {range.bytes + next.bytes, range.warm_bytes + next.warm_bytes, std::max(range.freed, next.freed)};
+  const auto extend = [this](Free& range, const Free& next) {
+    const std::size_t warm_bytes = next.warm_bytes > 0 ? range.bytes + next.warm_bytes : range.warm_bytes;
+    warm_bytes_ += warm_bytes - range.warm_bytes - next.warm_bytes;
+    range = {range.bytes + next.bytes, warm_bytes, std::max(range.freed, next.freed)};
   };
   if (const auto next = std::next(range); next != free_.end() && data + bytes == next->first) {
     extend(range->second, next->second);
@@ -103,36 +106,36 @@ void Pool::insert_free(char* data, std::size_t bytes) {
   }
 }
 
-void Pool::shrink(Free& range, std::size_t bytes) {
-  range.bytes -= bytes;
-  free_bytes_ -= bytes;
-  if (range.warm_bytes > range.bytes) {
-    warm_bytes_ -= range.warm_bytes - range.bytes;
-    range.warm_bytes = range.bytes;
-  }
+void Pool::resize(Free& range, std::size_t bytes, std::size_t warm_bytes) {
+  free_bytes_ -= range.bytes - bytes;
+  warm_bytes_ -= range.warm_bytes - warm_bytes;
+  range.bytes = bytes;
+  range.warm_bytes = warm_bytes;
 }
 
 void Pool::unmap_end(FreeRanges::iterator range, std::size_t bytes) {
-  shrink(range->second, bytes);
-  char* const data = range->first + range->second.bytes;
+  const std::size_t left = range->second.bytes - bytes;
+  resize(range->second, left, std::min(range->second.warm_bytes, left));
+  char* const data = range->first + left;
   unpoison(data, bytes);
   system_.unmap(data, bytes);
-  if (range->second.bytes == 0) free_.erase(range);
+  if (left == 0) free_.erase(range);
 }
 
-// Makes free memory reclaimable, the largest ranges first, until no more than this is not. What cannot be reclaimable
-// is unmapped.
+// Makes warm memory reclaimable until no more than this is left: the ends of the largest ranges, because allocations
+// take the beginnings of the smallest. What cannot be reclaimable is unmapped.
 void Pool::make_reclaimable(std::size_t max_warm_bytes) {
   while (warm_bytes_ > max_warm_bytes) {
-    const auto range = std::max_element(free_.begin(), free_.end(), [](const auto& a, const auto& b) {
+    const auto largest = std::max_element(free_.begin(), free_.end(), [](const auto& a, const auto& b) {
       return a.second.warm_bytes < b.second.warm_bytes;
     });
-    if (system_.make_reclaimable(range->first, range->second.bytes)) {
-      warm_bytes_ -= range->second.warm_bytes;
-      range->second.warm_bytes = 0;
-    } else {
-      unmap_end(range, range->second.bytes);
-    }
+    Free& range = largest->second;
+    const std::size_t bytes = std::min(range.warm_bytes, in_pages(warm_bytes_ - max_warm_bytes));
+    const std::size_t left = range.warm_bytes - bytes;
+    if (system_.make_reclaimable(largest->first + left, bytes))
+      resize(range, range.bytes, left);
+    else
+      unmap_end(largest, range.bytes);
   }
 }
 
@@ -159,6 +162,8 @@ void Pool::update_peaks() {
 std::size_t Pool::max_cached_bytes() {
   return std::min(system_.max_cached_bytes(), std::max(previous_peak_, window_peak_) - live_bytes_);
 }
+
+std::size_t Pool::max_warm_bytes() { return std::max(kMinWarmBytes, system_.max_cached_bytes() / kWarmShare); }
 
 void Pool::empty_cache() {
   const std::lock_guard<std::mutex> lock(mutex_);

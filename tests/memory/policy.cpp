@@ -9,8 +9,9 @@
 #include "memory/pool.h"
 
 using normfused::memory::Block;
-using normfused::memory::kMaxWarmBytes;
+using normfused::memory::kMinWarmBytes;
 using normfused::memory::kPageBytes;
+using normfused::memory::kWarmShare;
 using normfused::memory::Pool;
 using normfused::memory::PoolStats;
 using normfused::memory::System;
@@ -152,7 +153,7 @@ class CheckedPool {
     if (peaks_.size() > 64) compact();
     REQUIRE(system_.mapped_bytes <= std::max(peak, live_));
     REQUIRE(system_.mapped_bytes - live_ <= system_.limit);
-    REQUIRE(system_.warm_bytes() <= kMaxWarmBytes);
+    REQUIRE(system_.warm_bytes() <= std::max(kMinWarmBytes, system_.limit / kWarmShare));
     const PoolStats stats = pool_.stats();
     REQUIRE(stats.allocated_bytes == live_);
     REQUIRE(stats.allocated_bytes + stats.cached_bytes == system_.mapped_bytes);
@@ -260,6 +261,7 @@ void free_memory_gives_way_to_an_allocation() {
 
 void memory_that_cannot_be_reclaimed_is_not_kept() {
   SimulatedSystem system;
+  system.limit = 512 * kMiB;
   system.reclaimable = false;
   CheckedPool pool(system);
   pool.release(pool.allocate(34 * kMiB));
@@ -268,15 +270,33 @@ void memory_that_cannot_be_reclaimed_is_not_kept() {
   REQUIRE(system.mapped_bytes == 8 * kMiB);
 }
 
-void small_blocks_stay_warm_up_to_a_bound() {
+void free_memory_is_warm_up_to_a_bound() {
+  for (const std::size_t limit : {100 * kMiB, 512 * kMiB, 1600 * kMiB}) {
+    SimulatedSystem system;
+    system.limit = limit;
+    const std::size_t bound = limit == 1600 * kMiB ? 100 * kMiB : 32 * kMiB;
+    CheckedPool pool(system);
+    for (int i = 0; i < 100; ++i) pool.release(pool.allocate(bound));
+    REQUIRE(system.reclaimable_calls == 0);
+    std::vector<Block> blocks;
+    for (std::size_t i = 0; i < bound / (4 * kMiB) + 1; ++i) blocks.push_back(pool.allocate(4 * kMiB));
+    for (const Block& block : blocks) pool.release(block);
+    REQUIRE(system.reclaimable_calls == 1 && system.warm_bytes() == bound);
+  }
+}
+
+// A block of a range that is larger than the bound is warm, and stays so.
+void a_block_that_is_used_again_stays_warm() {
   SimulatedSystem system;
+  system.limit = 512 * kMiB;
   CheckedPool pool(system);
-  for (int i = 0; i < 100; ++i) pool.release(pool.allocate(4 * kMiB));
-  REQUIRE(system.reclaimable_calls == 0);
-  std::vector<Block> blocks;
-  for (int i = 0; i < 9; ++i) blocks.push_back(pool.allocate(4 * kMiB));
-  for (const Block& block : blocks) pool.release(block);  // 36 MiB
-  REQUIRE(system.reclaimable_calls == 1);
+  pool.release(pool.allocate(78 * kMiB));
+  const Block blocks[] = {pool.allocate(26 * kMiB), pool.allocate(26 * kMiB), pool.allocate(26 * kMiB)};
+  for (const int order : {2, 0, 1}) pool.release(blocks[order]);
+  const int calls = system.reclaimable_calls;
+  for (int i = 0; i < 100; ++i) pool.release(pool.allocate(26 * kMiB));
+  REQUIRE(calls > 0 && system.reclaimable_calls <= calls + 1);
+  REQUIRE(system.warm_bytes() >= 26 * kMiB);
 }
 
 void an_emptied_cache_keeps_blocks_in_use() {
@@ -294,6 +314,7 @@ void hours_of_varying_sizes(int hours, unsigned seed) {
   const auto below = [&](int bound) { return static_cast<int>(random() % bound); };
   SimulatedSystem system;
   system.capacity = 3000 * kMiB;
+  if (seed % 2 == 1) system.limit = 1000 * kMiB;
   CheckedPool pool(system);
   const int64_t end = system.now + hours * int64_t{3600};
   std::vector<std::size_t> layers;
@@ -344,7 +365,8 @@ int main() {
   limits_hold();
   free_memory_gives_way_to_an_allocation();
   memory_that_cannot_be_reclaimed_is_not_kept();
-  small_blocks_stay_warm_up_to_a_bound();
+  free_memory_is_warm_up_to_a_bound();
+  a_block_that_is_used_again_stays_warm();
   an_emptied_cache_keeps_blocks_in_use();
   for (unsigned seed = 0; seed < 4; ++seed) hours_of_varying_sizes(25, seed);
 }
