@@ -411,6 +411,9 @@ def test_the_median_of_several_runs() -> None:
     assert merged.machine["load_average"] == 3
     assert runs[0].results[0]["speedup"]["torch"]["median"] == 0.5
     assert len(merged.results) == len(runs[0].results)
+    described = json.loads(next(file for file in RESULTS if file.name == "results.json").read_text())["machine"]
+    text = tables.render(described | merged.machine, merged.settings, merged.results, [])
+    assert "Medians of 3 runs, day 3, day 1, day 2; in each 1 s and at least 2 rounds per case" in text
 
 
 def test_only_runs_of_the_same_build_and_cases_have_a_median() -> None:
