@@ -387,10 +387,30 @@ def test_tables_list_each_peer_each_cache_and_slow_cases() -> None:
     assert "| operation | L3 | memory |" in text
     assert "| BN training, forward | 1.20 (20) | 1.20 (16) |" in text
     assert "No case is slower than torch." in text
+    assert "## Slower than oneDNN" not in text
     assert "| nhwc, kernel |" in text
     results[0]["speedup"]["torch"] = {"q1": 0.4, "median": 0.5, "q3": 0.6}
     text = tables.render(described, settings, results, [])
     assert "| BN training, forward | 32×64×112², float32, NCHW | 0.50 | 0.40–0.60 |" in text
+
+
+def test_tables_compare_cases_in_which_onednn_is_faster_with_the_least_traffic() -> None:
+    results = results_of("cpu", {"torch": 3.0, "onednn": 1.5, "copy": 1.0})
+    forward, backward = (
+        next(r for r in results if (r["operation"], r["layout"]) == (operation, layout))
+        for operation, layout in (("training_forward", "NCHW"), ("training_backward", "channels_last"))
+    )
+    for result, theirs in ((forward, 0.5), (backward, 0.75)):
+        result["speedup"]["onednn"] = {"q1": theirs, "median": theirs, "q3": theirs}
+        result["seconds"]["onednn"] = {"q1": theirs, "median": theirs, "q3": theirs}
+        result["seconds"]["normfused"] = {"q1": 1.0, "median": 1.0, "q3": 1.0}
+    forward["floor_distance"]["resident"] = {"q1": 2.5, "median": 2.5, "q3": 2.5}
+    backward["floor_distance"]["streaming"] = {"q1": 1.25, "median": 1.25, "q3": 1.25}
+    text = "\n".join(tables._slower_than_onednn(results))
+    assert text.count("×112²") == 2
+    assert "| BN training, forward | 32×64×112², float32, NCHW | 0.50 | 1e+03 | 500 | 400 |  |" in text
+    bound = "1e+03 | 750 | 800 | **above oneDNN's** |"
+    assert f"| BN training, backward | 32×64×112², float32, channels_last | 0.75 | {bound}" in text
 
 
 def run_with(speedup: float, peers: tuple[str, ...] = ("torch",), **machine: object) -> report.Report:
