@@ -159,7 +159,7 @@ struct GradSumsOp {
   using S = compute_t<T>;
   using V = Pack<S, T>;
   using Table = BackwardTable<kFused>;
-  static constexpr int64_t kSums = 2, kCoefficients = kFused ? 3 : 1;
+  static constexpr int64_t kSums = 2, kReads = 2, kCoefficients = kFused ? 3 : 1;
   static constexpr int64_t kPivot = 0, kScale = kFused ? 1 : 0, kForwardShift = kFused ? 2 : 0;
   static constexpr bool kEstimatesPivot = false;
 

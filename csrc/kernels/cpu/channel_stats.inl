@@ -27,7 +27,7 @@ template <class T, bool kExtremes>
 struct MomentsOp {
   using S = compute_t<T>;
   using V = Pack<S, T>;
-  static constexpr int64_t kSums = kExtremes ? 4 : 2, kCoefficients = 1;
+  static constexpr int64_t kSums = kExtremes ? 4 : 2, kReads = 1, kCoefficients = 1;
   static constexpr bool kEstimatesPivot = true;
 
   const T* input;
@@ -91,7 +91,7 @@ template <class T>
 struct SumsOp {
   using S = double;
   using V = Pack<S, T>;
-  static constexpr int64_t kSums = 4, kCoefficients = 1;
+  static constexpr int64_t kSums = 4, kReads = 1, kCoefficients = 1;
   static constexpr bool kEstimatesPivot = false;
 
   const T* input;

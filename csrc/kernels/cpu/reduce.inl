@@ -8,6 +8,7 @@
 //
 // A reduce op defines what is summed:
 //   V, kSums                   the Pack that accumulate() reads, and the number of sums (partial sums, or extremes)
+//   kReads                     number of tensors that accumulate() reads, without a residual
 //   identity(k), join(k, a, b)    initial value of sum k, and the combination of two partial sums
 //   kCoefficients              number of per-channel constants; constant 0 is the pivot
 //   coefficient(k, c, offset)  constant k of channel c, whose first value is at `offset`
@@ -44,13 +45,15 @@ inline constexpr int64_t kAccumulatorPacks = kAccumulatorVectors / V::kVecs;
 // double. In proportion to the number of sums, because each takes as long to join.
 template <class Op>
 inline constexpr int64_t kRowsPerStep = 8 * Op::kSums;
-// Lane layout: positions of the pivot sample, and of a segment relative to it. The sample is read twice, so that of a
-// short unit of channels last is short. Not of channels first: there it would be one row, often of an odd length, whose
-// mean is rounded, so that sums relative to it would not be exact where those relative to more rows are.
+// Lane layout: positions of the pivot sample, and of a segment relative to it. The sample is read twice, so a short
+// unit of channels last has a short sample. A sample within one row of channels first has a power of two of its values,
+// whose mean is then not rounded where their sum is exact. Sums of exact data relative to a rounded pivot would not be
+// exact.
 inline constexpr int64_t kLaneSample = 16, kShortLaneSample = 4, kSamplesPerSegment = 64;
-// Rows of up to this many bytes are reduced in lanes. Measured for moments in float32: 7 x 7 (196 bytes) takes as long
-// either way, 5 x 5 half as long in lanes, 2 x 2 a tenth.
-inline constexpr int64_t kShortRowBytes = 100;
+// Rows of up to this many bytes in all tensors that the op reads are reduced in lanes. In lanes, moments of 7 x 7 in
+// float32 (196 bytes) take 0.7 times as long, the sums of gradients in bfloat16 0.95 times. Of 8 x 8 both take as long
+// or longer.
+inline constexpr int64_t kShortRowBytes = 200;
 // Number of channels that one task merges.
 inline constexpr int64_t kChannelsPerMergeTask = 256;
 
@@ -124,6 +127,7 @@ struct ChannelResults {
 
 NF_REQUIREMENT(has_pack, std::declval<typename Op::V>().vec[Op::V::kVecs - 1]);
 NF_REQUIREMENT(has_sums, Op::kSums);
+NF_REQUIREMENT(has_reads, Op::kReads);
 NF_REQUIREMENT(has_identity, Op::identity(int64_t{}));
 NF_REQUIREMENT(has_join, Op::join(int64_t{}, double{}, double{}));
 NF_REQUIREMENT(has_coefficients, Op::kCoefficients);
@@ -143,6 +147,7 @@ template <class Op>
 constexpr bool check_reduce_op() {
   static_assert(has_pack<Op>, "A reduce op must define `V`, the Pack<S, T> that accumulate() reads.");
   static_assert(has_sums<Op>, "A reduce op must define `kSums`, the number of sums per channel.");
+  static_assert(has_reads<Op>, "A reduce op must define `kReads`, the number of tensors that accumulate() reads.");
   static_assert(has_identity<Op>,
                 "A reduce op must define `static S identity(int64_t k)`, the initial value of sum k.");
   static_assert(has_join<Op>, "A reduce op must define `static V join(int64_t k, V a, V b)` for doubles and vectors.");
@@ -254,15 +259,15 @@ struct Segment {
   }
 };
 
-// Reduces a unit segment by segment; accumulate(m0, m1) sums the positions [m0, m1) into the segment. `sample` and
-// `length` are numbers of positions.
-template <class Op, int64_t kChannels, class Accumulate>
+// Reduces a unit segment by segment. accumulate(m0, m1) sums the positions [m0, m1) into the segment, and
+// accumulate_sample(m0, m1) does so for the pivot sample. `sample` and `length` are numbers of positions.
+template <class Op, int64_t kChannels, class Accumulate, class AccumulateSample>
 NF_FN void reduce_segments(Segment<Op, kChannels>& segment, int64_t sample, int64_t length,
-                           const Accumulate& accumulate) {
+                           const Accumulate& accumulate, const AccumulateSample& accumulate_sample) {
   const Unit& unit = segment.unit;
   if constexpr (Op::kEstimatesPivot) {
     const int64_t count = minimum(sample, unit.m1 - unit.m0);
-    accumulate(unit.m0, unit.m0 + count);
+    accumulate_sample(unit.m0, unit.m0 + count);
     segment.estimate_pivots(count);
   }
   for (int64_t m = unit.m0; m < unit.m1; m += length) {
@@ -299,6 +304,20 @@ NF_FN void accumulate_row(const Op& op, ChannelSums<Op>& sums, int64_t offset, i
   sums.join(row);
 }
 
+// Sums the first n values of each of the unit's channels, at most one row, into the segment.
+template <class Op, int64_t kChannels>
+void accumulate_first_values(const Op& op, const ChannelView& view, Segment<Op, kChannels>& segment, int64_t n) {
+  const Unit& unit = segment.unit;
+  for (int64_t c = 0; c < unit.c1 - unit.c0; ++c) {
+    Coefficients<Op> coefficients;
+    unroll<Op::kCoefficients>([&](auto k) { coefficients.k[k] = Op::V::filled(segment.table[k * kChannels + c]); });
+    ChannelSums<Op> sums;
+    sums.clear();
+    accumulate_row(op, sums, offset_of(view, unit.c0 + c, unit.m0), n, coefficients);
+    unroll<Op::kSums>([&](auto k) { segment.sums[k * kChannels + c] = reduce_to_double<Op>(k, sums.k[k]); });
+  }
+}
+
 // Sums positions [m, end) of the unit's channels into the segment, row by row.
 template <class Op>
 void accumulate_channels_first(const Op& op, const ChannelView& view, Segment<Op, kMaxChannelsFirst>& segment,
@@ -329,8 +348,8 @@ void reduce_channels_first(const Op& op, const ChannelView& view, const Unit& un
   Segment<Op, kMaxChannelsFirst> segment(op, unit, results);
   segment.begin(offset_of(view, unit.c0, unit.m0), view.inner);
   const int64_t length = kAdditionsPerFold * V::kSize * (view.inner >= kLongRow<V> ? kAccumulatorPacks<V> : 1);
-  reduce_segments(segment, kPivotSample, length,
-                  [&](int64_t m, int64_t end) { accumulate_channels_first(op, view, segment, m, end); });
+  const auto accumulate = [&](int64_t m, int64_t end) { accumulate_channels_first(op, view, segment, m, end); };
+  reduce_segments(segment, kPivotSample, length, accumulate, accumulate);
 }
 
 // ---- lane layout: rows of lanes ----------------------------------------------------------------------------------
@@ -434,6 +453,13 @@ void accumulate_unit_lanes(const Op& op, const ChannelView& view, const LaneLayo
   for (int64_t k = 0; k < Op::kSums; ++k) join_lanes<Op>(layout, k, segment.sums + k * kMaxLanes);
 }
 
+// The largest power of two up to n.
+NF_FN int64_t power_of_two(int64_t n) {
+  int64_t power = 1;
+  while (2 * power <= n) power *= 2;
+  return power;
+}
+
 template <class Op>
 void reduce_lanes(const Op& op, const ChannelView& view, const Unit& unit, const LaneLayout& layout,
                   const ResultTable& results) {
@@ -442,8 +468,13 @@ void reduce_lanes(const Op& op, const ChannelView& view, const Unit& unit, const
   const bool is_short = layout.channels_last && unit.m1 - unit.m0 <= kShortLaneSample * kSamplesPerSegment;
   const int64_t least = is_short ? kShortLaneSample : kLaneSample;
   const int64_t sample = (least + layout.positions - 1) / layout.positions * layout.positions;
-  reduce_segments(segment, sample, kSamplesPerSegment * sample,
-                  [&](int64_t m, int64_t end) { accumulate_unit_lanes(op, view, layout, segment, m, end); });
+  const int64_t length = kSamplesPerSegment * sample;
+  const auto accumulate = [&](int64_t m, int64_t end) { accumulate_unit_lanes(op, view, layout, segment, m, end); };
+  if (layout.channels_last || layout.positions < kLaneSample)
+    reduce_segments(segment, sample, length, accumulate, accumulate);
+  else  // to fill and to join the lanes for one row takes longer
+    reduce_segments(segment, power_of_two(layout.positions), length, accumulate,
+                    [&](int64_t m, int64_t end) { accumulate_first_values(op, view, segment, end - m); });
 }
 
 // ---- the tensor --------------------------------------------------------------------------------------------------
@@ -452,7 +483,7 @@ void reduce_lanes(const Op& op, const ChannelView& view, const Unit& unit, const
 template <class Op>
 void reduce(const Op& op, const ChannelView& view, const Unit& unit, const ResultTable& results) {
   const bool in_lanes = walk_as_lanes<typename Op::V>(
-      view, unit, kShortRowBytes / Op::V::kItemBytes,
+      view, unit, kShortRowBytes / (Op::kReads * Op::V::kItemBytes),
       [&](const Unit& part, const LaneLayout& layout) { reduce_lanes(op, view, part, layout, results); });
   if (!in_lanes) reduce_channels_first(op, view, unit, results);
 }
