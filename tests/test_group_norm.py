@@ -154,6 +154,17 @@ def test_a_sample_does_not_depend_on_the_batch(
                 assert_same_bits(grad[i : i + 1], expected[chosen[i]][1])
 
 
+@pytest.mark.parametrize("channels", [67, 129])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_large_outputs_of_one_position(device: torch.device, channels: int, dims: int) -> None:
+    """Outputs of 20 MiB and more bypass the caches where they are aligned, which such groups are not."""
+    x = torch.randn(76800, channels, *[1] * (dims - 2), device=device, requires_grad=True)
+    y, expected = normfused.functional.group_norm(x, 1), F.group_norm(x, 1)
+    torch.testing.assert_close(y, expected)
+    actual_grad, expected_grad = (torch.autograd.grad(output, x, x.detach())[0] for output in (y, expected))
+    torch.testing.assert_close(actual_grad, expected_grad, atol=1e-5, rtol=1e-4)
+
+
 def test_scale_and_shift_in_float32_beside_half(device: torch.device) -> None:
     x = values_of((2, 4, 6)).to(device, torch.float16)
     scale, shift = (values_of((2, 4), seed).to(device, torch.float32) for seed in (1, 2))

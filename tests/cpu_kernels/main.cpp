@@ -219,13 +219,25 @@ int64_t run_images(Cpu& backend, std::mt19937& random) {
 }
 
 // Outputs that are large enough for non-temporal stores: short rows, long rows and channels last. Rows of two values
-// are never stored that way.
+// are never stored that way, nor those of one value of a group.
 int64_t run_nontemporal(Cpu& backend, std::mt19937& random) {
   int64_t cases = 0;
   for (const ChannelView& view : {ChannelView{11, 250, 49}, {2, 70, 1000}, {550, 640, 1}, {1200, 64, 2}})
     for (const int64_t offset : {0, 1}) {
       run<float>(backend, view, offset, random);
       run<BFloat16>(backend, view, offset, random);
+      cases += 2;
+    }
+  // One position; rows that are not aligned; ranges of groups and of positions.
+  for (const GroupView& view : {GroupView{1088, 1, 67, 1, false},
+                                {544, 3, 129, 1, false},
+                                {8, 4, 260, 40, false},
+                                {1088, 1, 67, 1, true},
+                                {64, 3, 96, 20, true},
+                                {2, 4, 32, 2000, true}})
+    for (const int64_t offset : {0, 1}) {
+      run_group_norm<float>(backend, view, offset, random);
+      run_group_norm<BFloat16>(backend, view, offset, random);
       cases += 2;
     }
   for (const ChannelView& view : {ChannelView{1500, 1024, 1}, {2, 300, 3072}})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fuzz_build
 import pytest
+import torch
 
 SECONDS = os.environ.get("NORMFUSED_FUZZ_SECONDS")
 DEFAULT_SECONDS = {"plans": 8, "kernels": 30}
@@ -38,11 +39,23 @@ def figures(done: subprocess.CompletedProcess[str]) -> str:
     return "\n".join(line for line in done.stderr.splitlines() if line.startswith("stat::") or "DONE" in line)
 
 
-@pytest.mark.parametrize("target", ["plans", "kernels"])
+@pytest.mark.parametrize(
+    ("target", "capability"),
+    [("plans", "baseline"), ("kernels", "baseline"), ("kernels", "avx2"), ("kernels", "avx512")],
+)
 def test_targets(
-    compiler: str, built: Path, tmp_path: Path, target: str, record_property: Callable[[str, str], None]
+    compiler: str,
+    built: Path,
+    tmp_path: Path,
+    target: str,
+    capability: str,
+    record_property: Callable[[str, str], None],
 ) -> None:
-    program = fuzz_build.build(compiler, target, built)
+    supported = {"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}.get(torch.backends.cpu.get_cpu_capability(), [])
+    if capability not in ["baseline", *supported]:
+        pytest.skip(f"this machine does not support {capability}")
+    folder = built if capability == "baseline" else built / capability
+    program = fuzz_build.build(compiler, target, folder, capability=capability)
     done = fuzz(program, target, tmp_path, float(SECONDS or DEFAULT_SECONDS[target]))
     inputs = {path.name: path.read_bytes().hex() for path in tmp_path.glob("*-*")}
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-6000:]}\n{inputs}"

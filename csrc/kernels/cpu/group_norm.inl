@@ -155,9 +155,11 @@ void merge_ranges(const Op& op, int64_t positions, const GroupPlan& plan, const 
   merge_splits(op, {1, results.channels, positions}, by_split, results, c0, c1);
 }
 
-// Whether stores bypass the caches: as in batch norm, if the parts of a sample and the samples are aligned.
+// Whether stores bypass the caches: as in batch norm, if the parts of a sample and the samples are aligned. Channels
+// first, a unit of rows of one value is a row of lanes that begins at the first value of a group, aligned or not.
 template <class Op>
 bool use_nontemporal_stores(const Op& op, const GroupView& view, const GroupPlan& plan) {
+  if (!view.channels_last && view.inner == 1) return false;
   const auto aligned = [&](int64_t block) {
     return use_nontemporal_stores(op, view.by_channel(), Plan{0, 0, block, 0, 0, 0}, kTrainingCachePart);
   };
